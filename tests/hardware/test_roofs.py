@@ -1,0 +1,201 @@
+"""Measured roofs: past the caches, best of several implementations, kept by what they depend on."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zbench.errors import UserError
+from zbench.hardware import roofs
+from zbench.hardware.device import Device, resolve
+from zbench.hardware.roofs import check_utilisation, load_or_measure, measure
+
+MIB, GIB = 2**20, 2**30
+CPU = resolve("cpu")
+
+
+@pytest.fixture
+def small_and_quick(monkeypatch, tmp_path):
+    """Real measurements of a size that says nothing about the machine but takes no time."""
+    monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(roofs, "_SIZES", {"cpu": (32, 64)})
+    monkeypatch.setattr(roofs, "_SMALLEST_BUFFER_BYTES", {"cpu": 4 * MIB})
+    monkeypatch.setattr(roofs, "_last_level_cache_bytes", lambda device: MIB)
+    monkeypatch.setattr(roofs, "_native", lambda device: None)
+
+
+@pytest.fixture
+def counted_measurements(monkeypatch, small_and_quick):
+    """`measure` replaced by one that only notes for which dtypes it ran."""
+    calls = []
+
+    def fake(device, dtypes, progress=None):
+        calls.append(tuple(dtypes))
+        return {"run": len(calls), "flops": {dtype: {"value": 1.0} for dtype in dtypes}}
+
+    monkeypatch.setattr(roofs, "measure", fake)
+    return calls
+
+
+def test_roofs_survive_json_and_carry_their_unit_spread_and_count(small_and_quick):
+    result = measure(CPU, ("float32",), budget_seconds=0.2)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    figures = [*result["bandwidth"].values(), *result["flops"].values()]
+    assert len(figures) == 4
+    for figure in figures:
+        assert 0 < figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["n"] >= 5
+        assert figure["implementation"]
+    assert {f["unit"] for f in result["bandwidth"].values()} == {"B/s"}
+    assert result["flops"]["float32"]["unit"] == "FLOP/s"
+
+
+def test_bytes_follow_the_convention_that_is_stated_beside_them(small_and_quick):
+    bandwidth = measure(CPU, (), budget_seconds=0.1)["bandwidth"]
+    assert [bandwidth[kind]["bytes"] for kind in ("read", "copy", "triad")] == [4 * MIB, 8 * MIB, 12 * MIB]
+    assert all(bandwidth[kind]["convention"] for kind in bandwidth)
+
+
+def test_the_ridge_is_the_product_rate_over_the_read_bandwidth(small_and_quick):
+    result = measure(CPU, ("float32",), budget_seconds=0.1)
+    expected = result["flops"]["float32"]["value"] / result["bandwidth"]["read"]["value"]
+    assert result["ridge"] == {"float32": expected}
+
+
+def test_progress_names_what_is_measured(small_and_quick):
+    lines = []
+    measure(CPU, ("float32",), progress=lines.append, budget_seconds=0.1)
+    for what in ("read", "copy", "triad", "float32"):
+        assert any(what in line for line in lines)
+
+
+def test_a_busy_machine_is_noted_in_the_result(small_and_quick, monkeypatch):
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 60.0)
+    assert "60% busy" in measure(CPU, (), budget_seconds=0.1)["warning"]
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval: 1.0)
+    assert measure(CPU, (), budget_seconds=0.1)["warning"] is None
+
+
+def test_an_unknown_dtype_is_refused_with_those_that_are_known():
+    with pytest.raises(UserError, match="dtype int3; choose from bfloat16"):
+        measure(CPU, ("float32", "int3"))
+
+
+def test_the_best_implementation_is_the_roof_and_a_hopeless_one_is_dropped_early(small_and_quick, monkeypatch):
+    tried = []
+
+    def candidates(device, dtype, size):
+        return [("slow", size), ("fast", size)]
+
+    def rates(device, offered, work, seconds):
+        tried.append([name for name, _ in offered])
+        values = {"slow": 1e9, "fast": 1e12}
+        return {name: roofs._Rate(values[name], values[name], values[name], 5) for name, _ in offered}
+
+    monkeypatch.setattr(roofs, "_product_candidates", candidates)
+    monkeypatch.setattr(roofs, "_rates", rates)
+    result = measure_products(share=1.0)
+    assert (result["implementation"], result["value"]) == ("fast", 1e12)
+    assert tried == [["slow", "fast"], ["fast"]]
+
+
+def test_a_size_that_would_not_fit_into_the_time_is_not_tried(small_and_quick, monkeypatch):
+    monkeypatch.setattr(roofs, "_SIZES", {"cpu": (256, 65536)})
+    slow = roofs._Rate(1e9, 1e9, 1e9, 5)
+    monkeypatch.setattr(roofs, "_product_candidates", lambda device, dtype, size: [("only", None)])
+    monkeypatch.setattr(roofs, "_rates", lambda device, offered, work, seconds: {"only": slow})
+    assert measure_products(share=1.0)["shape"] == [256, 256, 256]
+
+
+def measure_products(share):
+    return roofs._product_rate(CPU, "float32", share, lambda line: None)
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=5, max_size=50), st.floats(1, 1e15))
+def test_a_rate_lies_between_its_quartiles_and_within_its_samples(times, work):
+    rate = roofs._rate(times, work)
+    assert rate.low <= rate.value <= rate.high
+    assert work / max(times) <= rate.low * (1 + 1e-9)
+    assert rate.high <= work / min(times) * (1 + 1e-9)
+
+
+@given(st.one_of(st.none(), st.integers(1, 2 * GIB)), st.integers(0, 256 * GIB), st.sampled_from(["cpu", "cuda"]))
+def test_three_buffers_get_past_the_cache_and_leave_half_of_the_memory_or_are_refused(cache, free, kind):
+    device = Device(kind, kind, None, "any")
+    least = 4 * cache if cache else GIB
+    try:
+        size = roofs._buffer_bytes(device, cache, free)
+    except UserError:
+        assert 6 * (least + 4 * MIB) > free
+    else:
+        assert size >= least
+        assert 6 * size <= free
+        assert size % (4 * MIB) == 0
+
+
+def test_roofs_are_measured_once_and_then_read(counted_measurements):
+    first = load_or_measure(CPU, ("float32",))
+    assert load_or_measure(CPU, ("float32",)) == first
+    assert counted_measurements == [("float32",)]
+
+
+def test_a_refresh_measures_again(counted_measurements):
+    load_or_measure(CPU, ("float32",))
+    assert load_or_measure(CPU, ("float32",), refresh=True)["run"] == 2
+
+
+def test_another_dtype_is_added_to_those_that_are_kept(counted_measurements):
+    load_or_measure(CPU, ("float32",))
+    assert load_or_measure(CPU, ("bfloat16",))["flops"].keys() == {"bfloat16", "float32"}
+    load_or_measure(CPU, ("float32",))
+    assert counted_measurements == [("float32",), ("bfloat16", "float32")]
+
+
+@pytest.mark.parametrize("change", [{"driver": "2"}, {"power_cap_watts": 300}, {"uuid": "other"}, {"name": "other"}])
+def test_roofs_of_another_condition_are_not_used(counted_measurements, monkeypatch, change):
+    load_or_measure(CPU, ("float32",))
+    facts = roofs.device_facts(CPU)
+    monkeypatch.setattr(roofs, "device_facts", lambda device: facts | change)
+    load_or_measure(CPU, ("float32",))
+    assert len(counted_measurements) == 2
+
+
+def test_roofs_of_another_thread_count_are_not_used(counted_measurements, monkeypatch):
+    load_or_measure(CPU, ("float32",))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 999)
+    load_or_measure(CPU, ("float32",))
+    assert len(counted_measurements) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}"])
+def test_a_damaged_file_is_measured_again(counted_measurements, tmp_path, damage):
+    load_or_measure(CPU, ("float32",))
+    (kept,) = (tmp_path / "roofs").glob("*.json")
+    kept.write_text(damage)
+    assert load_or_measure(CPU, ("float32",))["run"] == 2
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_line_with_the_way_out(small_and_quick, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set ZBENCH_CACHE"):
+        load_or_measure(CPU, ("float32",))
+
+
+@given(st.floats(1, 1e16), st.floats(0, 1.05))
+def test_an_achieved_figure_up_to_the_tolerance_above_the_roof_passes(roof, share):
+    check_utilisation("bandwidth", roof * share, roof)
+
+
+@given(st.floats(1, 1e16), st.floats(1.051, 1e6))
+def test_an_achieved_figure_beyond_the_tolerance_fails_loudly(roof, share):
+    with pytest.raises(ValueError, match="the roof or the count is wrong"):
+        check_utilisation("bandwidth", roof * share, roof)
+
+
+@pytest.mark.slow
+def test_on_this_machine_a_product_must_reuse_what_it_reads_to_be_bound_by_arithmetic():
+    result = measure(CPU, ("bfloat16", "float32"), budget_seconds=5)
+    assert result["bandwidth"]["read"]["value"] > 1e9
+    assert all(ridge > 1 for ridge in result["ridge"].values())

@@ -1,0 +1,237 @@
+"""Run folders made of invented numbers, for tests of the report. Nothing here was measured, and the names say so."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zbench.records import (
+    SCHEMA_VERSION,
+    CellRecord,
+    ForwardRecord,
+    Manifest,
+    RequestRecord,
+    StepRecord,
+    TrialRecord,
+)
+
+CATEGORIES = ("code", "math", "extraction", "chat")
+WEIGHTS, KV_PER_TOKEN, FLOPS_PER_ROW = 270e6, 46e3, 270e6
+READ, RATE = 38e9, 900e9
+ROOFS = {
+    "device": "Invented CPU",
+    "measured": "2025-01-01T00:00:00+00:00",
+    "bandwidth": {
+        "read": {"value": READ, "low": 37.5e9, "high": 38.4e9, "n": 20, "unit": "B/s"},
+        "copy": {"value": 30e9, "low": 29e9, "high": 31e9, "n": 20, "unit": "B/s"},
+        "triad": {"value": 28e9, "low": 27e9, "high": 29e9, "n": 20, "unit": "B/s"},
+    },
+    "flops": {
+        "bfloat16": {"value": RATE, "low": 8.8e11, "high": 9.1e11, "n": 20, "unit": "FLOP/s", "shape": [2048] * 3}
+    },
+    "ridge": {"bfloat16": RATE / READ},
+}
+SPECS = {
+    "name": "Invented CPU",
+    "bandwidth": 51.2e9,
+    "flops": {"bfloat16": 1.6e12},
+    "source": "invented for this test",
+}
+ENVIRONMENT = {
+    "zbench": {"version": "0.1.0", "commit": "0123456789abcdef", "dirty": False},
+    "python": {"version": "3.11.7"},
+    "packages": {"torch": "2.13.0", "transformers": "5.23.0", "triton": "unavailable: not installed"},
+    "torch": {"version": "2.13.0", "threads": 2, "build": "Invented build flags " * 20},
+    "device": {"id": "cpu", "backend": "cpu", "name": "Invented CPU", "driver": "unavailable: a CPU has none"},
+    "cpu": {"model": "Invented CPU", "physical_cores": 2, "flags": ["avx2", "avx512_bf16"], "governor": "performance"},
+    "system": {"os": "Linux", "kernel": "6.0-invented"},
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "autoregressive": {"engine": "autoregressive", "slowdown": 1.0, "tokens_per_step": 1},
+    "transformers generate": {"engine": "reference", "slowdown": 2.6, "tokens_per_step": 1},
+    "transformers prompt lookup": {"engine": "reference", "slowdown": 2.9, "tokens_per_step": 2},
+    "chain drafter": {"engine": "chain", "slowdown": 1.15, "tokens_per_step": 3, "draft_rows": 4},
+}
+DEFAULT_ENGINES = ("autoregressive", "transformers generate", "transformers prompt lookup")
+
+
+def write_run(
+    folder: Path,
+    *,
+    engines: Sequence[str] = DEFAULT_ENGINES,
+    points: Sequence[dict[str, Any]] = ({},),
+    prompts: int = 8,
+    repeats: int = 2,
+    tokens: int = 48,
+    roofs: dict[str, Any] | None = ROOFS,
+    specs: dict[str, Any] | None = None,
+    failing: Sequence[str] = (),
+    divergent: Sequence[str] = (),
+    drift: float = 0.0,
+    name: str = "synthetic",
+    description: str = "Invented numbers that exercise the report",
+) -> Path:
+    """Write `run.json` and `trials.jsonl`. Engines in `failing` have only errors; those in `divergent` swap a token."""
+    cells = [_cell(engine, point) for point in points for engine in engines]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(_manifest(cells, roofs, specs, name, description).to_json())
+    rng = np.random.default_rng(0)
+    plan = [(group, repeat, cell) for group in range(prompts) for repeat in range(repeats) for cell in cells]
+    lines = []
+    for order, (group, repeat, cell) in enumerate(plan):
+        if cell.label in failing:
+            trial = TrialRecord(cell.id, group, repeat, order, "error", _when(order), 0.1, error="out of <memory>")
+        else:
+            pace = float(np.exp(rng.normal(0, 0.02)) * (1 + drift * order / len(plan)))
+            trial = _trial(cell, group, repeat, order, tokens, pace, rng, cell.label in divergent)
+        lines.append(trial.to_json())
+    (folder / "trials.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def _manifest(
+    cells: list[CellRecord], roofs: dict[str, Any] | None, specs: dict[str, Any] | None, name: str, description: str
+) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        zbench_version="0.1.0",
+        created="2025-01-01T00:00:00+00:00",
+        name=name,
+        description=description,
+        command="zbench run scenarios/synthetic.yaml",
+        scenario={"name": name, "model": "invented-135m", "engines": [cell.label for cell in cells], "repeats": 2},
+        scenario_hash="5cenar10",
+        cells=tuple(cells),
+        environment=ENVIRONMENT,
+        environment_hash="env1r0n",
+        models={"invented-135m": {"parameters": 134_515_008, "bytes": 269_030_016, "layers": 30, "hash": "abc123"}},
+        roofs=roofs,
+        specs=specs,
+    )
+
+
+def _cell(label: str, point: dict[str, Any]) -> CellRecord:
+    suffix = "/" + ",".join(f"{k}={v}" for k, v in point.items()) if point else ""
+    return CellRecord(
+        id=label.replace(" ", "-") + suffix,
+        label=label,
+        engine=ENGINES[label]["engine"],
+        options={},
+        point=dict(point),
+        model="invented-135m",
+        dtype="bfloat16",
+        device="cpu",
+        batch=point.get("batch", 1),
+        context=None,
+        output_tokens=48,
+        sampling={"temperature": 0},
+        baseline=label == "autoregressive",
+    )
+
+
+def _trial(
+    cell: CellRecord,
+    group: int,
+    repeat: int,
+    order: int,
+    tokens: int,
+    pace: float,
+    rng: np.random.Generator,
+    divergent: bool,
+) -> TrialRecord:
+    settings = ENGINES[cell.label]
+    pace *= settings["slowdown"]
+    prompt_tokens = 30 + 7 * group
+    steps, forwards = [_prefill(cell, prompt_tokens, pace)], []
+    forwards.append(_forward(cell, 0, "target", "prefill", prompt_tokens, 0, steps[0].seconds - 4e-4))
+    done = 1
+    while done < tokens:
+        step, committed = len(steps), min(settings["tokens_per_step"], tokens - done)
+        if rows := settings.get("draft_rows"):
+            made = [("drafter", "draft", 1, 0.001), ("target", "verify", 1 + rows, 0.0100)]
+        else:
+            made = [("target", "decode", 1, 0.0085)]
+        context = prompt_tokens + done
+        timed = [(m, role, r, t * pace * float(np.exp(rng.normal(0, 0.03)))) for m, role, r, t in made]
+        forwards += [_forward(cell, step, m, role, r, context, t) for m, role, r, t in timed]
+        seconds = sum(t for *_, t in timed) + 4e-4
+        drafts = settings.get("draft_rows", 0)
+        steps.append(
+            StepRecord(
+                seconds=seconds,
+                accept_seconds=1e-4,
+                commit_seconds=1e-4,
+                committed=(committed,) * cell.batch,
+                drafted=(drafts,) * cell.batch if drafts else (),
+                accepted=(committed - 1,) * cell.batch if drafts else (),
+            )
+        )
+        done += committed
+    wall = sum(step.seconds for step in steps)
+    foreign = settings["engine"] == "reference"
+    return TrialRecord(
+        cell=cell.id,
+        group=group,
+        repeat=repeat,
+        order=order,
+        status="ok",
+        started=_when(order),
+        wall_seconds=wall * 1.002,
+        requests=tuple(
+            _request(
+                group * cell.batch + i, prompt_tokens, tokens, steps[0].seconds, wall, divergent and group % 2 == 0
+            )
+            for i in range(cell.batch)
+        ),
+        steps=tuple(steps),
+        forwards=() if foreign else tuple(forwards),
+    )
+
+
+def _prefill(cell: CellRecord, prompt_tokens: int, pace: float) -> StepRecord:
+    return StepRecord((0.02 + 4e-4 * prompt_tokens) * pace, 1e-4, 1e-4, (1,) * cell.batch)
+
+
+def _forward(
+    cell: CellRecord, step: int, model: Any, role: Any, rows: int, context: float, seconds: float
+) -> ForwardRecord:
+    share = 0.05 if model == "drafter" else 1.0
+    return ForwardRecord(
+        step=step,
+        model=model,
+        role=role,
+        rows=rows,
+        batch=cell.batch,
+        context=context,
+        flops=share * FLOPS_PER_ROW * rows * cell.batch,
+        bytes_read=share * (WEIGHTS + KV_PER_TOKEN * context * cell.batch),
+        bytes_written=share * KV_PER_TOKEN * rows * cell.batch,
+        seconds=seconds,
+        committed=0,
+    )
+
+
+def _request(number: int, prompt_tokens: int, tokens: int, ttft: float, end: float, swapped: bool) -> RequestRecord:
+    ids = tuple((number * 31 + i * 7) % 1000 for i in range(tokens))
+    if swapped:
+        ids = (*ids[: tokens // 2], 1001, *ids[tokens // 2 + 1 :])
+    return RequestRecord(
+        prompt_id=f"p{number}",
+        category=CATEGORIES[number % len(CATEGORIES)],
+        prompt_tokens=prompt_tokens,
+        output_ids=ids,
+        output_hash=hashlib.sha256(repr(ids).encode()).hexdigest(),
+        text="invented <b>text</b>",
+        finish="length",
+        ttft_seconds=ttft,
+        end_seconds=end,
+        seed=number,
+    )
+
+
+def _when(order: int) -> str:
+    return f"2025-01-01T00:{order // 60 % 60:02d}:{order % 60:02d}+00:00"

@@ -1,0 +1,298 @@
+"""What every engine shares: the decode loop, the meter that times it, and prefill.
+
+An engine chooses rows, runs a forward, accepts, commits:
+
+    start(prompts)  ->  state and each sequence's first token
+    step(state)     ->  the tokens each sequence gained
+
+`generate` below is the loop around the two; it alone decides when a sequence ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from zbench.engines.sampling import Sampler, Sampling
+from zbench.hardware.device import Device, Mark
+from zbench.models.cache import Cache
+from zbench.models.cost import Cost
+from zbench.models.rows import Rows
+from zbench.models.transformer import Output, Transformer
+from zbench.records import ForwardRecord, Role, StepRecord
+
+Finish = Literal["eos", "length"]
+
+PREFILL_ROWS = 512  # rows of one prefill forward: bounds the size of the visibility matrix and the activations
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How a batch of prompts is to be continued. `seeds` has one entry per prompt."""
+
+    limit: int  # output tokens per prompt
+    sampling: Sampling
+    seeds: tuple[int, ...]
+    eos_ids: frozenset[int] = frozenset()  # empty: run to the limit
+
+
+@dataclass(slots=True)
+class State:
+    """What a decode carries from step to step. Engines extend it."""
+
+    cache: Cache
+    sampler: Sampler
+    last: Tensor  # [B] the last committed token of each sequence, not in the cache yet
+    outputs: list[list[int]]  # committed tokens so far
+    active: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Tokens gained per sequence, in order; `drafted` and `accepted` count draft tokens where an engine drafts."""
+
+    tokens: list[list[int]]
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+
+class Engine(Protocol):
+    """One decoder. `kernels` names the implementation behind each operator, for the record."""
+
+    kernels: dict[str, str]
+
+    def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated: ...
+
+
+class Stepper(Protocol):
+    """An engine that decodes on our own runtime, step by step."""
+
+    def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> State: ...
+
+    def step(self, state: State, meter: Meter) -> Step: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    outputs: list[list[int]]
+    finish: list[Finish]
+
+
+def generate(engine: Stepper, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
+    """Decode a batch until every sequence has met EOS or its limit. The EOS token counts as output."""
+    finish: list[Finish] = ["length"] * len(prompts)
+    with meter.step():
+        state = engine.start(prompts, request, meter)
+        first = [[token] for token in state.last.tolist()]
+        meter.gained(commit(first, state.outputs, state.active, request, finish))
+    while any(state.active):
+        with meter.step():
+            step = engine.step(state, meter)
+            counts = commit(step.tokens, state.outputs, state.active, request, finish)
+            meter.gained(counts, step.drafted, step.accepted)
+    return Generated(state.outputs, finish)
+
+
+def commit(
+    gained: list[list[int]], outputs: list[list[int]], active: list[bool], request: Request, finish: list[Finish]
+) -> tuple[int, ...]:
+    """Append what each active sequence gained, cut at EOS and at the limit; returns how many tokens counted."""
+    counts = []
+    for index, output in enumerate(outputs):
+        before = len(output)
+        for token in gained[index] if active[index] else ():
+            output.append(token)
+            if token in request.eos_ids:
+                finish[index] = "eos"
+            if token in request.eos_ids or len(output) == request.limit:
+                active[index] = False
+                break
+        counts.append(len(output) - before)
+    return tuple(counts)
+
+
+def prefill(
+    model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], meter: Meter, capture: Sequence[int] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Fill the cache with ragged prompts, PREFILL_ROWS at a time.
+
+    Returns the logits [B, V] after each prompt's last token, and captured hidden states [B, longest, D].
+    """
+    sizes = [len(prompt) for prompt in prompts]
+    longest = max(sizes)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ids = ids.to(model.device)
+    final = torch.empty(len(prompts), model.config.vocab, device=model.device)
+    captured: list[dict[int, Tensor]] = []
+    for start in range(0, longest, PREFILL_ROWS):
+        chunk = ids[:, start : start + PREFILL_ROWS]
+        counts = [max(0, min(size - start, chunk.shape[1])) for size in sizes]
+        # Only the sequences that end in this chunk need logits; the others ask for none if nobody ends here.
+        ending = [0 < size - start <= chunk.shape[1] for size in sizes]
+        wanted = torch.tensor([[max(count - 1, 0)] for count in counts], device=model.device)
+        rows = Rows.chain(chunk, cache.lengths)
+        out = meter.forward(
+            model, "prefill", rows, cache, logits=wanted if any(ending) else wanted[:, :0], capture=capture
+        )
+        cache.extend(counts)
+        for row in (row for row, ends in enumerate(ending) if ends):
+            final[row] = out.logits[row, 0]
+        captured.append(out.hidden)
+    hidden = {index: torch.cat([part[index] for part in captured], 1) for index in capture}
+    return final, hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    step: int
+    name: str
+    role: Role
+    rows: int
+    contexts: list[int]
+    cost: Callable[[], Cost]
+    start: Mark
+    end: Mark
+
+
+@dataclass(slots=True)
+class _Step:
+    start: Mark
+    end: Mark = None
+    phases: dict[str, list[tuple[Mark, Mark]]] = field(default_factory=dict)
+    committed: tuple[int, ...] = ()
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+
+class Meter:
+    """Times one trial. Marks are taken while decoding and turned into seconds and bytes afterwards: no added sync."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._steps: list[_Step] = []
+        self._forwards: list[_Forward] = []
+
+    def begin_step(self) -> None:
+        self._steps.append(_Step(self.device.mark()))
+
+    def end_step(self) -> None:
+        self._steps[-1].end = self.device.mark()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self.begin_step()
+        yield
+        self.end_step()
+
+    @contextmanager
+    def phase(self, name: Literal["accept", "commit"]) -> Iterator[None]:
+        start = self.device.mark()
+        yield
+        self._steps[-1].phases.setdefault(name, []).append((start, self.device.mark()))
+
+    def gained(self, committed: tuple[int, ...], drafted: tuple[int, ...] = (), accepted: tuple[int, ...] = ()) -> None:
+        step = self._steps[-1]
+        step.committed, step.drafted, step.accepted = committed, drafted, accepted
+
+    def forward(
+        self,
+        model: Transformer,
+        role: Role,
+        rows: Rows,
+        cache: Cache,
+        *,
+        logits: Tensor | None = None,
+        capture: Sequence[int] = (),
+        name: str = "target",
+    ) -> Output:
+        """`model.forward`, timed and counted."""
+        contexts = cache.sizes
+        start = self.device.mark()
+        out = model.forward(rows, cache, logits=logits, capture=capture)
+        end = self.device.mark()
+
+        def cost() -> Cost:
+            pairs = None if rows.causal else int(rows.visible[0].sum())
+            wanted = out.logits.shape[0] * out.logits.shape[1]
+            return model.cost(rows.ids.shape[1], contexts, wanted, pairs)
+
+        self.add_forward(role, rows.ids.shape[1], contexts, cost, start, end, name)
+        return out
+
+    def add_forward(
+        self,
+        role: Role,
+        rows: int,
+        contexts: list[int],
+        cost: Callable[[], Cost],
+        start: Mark,
+        end: Mark,
+        name: str = "target",
+    ) -> None:
+        """A forward that ran elsewhere between two marks."""
+        self._forwards.append(_Forward(len(self._steps) - 1, name, role, rows, contexts, cost, start, end))
+
+    def records(self) -> tuple[tuple[StepRecord, ...], tuple[ForwardRecord, ...]]:
+        """Resolve all marks. Call after the decode; steps that gained nothing at the very end are dropped."""
+        self.device.synchronize()
+        seconds = self.device.seconds
+        while self._steps and not self._steps[-1].committed:
+            self._steps.pop()
+        steps = tuple(
+            StepRecord(
+                seconds=seconds(s.start, s.end),
+                accept_seconds=sum(seconds(*pair) for pair in s.phases.get("accept", ())),
+                commit_seconds=sum(seconds(*pair) for pair in s.phases.get("commit", ())),
+                committed=s.committed,
+                drafted=s.drafted,
+                accepted=s.accepted,
+            )
+            for s in self._steps
+        )
+        # A step's tokens are credited to its last target forward, the one whose logits decided them.
+        credit = {f.step: index for index, f in enumerate(self._forwards) if f.name == "target"}
+        forwards = []
+        for index, f in enumerate(self._forwards):
+            cost = f.cost()
+            decided = credit.get(f.step) == index and f.step < len(steps)
+            forwards.append(
+                ForwardRecord(
+                    step=f.step,
+                    model=f.name,
+                    role=f.role,
+                    rows=f.rows,
+                    batch=len(f.contexts),
+                    context=sum(f.contexts) / len(f.contexts),
+                    flops=cost.flops,
+                    bytes_read=cost.bytes_read,
+                    bytes_written=cost.bytes_written,
+                    seconds=seconds(f.start, f.end),
+                    committed=sum(steps[f.step].committed) if decided else 0,
+                )
+            )
+        return steps, tuple(forwards)
+
+    def step_ends(self) -> list[float]:
+        """Seconds from the start of the first step to the end of each."""
+        return [self.device.seconds(self._steps[0].start, step.end) for step in self._steps]
+
+
+def new_state(model: Transformer, prompts: Sequence[Sequence[int]], request: Request, headroom: int = 0) -> State:
+    """An empty decode state whose cache holds the longest prompt, the output, and `headroom` uncommitted rows."""
+    capacity = max(len(prompt) for prompt in prompts) + request.limit + headroom
+    batch = len(prompts)
+    return State(
+        cache=model.new_cache(batch, capacity),
+        sampler=Sampler(request.sampling, request.seeds, request.limit, model.device),
+        last=torch.zeros(batch, dtype=torch.int64, device=model.device),
+        outputs=[[] for _ in prompts],
+        active=[True] * batch,
+    )
+

@@ -1,0 +1,315 @@
+"""Measured ceilings: what memory and arithmetic really give on this device, with this driver, power cap and threads.
+
+A roof is the best of several implementations, since an engine may use any of them: adding one is one line in
+`_read_candidates` or `_product_candidates`. Each figure is the median of its repetitions, with their quartiles.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import importlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import psutil
+from filelock import FileLock
+
+from zbench.cache import atomic_write, cache_dir
+from zbench.errors import UserError
+from zbench.hardware.device import Device
+from zbench.hardware.environment import cache_bytes, device_facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHOD_VERSION = 1  # part of the cache key: bump it when a figure would change
+TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
+DTYPES = ("bfloat16", "float16", "float32")
+
+_METHOD = (
+    "Median of repeated calls, low and high are their quartiles; the best of several implementations, named. "
+    "Bandwidth: float32 buffers of at least 4x the last-level cache (1 GiB where that is unknown). "
+    "Compute: square products of random matrices, best of a sweep of sizes."
+)
+_CONVENTIONS = {
+    "read": "every byte of one buffer, read once",
+    "copy": "a = b: bytes read plus bytes written, without write-allocate",
+    "triad": "a = b + s * c: bytes read (two buffers) plus bytes written (one), without write-allocate",
+}
+# AMD's Infinity Cache sits behind the L2 that torch reports: 256 MiB on CDNA 3 and 4 (ROCm documentation).
+_INFINITY_CACHE_BYTES = {"gfx942": 256 * 2**20, "gfx950": 256 * 2**20}
+# Long enough for one call to dwarf its launch, and for a cache that the system under-reports.
+_SMALLEST_BUFFER_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+_SIZES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384)}
+_QUIET_PERCENT = 10
+_FEWEST, _MOST = 5, 50  # repetitions: quartiles of fewer mean nothing, more teach nothing
+
+Candidate = tuple[str, Callable[[], object]]
+
+
+class _Rate(NamedTuple):
+    """Work per second of one implementation: median and quartiles of `n` repetitions."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def measure(
+    device: Device,
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
+    progress: Callable[[str], None] | None = None,
+    budget_seconds: float = 20,
+) -> dict[str, Any]:
+    """Measure the roofs of `device`, on the CPU threads torch is set to. JSON-able.
+
+    Bandwidths are B/s, `flops` FLOP/s by dtype, `ridge` FLOP/B (a product's rate over the read bandwidth). The
+    budget is what the repetitions aim for, not a hard limit: a few calls of each kind are made however slow they are.
+    `warning` is a line about a machine that was busy with something else, or None.
+
+    Raises:
+        UserError: an unknown dtype, or too little free memory to get past the caches.
+    """
+    if unknown := [d for d in dtypes if d not in DTYPES]:
+        raise UserError(f"no roof for dtype {', '.join(unknown)}; choose from {', '.join(DTYPES)}")
+    say = progress or (lambda line: None)
+    if warning := _disturbance(device):
+        say(warning)
+    share = budget_seconds / (len(_CONVENTIONS) + len(dtypes))
+    bandwidth = _bandwidths(device, share, say)
+    flops = {dtype: _product_rate(device, dtype, share, say) for dtype in dtypes}
+    facts = conditions(device)
+    return {
+        "device": device.name,
+        "key": _digest(facts),
+        "conditions": facts,
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "warning": warning,
+        "method": _METHOD,
+        "bandwidth": bandwidth,
+        "flops": flops,
+        "ridge": {dtype: rate["value"] / bandwidth["read"]["value"] for dtype, rate in flops.items()},
+    }
+
+
+def load_or_measure(
+    device: Device,
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
+    refresh: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """The roofs under the present conditions: from the cache folder where they cover `dtypes`, else measured and kept.
+
+    Two processes at once: the second waits, so that neither disturbs the other's measurement, and reads the first's.
+
+    Raises:
+        UserError: as `measure`; or the cache folder cannot be written.
+    """
+    path = cache_dir() / "roofs" / f"{_digest(conditions(device))}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            kept = _load(path.read_text() if path.exists() else "")
+            if kept and not refresh and set(dtypes) <= kept["flops"].keys():
+                return kept
+            wanted = dict.fromkeys([*dtypes, *(kept["flops"] if kept else ())])
+            roofs = measure(device, tuple(wanted), progress)
+            atomic_write(path, json.dumps(roofs, indent=1))
+            return roofs
+    except OSError as error:
+        raise UserError(
+            f"cannot keep roofs in {path.parent}: {error.strerror or error}; set ZBENCH_CACHE to a writable folder"
+        ) from error
+
+
+def conditions(device: Device) -> dict[str, Any]:
+    """What a measured roof depends on; roofs are valid only where all of it is equal."""
+    import torch
+
+    facts = device_facts(device)
+    kept = ("name", "uuid", "driver", "power_cap_watts", "compute_units", "compute_partition", "memory_partition")
+    return {key: facts[key] for key in kept if key in facts} | {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_threads_of_machine": os.cpu_count(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "native_kernels": _native(device) is not None,
+        "method_version": METHOD_VERSION,
+    }
+
+
+def check_utilisation(name: str, achieved: float, roof: float) -> None:
+    """Raise ValueError when `achieved` passes a measured `roof` (same unit) by more than `TOLERANCE`."""
+    if achieved > roof * (1 + TOLERANCE):
+        raise ValueError(
+            f"{name}: {achieved:.4g} is {achieved / roof - 1:.0%} above the measured roof of {roof:.4g} (tolerance "
+            f"{TOLERANCE:.0%}): the roof or the count is wrong; measure the roofs again on an idle machine"
+        )
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _load(text: str) -> dict[str, Any] | None:
+    """Roofs from their JSON; None for a file that is not that (damaged by hand or by a full disk): measure again."""
+    try:
+        roofs = json.loads(text)
+    except ValueError:
+        return None
+    return roofs if isinstance(roofs, dict) and isinstance(roofs.get("flops"), dict) else None
+
+
+def _disturbance(device: Device) -> str | None:
+    """Why the roofs may come out low, asked before this process puts load on the CPU itself."""
+    if device.type != "cpu":
+        return None
+    busy = psutil.cpu_percent(interval=0.3)
+    if busy <= _QUIET_PERCENT:
+        return None
+    return f"the CPU is {busy:.0f}% busy with other work: roofs may come out low; measure them again when it is idle"
+
+
+def _bandwidths(device: Device, share: float, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Read, copy and triad over the same three buffers; `share` seconds each."""
+    import torch
+
+    buffer_bytes = _buffer_bytes(device, _last_level_cache_bytes(device), device.memory_bytes())
+    # Random, since untouched zeros may all be one shared page; repeated, since generating them all takes seconds.
+    block = torch.rand(2**20, device=device.torch)
+    a, b, c = (block.repeat(buffer_bytes // (4 * block.numel())) for _ in range(3))
+    candidates: dict[str, list[Candidate]] = {
+        "read": _read_candidates(device, b),
+        "copy": [("torch copy_", lambda: a.copy_(b))],
+        "triad": [("torch add", lambda: torch.add(b, c, alpha=0.5, out=a))],
+    }
+    traffic = {"read": b.nbytes, "copy": 2 * b.nbytes, "triad": 3 * b.nbytes}
+    roofs = {}
+    for kind, convention in _CONVENTIONS.items():
+        say(f"{kind} bandwidth of {device.name}, buffers of {b.nbytes / 2**20:.0f} MiB")
+        rates = _rates(device, candidates[kind], traffic[kind], share)
+        implementation = max(rates, key=lambda name: rates[name].value)
+        roofs[kind] = rates[implementation]._asdict() | {
+            "unit": "B/s", "bytes": traffic[kind], "convention": convention, "implementation": implementation,
+        }  # fmt: skip
+    return roofs
+
+
+def _read_candidates(device: Device, buffer: Tensor) -> list[Candidate]:
+    """Ways to stream `buffer` (float32, one dimension) through the processor."""
+    matrix = buffer.view(-1, 4096)
+    vector = buffer[:4096].clone()
+    candidates: list[Candidate] = [("torch sum", buffer.sum), ("torch mv", lambda: matrix.mv(vector))]
+    if native := _native(device):
+        candidates.append(("zbench native read_sum", lambda: native.read_sum(buffer)))
+    return candidates
+
+
+def _product_rate(device: Device, dtype: str, share: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """The best rate of square products in `dtype`, in about `share` seconds: sizes grow while they fit.
+
+    An implementation at less than half the best rate is dropped before the next size, which has eight times the work:
+    bfloat16 without hardware for it can be a hundred times slower than another way to the same product.
+    """
+    say(f"{dtype} products on {device.name}")
+    sizes = _SIZES[device.type]
+    found: list[tuple[_Rate, str, int]] = []
+    contenders: list[str] | None = None
+    for size in sizes:
+        flops = 2 * size**3
+        if contenders and len(contenders) * _FEWEST * flops / max(found)[0].value > share / 2:
+            break
+        candidates = [c for c in _product_candidates(device, dtype, size) if contenders is None or c[0] in contenders]
+        rates = _rates(device, candidates, flops, share / len(sizes))
+        found += [(rate, name, size) for name, rate in rates.items()]
+        fastest = max(rates.values()).value
+        contenders = [name for name, rate in rates.items() if rate.value > fastest / 2]
+    rate, implementation, size = max(found)
+    return rate._asdict() | {"unit": "FLOP/s", "shape": [size, size, size], "implementation": implementation}
+
+
+def _product_candidates(device: Device, dtype: str, size: int) -> Iterator[Candidate]:
+    """Ways to multiply x [size, size] by a weight [size, size] whose elements are `dtype`."""
+    import torch
+    from torch.nn.functional import linear
+
+    # Random data: zeros switch fewer transistors and run faster on a device that is bound by power.
+    x, weight = (torch.randn(size, size, device=device.torch).to(getattr(torch, dtype)) for _ in range(2))
+    yield "torch matmul", lambda: torch.matmul(x, weight)
+    yield "torch linear", lambda: linear(x, weight)
+    native = _native(device)
+    if native and dtype in ("bfloat16", "float32"):
+        packed, rows = native.pack(weight), x.float()
+        yield "zbench native linear", lambda: native.linear(rows, packed, size)
+
+
+def _native(device: Device) -> ModuleType | None:
+    """The native CPU kernels, where they can be built: what an engine may run, the roof has to include."""
+    if device.type != "cpu":
+        return None
+    native = importlib.import_module("zbench.kernels.cpu")
+    return native if native.available() else None
+
+
+def _rates(device: Device, candidates: Sequence[Candidate], work: float, seconds: float) -> dict[str, _Rate]:
+    """Rate by implementation; they share `seconds`."""
+    return {name: _rate(_times(device, call, seconds / len(candidates)), work) for name, call in candidates}
+
+
+def _times(device: Device, call: Callable[[], object], seconds: float) -> list[float]:
+    """Durations of repeated calls, s: as many as fit into `seconds`, within `_FEWEST` and `_MOST`."""
+    call()  # first calls load libraries, choose algorithms and touch pages
+    start = device.mark()
+    call()
+    end = device.mark()
+    device.synchronize()
+    repetitions = int(max(_FEWEST, min(_MOST, seconds / device.seconds(start, end))))
+    marks = [device.mark()]
+    for _ in range(repetitions):
+        call()
+        marks.append(device.mark())
+    device.synchronize()
+    return [device.seconds(a, b) for a, b in pairwise(marks)]
+
+
+def _rate(times: Sequence[float], work: float) -> _Rate:
+    fast, median, slow = statistics.quantiles(times, n=4, method="inclusive")
+    return _Rate(value=work / median, low=work / slow, high=work / fast, n=len(times))
+
+
+@functools.cache
+def _last_level_cache_bytes(device: Device) -> int | None:
+    """Bytes a buffer must dwarf; None where the system does not tell."""
+    if device.type == "cpu":
+        caches = cache_bytes()
+        return caches[max(caches)] if caches else None
+    import torch
+
+    properties = torch.cuda.get_device_properties(device.torch)
+    architecture = getattr(properties, "gcnArchName", "").split(":")[0]
+    return max(properties.L2_cache_size, _INFINITY_CACHE_BYTES.get(architecture, 0))
+
+
+def _buffer_bytes(device: Device, cache: int | None, free: int) -> int:
+    """Size of one of three buffers: at least 4x the cache (1 GiB where it is unknown), a multiple of 4 MiB.
+
+    Raises:
+        UserError: the three would take more than half of the free memory.
+    """
+    unit = 4 * 2**20  # whole rows of the matrix-vector product, whole repeats of the random block
+    least = -(-(2**30 if cache is None else 4 * cache) // unit) * unit
+    affordable = free // 6 // unit * unit
+    if affordable < least:
+        raise UserError(
+            f"measuring the roofs of {device} takes {6 * least / 2**30:.1f} GiB of free memory, there are "
+            f"{free / 2**30:.1f}; free some, or run without roofs"
+        )
+    return min(max(least, _SMALLEST_BUFFER_BYTES[device.type]), affordable)

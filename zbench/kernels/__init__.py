@@ -1,0 +1,1 @@
+"""Hand-written operators, each beside the torch reference that defines it."""

@@ -1,0 +1,537 @@
+// A whole decoder forward over Rows for CPUs: weights streamed once, one thread team, one call per forward.
+//
+// Every output is accumulated in float32 in an order that depends on neither the number of rows nor the number of
+// threads: projections sum over k in sequence, scores over the head size in sequence, values over keys in sequence
+// (an invisible key adds exactly zero). A token therefore gets bit-identical logits whether it is decoded alone or
+// verified among others, which is what makes "lossless" checkable to the bit, in bfloat16 too.
+//
+// Weights and keys are stored in panels of 16 outputs (keys) so that one cache line feeds 16 lanes without any
+// horizontal sum:   bfloat16 [N/16][K/2][16][2]   float32 [N/16][K][16]   keys [.., S/16, d, 16].
+// Written with the compiler's vector extensions; intrinsics only for what they cannot say: a fused multiply-add that
+// is fused everywhere alike (the build forbids the compiler to contract on its own), and AVX512-BF16's dot product.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+constexpr int P = 16;         // outputs (or keys) per panel
+constexpr int NV = P / VL;    // vectors per panel
+constexpr bool WIDE = VL == 16;
+#if defined(__AVX512BF16__)
+constexpr bool DOT = true;
+#else
+constexpr bool DOT = false;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint16_t vh __attribute__((vector_size(2 * VL)));
+typedef vf vf_mem __attribute__((aligned(4), may_alias));
+typedef vu vu_mem __attribute__((aligned(4), may_alias));
+typedef vh vh_mem __attribute__((aligned(2), may_alias));
+typedef uint16_t bf16;
+
+static inline vf load(const float* p) { return *(const vf_mem*)p; }
+static inline void store(float* p, vf v) { *(vf_mem*)p = v; }
+static inline vf splat(float x) { return x - vf{}; }
+#if defined(__AVX512F__)
+static inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX__) && defined(__FMA__)
+static inline vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+static inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
+static inline float widen(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline float widen(float x) { return x; }
+static inline bf16 narrow(float x) {
+    uint32_t u; memcpy(&u, &x, 4);
+    return (bf16)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline vf load_wide(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh_mem*)p, vu) << 16); }
+static inline vf load_wide(const float* p) { return load(p); }
+static inline void put(bf16* p, float x) { *p = narrow(x); }
+static inline void put(float* p, float x) { *p = x; }
+
+// exp on float32 lanes, relative error about 2e-7 (Cephes' minimax polynomial); inputs clamped to the finite range.
+static inline vf vexp(vf x) {
+    x = x < splat(-87.3f) ? splat(-87.3f) : x;
+    x = x > splat(88.3f) ? splat(88.3f) : x;
+    vf z = x * 1.44269504088896341f;
+    vi n = __builtin_convertvector(z + (z < vf{} ? splat(-0.5f) : splat(0.5f)), vi);
+    vf f = __builtin_convertvector(n, vf);
+    vf r = fma(f, splat(2.12194440e-4f), fma(f, splat(-0.693359375f), x));
+    vf y = fma(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
+    y = fma(y, r, splat(8.3334519073e-3f));
+    y = fma(y, r, splat(4.1665795894e-2f));
+    y = fma(y, r, splat(1.6666665459e-1f));
+    y = fma(y, r, splat(5.0000001201e-1f));
+    y = fma(y, r * r, r + 1.0f);
+    return (vf)((vi)y + (n << 23));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Projections. Activations are what the weight's type multiplies: bfloat16 weights take activations rounded to
+// bfloat16 (kept as float32 where there is no dot-product instruction), float32 weights take float32.
+
+template <class W> struct Act { typedef float type; };
+#if defined(__AVX512BF16__)
+template <> struct Act<bf16> { typedef bf16 type; };
+#endif
+template <class W> using act_t = typename Act<W>::type;
+
+static inline void put_act(bf16* p, float x, bf16) { *p = narrow(x); }
+static inline void put_act(float* p, float x, bf16) { *p = widen(narrow(x)); }
+static inline void put_act(float* p, float x, float) { *p = x; }
+
+// acc[m][n] = sum_k x[m][k] * w[k][n] for MR rows and NP neighbouring panels.
+template <int NP, int MR>
+INLINE void tile(const float* w, const float* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
+    for (int k = 0; k < K; k++) {
+        vf wv[NP * NV];
+        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
+            wv[p * NV + v] = load(w + ((int64_t)p * K + k) * P + v * VL);
+        UNROLL for (int m = 0; m < MR; m++) {
+            vf xv = splat(x[m * ldx + k]);
+            UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(wv[n], xv, acc[m][n]);
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+template <int NP, int MR>
+INLINE void tile(const bf16* w, const bf16* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
+    for (int k = 0; k < K; k += 2) {
+        __m512bh wv[NP];
+        UNROLL for (int p = 0; p < NP; p++) wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
+        UNROLL for (int m = 0; m < MR; m++) {
+            int32_t pair; memcpy(&pair, x + m * ldx + k, 4);
+            __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
+            UNROLL for (int n = 0; n < NP; n++) acc[m][n] = (vf)_mm512_dpbf16_ps((__m512)acc[m][n], wv[n], xv);
+        }
+    }
+}
+#else
+template <int NP, int MR>
+INLINE void tile(const bf16* w, const float* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
+    const vu upper = 0xffff0000u - vu{};
+    for (int k = 0; k < K; k += 2) {
+        vf half[NP * NV];
+        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
+            half[p * NV + v] = (vf)(*(const vu_mem*)(w + ((int64_t)p * K + k) * P + v * 2 * VL) << 16);
+        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(half[n], splat(x[m * ldx + k]), acc[m][n]);
+        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
+            half[p * NV + v] = (vf)(*(const vu_mem*)(w + ((int64_t)p * K + k) * P + v * 2 * VL) & upper);
+        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(half[n], splat(x[m * ldx + k + 1]), acc[m][n]);
+    }
+}
+#endif
+
+// Panels per tile for MR rows: as many accumulators as the register file holds (16 registers with AVX, 32 with AVX512).
+template <int MR> constexpr int panels() { return WIDE ? (MR == 1 ? 8 : 4) : MR == 1 ? 4 : MR == 2 ? 2 : 1; }
+constexpr int TALL = WIDE ? 6 : 5;
+
+// Hands `out` the finished rows m0..m0+MR of max(NP, STEP) panels.
+template <int NP, int MR, int STEP, class W, class Out>
+INLINE void emit(const W* w, const act_t<W>* x, int64_t ldx, int K, int m0, int panel, Out& out) {
+    constexpr int Q = NP > STEP ? NP : STEP;
+    vf done[MR][Q * NV];
+    for (int q = 0; q < Q; q += NP) {
+        vf acc[MR][NP * NV];
+        tile<NP, MR>(w + (int64_t)(panel + q) * K * P, x + m0 * ldx, ldx, K, acc);
+        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) done[m][q * NV + n] = acc[m][n];
+    }
+    UNROLL for (int m = 0; m < MR; m++) out.template panels<Q>(m0 + m, panel, done[m]);
+}
+
+// Panels [p0, p1) for rows m0..m0+MR.
+template <int MR, int STEP, class W, class Out>
+static inline void sweep(const W* w, const act_t<W>* x, int64_t ldx, int K, int m0, int p0, int p1, Out& out) {
+    constexpr int NP = panels<MR>(), Q = NP > STEP ? NP : STEP;
+    int p = p0;
+    for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(w, x, ldx, K, m0, p, out);
+    for (; p < p1; p += STEP) emit<1, MR, STEP>(w, x, ldx, K, m0, p, out);
+}
+
+// One thread's share of out(m, n) = x[M,K] . w[N,K]^T. STEP = 2 hands over (gate, up) panel pairs together.
+template <int STEP, class W, class Out>
+static void project(const W* w, const act_t<W>* x, int64_t ldx, int M, int N, int K, int thread, int threads, Out out) {
+    int groups = (N + P * STEP - 1) / (P * STEP);
+    int first = (int)((int64_t)groups * thread / threads) * STEP, last = (int)((int64_t)groups * (thread + 1) / threads) * STEP;
+    // Rows outermost only within a slice of panels that stays in the cache, so that weights leave memory once.
+    int slice = M <= TALL ? last - first : panels<TALL>() * STEP;
+    for (int p0 = first; p0 < last; p0 += slice) {
+        int p1 = p0 + slice < last ? p0 + slice : last;
+        for (int m = 0, left = M; left > 0;) {
+            int tiles = (left + TALL - 1) / TALL, rows = (left + tiles - 1) / tiles;  // 16 rows: 4+4+4+4, not 5+5+5+1
+            switch (rows) {
+                case 6: if constexpr (TALL >= 6) sweep<6, STEP>(w, x, ldx, K, m, p0, p1, out); break;
+                case 5: sweep<5, STEP>(w, x, ldx, K, m, p0, p1, out); break;
+                case 4: sweep<4, STEP>(w, x, ldx, K, m, p0, p1, out); break;
+                case 3: sweep<3, STEP>(w, x, ldx, K, m, p0, p1, out); break;
+                case 2: sweep<2, STEP>(w, x, ldx, K, m, p0, p1, out); break;
+                default: sweep<1, STEP>(w, x, ldx, K, m, p0, p1, out); break;
+            }
+            m += rows;
+            left -= rows;
+        }
+    }
+}
+
+static inline void put_lanes(float* row, int n, int N, vf v) {
+    if (n + VL <= N) store(row + n, v);
+    else for (int i = 0; n + i < N; i++) row[n + i] = v[i];
+}
+
+struct Assign {  // y = x W^T + b
+    float* y; int64_t ldy; int N; const float* bias;
+    template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
+        UNROLL for (int v = 0; v < NP * NV; v++) {
+            int n = panel * P + v * VL;
+            put_lanes(y + m * ldy, n, N, bias ? acc[v] + load(bias + n) : acc[v]);
+        }
+    }
+};
+
+struct Accumulate {  // y += x W^T + b   (N is a multiple of VL: the model's width)
+    float* y; int64_t ldy; const float* bias;
+    template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
+        UNROLL for (int v = 0; v < NP * NV; v++) {
+            int n = panel * P + v * VL;
+            float* out = y + m * ldy + n;
+            store(out, load(out) + (bias ? acc[v] + load(bias + n) : acc[v]));
+        }
+    }
+};
+
+template <class W> struct Gate {  // a = silu(gate) * up; panels alternate gate, up
+    act_t<W>* a; int64_t lda; const float* bias;
+    template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
+        for (int p = 0; p < NP; p += 2) for (int v = 0; v < NV; v++) {
+            vf g = acc[p * NV + v], u = acc[(p + 1) * NV + v];
+            int n = (panel + p) / 2 * P + v * VL;
+            if (bias) { g += load(bias + (panel + p) * P + v * VL); u += load(bias + (panel + p + 1) * P + v * VL); }
+            vf y = g / (1.0f + vexp(-g)) * u;
+            for (int i = 0; i < VL; i++) put_act(a + m * lda + n + i, y[i], W{});
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// The model, as the caller lays it out (mirrored field by field in cpu.py).
+
+extern "C" {
+struct zb_layer {
+    const void *qkv, *out, *gate_up, *down;                        // packed weights
+    const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias;   // or null
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm;      // last two or null
+    int64_t window;                                                // 0: attend to all
+};
+struct zb_model {
+    int64_t layers, width, ffn, heads, kv_heads, head_dim, vocab, bf16_weights;
+    double eps;
+    const zb_layer* layer;
+    const void *embedding, *head;  // embedding [V, D] plain; head packed
+    const float *norm, *inv_freq;
+};
+struct zb_batch {
+    int64_t batch, rows, capacity, wanted, captures, threads;
+    const int64_t *ids, *positions, *lengths;   // [B,R] [B,R] [B]
+    const uint8_t* visible;                     // [B,R,R]
+    void *keys, *values;                        // [L,B,kv,S/16,d,16] and [L,B,kv,S,d]
+    const int64_t *logit_rows, *capture_layers; // flat row indices; hidden-state indices, ascending
+    float *logits, *captured;                   // [wanted,V], [captures,B*R,D]
+    void* workspace;
+    int64_t workspace_bytes;
+};
+}
+
+struct Workspace {
+    char* at; int64_t left; bool ok = true;
+    template <class T> T* take(int64_t n) {
+        int64_t bytes = (n * (int64_t)sizeof(T) + 63) / 64 * 64;
+        if (bytes > left) { ok = false; return nullptr; }
+        T* p = (T*)at; at += bytes; left -= bytes; return p;
+    }
+};
+
+static float mean_square(const float* x, int n) {
+    vf s = {};
+    int i = 0;
+    for (; i + VL <= n; i += VL) { vf v = load(x + i); s = fma(v, v, s); }
+    float t = 0;
+    for (int l = 0; l < VL; l++) t += s[l];
+    for (; i < n; i++) t += x[i] * x[i];
+    return t / n;
+}
+
+template <class W>
+static void normalise(const float* x, const float* weight, float eps, int n, act_t<W>* y) {
+    float scale = 1.0f / sqrtf(mean_square(x, n) + eps);
+    for (int i = 0; i < n; i++) put_act(y + i, x[i] * scale * weight[i], W{});
+}
+
+static void rotate(float* x, const float* cosine, const float* sine, int d, const float* norm, float eps) {
+    if (norm) {
+        float scale = 1.0f / sqrtf(mean_square(x, d) + eps);
+        for (int i = 0; i < d; i++) x[i] = x[i] * scale * norm[i];
+    }
+    int h = d / 2;
+    for (int i = 0; i < h; i++) {
+        float a = x[i], b = x[i + h];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + h] = b * cosine[i] + a * sine[i];
+    }
+}
+
+// Attention of M query vectors that share one KV head and one cache: scores by key panels, then values by key.
+template <int M, class W>
+static void attend(const float* const* q, const uint8_t* const* seen, const int64_t* oldest, const int64_t* positions,
+                   int64_t prefix, int rows, const W* keys, const W* values, int d, float scale, float* scores, int64_t ld, float* const* out) {
+    // A committed key's slot is its position; `oldest` is the first position inside the sliding window.
+    int64_t total = prefix + rows, start = prefix;
+    for (int m = 0; m < M; m++) if (oldest[m] < start) start = oldest[m];
+    start = start < 0 ? 0 : start / P * P;
+    float top[M];
+    for (int m = 0; m < M; m++) top[m] = -INFINITY;
+    for (int64_t j = start; j < total; j += P) {
+        vf acc[M][NV];
+        for (int m = 0; m < M; m++) for (int v = 0; v < NV; v++) acc[m][v] = vf{};
+        const W* k = keys + j * d;
+        for (int i = 0; i < d; i++) for (int v = 0; v < NV; v++) {
+            vf kv = load_wide(k + i * P + v * VL);
+            for (int m = 0; m < M; m++) acc[m][v] = fma(kv, splat(q[m][i]), acc[m][v]);
+        }
+        for (int m = 0; m < M; m++) {
+            float* s = scores + m * ld + (j - start);
+            for (int v = 0; v < NV; v++) store(s + v * VL, acc[m][v] * scale);
+            for (int p = 0; p < P; p++) {
+                int64_t t = j + p;
+                bool hidden = t < prefix ? t < oldest[m]
+                              : t >= total || !seen[m][t - prefix] || positions[t - prefix] < oldest[m];
+                if (hidden) s[p] = -INFINITY;
+                else if (s[p] > top[m]) top[m] = s[p];
+            }
+        }
+    }
+    int64_t span = (total - start + P - 1) / P * P;
+    for (int m = 0; m < M; m++) {
+        float* s = scores + m * ld;
+        float sum = 0;
+        for (int64_t j = 0; j < span; j += VL) {
+            vf x = load(s + j);
+            vf e = vexp(x - top[m]);
+            e = x == splat(-INFINITY) ? vf{} : e;
+            store(s + j, e);
+        }
+        for (int64_t j = 0; j < span; j++) sum += s[j];
+        top[m] = 1.0f / sum;
+    }
+    constexpr int CH = M == 1 ? 8 : 2;  // vectors of the head size held at once
+    for (int c = 0; c < d; c += CH * VL) {
+        int nv = (d - c) / VL < CH ? (d - c) / VL : CH;
+        vf acc[M][CH];
+        for (int m = 0; m < M; m++) for (int v = 0; v < CH; v++) acc[m][v] = vf{};
+        if (nv == CH) {
+            for (int64_t t = start; t < total; t++) for (int v = 0; v < CH; v++) {
+                vf x = load_wide(values + t * d + c + v * VL);
+                for (int m = 0; m < M; m++) acc[m][v] = fma(x, splat(scores[m * ld + t - start]), acc[m][v]);
+            }
+        } else {
+            for (int64_t t = start; t < total; t++) for (int v = 0; v < nv; v++) {
+                vf x = load_wide(values + t * d + c + v * VL);
+                for (int m = 0; m < M; m++) acc[m][v] = fma(x, splat(scores[m * ld + t - start]), acc[m][v]);
+            }
+        }
+        for (int m = 0; m < M; m++) for (int v = 0; v < nv; v++) store(out[m] + c + v * VL, acc[m][v] * top[m]);
+    }
+}
+
+template <class W>
+static int forward(const zb_model& model, const zb_batch& batch) {
+    const int D = (int)model.width, F = (int)model.ffn, H = (int)model.heads, G = (int)model.kv_heads, d = (int)model.head_dim;
+    const int B = (int)batch.batch, R = (int)batch.rows, M = B * R, QKV = (H + 2 * G) * d, group = H / G;
+    const int64_t S = batch.capacity, ld = (S + P - 1) / P * P + P;
+    const int threads = (int)batch.threads;
+    const float eps = (float)model.eps, scale = 1.0f / sqrtf((float)d);
+    typedef act_t<W> A;
+
+    Workspace space{(char*)batch.workspace, batch.workspace_bytes};
+    float* residual = space.take<float>((int64_t)M * D);
+    float* qkv = space.take<float>((int64_t)M * QKV);
+    float* mixed = space.take<float>((int64_t)M * H * d);
+    A* act = space.take<A>((int64_t)M * (D > H * d ? D : H * d));
+    A* hidden = space.take<A>((int64_t)M * F);
+    float* cosine = space.take<float>((int64_t)M * d / 2);
+    float* sine = space.take<float>((int64_t)M * d / 2);
+    float* scores = space.take<float>((int64_t)threads * 4 * ld);
+    if (!space.ok) return 1;
+    const int wanted = (int)batch.wanted;
+    // Enough attention tasks for every thread first, then as many query vectors per key load as registers hold.
+    const int per_task = (int64_t)B * G * R * group >= 32 * threads ? 4 : 1;
+    const int tasks_per_head = (R * group + per_task - 1) / per_task;
+
+#pragma omp parallel num_threads(threads)
+    {
+        const int t = omp_get_thread_num(), n = omp_get_num_threads();
+        const int m0 = (int)((int64_t)M * t / n), m1 = (int)((int64_t)M * (t + 1) / n);
+        int capture = 0;
+        for (int m = m0; m < m1; m++) {
+            const W* row = (const W*)model.embedding + batch.ids[m] * D;
+            for (int i = 0; i < D; i++) residual[(int64_t)m * D + i] = widen(row[i]);
+            for (int i = 0; i < d / 2; i++) {
+                float angle = (float)batch.positions[m] * model.inv_freq[i];
+                cosine[(int64_t)m * (d / 2) + i] = cosf(angle);
+                sine[(int64_t)m * (d / 2) + i] = sinf(angle);
+            }
+        }
+        for (int l = 0; l <= model.layers; l++) {
+            // Rows m0..m1 of the residual are complete here: the barrier below the down projection saw to that.
+            while (capture < batch.captures && batch.capture_layers[capture] == l) {
+                memcpy(batch.captured + ((int64_t)capture * M + m0) * D, residual + (int64_t)m0 * D, (int64_t)(m1 - m0) * D * 4);
+                capture++;
+            }
+            if (l == model.layers) break;
+            const zb_layer& layer = model.layer[l];
+            W* keys = (W*)batch.keys + (int64_t)l * B * G * S * d;
+            W* values = (W*)batch.values + (int64_t)l * B * G * S * d;
+
+            for (int m = m0; m < m1; m++) normalise<W>(residual + (int64_t)m * D, layer.attention_norm, eps, D, act + (int64_t)m * D);
+#pragma omp barrier
+            project<1>((const W*)layer.qkv, act, D, M, QKV, D, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
+#pragma omp barrier
+            for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
+                int m = (int)(i / (H + G)), h = (int)(i % (H + G));
+                float* x = qkv + (int64_t)m * QKV + (int64_t)h * d;
+                rotate(x, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2), d, h < H ? layer.q_norm : layer.k_norm, eps);
+                if (h < H) continue;
+                int b = m / R;
+                int64_t slot = batch.lengths[b] + m % R, head = (int64_t)b * G + h - H;
+                W* k = keys + head * S * d + slot / P * P * d + slot % P;
+                for (int e = 0; e < d; e++) put(k + e * P, x[e]);
+                W* v = values + (head * S + slot) * d;
+                for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
+            }
+#pragma omp barrier
+            for (int64_t task = (int64_t)B * G * tasks_per_head * t / n; task < (int64_t)B * G * tasks_per_head * (t + 1) / n; task++) {
+                int head = (int)(task / tasks_per_head), first = (int)(task % tasks_per_head) * per_task;
+                int b = head / G, g = head % G;
+                int64_t prefix = batch.lengths[b];
+                int count = R * group - first < per_task ? R * group - first : per_task;
+                const float* q[4]; const uint8_t* seen[4]; float* out[4]; int64_t oldest[4];
+                for (int c = 0; c < count; c++) {
+                    int r = (first + c) / group, h = g * group + (first + c) % group;
+                    int64_t m = (int64_t)b * R + r;
+                    q[c] = qkv + m * QKV + (int64_t)h * d;
+                    seen[c] = batch.visible + m * R;
+                    out[c] = mixed + m * H * d + (int64_t)h * d;
+                    oldest[c] = layer.window ? batch.positions[m] - layer.window + 1 : 0;
+                }
+                const W* k = keys + (int64_t)head * S * d;
+                const W* v = values + (int64_t)head * S * d;
+                const int64_t* positions = batch.positions + (int64_t)b * R;
+                float* s = scores + (int64_t)t * 4 * ld;
+                if (count == 4) attend<4>(q, seen, oldest, positions, prefix, R, k, v, d, scale, s, ld, out);
+                else for (int c = 0; c < count; c++)
+                    attend<1>(q + c, seen + c, oldest + c, positions, prefix, R, k, v, d, scale, s, ld, out + c);
+                for (int c = 0; c < count; c++) {
+                    A* a = act + (out[c] - mixed);
+                    for (int e = 0; e < d; e++) put_act(a + e, out[c][e], W{});
+                }
+            }
+#pragma omp barrier
+            project<1>((const W*)layer.out, act, (int64_t)H * d, M, D, H * d, t, n, Accumulate{residual, D, layer.out_bias});
+#pragma omp barrier
+            for (int m = m0; m < m1; m++) normalise<W>(residual + (int64_t)m * D, layer.mlp_norm, eps, D, act + (int64_t)m * D);
+#pragma omp barrier
+            project<2>((const W*)layer.gate_up, act, D, M, 2 * F, D, t, n, Gate<W>{hidden, F, layer.gate_up_bias});
+#pragma omp barrier
+            project<1>((const W*)layer.down, hidden, F, M, D, F, t, n, Accumulate{residual, D, layer.down_bias});
+#pragma omp barrier
+        }
+        // Only the rows that ask for logits pass the final norm and the head.
+        for (int w = (int)((int64_t)wanted * t / n); w < (int)((int64_t)wanted * (t + 1) / n); w++)
+            normalise<W>(residual + batch.logit_rows[w] * D, model.norm, eps, D, act + (int64_t)w * D);
+#pragma omp barrier
+        if (wanted)
+            project<1>((const W*)model.head, act, D, wanted, (int)model.vocab, D, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, nullptr});
+    }
+    return 0;
+}
+
+extern "C" {
+// Returns 0, or 1 when the workspace is too small.
+int zb_forward(const zb_model* model, const zb_batch* batch) {
+    return model->bf16_weights ? forward<bf16>(*model, *batch) : forward<float>(*model, *batch);
+}
+
+// y[M,N] = x[M,K] . w[N,K]^T with w packed; x float32 [M,K]. scratch holds M*K floats.
+void zb_linear(const void* w, int64_t is_bf16, const float* x, float* scratch, float* y, int64_t M, int64_t N, int64_t K, int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
+    {
+        int t = omp_get_thread_num(), n = omp_get_num_threads();
+        Assign out{y, N, (int)N, nullptr};
+        if (is_bf16) {
+            auto* a = (act_t<bf16>*)scratch;
+            for (int64_t i = M * K * t / n; i < M * K * (t + 1) / n; i++) put_act(a + i, x[i], bf16{});
+#pragma omp barrier
+            project<1>((const bf16*)w, a, K, (int)M, (int)N, (int)K, t, n, out);
+        } else {
+            project<1>((const float*)w, x, K, (int)M, (int)N, (int)K, t, n, out);
+        }
+    }
+}
+
+// Moves cached rows so that the kept ones directly follow the committed prefix: slots[b][i] -> lengths[b] + i.
+// slots are absolute, ascending per sequence, -1 ends the list; element is 2 or 4 bytes.
+void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, int64_t G, int64_t S, int64_t d,
+               const int64_t* lengths, const int64_t* slots, int64_t most) {
+    for (int64_t l = 0; l < L; l++) for (int64_t b = 0; b < B; b++) for (int64_t g = 0; g < G; g++) {
+        char* k = (char*)keys + ((l * B + b) * G + g) * S * d * element;
+        char* v = (char*)values + ((l * B + b) * G + g) * S * d * element;
+        for (int64_t i = 0; i < most; i++) {
+            int64_t from = slots[b * most + i], to = lengths[b] + i;
+            if (from < 0) break;
+            if (from == to) continue;
+            for (int64_t e = 0; e < d; e++)
+                memcpy(k + (to / P * P * d + e * P + to % P) * element, k + (from / P * P * d + e * P + from % P) * element, element);
+            memcpy(v + to * d * element, v + from * d * element, d * element);
+        }
+    }
+}
+
+// Streams `count` floats once with every thread and returns their sum: the read-bandwidth roof.
+float zb_read_sum(const float* x, int64_t count, int64_t threads) {
+    float total = 0;
+#pragma omp parallel num_threads((int)threads) reduction(+ : total)
+    {
+        int t = omp_get_thread_num(), n = omp_get_num_threads();
+        int64_t a = count / (8 * VL) * t / n * (8 * VL), b = count / (8 * VL) * (t + 1) / n * (8 * VL);
+        vf s[8] = {};
+        for (int64_t i = a; i < b; i += 8 * VL)
+            for (int v = 0; v < 8; v++) s[v] += load(x + i + v * VL);
+        for (int v = 0; v < 8; v++) for (int l = 0; l < VL; l++) total += s[v][l];
+    }
+    return total;
+}
+
+const char* zb_instruction_set() { return DOT ? "avx512-bf16" : WIDE ? "avx512" : VL == 8 ? "avx2" : "generic"; }
+}

@@ -1,0 +1,319 @@
+"""The native CPU decoder (`cpu.cpp`): compiled once with the system's C++ compiler, called through ctypes.
+
+Why native: at one row a 135M model is bound by memory bandwidth only if the ~300 operators of a forward cost
+nothing in between; eager torch spends more time between the projections than in them. `available()` says whether
+the library could be built here; every caller has a plain torch path for when it could not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from zbench.cache import cache_dir
+
+PANEL = 16
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-fopenmp")
+
+
+class NativeUnavailable(Exception):
+    """The native library cannot be used here; the message says why."""
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "gate_up_bias", "down_bias")),
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        ("window", ctypes.c_int64),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("layers", "width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "bf16_weights")
+        ),
+        ("eps", ctypes.c_double),
+        ("layer", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("embedding", "head", "norm", "inv_freq")),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "rows", "capacity", "wanted", "captures", "threads")),
+        *((name, ctypes.c_void_p) for name in ("ids", "positions", "lengths", "visible", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("logit_rows", "capture_layers", "logits", "captured", "workspace")),
+        ("workspace_bytes", ctypes.c_int64),
+    ]
+
+
+def available() -> bool:
+    return unavailable_reason() is None
+
+
+def unavailable_reason() -> str | None:
+    """None when the library works here, else one line that says why not."""
+    try:
+        _library()
+    except NativeUnavailable as error:
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set the library was compiled for: avx512-bf16, avx512, avx2 or generic."""
+    return _library().zb_instruction_set().decode()
+
+
+@functools.lru_cache(maxsize=1)
+def _outcome() -> ctypes.CDLL | NativeUnavailable:
+    try:
+        library = ctypes.CDLL(str(_build()))
+        library.zb_forward.restype = ctypes.c_int
+        library.zb_linear.restype = None
+        library.zb_commit.restype = None
+        library.zb_read_sum.restype = ctypes.c_float
+        library.zb_instruction_set.restype = ctypes.c_char_p
+        _check(library)
+        return library
+    except (NativeUnavailable, OSError) as error:
+        return NativeUnavailable(str(error))
+
+
+def _library() -> ctypes.CDLL:
+    outcome = _outcome()
+    if isinstance(outcome, NativeUnavailable):
+        raise outcome
+    return outcome
+
+
+def _build() -> Path:
+    if os.environ.get("ZBENCH_NATIVE") == "0":
+        raise NativeUnavailable("switched off by ZBENCH_NATIVE=0")
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "c++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        raise NativeUnavailable("no C++ compiler found (install g++, or set CXX)")
+    # One OpenMP runtime in the process: torch's own, so that its threads and ours are the same team.
+    bundled = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
+    link = [str(bundled), f"-Wl,-rpath,{bundled.parent}"] if bundled else []
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = "\0".join([_SOURCE.read_text(), version, *_FLAGS, *link, platform.machine(), _cpu_flags()])
+    target = cache_dir() / "native" / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            command = [compiler, *_FLAGS, str(_SOURCE), *link, "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                first = next(iter(done.stderr.strip().splitlines()), "no message")
+                raise NativeUnavailable(f"{compiler} failed: {first}")
+            built.replace(target)
+    return target
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _check(library: ctypes.CDLL) -> None:
+    """A kernel that disagrees with its definition is never used: compare projections with float64."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(80, 64, generator=generator)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):
+        for rows in (1, 2, 5, 7, 13):
+            x = torch.randn(rows, 64, generator=generator).to(dtype)
+            got = _linear(library, x.float(), pack(weight.to(dtype)), 80)
+            want = x.double() @ weight.to(dtype).double().T
+            error = (got.double() - want).norm() / want.norm()
+            if not error < tolerance:
+                raise NativeUnavailable(f"self-check failed: {dtype} projection of {rows} rows is off by {error:.1e}")
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Weight [N, K] -> panels of 16 outputs, N padded with zeros: bf16 [N/16, K/2, 16, 2], float32 [N/16, K, 16]."""
+    n, k = weight.shape
+    padded = -n % PANEL
+    if padded:
+        weight = torch.cat([weight, weight.new_zeros(padded, k)])
+    panels = weight.view(-1, PANEL, k)
+    if weight.dtype == torch.bfloat16:
+        return panels.view(-1, PANEL, k // 2, 2).transpose(1, 2).contiguous()
+    return panels.transpose(1, 2).contiguous()
+
+
+def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """Two weights [F, K] -> packed panels that alternate gate, up, so that one tile holds both."""
+    packed_gate, packed_up = pack(gate), pack(up)
+    return torch.stack([packed_gate, packed_up], 1).flatten(0, 1).contiguous()
+
+
+def linear(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    """x [M, K] float32 times a packed weight -> [M, outputs] float32, on the threads torch uses."""
+    return _linear(_library(), x, packed, outputs)
+
+
+def _linear(library: ctypes.CDLL, x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    m, k = x.shape
+    x = x.contiguous()
+    y, scratch = torch.empty(m, outputs), torch.empty(m * k)
+    library.zb_linear(
+        ctypes.c_void_p(packed.data_ptr()),
+        ctypes.c_int64(packed.dtype == torch.bfloat16),
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(scratch.data_ptr()),
+        ctypes.c_void_p(y.data_ptr()),
+        *(ctypes.c_int64(v) for v in (m, outputs, k, torch.get_num_threads())),
+    )
+    return y
+
+
+def read_sum(x: Tensor) -> float:
+    """Streams a float32 tensor once with every thread; the sum keeps the loads alive."""
+    return _library().zb_read_sum(
+        ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), ctypes.c_int64(torch.get_num_threads())
+    )
+
+
+class Decoder:
+    """Packed weights of one model and the forward over them. Tensors in Hugging Face layout, on the CPU."""
+
+    def __init__(self, config, weights, inv_freq: Tensor, dtype: torch.dtype) -> None:
+        """`config` is a ModelConfig, `weights` a `transformer.Weights`. Raises NativeUnavailable."""
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise NativeUnavailable(f"{dtype} is not supported by the native CPU decoder")
+        if config.head_dim % PANEL or config.width % PANEL or config.ffn % PANEL:
+            raise NativeUnavailable("width, ffn and head_dim must be multiples of 16 for the native CPU decoder")
+        self._library = _library()
+        self.config, self.dtype = config, dtype
+        self._keep: list[Tensor] = []
+        layers = (_Layer * config.layers)()
+        for index, (layer, source) in enumerate(zip(layers, weights.layers, strict=True)):
+            layer.qkv = self._hold(pack(source.qkv))
+            layer.out = self._hold(pack(source.out))
+            gate, up = source.gate_up.chunk(2)
+            layer.gate_up = self._hold(pack_gate_up(gate, up))
+            layer.down = self._hold(pack(source.down))
+            layer.qkv_bias = self._float(source.qkv_bias)
+            layer.out_bias = self._float(source.out_bias)
+            layer.down_bias = self._float(source.down_bias)
+            if source.gate_up_bias is not None:
+                pair = source.gate_up_bias.view(2, -1, PANEL).transpose(0, 1).reshape(-1)
+                layer.gate_up_bias = self._float(pair)
+            layer.attention_norm = self._float(source.attention_norm)
+            layer.mlp_norm = self._float(source.mlp_norm)
+            layer.q_norm, layer.k_norm = self._float(source.q_norm), self._float(source.k_norm)
+            layer.window = (config.windows[index] if config.windows else None) or 0
+        self._layers = layers
+        self._model = _Model(
+            config.layers,
+            config.width,
+            config.ffn,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            config.vocab,
+            dtype == torch.bfloat16,
+            config.rms_eps,
+            layers,
+            self._hold(weights.embedding),
+            self._hold(pack(weights.head)),
+            self._float(weights.norm),
+            self._float(inv_freq),
+        )
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def _hold(self, tensor: Tensor) -> int:
+        self._keep.append(tensor.contiguous())
+        return self._keep[-1].data_ptr()
+
+    def _float(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._hold(tensor.float())
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        capacity: int,
+        logit_rows: Tensor,
+        capture: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """ids, positions [B, R] int64; visible [B, R, R] bool; logit_rows [n] flat row indices.
+
+        Returns float32 logits [n, V] and captured hidden states [len(capture), B, R, D].
+        """
+        batch, rows = ids.shape
+        logits = torch.empty(logit_rows.numel(), self.config.vocab)
+        captured = torch.empty(len(capture), batch, rows, self.config.width)
+        layers = torch.tensor(capture, dtype=torch.int64)
+        threads = torch.get_num_threads()
+        self._reserve(batch * rows, capacity, threads)
+        arguments = _Batch(
+            batch,
+            rows,
+            capacity,
+            logit_rows.numel(),
+            len(capture),
+            threads,
+            *(t.data_ptr() for t in (ids, positions, lengths, visible, keys, values)),
+            *(t.data_ptr() for t in (logit_rows, layers, logits, captured, self._workspace)),
+            self._workspace.numel(),
+        )
+        if self._library.zb_forward(ctypes.byref(self._model), ctypes.byref(arguments)):
+            raise RuntimeError("native forward: workspace too small")
+        return logits, captured
+
+    def _reserve(self, rows: int, capacity: int, threads: int) -> None:
+        c = self.config
+        qkv, mixed = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
+        floats = rows * (c.width + qkv + mixed + max(c.width, mixed) + c.ffn + c.head_dim)
+        needed = 4 * (floats + threads * 4 * (capacity + 2 * PANEL)) + 1024
+        if self._workspace.numel() < needed:
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
+
+
+def commit(keys: Tensor, values: Tensor, capacity: int, lengths: Tensor, slots: Tensor) -> None:
+    """Move cached rows: slots [B, K] absolute, ascending, -1 padded -> directly after each sequence's prefix."""
+    layers, batch, heads, _, dim = values.shape
+    numbers = (values.element_size(), layers, batch, heads, capacity, dim)
+    _library().zb_commit(
+        ctypes.c_void_p(keys.data_ptr()),
+        ctypes.c_void_p(values.data_ptr()),
+        *(ctypes.c_int64(n) for n in numbers),
+        ctypes.c_void_p(lengths.data_ptr()),
+        ctypes.c_void_p(slots.data_ptr()),
+        ctypes.c_int64(slots.shape[1]),
+    )
+
+
+if __name__ == "__main__":
+    print(unavailable_reason() or instruction_set(), file=sys.stdout)

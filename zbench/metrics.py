@@ -1,0 +1,678 @@
+"""What every number means: one function per metric, over the records of one cell.
+
+A metric is a function from a `Cell` to an `Estimate`, or to one estimate per part (a phase, a kind of forward).
+It raises `Unavailable` where the records cannot tell; such a metric is reported with the reason, never as zero.
+Definitions travel with the results, so that figures of two definitions are never compared.
+
+Decode means every step but step 0, the prefill. Where sequences of a batch end at different times, a forward counts
+once for each sequence that was still live, so that autoregressive decoding has one token per forward exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from zbench import stats
+from zbench.errors import UserError
+from zbench.records import CellRecord, ForwardRecord, Manifest, TrialRecord
+from zbench.stats import Estimate, unavailable
+
+DEFINITIONS_VERSION = 1  # bump it when a metric's function changes what it computes
+ROOF_TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
+WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
+OVERHEAD = 2.0  # measured over floor, beyond which neither memory nor arithmetic is what limits
+
+PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", "accept", "commit", "host gap")
+UNSEEN = "the forwards of a foreign engine are not seen"
+
+Better = Literal["higher", "lower", "none"]
+Result = Estimate | dict[str, Estimate]
+F = TypeVar("F", bound="Callable[[Cell], Result]")
+
+
+class Unavailable(Exception):
+    """The records of this cell cannot give the metric. The message completes "unavailable: "."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read: one row per request, step and forward of every successful trial, keyed by its trial."""
+
+    path: Path
+    manifest: Manifest
+    trials: tuple[TrialRecord, ...]
+    requests: pd.DataFrame
+    steps: pd.DataFrame
+    forwards: pd.DataFrame
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The planned cells with their records, baselines attached, in the manifest's order."""
+        bare = {record.id: self._cell(record) for record in self.manifest.cells}
+        return tuple(replace(cell, baseline=_baseline_of(cell, bare.values())) for cell in bare.values())
+
+    def _cell(self, record: CellRecord) -> Cell:
+        mine = [trial for trial in self.trials if trial.cell == record.id]
+        return Cell(
+            record=record,
+            trials=tuple(trial for trial in mine if trial.status == "ok"),
+            failed=tuple(trial for trial in mine if trial.status == "error"),
+            requests=self.requests[self.requests["cell"] == record.id],
+            steps=self.steps[self.steps["cell"] == record.id],
+            forwards=self.forwards[self.forwards["cell"] == record.id],
+            roofs=self.manifest.roofs,
+            specs=self.manifest.specs,
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell's records: all that a metric may look at."""
+
+    record: CellRecord
+    trials: tuple[TrialRecord, ...]
+    failed: tuple[TrialRecord, ...]
+    requests: pd.DataFrame
+    steps: pd.DataFrame
+    forwards: pd.DataFrame
+    roofs: dict[str, Any] | None
+    specs: dict[str, Any] | None
+    baseline: Cell | None = None
+
+    @property
+    def decoded(self) -> pd.DataFrame:
+        """Requests with a decode phase: two tokens or more."""
+        requests = self.requests[self.requests["tokens"] > 1]
+        if requests.empty:
+            raise Unavailable("no request emitted a second token")
+        return requests
+
+    @property
+    def decode_steps(self) -> pd.DataFrame:
+        if self.steps.empty:
+            raise Unavailable("the engine does not report its steps")
+        return self.steps[self.steps["step"] > 0]
+
+    @property
+    def seen_forwards(self) -> pd.DataFrame:
+        if self.forwards.empty:
+            raise Unavailable(UNSEEN)
+        return self.forwards
+
+    @property
+    def decode_forwards(self) -> pd.DataFrame:
+        forwards = self.seen_forwards
+        return forwards[forwards["step"] > 0]
+
+    @property
+    def pairs(self) -> pd.DataFrame:
+        """Requests joined by prompt and repeat with the baseline's at this point, whose columns end in `_baseline`."""
+        if self.record.baseline:
+            raise Unavailable("this is the baseline")
+        if self.baseline is None:
+            raise Unavailable("no baseline was run at this point of the matrix")
+        pairs = self.requests.merge(self.baseline.requests, on=["prompt_id", "repeat"], suffixes=("", "_baseline"))
+        if pairs.empty:
+            raise Unavailable("no prompt succeeded both here and in the baseline")
+        return pairs
+
+    @property
+    def timed_pairs(self) -> pd.DataFrame:
+        pairs = self.pairs
+        pairs = pairs[(pairs["tokens"] > 1) & (pairs["tokens_baseline"] > 1)]
+        if pairs.empty:
+            raise Unavailable("no pair of requests emitted a second token")
+        return pairs
+
+    def roof(self, kind: Literal["bandwidth", "flops"]) -> float:
+        """The measured read bandwidth in B/s, or the measured rate of this cell's dtype in FLOP/s."""
+        if self.roofs is None:
+            raise Unavailable("the roofs of this device were not measured")
+        key = "read" if kind == "bandwidth" else self.record.dtype
+        if (roof := self.roofs.get(kind, {}).get(key)) is None:
+            raise Unavailable(f"no {key} roof was measured on this device")
+        return float(roof["value"])
+
+    def spec(self, kind: Literal["bandwidth", "flops"]) -> float:
+        """The dense spec-sheet peak, in B/s or in FLOP/s for this cell's dtype."""
+        if self.specs is None:
+            raise Unavailable("no spec sheet is known for this device")
+        peak = self.specs.get("bandwidth") if kind == "bandwidth" else self.specs["flops"].get(self.record.dtype)
+        if peak is None:
+            raise Unavailable(f"the spec sheet of {self.specs['name']} has no {self.record.dtype} peak")
+        return float(peak)
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    name: str
+    unit: str
+    formula: str
+    better: Better
+    function: Callable[[Cell], Result]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRow:
+    """One number of the results, with everything needed to judge it."""
+
+    cell: str
+    metric: str
+    part: str  # the phase or the kind of forward; "" for the whole cell
+    value: float | str | None
+    low: float | None
+    high: float | None
+    n: int
+    unit: str
+    better: Better
+    estimator: str
+    formula: str
+    note: str
+    status: stats.Status
+
+
+METRICS: dict[str, Definition] = {}
+
+
+def metric(name: str, unit: str, formula: str, better: Better) -> Callable[[F], F]:
+    """Register a metric. `formula` is its definition as the reports print it."""
+
+    def register(function: F) -> F:
+        METRICS[name] = Definition(name, unit, formula, better, function)
+        return function
+
+    return register
+
+
+def definitions_hash() -> str:
+    """16 hexadecimal digits, equal only for results that mean the same."""
+    said = [(d.name, d.unit, d.formula, d.better) for d in METRICS.values()]
+    return hashlib.sha256(json.dumps([DEFINITIONS_VERSION, said]).encode()).hexdigest()[:16]
+
+
+def load_run(path: Path) -> Run:
+    """Read a run folder.
+
+    A torn last line (a crash while writing) is left out with a warning. Of several trials with one key the last
+    successful one counts. Raises UserError when the folder is not a run or its files are damaged.
+    """
+    manifest = _load_manifest(path / "run.json")
+    trials, warnings = _load_trials(path / "trials.jsonl")
+    if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
+        warnings.append(f"trials.jsonl has trials of cells that run.json does not plan: {', '.join(strangers)}")
+    good = [trial for trial in trials if trial.status == "ok"]
+    return Run(
+        path=path,
+        manifest=manifest,
+        trials=tuple(trials),
+        requests=_frame(_REQUEST_COLUMNS, (row for trial in good for row in _request_rows(trial))),
+        steps=_frame(_STEP_COLUMNS, (row for trial in good for row in _step_rows(trial))),
+        forwards=_frame(_FORWARD_COLUMNS, (row for trial in good for row in _forward_rows(trial))),
+        warnings=tuple(warnings),
+    )
+
+
+def summarise(run: Run) -> list[MetricRow]:
+    """Every metric of every cell, in the order of the manifest and of the definitions."""
+    return [
+        MetricRow(
+            cell=cell.record.id,
+            metric=definition.name,
+            part=part,
+            **asdict(estimate),
+            unit=definition.unit,
+            better=definition.better,
+            formula=definition.formula,
+        )
+        for cell in run.cells
+        for definition in METRICS.values()
+        for part, estimate in _evaluate(definition, cell).items()
+    ]
+
+
+@metric("failed_trials", "trials", "trials that ended in an error; all other metrics leave them out", "lower")
+def failed_trials(cell: Cell) -> Estimate:
+    estimate = Estimate(float(len(cell.failed)), n=len(cell.trials) + len(cell.failed), estimator="count")
+    if not cell.failed:
+        return estimate
+    first = (cell.failed[0].error or "no message").strip().splitlines()[0]
+    return replace(estimate, note=f"first error: {first}", status="error")
+
+
+@metric("ttft", "s", "first committed token - submit, prefill included; mean of requests", "lower")
+def ttft(cell: Cell) -> Estimate:
+    return stats.mean(cell.requests["ttft"], cell.requests["group"])
+
+
+@metric("tpot", "s/token", "sum(end - first token) / sum(tokens - 1) over requests with two tokens or more", "lower")
+def tpot(cell: Cell) -> Estimate:
+    return stats.ratio(cell.decoded["decode_seconds"], cell.decoded["tokens"] - 1, cell.decoded["group"])
+
+
+@metric("decode_tps", "tokens/s", "sum(tokens - 1) / sum(end - first token), per sequence", "higher")
+def decode_tps(cell: Cell) -> Estimate:
+    return stats.ratio(cell.decoded["tokens"] - 1, cell.decoded["decode_seconds"], cell.decoded["group"])
+
+
+@metric("throughput", "tokens/s", "all committed tokens / wall, whole batch, prefill included", "higher")
+def throughput(cell: Cell) -> Estimate:
+    tokens = [sum(len(request.output_ids) for request in trial.requests) for trial in cell.trials]
+    return stats.ratio(tokens, [t.wall_seconds for t in cell.trials], [t.group for t in cell.trials])
+
+
+@metric("tokens_per_forward", "tokens", "committed tokens / forwards of the target, in decode", "higher")
+def tokens_per_forward(cell: Cell) -> Estimate:
+    forwards, steps = cell.decode_forwards, cell.decode_steps
+    target = forwards[forwards["model"] == "target"]
+    estimate = _per_group(steps, "committed", target, "live")
+    if (counted := cell.steps["committed"].sum()) != (emitted := cell.requests["tokens"].sum()):
+        note = f"the steps committed {counted} tokens but the requests hold {emitted}: one of the counts is wrong"
+        return replace(estimate, note=note, status="error")
+    return estimate
+
+
+@metric(
+    "tokens_per_weighted_forward",
+    "tokens",
+    "committed tokens / sum over all forwards in decode of (its bytes / bytes of an autoregressive forward there)",
+    "higher",
+)
+def tokens_per_weighted_forward(cell: Cell) -> Estimate:
+    forwards = cell.decode_forwards
+    weights = forwards["live"] * forwards["bytes"] / _autoregressive_bytes(cell, forwards)
+    return _per_group(cell.decode_steps, "committed", forwards.assign(weight=weights), "weight")
+
+
+@metric(
+    "acceptance_length",
+    "tokens",
+    "committed tokens / verify steps, bonus token included; sum over sum (micro)",
+    "higher",
+)
+def acceptance_length(cell: Cell) -> Estimate:
+    steps = _drafting_steps(cell)
+    return stats.ratio(steps["verified"], steps["verifies"], steps["group"])
+
+
+@metric("draft_acceptance_rate", "1", "accepted draft tokens / proposed draft tokens", "higher")
+def draft_acceptance_rate(cell: Cell) -> Estimate:
+    steps = _drafting_steps(cell)
+    return stats.ratio(steps["accepted"], steps["drafted"], steps["group"])
+
+
+@metric(
+    "speedup",
+    "ratio",
+    "baseline / this, decode seconds per token of the same prompt and repeat; geometric mean over pairs",
+    "higher",
+)
+def speedup(cell: Cell) -> Estimate:
+    pairs = cell.timed_pairs
+    estimate = stats.paired_ratio(*_seconds_per_token(pairs), pairs["group"])
+    same = int((pairs["output_hash"] == pairs["output_hash_baseline"]).sum())
+    if same < len(pairs):
+        words = f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token"
+        estimate = replace(estimate, note="; ".join(filter(None, (estimate.note, words))))
+    return estimate
+
+
+@metric(
+    "minimal_detectable_effect",
+    "1",
+    "smallest relative change of seconds per token that these pairs show with 80% power: "
+    "(t(97.5%) + t(80%)) * sd of the per-prompt log-ratios / sqrt(n)",
+    "lower",
+)
+def minimal_detectable_effect(cell: Cell) -> Estimate:
+    pairs = cell.timed_pairs
+    return stats.minimal_detectable_effect(*_seconds_per_token(pairs), pairs["group"])
+
+
+@metric(
+    "agreement",
+    "1",
+    "tokens: equal to the baseline's up to the first divergence / emitted by the longer; prompts: identical outputs",
+    "higher",
+)
+def agreement(cell: Cell) -> dict[str, Estimate]:
+    if cell.record.sampling.get("temperature"):
+        raise Unavailable("outputs are sampled, so they may differ by design")
+    pairs = cell.pairs
+    outputs = list(zip(pairs["output_ids"], pairs["output_ids_baseline"], strict=True))
+    prefixes = [_common_prefix(mine, theirs) for mine, theirs in outputs]
+    parts = {
+        "tokens": stats.ratio(prefixes, [max(len(m), len(t)) for m, t in outputs], pairs["group"]),
+        "prompts": stats.mean([float(mine == theirs) for mine, theirs in outputs], pairs["group"]),
+    }
+    if parts["prompts"].value != 1 and cell.record.dtype != "float32":
+        note = f"in {cell.record.dtype} two near-equal logits can swap under another order of summation"
+        return {part: replace(e, note="; ".join(filter(None, (e.note, note)))) for part, e in parts.items()}
+    return parts
+
+
+@metric(
+    "phase_seconds",
+    "s/trial",
+    "mean over trials of the seconds of each kind of forward, of accept and of commit; "
+    "host gap: what these leave of the steps. Together the wall, to within 2%",
+    "lower",
+)
+def phase_seconds(cell: Cell) -> dict[str, Estimate]:
+    phases = _phases(cell)
+    groups = phases.index.get_level_values("group")
+    walls = pd.Series({(t.group, t.repeat): t.wall_seconds for t in cell.trials})
+    share = phases.sum(axis=1).sum() / walls.sum()
+    estimates = {name: stats.mean(phases[name], groups) for name in PHASES if name in phases}
+    if abs(share - 1) > WALL_TOLERANCE:
+        note = f"the phases sum to {share:.1%} of the wall"
+        return {part: replace(estimate, note=note, status="error") for part, estimate in estimates.items()}
+    return estimates
+
+
+@metric("forward_seconds", "s", "mean seconds of one forward of this kind", "lower")
+def forward_seconds(cell: Cell) -> dict[str, Estimate]:
+    return {kind: stats.mean(f["seconds"], f["group"]) for kind, f in _kinds(cell)}
+
+
+@metric("intensity", "FLOP/B", "FLOPs / (bytes read + written) of the forward, both counted from shapes", "none")
+def intensity(cell: Cell) -> dict[str, Estimate]:
+    return {kind: stats.ratio(f["flops"], f["bytes"], f["group"]) for kind, f in _kinds(cell)}
+
+
+@metric("achieved_bandwidth", "B/s", "(bytes read + written) / seconds of the forward", "higher")
+def achieved_bandwidth(cell: Cell) -> dict[str, Estimate]:
+    return {kind: stats.ratio(f["bytes"], f["seconds"], f["group"]) for kind, f in _kinds(cell)}
+
+
+@metric("achieved_flops", "FLOP/s", "FLOPs / seconds of the forward", "higher")
+def achieved_flops(cell: Cell) -> dict[str, Estimate]:
+    return {kind: stats.ratio(f["flops"], f["seconds"], f["group"]) for kind, f in _kinds(cell)}
+
+
+@metric("mbu", "1", "achieved bandwidth / read bandwidth measured on this device", "higher")
+def mbu(cell: Cell) -> dict[str, Estimate]:
+    return _utilisation(achieved_bandwidth(cell), cell.roof("bandwidth"), "measured read bandwidth")
+
+
+@metric("mfu", "1", "achieved FLOP/s / rate measured on this device for this dtype", "higher")
+def mfu(cell: Cell) -> dict[str, Estimate]:
+    return _utilisation(achieved_flops(cell), cell.roof("flops"), f"measured {cell.record.dtype} rate")
+
+
+@metric("mbu_spec", "1", "achieved bandwidth / spec-sheet bandwidth", "higher")
+def mbu_spec(cell: Cell) -> dict[str, Estimate]:
+    return _utilisation(achieved_bandwidth(cell), cell.spec("bandwidth"), "spec-sheet bandwidth")
+
+
+@metric("mfu_spec", "1", "achieved FLOP/s / dense spec-sheet peak of this dtype", "higher")
+def mfu_spec(cell: Cell) -> dict[str, Estimate]:
+    return _utilisation(achieved_flops(cell), cell.spec("flops"), f"spec-sheet {cell.record.dtype} peak")
+
+
+@metric(
+    "floor_seconds",
+    "s",
+    "max(bytes / measured read bandwidth, FLOPs / measured rate of this dtype); mean of forwards",
+    "lower",
+)
+def floor_seconds(cell: Cell) -> dict[str, Estimate]:
+    return {kind: stats.mean(np.maximum(*_floors(cell, f)), f["group"]) for kind, f in _kinds(cell)}
+
+
+@metric(
+    "bound", "", "overhead where measured > 2 x floor, else the larger term of the floor: memory or compute", "none"
+)
+def bound(cell: Cell) -> dict[str, Estimate]:
+    return {kind: _bound(cell, forwards) for kind, forwards in _kinds(cell)}
+
+
+@metric(
+    "steady_state_slope",
+    "1",
+    "relative change of the median decode step from the first to the last trial, in execution order",
+    "none",
+)
+def steady_state_slope(cell: Cell) -> Estimate:
+    medians = cell.decode_steps.groupby("order")["seconds"].median()
+    return stats.drift(medians.index, medians)
+
+
+@metric("peak_bytes", "B", "high-water mark of device memory, largest of all trials", "lower")
+def peak_bytes(cell: Cell) -> Estimate:
+    peaks = [trial.peak_bytes for trial in cell.trials if trial.peak_bytes is not None]
+    if not peaks:
+        raise Unavailable("the device does not report its peak memory")
+    return Estimate(float(max(peaks)), n=len({trial.group for trial in cell.trials}), estimator="maximum")
+
+
+@metric("forwards_per_sequence", "forwards", "forwards in decode, per sequence and model", "lower")
+def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
+    return {
+        str(model): _per_group(forwards, "live", cell.requests.assign(sequences=1), "sequences")
+        for model, forwards in cell.decode_forwards.groupby("model", sort=False)
+    }
+
+
+@metric("bytes_per_token", "B/token", "bytes read and written by all forwards in decode / committed tokens", "lower")
+def bytes_per_token(cell: Cell) -> Estimate:
+    return _per_group(cell.decode_forwards, "bytes", cell.decode_steps, "committed")
+
+
+@metric("flops_per_token", "FLOP/token", "FLOPs of all forwards in decode / committed tokens", "lower")
+def flops_per_token(cell: Cell) -> Estimate:
+    return _per_group(cell.decode_forwards, "flops", cell.decode_steps, "committed")
+
+
+@metric("output_hash", "", "sha256 over the distinct outputs of each prompt, prompts in order of their ids", "none")
+def output_hash(cell: Cell) -> Estimate:
+    outputs = {prompt: sorted(set(hashes)) for prompt, hashes in cell.requests.groupby("prompt_id")["output_hash"]}
+    digest = hashlib.sha256(json.dumps(sorted(outputs.items())).encode()).hexdigest()[:16]
+    varying = sum(len(hashes) > 1 for hashes in outputs.values())
+    note = f"{varying} of {len(outputs)} prompts gave different outputs in different repeats" if varying else ""
+    return Estimate(digest, n=len(outputs), estimator="exact", note=note)
+
+
+def _evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
+    if not cell.trials and definition.name != "failed_trials":
+        return {"": unavailable("every trial failed" if cell.failed else "no trial was run")}
+    try:
+        result = definition.function(cell)
+    except Unavailable as reason:
+        return {"": unavailable(str(reason))}
+    return result if isinstance(result, dict) else {"": result}
+
+
+def _baseline_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
+    return next((c for c in cells if c.record.baseline and c.record.point == cell.record.point), None)
+
+
+def _per_group(top: pd.DataFrame, numerator: str, bottom: pd.DataFrame, denominator: str) -> Estimate:
+    """Ratio of two columns that live in different frames, summed within each group of prompts first."""
+    sums = pd.concat([top.groupby("group")[numerator].sum(), bottom.groupby("group")[denominator].sum()], axis=1)
+    sums = sums.fillna(0)
+    return stats.ratio(sums[numerator], sums[denominator], sums.index)
+
+
+def _drafting_steps(cell: Cell) -> pd.DataFrame:
+    steps = cell.decode_steps
+    if not steps["verifies"].sum():
+        raise Unavailable("no step reports draft tokens")
+    return steps
+
+
+def _seconds_per_token(pairs: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Decode seconds per token of (baseline, this)."""
+    theirs = pairs["decode_seconds_baseline"] / (pairs["tokens_baseline"] - 1)
+    return theirs, pairs["decode_seconds"] / (pairs["tokens"] - 1)
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _autoregressive_bytes(cell: Cell, forwards: pd.DataFrame) -> np.ndarray:
+    """Bytes [len(forwards)] of a one-row forward of the target at each forward's batch and context.
+
+    Fitted to the baseline's own forwards: weights once, keys and values in proportion to batch x context.
+    """
+    reference = cell if cell.record.baseline else cell.baseline
+    if reference is None or reference.record.engine != "autoregressive" or reference.forwards.empty:
+        raise Unavailable("no autoregressive baseline at this point of the matrix says what one of its forwards reads")
+
+    def terms(frame: pd.DataFrame) -> np.ndarray:
+        return np.column_stack([np.ones(len(frame)), frame["batch"], frame["batch"] * frame["context"]])
+
+    known = reference.decode_forwards
+    coefficients, *_ = np.linalg.lstsq(terms(known), known["bytes"].to_numpy(), rcond=None)
+    return terms(forwards) @ coefficients
+
+
+def _phases(cell: Cell) -> pd.DataFrame:
+    """Seconds per trial, [trials, phases], indexed by (group, repeat); only phases that occur."""
+    trial = ["group", "repeat"]
+    forwards = cell.seen_forwards.groupby([*trial, "role"])["seconds"].sum().unstack(fill_value=0)
+    steps = cell.steps.groupby(trial)[["seconds", "accept_seconds", "commit_seconds"]].sum()
+    named = forwards.assign(accept=steps["accept_seconds"], commit=steps["commit_seconds"])
+    return named.assign(**{"host gap": steps["seconds"] - named.sum(axis=1)})
+
+
+def _kinds(cell: Cell) -> list[tuple[str, pd.DataFrame]]:
+    return [(str(kind), forwards) for kind, forwards in cell.seen_forwards.groupby("kind", sort=False)]
+
+
+def _floors(cell: Cell, forwards: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Seconds that memory and arithmetic would need at the measured roofs, per forward."""
+    return forwards["bytes"] / cell.roof("bandwidth"), forwards["flops"] / cell.roof("flops")
+
+
+def _bound(cell: Cell, forwards: pd.DataFrame) -> Estimate:
+    memory, compute = _floors(cell, forwards)
+    over_floor = forwards["seconds"].sum() / np.maximum(memory, compute).sum()
+    larger = "memory" if memory.sum() >= compute.sum() else "compute"
+    return Estimate(
+        "overhead" if over_floor > OVERHEAD else larger,
+        n=forwards["group"].nunique(),
+        estimator="sums over forwards",
+        note=f"measured {over_floor:.2f} x floor",
+    )
+
+
+def _utilisation(achieved: dict[str, Estimate], peak: float, name: str) -> dict[str, Estimate]:
+    return {kind: _share(estimate, peak, name) for kind, estimate in achieved.items()}
+
+
+def _share(achieved: Estimate, peak: float, name: str) -> Estimate:
+    value, low, high = (
+        None if edge is None else float(edge) / peak for edge in (achieved.value, achieved.low, achieved.high)
+    )
+    if value is not None and value > 1 + ROOF_TOLERANCE:
+        note = f"{value:.0%} of the {name}: the roof or the count is wrong"
+        return replace(achieved, value=value, low=low, high=high, note=note, status="error")
+    return replace(achieved, value=value, low=low, high=high)
+
+
+def _load_manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the folder that `zbench run` wrote") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not the manifest of a run ({_one_line(error)}); run the scenario again") from None
+
+
+def _load_trials(path: Path) -> tuple[list[TrialRecord], list[str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return [], ["trials.jsonl is missing: no trial has ended yet"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
+    latest: dict[tuple[str, int, int], TrialRecord] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            trial = TrialRecord.from_json(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                return list(latest.values()), ["the last line of trials.jsonl is torn (a crash?) and was left out"]
+            raise UserError(f"{path}:{number}: not JSON; the file is damaged, remove the line or run again") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: not a trial record ({_one_line(error)})") from None
+        if trial.status == "ok" or trial.key not in latest or latest[trial.key].status == "error":
+            latest[trial.key] = trial
+    return list(latest.values()), []
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+_TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
+_REQUEST_COLUMNS = (
+    *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "ttft", "decode_seconds", "output_ids",
+    "output_hash",
+)  # fmt: skip
+_STEP_COLUMNS = (
+    *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live", "drafted", "accepted",
+    "verifies", "verified",
+)  # fmt: skip
+_FORWARD_COLUMNS = (
+    *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
+)  # fmt: skip
+
+
+def _frame(columns: Sequence[str], rows: Iterable[tuple]) -> pd.DataFrame:
+    return pd.DataFrame.from_records(list(rows), columns=list(columns))
+
+
+def _of_trial(trial: TrialRecord) -> tuple[str, int, int, int]:
+    return trial.cell, trial.group, trial.repeat, trial.order
+
+
+def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
+    for r in trial.requests:
+        yield (
+            *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, len(r.output_ids), r.ttft_seconds,
+            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash,
+        )  # fmt: skip
+
+
+def _step_rows(trial: TrialRecord) -> Iterable[tuple]:
+    for index, (step, live) in enumerate(zip(trial.steps, _live(trial), strict=True)):
+        verifying = [c for c, drafted in zip(step.committed, step.drafted, strict=False) if drafted]
+        yield (
+            *_of_trial(trial), index, step.seconds, step.accept_seconds, step.commit_seconds, sum(step.committed), live,
+            sum(step.drafted), sum(step.accepted), len(verifying), sum(verifying),
+        )  # fmt: skip
+
+
+def _forward_rows(trial: TrialRecord) -> Iterable[tuple]:
+    live = _live(trial)
+    for f in trial.forwards:
+        yield (
+            *_of_trial(trial), f.step, f.model, f.role, f.rows, f.batch, f.context, f.flops,
+            f.bytes_read + f.bytes_written, f.seconds, live[f.step], _kind(f),
+        )  # fmt: skip
+
+
+def _live(trial: TrialRecord) -> list[int]:
+    """Sequences that still had tokens to come, per step."""
+    committed = np.array([step.committed for step in trial.steps])  # [steps, sequences]
+    return [int(n) for n in (np.cumsum(committed[::-1], axis=0)[::-1] > 0).sum(axis=1)] if len(committed) else []
+
+
+def _kind(forward: ForwardRecord) -> str:
+    """Forwards that share a point of the roofline. Prefills differ in rows with every prompt, and are one kind."""
+    if forward.role == "prefill":
+        return "prefill" if forward.model == "target" else f"{forward.model} prefill"
+    return f"{forward.role}, {forward.rows} row{'s' if forward.rows != 1 else ''}"

@@ -1,0 +1,1 @@
+"""The runtime: rows in, one forward, logits out; the cache it writes; what it costs."""

@@ -1,0 +1,65 @@
+"""Static KV storage: a forward writes its rows after the committed prefix; they are kept or forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zbench.kernels import cpu
+from zbench.models.config import ModelConfig
+
+
+class Cache:
+    """Keys and values of B sequences of up to `capacity` tokens each, allocated once.
+
+    `lengths` [B] lives on the device, `sizes` mirrors it on the host so that no forward has to ask the device.
+    Values are [L, B, kv_heads, S, d]; keys likewise, or in panels of 16 positions [L, B, kv_heads, S/16, d, 16]
+    for the native CPU decoder.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        panels: bool = False,
+    ) -> None:
+        self.capacity = -(-capacity // cpu.PANEL) * cpu.PANEL
+        self.panels = panels
+        shape = (config.layers, batch, config.kv_heads, self.capacity, config.head_dim)
+        # Zeros, not garbage: an invisible row is multiplied by zero, and 0 x NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.sizes = [0] * batch
+
+    def extend(self, counts: Sequence[int]) -> None:
+        """Commit the first counts[b] rows of the last forward: nothing moves."""
+        self.sizes = [size + count for size, count in zip(self.sizes, counts, strict=True)]
+        self.lengths += torch.tensor(counts, device=self.lengths.device)
+
+    def commit(self, kept: Tensor, counts: Sequence[int]) -> None:
+        """Commit rows `kept` [B, K] of the last forward, ascending, -1 padded after counts[b] of them."""
+        slots = torch.where(kept >= 0, kept + self.lengths[:, None], kept)
+        if self.panels:
+            cpu.commit(self.keys, self.values, self.capacity, self.lengths, slots.contiguous())
+        else:
+            target = self.lengths[:, None] + torch.arange(kept.shape[1], device=kept.device)
+            # A padded entry copies its own target onto itself.
+            source = torch.where(kept >= 0, slots, target).clamp(max=self.capacity - 1)
+            target = target.clamp(max=self.capacity - 1)
+            sequence = torch.arange(kept.shape[0], device=kept.device)[:, None]
+            for store in (self.keys, self.values):
+                store[:, sequence, :, target] = store[:, sequence, :, source]
+        self.extend(counts)
+
+    def truncate(self, sizes: Sequence[int]) -> None:
+        """Forget committed tokens beyond sizes[b]."""
+        if any(new > old for new, old in zip(sizes, self.sizes, strict=True)):
+            raise ValueError(f"cannot truncate {self.sizes} to {list(sizes)}")
+        self.sizes = list(sizes)
+        self.lengths.copy_(torch.tensor(self.sizes))

@@ -1,0 +1,268 @@
+"""Weights in: a zoo name, a Hugging Face folder, a hub id or a bare shape becomes a config and named tensors.
+
+Only safetensors are read (pickle files can run code). They are memory-mapped, so that a tensor costs memory when it is
+used, and nothing twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from zbench.cache import atomic_write, cache_dir
+from zbench.errors import UserError
+from zbench.models import zoo
+from zbench.models.config import ModelConfig, tensor_shapes, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_RANDOM_STD = 0.02  # GPT-2's initialisation: keeps logits finite at any depth behind the norms
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    name: str
+    path: Path | None  # the folder; None for random weights
+    config: ModelConfig
+    tensors: dict[str, Tensor]  # Hugging Face names, on the CPU; a tied head is not listed
+    weights_hash: str  # sha256 of the weight files; for random weights, of what determines them
+    tokenizer_path: Path | None  # None where there is no tokenizer
+    source: str  # where it came from, in words
+
+
+def load(
+    spec: str | Mapping[str, Any], dtype: str | torch.dtype | None = None, progress: zoo.Progress | None = None
+) -> LoadedModel:
+    """Load a model: a zoo name (fetched if need be), `{path}`, `{hub, revision}` or `{config, weights: random, seed}`.
+
+    `config` is a Hugging Face config (it has `model_type`) or ModelConfig's fields. `dtype` None keeps weights as they
+    are stored, and makes random ones in float32. Keys of `spec` that are None count as absent.
+    Raises UserError, one line, for whatever is missing, malformed, corrupt or not supported.
+    """
+    chosen = _dtype(dtype)
+    if isinstance(spec, str):
+        folder = zoo.fetch(spec, progress)
+        model = _load_folder(folder, spec, zoo.ZOO[spec].source, chosen)
+        if model.weights_hash != (expected := zoo.ZOO[spec].weights_sha256):
+            raise UserError(
+                f"{folder} has changed: sha256 {model.weights_hash}, not {expected}; delete it and fetch again"
+            )
+        return model
+    given = {key: value for key, value in spec.items() if value is not None}
+    if "path" in given:
+        folder = Path(given["path"]).expanduser()
+        return _load_folder(folder, folder.resolve().name, f"folder {folder}", chosen)
+    if "hub" in given:
+        revision = given.get("revision", "main")
+        return _load_folder(
+            _snapshot(given["hub"], revision), given["hub"], f"hub {given['hub']} at {revision}", chosen
+        )
+    if "config" in given and given.get("weights", "random") == "random":
+        return _random_model(given["config"], given.get("seed", 0), chosen or torch.float32)
+    raise UserError(
+        f"model {dict(spec)} is none of NAME, {{path}}, {{hub, revision}}, {{config, weights: random, seed}}"
+    )
+
+
+def load_tokenizer(model: LoadedModel) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, or for random weights a stand-in with one token per byte (see `byte_tokenizer`).
+
+    Raises UserError where a folder has no tokenizer or one that cannot be read.
+    """
+    if model.path is None:
+        from zbench.models.tokenizer import byte_tokenizer
+
+        return byte_tokenizer(model.config)
+    if model.tokenizer_path is None:
+        raise UserError(f"{model.path} has no tokenizer; copy the model's tokenizer.json there")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.tokenizer_path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise bare Exception for a malformed file
+        raise UserError(f"cannot read the tokenizer in {model.tokenizer_path}: {_first_line(error)}") from error
+
+
+def random_tensors(config: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights drawn from N(0, 0.02²), norms at 1, made straight in `dtype`.
+
+    A tensor's values follow from the seed and its name alone, so that the tensors can be drawn in parallel.
+    """
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=dtype)
+        own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
+        generator = torch.Generator().manual_seed(own_seed)
+        return torch.empty(shape, dtype=dtype).normal_(0.0, _RANDOM_STD, generator=generator)
+
+    shapes = tensor_shapes(config)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(shapes, pool.map(draw, shapes, shapes.values()), strict=True))
+
+
+def weights_hash(files: Iterable[Path]) -> str:
+    """sha256 of one file's contents, or of the hashes of several in the order of their names.
+
+    A file's hash is kept in the cache, keyed by its path, size and time of change: 16 GB are not read at each start.
+    """
+    digests = [_cached_sha256(file.resolve()) for file in sorted(files)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _load_folder(folder: Path, name: str, source: str, dtype: torch.dtype | None) -> LoadedModel:
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
+    config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+    # Generation stops where generation_config.json says: chat models list end-of-turn tokens only there.
+    if (folder / "generation_config.json").is_file():
+        stops = token_ids(_read_json(folder / "generation_config.json").get("eos_token_id"))
+        config = replace(config, eos_ids=stops or config.eos_ids)
+    files = _weight_files(folder)
+    tensors = _read_tensors(files, config, dtype)
+    tokenizer = folder if any((folder / file).is_file() for file in _TOKENIZER_FILES) else None
+    return LoadedModel(name, folder, config, tensors, weights_hash(files), tokenizer, source)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; a model folder needs it") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return data
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _INDEX).is_file():
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / _INDEX} has no weight_map")
+        # Only names: an index must not lead out of its folder.
+        files = sorted({folder / Path(str(file)).name for file in weight_map.values()})
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise UserError(f"{folder} lacks {_some(missing)}, which {_INDEX} names; download the model again")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)):
+        raise UserError(
+            f"{folder} has only pickle weights ({_some(pickles)}), which can run code and are not loaded; "
+            "convert them to safetensors (save_pretrained of transformers does)"
+        )
+    raise UserError(f"{folder} has no weights: expected model.safetensors or {_INDEX}")
+
+
+def _read_tensors(files: list[Path], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Map every tensor that the config calls for; others (a stored copy of a tied head, say) are left alone."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes = tensor_shapes(config)
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is truncated or corrupt ({_first_line(error)}); download it again") from error
+            where |= dict.fromkeys(opened.keys(), opened)
+        if missing := [name for name in shapes if name not in where]:
+            raise UserError(
+                f"{files[0].parent} lacks {len(missing)} tensors that its config.json needs: {_some(missing)}"
+            )
+        for name, shape in shapes.items():
+            if (found := tuple(where[name].get_slice(name).get_shape())) != shape:
+                raise UserError(f"{files[0].parent}: {name} has shape {found}, but config.json says {shape}")
+        tensors = {name: where[name].get_tensor(name) for name in shapes}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise UserError(f"{files[0].parent}: {name} is stored as {tensor.dtype}; supported: {', '.join(_DTYPES)}")
+    return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def _snapshot(repository: str, revision: str) -> Path:
+    """The local folder of a hub model; safetensors, configs and tokenizer at the top level only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"],
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except HFValidationError as error:
+        raise UserError(f"{repository!r} is not a hub id; write ORGANISATION/NAME") from error
+    except GatedRepoError as error:
+        raise UserError(f"{repository} is gated; accept its licence on the hub and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"the hub has no model {repository} (for a private one set HF_TOKEN)") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repository} has no revision {revision!r}") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"cannot download {repository}: {_first_line(error)}; check the network") from error
+    return Path(folder)
+
+
+def _random_model(shape: Mapping[str, Any], seed: int, dtype: torch.dtype) -> LoadedModel:
+    config = ModelConfig.from_hf(shape) if "model_type" in shape else ModelConfig.from_fields(shape)
+    identity = json.dumps([asdict(config), seed, str(dtype)], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    tensors = random_tensors(config, seed, dtype)
+    return LoadedModel(
+        f"random-{config.family}-{digest[:8]}", None, config, tensors, digest, None, f"random weights, seed {seed}"
+    )
+
+
+def _cached_sha256(file: Path) -> str:
+    stat = file.stat()
+    key = [str(file), stat.st_size, stat.st_mtime_ns]
+    note = cache_dir() / "hashes" / f"{hashlib.sha256(str(file).encode()).hexdigest()}.json"
+    try:
+        kept = json.loads(note.read_text(encoding="utf-8"))
+        if kept["file"] == key:
+            return kept["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no note, or not one of ours: hash the file and write it anew
+    digest = zoo.file_sha256(file)
+    with suppress(OSError):  # a cache that cannot be written costs time at the next start, nothing else
+        atomic_write(note, json.dumps({"file": key, "sha256": digest}))
+    return digest
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and chosen not in _DTYPES.values():
+        raise UserError(f"dtype {dtype} is not supported; supported: {', '.join(_DTYPES)}")
+    return chosen
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,268 @@
+"""Llama-family transformers over Rows: one forward for prefill, decode, chain and tree verification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zbench.kernels import cpu
+from zbench.models.cache import Cache
+from zbench.models.config import ModelConfig
+from zbench.models.cost import Cost, forward_cost
+from zbench.models.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block's parameters, projections that read the same input fused."""
+
+    qkv: Tensor  # [(H + 2 kv) d, D]
+    out: Tensor  # [D, H d]
+    gate_up: Tensor  # [2 F, D]
+    down: Tensor  # [D, F]
+    attention_norm: Tensor  # [D]
+    mlp_norm: Tensor  # [D]
+    q_norm: Tensor | None  # [d]
+    k_norm: Tensor | None  # [d]
+    qkv_bias: Tensor | None
+    out_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    embedding: Tensor  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: Tensor  # [D]
+    head: Tensor  # [V, D]; the embedding itself when tied
+
+    @classmethod
+    def from_hf(cls, tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, device) -> Weights:
+        """Hugging Face tensor names (`model.layers.0.self_attn.q_proj.weight`, ...) to fused tensors."""
+
+        def get(name: str) -> Tensor | None:
+            tensor = tensors.get(name)
+            return None if tensor is None else tensor.to(device=device, dtype=dtype)
+
+        def need(name: str) -> Tensor:
+            tensor = get(name)
+            if tensor is None:
+                raise KeyError(f"tensor {name} is missing")
+            return tensor
+
+        def fuse(prefix: str, names: Sequence[str], suffix: str) -> Tensor | None:
+            parts = [get(f"{prefix}{name}.{suffix}") for name in names]
+            present = [part for part in parts if part is not None]
+            if not present:
+                return None
+            if len(present) != len(parts):
+                raise KeyError(f"{prefix}: some of {', '.join(names)} have a {suffix}, some have none")
+            return torch.cat(present)
+
+        def layer(index: int) -> Layer:
+            base = f"model.layers.{index}."
+            attention, mlp = f"{base}self_attn.", f"{base}mlp."
+            qkv = fuse(attention, ("q_proj", "k_proj", "v_proj"), "weight")
+            gate_up = fuse(mlp, ("gate_proj", "up_proj"), "weight")
+            if qkv is None or gate_up is None:
+                raise KeyError(f"tensors of layer {index} are missing")
+            return Layer(
+                qkv=qkv,
+                out=need(f"{attention}o_proj.weight"),
+                gate_up=gate_up,
+                down=need(f"{mlp}down_proj.weight"),
+                attention_norm=need(f"{base}input_layernorm.weight"),
+                mlp_norm=need(f"{base}post_attention_layernorm.weight"),
+                q_norm=get(f"{attention}q_norm.weight"),
+                k_norm=get(f"{attention}k_norm.weight"),
+                qkv_bias=fuse(attention, ("q_proj", "k_proj", "v_proj"), "bias"),
+                out_bias=get(f"{attention}o_proj.bias"),
+                gate_up_bias=fuse(mlp, ("gate_proj", "up_proj"), "bias"),
+                down_bias=get(f"{mlp}down_proj.bias"),
+            )
+
+        embedding = need("model.embed_tokens.weight")
+        return cls(
+            embedding=embedding,
+            layers=tuple(layer(i) for i in range(config.layers)),
+            norm=need("model.norm.weight"),
+            head=embedding if config.tied else need("lm_head.weight"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    logits: Tensor  # [B, n, V] float32, for the rows that asked
+    hidden: dict[int, Tensor]  # captured hidden states [B, R, D] by index
+
+
+class Transformer:
+    """A loaded model on one device.
+
+    `execution` is "native" (CPU, `kernels/cpu.cpp`) or "torch"; "auto" takes native where it can run.
+    `self.kernels` says which implementation runs each operator, for the run's record.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        execution: str = "auto",
+    ) -> None:
+        """Raises KeyError on missing tensors, NativeUnavailable when native was asked for and cannot be had."""
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.inv_freq = inverse_frequencies(config).to(self.device)
+        weights = Weights.from_hf(tensors, config, dtype, self.device)
+        self._native: cpu.Decoder | None = None
+        self._weights: Weights | None = None
+        reason = "" if self.device.type == "cpu" else f"device is {self.device.type}"
+        if execution != "torch" and not reason:
+            try:
+                self._native = cpu.Decoder(config, weights, self.inv_freq, dtype)
+            except cpu.NativeUnavailable as error:
+                reason = str(error)
+        if self._native is None:
+            if execution == "native":
+                raise cpu.NativeUnavailable(reason)
+            self._weights = weights
+        self.execution = "native" if self._native else "torch"
+        name = f"native ({cpu.instruction_set()})" if self._native else "torch"
+        fallback = {"why_not_native": reason} if reason and self.device.type == "cpu" else {}
+        self.kernels = {"forward": name, **fallback}
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return Cache(self.config, batch, capacity, self.dtype, self.device, panels=self._native is not None)
+
+    def cost(self, rows: int, contexts: Sequence[int], wanted: int, pairs: int | None = None) -> Cost:
+        """What a forward of `rows` rows per sequence after prefixes `contexts` costs; see `cost.forward_cost`."""
+        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs)
+
+    @torch.inference_mode()
+    def forward(
+        self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()
+    ) -> Output:
+        """Run `rows`, writing their keys and values behind the committed prefix (commit decides what stays).
+
+        `logits` [B, n] names the rows of each sequence that need logits (None: all rows; [B, 0]: none).
+        `capture` lists hidden states to return, ascending: index i is the input of layer i (0 the embedding,
+        `config.layers` the output of the last layer before the final norm).
+        """
+        batch, count = rows.ids.shape
+        if max(cache.sizes) + count > cache.capacity:
+            raise ValueError(f"{count} rows after {max(cache.sizes)} tokens exceed the cache's {cache.capacity}")
+        offsets = torch.arange(batch, device=self.device)[:, None] * count
+        if logits is None:
+            logits = torch.arange(count, device=self.device).expand(batch, count)
+        wanted = (logits + offsets).reshape(-1)
+        if self._native is not None:
+            flat, captured = self._native.forward(
+                rows.ids.contiguous(),
+                rows.positions.contiguous(),
+                rows.visible.contiguous(),
+                cache.lengths,
+                cache.keys,
+                cache.values,
+                cache.capacity,
+                wanted.contiguous(),
+                capture,
+            )
+            hidden = dict(zip(capture, captured, strict=True))
+        else:
+            flat, hidden = self._torch_forward(rows, cache, wanted, capture)
+        return Output(flat.view(batch, -1, self.config.vocab), hidden)
+
+    def _torch_forward(self, rows: Rows, cache: Cache, wanted: Tensor, capture: Sequence[int]):
+        c, weights = self.config, self._weights
+        assert weights is not None
+        batch, count = rows.ids.shape
+        total = max(cache.sizes) + count
+        slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
+        sequence = torch.arange(batch, device=self.device)[:, None]
+        mask = attention_mask(rows, cache, total)
+        angles = rows.positions[..., None].float() * self.inv_freq  # [B, R, d/2]
+        cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+        x = weights.embedding[rows.ids]
+        hidden: dict[int, Tensor] = {}
+        for index, layer in enumerate(weights.layers):
+            if index in capture:
+                hidden[index] = x.float()
+            qkv = F.linear(rms_norm(x, layer.attention_norm, c.rms_eps), layer.qkv, layer.qkv_bias)
+            q, k, v = qkv.view(batch, count, -1, c.head_dim).split((c.heads, c.kv_heads, c.kv_heads), 2)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = rms_norm(q, layer.q_norm, c.rms_eps), rms_norm(k, layer.k_norm, c.rms_eps)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            cache.keys[index, sequence, :, slots] = k
+            cache.values[index, sequence, :, slots] = v
+            window = c.windows[index] if c.windows else None
+            mixed = F.scaled_dot_product_attention(
+                q.transpose(1, 2),
+                cache.keys[index, :, :, :total],
+                cache.values[index, :, :, :total],
+                attn_mask=mask if window is None else mask & within_window(rows, cache, total, window),
+                enable_gqa=True,
+            )
+            x = x + F.linear(mixed.transpose(1, 2).reshape(batch, count, -1), layer.out, layer.out_bias)
+            gate, up = F.linear(
+                rms_norm(x, layer.mlp_norm, c.rms_eps), layer.gate_up, layer.gate_up_bias
+            ).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+        if c.layers in capture:
+            hidden[c.layers] = x.float()
+        final = rms_norm(x.flatten(0, 1)[wanted], weights.norm, c.rms_eps)
+        return F.linear(final, weights.head).float(), hidden
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, the mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, pairs (i, i + d/2) (Su et al. 2021, arXiv 2104.09864). x [B, R, heads, d], cos [B, R, 1, d/2]."""
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def attention_mask(rows: Rows, cache: Cache, total: int) -> Tensor:
+    """[B, 1, R, total] bool over cache slots: the committed prefix, then what `visible` allows."""
+    batch, count = rows.ids.shape
+    relative = torch.arange(total, device=rows.ids.device) - cache.lengths[:, None]  # [B, total]
+    index = relative.clamp(0, count - 1)[:, None].expand(batch, count, total)
+    seen = rows.visible.gather(2, index) & ((relative >= 0) & (relative < count))[:, None]
+    return (seen | (relative < 0)[:, None])[:, None]
+
+
+def within_window(rows: Rows, cache: Cache, total: int, window: int) -> Tensor:
+    """[B, 1, R, total] bool: keys fewer than `window` positions behind the row."""
+    batch, count = rows.ids.shape
+    slots = torch.arange(total, device=rows.ids.device).expand(batch, total)
+    relative = slots - cache.lengths[:, None]
+    new = rows.positions.gather(1, relative.clamp(0, count - 1))
+    positions = torch.where(relative < 0, slots, new)  # a committed key's slot is its position
+    return (positions[:, None] > rows.positions[..., None] - window)[:, None]
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """[d/2] float32 rotary frequencies, with linear and llama3 scaling as in the Llama 3.1 release."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    base = 1.0 / (config.rope_theta**half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return base
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return base / factor
+    original = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / base
+    blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * base / factor + blend * base

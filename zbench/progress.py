@@ -1,0 +1,40 @@
+"""Progress of a long run: a live bar with ETA on a terminal, plain lines elsewhere (CI logs)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINES = 60  # at most about this many plain lines for one run
+
+
+@contextmanager
+def track(total: int, done: int, console: Console) -> Iterator[Callable[[str], None]]:
+    """Yields `advance(what)`, to be called after each finished item; `done` items were finished before."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("starting", total=total, completed=done)
+
+            def advance(what: str) -> None:
+                bar.update(task, advance=1, description=what)
+
+            yield advance
+        return
+
+    began, position = time.monotonic(), done
+    every = max(1, (total - done) // LINES)
+
+    def advance_plain(what: str) -> None:
+        nonlocal position
+        position += 1
+        if (position - done) % every and position != total:
+            return
+        left = (time.monotonic() - began) / (position - done) * (total - position)
+        console.print(f"[{position}/{total}] {what}, {left:.0f} s left", markup=False, highlight=False, soft_wrap=True)
+
+    yield advance_plain

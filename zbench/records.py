@@ -1,0 +1,174 @@
+"""What a run writes down. Plain frozen dataclasses and their JSON form; no torch here.
+
+A run folder holds `run.json` (the manifest: what was to be measured, on what) and `trials.jsonl`
+(one line per finished trial, appended and synced as it ends). A *cell* is one engine setting at one
+point of the scenario's matrix; a *trial* is one execution of a cell on one batch of prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+Role = Literal["prefill", "decode", "draft", "verify", "draft+verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardRecord:
+    """One forward of one model.
+
+    `rows` is per sequence, `batch` the sequences in the forward, `context` the mean committed tokens
+    per sequence before it. `flops`, `bytes_read` and `bytes_written` are counted from shapes for the
+    whole forward (all sequences). `committed` is summed over the batch.
+    """
+
+    step: int  # index of the step it belongs to; step 0 is the prefill
+    model: str  # "target" or "drafter"
+    role: Role
+    rows: int
+    batch: int
+    context: float
+    flops: float
+    bytes_read: float
+    bytes_written: float
+    seconds: float
+    committed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of an engine: one or more forwards, then accept and commit. Step 0 is the prefill.
+
+    `seconds` is the wall time of the whole step; what forwards, accept and commit leave over is the host gap.
+    `committed` counts the tokens each sequence gained (0 for a sequence that had finished);
+    `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded).
+    """
+
+    seconds: float
+    accept_seconds: float
+    commit_seconds: float
+    committed: tuple[int, ...]
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One prompt's output within a trial. Times are seconds since the trial's submit."""
+
+    prompt_id: str
+    category: str
+    prompt_tokens: int
+    output_ids: tuple[int, ...]
+    output_hash: str  # sha256 over the ids as little-endian int64
+    text: str
+    finish: Literal["eos", "length"]
+    ttft_seconds: float
+    end_seconds: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    cell: str
+    group: int  # index of the batch of prompts
+    repeat: int
+    order: int  # position in the execution order of the run, for drift checks
+    status: Literal["ok", "error"]
+    started: str  # ISO 8601, UTC
+    wall_seconds: float
+    requests: tuple[RequestRecord, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    forwards: tuple[ForwardRecord, ...] = ()
+    error: str | None = None
+    peak_bytes: int | None = None  # device memory high-water mark; None where the device does not say
+    kernels: dict[str, str] | None = None  # operator -> implementation that ran
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.cell, self.group, self.repeat)
+
+    def to_json(self) -> str:
+        """One line of JSON. Steps and forwards are stored by column: they are many and small."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["requests"] = [asdict(r) for r in self.requests]
+        data["steps"] = _columns(StepRecord, self.steps)
+        data["forwards"] = _columns(ForwardRecord, self.forwards)
+        return json.dumps({"schema": SCHEMA_VERSION, **data}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> TrialRecord:
+        """Inverse of `to_json`. Raises ValueError on another schema version or malformed JSON."""
+        data = json.loads(line)
+        if (version := data.pop("schema", None)) != SCHEMA_VERSION:
+            raise ValueError(f"trial record has schema {version}, this zbench reads {SCHEMA_VERSION}")
+        data["requests"] = tuple(
+            RequestRecord(**{**r, "output_ids": tuple(r["output_ids"])}) for r in data["requests"]
+        )
+        data["steps"] = tuple(
+            StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+            for row in _rows(data["steps"])
+        )
+        data["forwards"] = tuple(ForwardRecord(**row) for row in _rows(data["forwards"]))
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True)
+class CellRecord:
+    """One engine setting at one point of the matrix, as planned. Part of the manifest."""
+
+    id: str
+    label: str
+    engine: str
+    options: dict[str, Any]
+    point: dict[str, Any]  # the matrix axes and their values here
+    model: str
+    dtype: str
+    device: str
+    batch: int
+    context: int | None  # prompt tokens every prompt is cut or extended to; None keeps them as they are
+    output_tokens: int
+    sampling: dict[str, Any]
+    baseline: bool  # the cell others at the same point are compared with
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`run.json`: everything about a run that is known before its first trial."""
+
+    schema_version: int
+    zbench_version: str
+    created: str
+    name: str
+    description: str
+    command: str
+    scenario: dict[str, Any]
+    scenario_hash: str
+    cells: tuple[CellRecord, ...]
+    environment: dict[str, Any]
+    environment_hash: str
+    models: dict[str, Any]  # name -> parameters, bytes, layers, hash, ...
+    roofs: dict[str, Any] | None
+    specs: dict[str, Any] | None  # the spec-sheet row of a known device, else None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        data = json.loads(text)
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"run has schema {data.get('schema_version')}, this zbench reads {SCHEMA_VERSION}")
+        data["cells"] = tuple(CellRecord(**c) for c in data["cells"])
+        return cls(**data)
+
+
+def _columns(kind: type, records: tuple) -> dict[str, list]:
+    return {f.name: [getattr(r, f.name) for r in records] for f in fields(kind)}
+
+
+def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

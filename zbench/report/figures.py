@@ -1,0 +1,486 @@
+"""The figures: each draws one question's answer, once for light and once for dark paper.
+
+Colours are Okabe and Ito's, which the colour-blind can tell apart; a marker or a hatch says the same again.
+Every figure is narrow enough to be read on a phone, and its rows carry their names above them, so that no name is cut.
+Rendering is deterministic: the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from zbench.metrics import PHASES, Cell
+from zbench.report.findings import Point, Results, clusters, interval, main_kind, quantity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.8  # inches at 100 dots each; at 360 px of screen the text is still about 9 px high
+MARKERS = "osD^vPX*"
+HATCHES = ("", "//", "\\\\", "--", "xx", "||", "++", "/")  # of lines only: dots make an SVG ten times larger
+QUANTILES = np.linspace(0.005, 0.995, 100)  # each tick of a strip is one percent of the steps
+
+
+@dataclass(frozen=True)
+class Theme:
+    name: str
+    paper: str
+    ink: str
+    muted: str
+    line: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "light", "#ffffff", "#1c2127", "#5b6570", "#dfe3e8",
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c"),
+)  # fmt: skip
+DARK = Theme(
+    "dark", "#14171b", "#e3e6ea", "#9aa4af", "#3a424c",
+    ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#ffffff", "#8c8c8c"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A kind of figure. `applies` says whether the run has its data, `alt` what the figure shows, in words."""
+
+    name: str
+    title: str
+    caption: str
+    applies: Callable[[Results, Sequence[Cell]], bool]
+    height: Callable[[Results, Sequence[Cell]], float]  # inches
+    draw: Callable[[Axes, Theme, Results, Sequence[Cell]], None]
+    alt: Callable[[Results, Sequence[Cell]], str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One figure of one point of the matrix, as SVG and PNG for each theme."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    svg: dict[str, bytes]
+    png: dict[str, bytes]
+
+
+def draw(results: Results, point: Point) -> list[Drawn]:
+    """All figures that the point has data for."""
+    return [_drawn(plot, results, point.cells, point.label) for plot in PLOTS if plot.applies(results, point.cells)]
+
+
+def draw_overview(results: Results) -> Drawn | None:
+    """Decode speed of every engine at every point; None where there is one point only, or nothing was measured."""
+    cells = results.run.cells
+    if len(results.points) < 2 or not OVERVIEW.applies(results, cells):
+        return None
+    return _drawn(OVERVIEW, results, cells, "")
+
+
+def figure(plot: Plot, theme: Theme, results: Results, cells: Sequence[Cell]) -> Figure:
+    """The matplotlib figure itself. Raises nothing that the data could cause once `plot.applies`."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_style(theme)):
+        drawn = Figure(figsize=(WIDTH, plot.height(results, cells)), layout="constrained")
+        FigureCanvasAgg(drawn)
+        plot.draw(drawn.subplots(), theme, results, cells)
+        drawn.draw_without_rendering()
+    return drawn
+
+
+def _drawn(plot: Plot, results: Results, cells: Sequence[Cell], label: str) -> Drawn:
+    from matplotlib import rc_context
+
+    svg, png = {}, {}
+    for theme in (LIGHT, DARK):
+        drawn = figure(plot, theme, results, cells)
+        with rc_context(_style(theme)):
+            svg[theme.name] = _saved(drawn, "svg", metadata={"Date": None, "Creator": None})
+            png[theme.name] = _saved(drawn, "png", dpi=200, metadata={"Software": None})
+    slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
+    where = f" at {label}" if label else ""
+    name = f"{plot.name}-{slug}" if slug else plot.name
+    return Drawn(name, plot.title, plot.caption, f"{plot.title}{where}: {plot.alt(results, cells)}", svg, png)
+
+
+def _saved(drawn: Figure, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def _style(theme: Theme) -> dict[str, Any]:
+    return {
+        "figure.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "figure.dpi": 100,
+        "font.family": "DejaVu Sans",  # comes with matplotlib, so that figures are the same everywhere
+        "font.size": 8,
+        "axes.edgecolor": theme.line,
+        "axes.labelcolor": theme.muted,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.6,
+        "hatch.linewidth": 0.6,
+        "text.color": theme.ink,
+        "text.parse_math": False,  # names are names, also with dollar signs
+        "xtick.color": theme.line,
+        "ytick.color": theme.line,
+        "xtick.labelcolor": theme.muted,
+        "ytick.labelcolor": theme.muted,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "zbench",
+    }
+
+
+def _series(results: Results, cell: Cell, theme: Theme) -> tuple[str, str]:
+    """(colour, marker) of the cell's engine."""
+    index = results.engines.index(cell.record.label)
+    return theme.series[index % len(theme.series)], MARKERS[index % len(MARKERS)]
+
+
+# Roofline ------------------------------------------------------------------------------------------------------------
+
+
+def _seen(results: Results, cells: Sequence[Cell]) -> bool:
+    return any(not cell.forwards.empty for cell in cells)
+
+
+def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    dots = [(cell, kind) for cell in cells for kind in cell.forwards["kind"].unique()]
+    x = np.array([results.value(cell, "intensity", kind) for cell, kind in dots], dtype=float)
+    y = np.array([results.value(cell, "achieved_flops", kind) for cell, kind in dots], dtype=float)
+    roofs = _roofs(results, cells)
+    ridges = [rate / bandwidth for _, bandwidth, rate in roofs]
+    left, right = min([*x, *ridges]) / 4, max([*x, *ridges]) * 6
+    tops = [min(rate, bandwidth * right) for _, bandwidth, rate in roofs]
+    axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(y) / 4, max([*y, *tops]) * 5))
+    for kind, bandwidth, rate in roofs:
+        style: Any = "-" if kind == "measured" else (0, (4, 3))
+        axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color=theme.ink, lw=1.2, ls=style)
+    for (cell, kind), at_x, at_y in zip(dots, x, y, strict=True):
+        colour, marker = _series(results, cell, theme)
+        filled = "none" if kind.endswith("prefill") else colour
+        axes.plot(at_x, at_y, marker, ms=7, color=colour, mfc=filled, mew=1.4)
+    axes.set(xlabel="intensity, FLOP per byte", ylabel="FLOP/s")
+    axes.yaxis.set_major_formatter(EngFormatter(places=0))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.figure.draw_without_rendering()  # settles the layout: the names are placed in pixels
+    _name_roofs(axes, theme, roofs, left, right)
+    _name_dots(axes, theme, [_dot_name(cells, cell, kind) for cell, kind in dots], x, y)
+
+
+def _roofs(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float, float]]:
+    """(kind, B/s, FLOP/s) of the roofs known for the dtype of these cells; measured ones last, to be drawn on top."""
+    manifest, dtype = results.run.manifest, cells[0].record.dtype
+    known = []
+    if manifest.specs and manifest.specs.get("bandwidth") and dtype in manifest.specs.get("flops", {}):
+        known.append(("spec sheet", manifest.specs["bandwidth"], manifest.specs["flops"][dtype]))
+    if manifest.roofs and dtype in manifest.roofs.get("flops", {}):
+        measured = manifest.roofs["bandwidth"]["read"]["value"], manifest.roofs["flops"][dtype]["value"]
+        known.append(("measured", *measured))
+    return known
+
+
+def _name_roofs(axes: Axes, theme: Theme, roofs: list[tuple[str, float, float]], left: float, right: float) -> None:
+    if not roofs:
+        return
+    rates = "\n".join(f"{quantity(rate, 'FLOP/s')} {kind}" for kind, _, rate in roofs)
+    bandwidths = "\n".join(f"{quantity(bandwidth, 'B/s')} {kind}" for kind, bandwidth, _ in roofs)
+    style: dict[str, Any] = {"color": theme.muted, "fontsize": 7.5, "linespacing": 1.3, "va": "bottom"}
+    axes.text(right / 1.15, max(rate for *_, rate in roofs) * 1.12, rates, ha="right", **style)
+    start = left * 1.6
+    height = start * max(bandwidth for _, bandwidth, _ in roofs)
+    ends = axes.transData.transform([(start, height), (10 * start, 10 * height)])
+    angle = float(np.degrees(np.arctan2(*(ends[1] - ends[0])[::-1])))
+    axes.text(start, height * 1.2, bandwidths, rotation=angle, rotation_mode="anchor", ha="left", **style)
+
+
+def _dot_name(cells: Sequence[Cell], cell: Cell, kind: str) -> str:
+    seen = [c for c in cells if not c.forwards.empty]
+    return f"{cell.record.label}: {kind}" if len(seen) > 1 else kind
+
+
+def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
+    """Write each name beside its dot, towards the middle, moved down until it is clear of the one above it."""
+    spots = axes.transData.transform(np.column_stack([x, y]))
+    middle = axes.bbox.x0 + 0.5 * axes.bbox.width
+    line = 1.5 * 7.5 * 100 / 72
+    taken = np.inf
+    for index in np.argsort(-spots[:, 1], kind="stable"):
+        at_x, at_y = spots[index]
+        taken = min(at_y, taken - line)
+        side = 1 if at_x < middle else -1
+        axes.annotate(
+            names[index], (x[index], y[index]), (10 * side, (taken - at_y) * 0.72), textcoords="offset points",
+            ha="left" if side > 0 else "right", va="center", fontsize=7.5, annotation_clip=False,
+            bbox={"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85},
+            arrowprops={"arrowstyle": "-", "color": theme.muted, "lw": 0.5, "shrinkA": 0, "shrinkB": 4},
+        )  # fmt: skip
+
+
+def _roofline_alt(results: Results, cells: Sequence[Cell]) -> str:
+    from zbench.report.findings import limit
+
+    found = [f"{c.record.label} {kind} is {limit(results, c, kind)}" for c in cells if (kind := main_kind(c))]
+    return "; ".join(found) + "."
+
+
+# Rows with their names above them ------------------------------------------------------------------------------------
+
+
+def _rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
+    """One horizontal row per name, from the top; `values` stand at the right end of the name's line."""
+    axes.set(ylim=(len(names) - 0.35, -0.6), yticks=[])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    background = {"fc": axes.get_facecolor(), "ec": "none", "pad": 0.8, "alpha": 0.85}
+    for row, text in enumerate(names):
+        axes.text(0, row - 0.36, _shortened(text), transform=axes.get_yaxis_transform(), va="center", bbox=background)
+    for row, text in enumerate(values):
+        axes.text(1, row - 0.36, text, transform=axes.get_yaxis_transform(), va="center", ha="right", fontsize=7.5)
+
+
+def _shortened(text: str, most: int = 44) -> str:
+    """A row is this many characters wide, less what stands at its end."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _row_height(rows: int, legend_lines: int = 0) -> float:
+    return 0.55 + 0.5 * rows + 0.2 * legend_lines
+
+
+def _with_steps(cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if (cell.steps["step"] > 0).any()]
+
+
+def _step_times(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    shown = _with_steps(cells)
+    times = [cell.decode_steps["seconds"].to_numpy() * 1e3 for cell in shown]
+    edge = max(np.quantile(t, QUANTILES[-1]) for t in times) * 1.05
+    for row, (cell, t) in enumerate(zip(shown, times, strict=True)):
+        colour, _ = _series(results, cell, theme)
+        # One path with gaps: a hundred separate lines would make an SVG five times larger.
+        ticks, gaps = np.quantile(t, QUANTILES), np.full(len(QUANTILES), np.nan)
+        heights = np.tile([row - 0.12, row + 0.08, np.nan], len(QUANTILES))
+        axes.plot(np.column_stack([ticks, ticks, gaps]).ravel(), heights, color=colour, lw=0.5)
+        low, middle, high = np.quantile(t, [0.25, 0.5, 0.75])
+        axes.plot([low, high], [row + 0.17] * 2, color=colour, lw=4, solid_capstyle="butt")
+        axes.plot(middle, row + 0.17, "|", ms=9, mew=1.6, color=theme.ink)
+    _rows(axes, [c.record.label for c in shown], [_spread_words(t) for t in times])
+    axes.set(xlim=(0, edge), xlabel="milliseconds per decode step")
+
+
+def _spread_words(milliseconds: np.ndarray) -> str:
+    middle, tail = np.quantile(milliseconds, [0.5, 0.99]) / 1e3
+    return f"median {quantity(middle, 's')}, 99th {quantity(tail, 's')}"
+
+
+def _step_times_alt(results: Results, cells: Sequence[Cell]) -> str:
+    times = [(c.record.label, c.decode_steps["seconds"].to_numpy() * 1e3) for c in _with_steps(cells)]
+    return "; ".join(f"{label} {_spread_words(t)}" for label, t in times) + "."
+
+
+def _phase_means(results: Results, cell: Cell) -> dict[str, float]:
+    """Seconds per trial by phase; a foreign engine's wall is one undivided phase."""
+    found = {phase: results.value(cell, "phase_seconds", phase) for phase in PHASES}
+    known = {phase: seconds for phase, seconds in found.items() if seconds is not None}
+    return known or {"not divided": float(np.mean([trial.wall_seconds for trial in cell.trials]))}
+
+
+def _phases(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    shown = [cell for cell in cells if cell.trials]
+    means = [_phase_means(results, cell) for cell in shown]
+    names = [phase for phase in (*PHASES, "not divided") if any(phase in m for m in means)]
+    for index, phase in enumerate(names):
+        widths = [m.get(phase, 0.0) * 1e3 for m in means]
+        starts = [sum(m.get(before, 0.0) for before in names[:index]) * 1e3 for m in means]
+        colour, hatch = _phase_style(theme, phase)
+        axes.barh(
+            range(len(shown)), widths, 0.36, starts, label=phase, color=colour, hatch=hatch, ec=theme.paper, lw=0.5
+        )
+    _rows(axes, [c.record.label for c in shown], [quantity(sum(m.values()), "s") for m in means])
+    axes.set(xlabel="milliseconds per trial, mean")
+    _legend_below(axes, len(names))
+
+
+def _phase_style(theme: Theme, phase: str) -> tuple[str, str]:
+    if phase not in PHASES:
+        return theme.line, ""
+    return theme.series[PHASES.index(phase)], HATCHES[PHASES.index(phase)]
+
+
+def _legend_below(axes: Axes, entries: int) -> None:
+    axes.get_figure().legend(loc="outside lower center", ncol=min(4, entries), handlelength=1.6, columnspacing=1.2)
+
+
+def _phases_height(results: Results, cells: Sequence[Cell]) -> float:
+    return _row_height(sum(bool(cell.trials) for cell in cells), legend_lines=2)
+
+
+def _phases_alt(results: Results, cells: Sequence[Cell]) -> str:
+    return "; ".join(_phase_words(results, cell) for cell in cells if cell.trials) + "."
+
+
+def _phase_words(results: Results, cell: Cell) -> str:
+    means = _phase_means(results, cell)
+    total = sum(means.values())
+    shares = ", ".join(f"{phase} {quantity(seconds / total, '1')}" for phase, seconds in means.items())
+    return f"{cell.record.label} {quantity(total, 's')}: {shares}"
+
+
+def _compared(results: Results, cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if results.value(cell, "speedup") is not None]
+
+
+def _ratios(cell: Cell) -> pd.DataFrame:
+    """Speedup per prompt [prompt], geometric mean over repeats, with its category."""
+    pairs = cell.timed_pairs
+    theirs = pairs["decode_seconds_baseline"] / (pairs["tokens_baseline"] - 1)
+    logs = np.log(theirs / (pairs["decode_seconds"] / (pairs["tokens"] - 1)))
+    by_prompt = pairs.assign(speedup=logs).groupby(["category", "prompt_id"], sort=True)["speedup"].mean()
+    return np.exp(by_prompt).reset_index()
+
+
+def _categories(cells: Sequence[Cell]) -> list[str]:
+    return sorted({category for cell in cells for category in cell.requests["category"]})
+
+
+def _speedups(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    shown = _compared(results, cells)
+    categories = _categories(shown)
+    lanes = np.linspace(-0.1, 0.25, len(shown)) if len(shown) > 1 else [0.05]
+    for cell, lane in zip(shown, lanes, strict=True):
+        colour, marker = _series(results, cell, theme)
+        row, ratios = results.row(cell, "speedup"), _ratios(cell)
+        if row.low is not None and row.high is not None:
+            axes.axvspan(row.low, row.high, color=colour, alpha=0.18, lw=0)
+        axes.axvline(float(row.value or 1), color=colour, lw=0.9)
+        heights = [categories.index(category) + lane for category in ratios["category"]]
+        axes.plot(ratios["speedup"], heights, marker, ms=5, color=colour, alpha=0.8, mew=0, label=cell.record.label)
+    axes.axvline(1, color=theme.ink, lw=1.2, ls=(0, (4, 3)))
+    _rows(axes, categories)
+    axes.margins(x=0.08)
+    axes.set(xscale="log", xlabel=f"times as fast as {shown[0].baseline.record.label}")  # type: ignore[union-attr]
+    _plain_log_ticks(axes)
+    _legend_below(axes, min(2, len(shown)))
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    """About five round ticks, also where the axis spans less than a decade."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    low, high = axes.get_xlim()
+    low, high = min(low, 0.9), max(high, 1.1)
+    steps = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    axes.set_xlim(low, high)
+    axes.set_xticks([t for t in steps if low <= t <= high], labels=[f"{t:g}×" for t in steps if low <= t <= high])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _speedups_height(results: Results, cells: Sequence[Cell]) -> float:
+    shown = _compared(results, cells)
+    return _row_height(len(_categories(shown)), legend_lines=1 + len(shown) // 2)
+
+
+def _speedups_alt(results: Results, cells: Sequence[Cell]) -> str:
+    return "; ".join(_speedup_words(results, cell) for cell in _compared(results, cells)) + "."
+
+
+def _speedup_words(results: Results, cell: Cell) -> str:
+    row, ratios = results.row(cell, "speedup"), _ratios(cell)["speedup"]
+    around = f" ({interval(row)})" if interval(row) else f" ({clusters(cell, row.n)}, too few for an interval)"
+    return (
+        f"{cell.record.label} {quantity(float(row.value or 0), 'ratio')}{around}, "
+        f"single prompts from {ratios.min():.2f}× to {ratios.max():.2f}×"
+    )
+
+
+def _speeds(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    lanes = np.linspace(-0.12, 0.28, len(results.engines)) if len(results.engines) > 1 else [0.05]
+    named: set[str] = set()
+    for height, point in enumerate(results.points):
+        for cell in point.cells:
+            row = results.row(cell, "decode_tps")
+            if not isinstance(row.value, float):
+                continue
+            colour, marker = _series(results, cell, theme)
+            at = height + lanes[results.engines.index(cell.record.label)]
+            if row.low is not None and row.high is not None:
+                axes.plot([row.low, row.high], [at, at], color=colour, lw=1.4)
+            label = None if cell.record.label in named else cell.record.label
+            axes.plot(row.value, at, marker, ms=5.5, color=colour, mew=0, label=label)
+            named.add(cell.record.label)
+    _rows(axes, [point.label for point in results.points])
+    axes.set(xlabel="tokens per second and sequence, decode")
+    axes.set_xlim(left=0)
+    _legend_below(axes, min(2, len(named)))
+
+
+def _speeds_height(results: Results, cells: Sequence[Cell]) -> float:
+    return _row_height(len(results.points), legend_lines=1 + len(results.engines) // 2)
+
+
+def _speeds_alt(results: Results, cells: Sequence[Cell]) -> str:
+    rows = [(point, cell, results.row(cell, "decode_tps")) for point in results.points for cell in point.cells]
+    said = [
+        f"{p.label}: {c.record.label} {quantity(r.value, r.unit)}" for p, c, r in rows if isinstance(r.value, float)
+    ]
+    return "; ".join(said) + "."
+
+
+PLOTS = (
+    Plot(
+        "roofline", "Where each forward stands under the roofs",
+        "One mark per kind of forward; open marks are prefills. Below the slope memory limits, below the flat part "
+        "arithmetic; far below both, overhead does. Solid: measured on this device. Dashed: spec sheet.",
+        _seen, lambda results, cells: 3.6, _roofline, _roofline_alt,
+    ),
+    Plot(
+        "steps", "How long a decode step takes",
+        "Each tick is one percent of the steps, the bar the middle half, the mark across it the median. "
+        "Steps of different engines commit different numbers of tokens.",
+        lambda results, cells: bool(_with_steps(cells)),
+        lambda results, cells: _row_height(len(_with_steps(cells))), _step_times, _step_times_alt,
+    ),
+    Plot(
+        "phases", "Where the time goes",
+        "Mean seconds of one trial, prefill included. Host gap: what forwards, accept and commit leave of the steps. "
+        "A foreign engine’s forwards are not seen, so its time is not divided.",
+        lambda results, cells: any(cell.trials for cell in cells), _phases_height, _phases, _phases_alt,
+    ),
+    Plot(
+        "speedup", "Speed of each prompt against the baseline",
+        "One mark per prompt: the baseline’s seconds per token over the engine’s, for the same prompt. "
+        "Line and band: geometric mean and 95% interval. Right of the dashed line is faster.",
+        lambda results, cells: bool(_compared(results, cells)), _speedups_height, _speedups, _speedups_alt,
+    ),
+)  # fmt: skip
+
+OVERVIEW = Plot(
+    "overview", "Decode speed at every point",
+    "Tokens per second of one sequence with the 95% interval, one row per point of the matrix.",
+    lambda results, cells: any(results.value(cell, "decode_tps") is not None for cell in cells),
+    _speeds_height, _speeds, _speeds_alt,
+)  # fmt: skip

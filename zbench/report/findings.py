@@ -1,0 +1,259 @@
+"""What a report says in words: numbers with fitting units, the answer, and everything a reader must be warned of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from zbench.metrics import Cell, MetricRow, Run, summarise
+from zbench.records import CellRecord
+from zbench.stats import FEW
+
+_PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
+_PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the matrix: the cells that were measured under the same conditions."""
+
+    label: str  # "batch 4, dtype float32"; "" where the scenario has no matrix
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A run with its metrics, looked up by cell, metric and part."""
+
+    run: Run
+    rows: tuple[MetricRow, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> Results:
+        return cls(run, tuple(summarise(run)))
+
+    @cached_property
+    def points(self) -> tuple[Point, ...]:
+        cells: dict[str, list[Cell]] = {}
+        for cell in self.run.cells:
+            cells.setdefault(point_label(cell.record), []).append(cell)
+        return tuple(Point(label, tuple(members)) for label, members in cells.items())
+
+    @cached_property
+    def engines(self) -> tuple[str, ...]:
+        """Labels in order of first appearance; an engine keeps its colour and marker throughout a report."""
+        return tuple(dict.fromkeys(cell.record.label for cell in self.run.cells))
+
+    def row(self, cell: Cell, metric: str, part: str = "") -> MetricRow:
+        """The row of that part, or the one that says why the metric has no parts here."""
+        return self._rows.get((cell.record.id, metric, part)) or self._rows[cell.record.id, metric, ""]
+
+    def value(self, cell: Cell, metric: str, part: str = "") -> float | None:
+        row = self._rows.get((cell.record.id, metric, part))
+        return row.value if row and isinstance(row.value, float) else None
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str, str], MetricRow]:
+        return {(row.cell, row.metric, row.part): row for row in self.rows}
+
+
+def point_label(record: CellRecord) -> str:
+    return ", ".join(f"{axis} {value}" for axis, value in record.point.items())
+
+
+def main_kind(cell: Cell) -> str:
+    """The kind of forward that takes most of decode; "" where forwards are not seen."""
+    decode = cell.forwards[cell.forwards["step"] > 0]
+    return "" if decode.empty else str(decode.groupby("kind", sort=False)["seconds"].sum().idxmax())
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with its unit, scaled: `quantity(0.0089, "s")` is "8.90 ms"."""
+    scale, shown, digits = _scale(value, unit)
+    return f"{_number(value / scale, digits)}{shown}"
+
+
+def interval(row: MetricRow) -> str:
+    """The interval in the scale of the row's value, "60.1–62.0"; "" where there is none."""
+    if row.low is None or row.high is None or not isinstance(row.value, float):
+        return ""
+    scale, shown, digits = _scale(row.value, row.unit)
+    decimals = _decimals(row.value / scale, digits)
+    return f"{row.low / scale:,.{decimals}f}–{row.high / scale:,.{decimals}f}{'%' if shown == '%' else ''}"
+
+
+def answers(results: Results) -> list[tuple[str, list[str]]]:
+    """(point, sentences) for every point of the matrix: how fast, against what, and what limits it."""
+    if not any(cell.trials for cell in results.run.cells):
+        return [("", [_nothing(results.run)])]
+    return [(point.label, _answer(results, point)) for point in results.points]
+
+
+def warnings(results: Results) -> list[str]:
+    """Plain sentences on everything that makes the numbers less than they seem."""
+    run = results.run
+    found = [sentence[0].upper() + sentence[1:] + "." for sentence in run.warnings]
+    if run.manifest.roofs is None:
+        found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
+    found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
+    found += _too_few(results)
+    found += [
+        _disagreement(cell, results) for cell in run.cells if (results.value(cell, "agreement", "prompts") or 1) < 1
+    ]
+    labels = {cell.record.id: name(cell) for cell in run.cells}
+    wrong = (row for row in results.rows if row.status == "error" and row.metric != "failed_trials")
+    found += [f"{labels[row.cell]}{_of_part(row)}: {row.note}." for row in wrong]
+    hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
+    found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
+    return list(dict.fromkeys(found))
+
+
+def name(cell: Cell) -> str:
+    """The engine's label, with its point of the matrix where there is one."""
+    label = point_label(cell.record)
+    return f"{cell.record.label} ({label})" if label else cell.record.label
+
+
+def clusters(cell: Cell, n: int) -> str:
+    """ "6 prompts"; a batch's prompts share their steps, so beyond batch 1 the batches are what counts."""
+    what = "prompt" if cell.record.batch == 1 else "batch"
+    return f"{n} {what}{'' if n == 1 else 'es' if what == 'batch' else 's'}"
+
+
+def limit(results: Results, cell: Cell, kind: str) -> str:
+    """ "memory-bound: 84% of the measured read bandwidth", or why that is not known."""
+    bound = results.row(cell, "bound", kind)
+    if bound.value == "overhead":
+        measured, floor = (results.value(cell, metric, kind) for metric in ("forward_seconds", "floor_seconds"))
+        return (
+            f"overhead-bound: {(measured or 0) / (floor or 1):.1f}× the time that memory or arithmetic alone would need"
+        )
+    if bound.value is None:
+        return f"not classified ({bound.note.removeprefix('unavailable: ')})"
+    metric, roof = ("mbu", "read bandwidth") if bound.value == "memory" else ("mfu", f"{cell.record.dtype} rate")
+    row = results.row(cell, metric, kind)
+    share = quantity(row.value, row.unit) if isinstance(row.value, float) else "an unknown share"
+    return f"{bound.value}-bound: {share} of the measured {roof}"
+
+
+def _answer(results: Results, point: Point) -> list[str]:
+    measured = [cell for cell in point.cells if results.value(cell, "decode_tps") is not None]
+    if not measured:
+        return ["No engine gave a decode speed here."]
+    first = next((cell for cell in measured if cell.record.baseline), measured[0])
+    others = [cell for cell in measured if cell is not first and results.value(cell, "speedup") is not None]
+    sentences = [_speed(results, first), *_comparisons(results, first, others)]
+    fastest = max(measured, key=lambda cell: results.value(cell, "decode_tps") or 0)
+    for cell in [first] if fastest is first else [first, fastest]:
+        if kind := main_kind(cell):
+            owner = "Its" if len(sentences) == 1 else f"{cell.record.label}’s"
+            role, _, rows = kind.partition(", ")
+            sentences.append(f"{owner} {role} forward ({rows}) is {limit(results, cell, kind)}.")
+    return sentences
+
+
+def _speed(results: Results, cell: Cell) -> str:
+    row = results.row(cell, "decode_tps")
+    evidence = f"95% interval {interval(row)}, {clusters(cell, row.n)}" if interval(row) else _no_interval(cell, row)
+    speed = quantity(float(row.value or 0), row.unit)
+    return f"{cell.record.label} decodes {speed} per sequence ({evidence})."
+
+
+def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]:
+    """Pairs are reported from the side that wins; an interval that holds 1 shows no difference."""
+    slower, faster, alike = [], [], []
+    for cell in others:
+        row = results.row(cell, "speedup")
+        value, low, high = float(row.value or 0), row.low, row.high
+        if low is not None and high is not None and low <= 1 <= high:
+            alike.append(f"{cell.record.label} ({value:.2f}×, {low:.2f}–{high:.2f})")
+        elif value < 1:
+            around = f"{1 / high:.2f}–{1 / low:.2f}" if low and high else _no_interval(cell, row)
+            slower.append(f"{1 / value:.2f}× {cell.record.label} ({around})")
+        else:
+            around = f"{low:.2f}–{high:.2f}" if low and high else _no_interval(cell, row)
+            faster.append(f"{cell.record.label} is {value:.2f}× as fast ({around})")
+    sentences = []
+    if slower:
+        sentences.append(f"That is {_listed(slower)}, paired by prompt.")
+    if faster:
+        sentences.append(f"{_listed(faster)}, paired by prompt.")
+    if alike:
+        sentences.append(f"No difference from {first.record.label} is shown for {_listed(alike)}.")
+    return sentences
+
+
+def _no_interval(cell: Cell, row: MetricRow) -> str:
+    return f"{clusters(cell, row.n)}: too few for an interval"
+
+
+def _nothing(run: Run) -> str:
+    failed = [trial for cell in run.cells for trial in cell.failed]
+    if not failed:
+        return "Nothing was measured: no trial has ended yet."
+    error = (failed[0].error or "no message").strip().splitlines()[0]
+    return f"Nothing was measured: all {len(failed)} trials failed. First error: {error}"
+
+
+def _trouble(cell: Cell, results: Results) -> str:
+    failed, total = len(cell.failed), len(cell.failed) + len(cell.trials)
+    if not total:
+        return f"{name(cell)} was planned but not run: the run is incomplete."
+    if not failed:
+        return ""
+    first = results.row(cell, "failed_trials").note
+    return f"{failed} of {total} trials of {name(cell)} failed and are left out; {first}."
+
+
+def _too_few(results: Results) -> list[str]:
+    few: dict[str, list[str]] = {}
+    for cell in results.run.cells:
+        if cell.trials and (n := results.row(cell, "ttft").n) < FEW:
+            few.setdefault(clusters(cell, n), []).append(name(cell))
+    return [
+        f"{count} for {_listed(cells)}: too few for an interval, which takes {FEW}." for count, cells in few.items()
+    ]
+
+
+def _disagreement(cell: Cell, results: Results) -> str:
+    row = results.row(cell, "agreement", "prompts")
+    theirs = cell.baseline.record.label if cell.baseline else "the baseline"
+    reason = f" ({why})" if (why := row.note.split("; ")[-1]) and not why.startswith("too few") else ""
+    return (
+        f"{name(cell)} emitted the same tokens as {theirs} on "
+        f"{quantity(float(row.value or 0), '1')} of the prompts only{reason}."
+    )
+
+
+def _of_part(row: MetricRow) -> str:
+    return f", {row.part}" if row.metric in {"mbu", "mfu", "mbu_spec", "mfu_spec"} else ""
+
+
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _scale(value: float, unit: str) -> tuple[float, str, int]:
+    """(divisor, unit as shown, significant digits)."""
+    if unit == "1":
+        # A share just short of the whole must not be printed as the whole.
+        return 0.01, "%", 4 if 0.99 < value < 1 else 2
+    if unit == "ratio":
+        return 1.0, "×", 3
+    if unit not in _PREFIXED or value == 0:
+        return 1.0, f" {unit}" if unit else "", 3
+    # A value that would round up to 1000 takes the next prefix.
+    power = math.floor(math.log10(abs(value) * 1.0005) / 3) * 3
+    power = min(max(power, min(_PREFIXES)), 0 if unit.startswith("s") else max(_PREFIXES))
+    return 10.0**power, f" {_PREFIXES[power]}{unit}", 3
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{_decimals(value, digits)}f}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    return 0 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value) * (1 + 0.5 * 10**-digits))))

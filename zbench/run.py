@@ -1,0 +1,418 @@
+"""From a scenario to a run folder: plan the trials, interleave the engines, append each result as it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+import zbench
+from zbench import engines, prompts, scenario
+from zbench.cache import atomic_write
+from zbench.engines.base import Engine, Meter, Request
+from zbench.engines.sampling import Sampling
+from zbench.errors import UserError
+from zbench.hardware import device as devices
+from zbench.hardware import environment, roofs, specs
+from zbench.hardware.device import Device
+from zbench.models import loading
+from zbench.models.config import parameter_count
+from zbench.progress import track
+from zbench.records import SCHEMA_VERSION, CellRecord, Manifest, RequestRecord, TrialRecord
+
+MANIFEST, TRIALS = "run.json", "trials.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One execution of one cell on one batch of prompts."""
+
+    cell: CellRecord
+    group: int
+    repeat: int
+    order: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.cell.id, self.group, self.repeat)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One point of the matrix, made concrete: a model, tokenised prompts in batches, and the cells to compare."""
+
+    scenario: scenario.Scenario
+    cells: tuple[CellRecord, ...]
+    model: loading.LoadedModel
+    tokenizer: Any
+    device: Device
+    batches: tuple[tuple[tuple[prompts.Prompt, list[int]], ...], ...]
+    warmup: tuple[list[int], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.scenario.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    folder: Path
+    planned: int
+    finished: int
+    failed: int
+    stopped: str | None = None  # why the run ended early
+
+
+def prepare(wanted: scenario.Scenario, say: Callable[[str], None]) -> tuple[Point, ...]:
+    """Load models, tokenise prompts and check that everything fits. Raises UserError before anything is measured."""
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    device = devices.resolve(wanted.device)
+    models: dict[str, tuple[loading.LoadedModel, Any]] = {}
+    points = []
+    for at, cells in scenario.points(wanted):
+        if at.device != wanted.device:
+            raise UserError("device cannot be a matrix axis: one run measures one device (see `zbench compare`)")
+        key = repr((at.model_spec, at.dtype))
+        if key not in models:
+            say(f"loading {at.model_name} ({at.dtype})")
+            loaded = loading.load(at.model_spec, dtype=at.dtype)
+            models[key] = (loaded, loading.load_tokenizer(loaded))
+        model, tokenizer = models[key]
+        chosen = prompts.load(at.prompts)
+        encoded = prompts.encode(chosen, tokenizer, at.context)
+        longest = max(len(ids) for ids in encoded) + at.output_tokens
+        if longest > model.config.max_positions:
+            raise UserError(
+                f"prompt and output need {longest} tokens, {model.name} takes {model.config.max_positions}:"
+                " shorten context, prompts or output_tokens"
+            )
+        pairs = list(zip(chosen, encoded, strict=True))
+        batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
+        others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
+        warmup = tuple(prompts.encode(others, tokenizer, at.context))
+        points.append(Point(at, cells, model, tokenizer, device, batches, warmup))
+    return tuple(points)
+
+
+def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:
+    """Every trial in execution order. Engines alternate A B, B A from one batch of prompts to the next, so that a
+    drift of the machine falls on all of them alike."""
+    planned, order = [], 0
+    for point in points:
+        trials = []
+        for repeat in range(point.scenario.repeats):
+            for group in range(len(point.batches)):
+                cells = point.cells if (repeat + group) % 2 == 0 else tuple(reversed(point.cells))
+                for cell in cells:
+                    trials.append(Trial(cell, group, repeat, order))
+                    order += 1
+        planned.append((point, trials))
+    return planned
+
+
+def run(
+    wanted: scenario.Scenario, out: Path, command: str, console: Console, resume: Path | None = None
+) -> Outcome:
+    """Measure a scenario into a run folder under `out`, or finish the one at `resume`."""
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    points = prepare(wanted, say)
+    device = points[0].device
+    snapshot = environment.snapshot(device, wanted.threads)
+    planned = plan(points)
+    total = sum(len(trials) for _, trials in planned)
+    if resume is None:
+        folder = _new_folder(out, wanted.name)
+        dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
+        measured = roofs.load_or_measure(device, dtypes, progress=say)
+        manifest = _manifest(wanted, points, command, snapshot, measured)
+        try:
+            atomic_write(folder / MANIFEST, manifest.to_json())
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        finished: set[tuple[str, int, int]] = set()
+    else:
+        folder = resume
+        finished = _finished(folder, wanted, snapshot)
+    failed, stopped = 0, None
+    with _locked(folder), _Log(folder / TRIALS) as log, track(total, len(finished), console) as advance:
+        try:
+            for record in _measure(planned, finished, wanted.budget_seconds, began):
+                log.append(record)
+                failed += record.status == "error"
+                if record.status == "ok":
+                    finished.add(record.key)
+                advance(_headline(record))
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        except _BudgetSpent:
+            stopped = "the scenario's time budget is spent"
+    return Outcome(folder, total, len(finished), failed, stopped)
+
+
+class _BudgetSpent(Exception):
+    pass
+
+
+def _measure(
+    planned: list[tuple[Point, list[Trial]]], finished: set, budget: float | None, began: float
+) -> Iterator[TrialRecord]:
+    for point, trials in planned:
+        open_trials = [trial for trial in trials if trial.key not in finished]
+        if not open_trials:
+            continue
+        ready = _engines(point)
+        for trial in open_trials:
+            if budget is not None and time.monotonic() - began > budget:
+                raise _BudgetSpent
+            yield measure(point, trial, ready[trial.cell.id])
+
+
+def _engines(point: Point) -> dict[str, Engine | Exception]:
+    """Build and warm up every engine of a point; one that fails is kept as its exception."""
+    at = point.scenario
+    built: dict[str, Engine | Exception] = {}
+    shared = engines.Shared(point.model, point.dtype, point.device)
+    for cell in point.cells:
+        try:
+            engine = engines.create(cell.engine, cell.options, shared)
+            batch = len(point.batches[0])
+            for start in range(0, len(point.warmup), batch):
+                ids = point.warmup[start : start + batch]
+                ids = ids + (ids[-1],) * (batch - len(ids))
+                request = _request(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
+                engine.generate(ids, request, Meter(point.device))
+            built[cell.id] = engine
+        except Exception as error:  # one engine that cannot run here must not end the others' run
+            built[cell.id] = error
+    return built
+
+
+def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialRecord:
+    """Run one trial. Whatever goes wrong in an engine becomes an error record."""
+    started = datetime.now(UTC).isoformat(timespec="milliseconds")
+    batch = point.batches[trial.group]
+    begin = time.perf_counter()
+    blank = TrialRecord(trial.cell.id, trial.group, trial.repeat, trial.order, "error", started, 0.0)
+    try:
+        if isinstance(engine, Exception):
+            raise engine
+        meter = Meter(point.device)
+        seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
+        request = _request(point, seeds, point.scenario.output_tokens)
+        point.device.reset_peak()
+        begin = time.perf_counter()
+        generated = engine.generate([ids for _, ids in batch], request, meter)
+        wall = time.perf_counter() - begin
+        steps, forwards = meter.records()
+        ends = meter.step_ends()
+        requests = tuple(
+            RequestRecord(
+                prompt_id=prompt.id,
+                category=prompt.category,
+                prompt_tokens=len(ids),
+                output_ids=tuple(output),
+                output_hash=hash_ids(output),
+                text=point.tokenizer.decode(output, skip_special_tokens=True),
+                finish=finish,
+                ttft_seconds=ends[0],
+                end_seconds=ends[max(i for i, step in enumerate(steps) if step.committed[row])],
+                seed=seeds[row],
+            )
+            for row, ((prompt, ids), output, finish) in enumerate(
+                zip(batch, generated.outputs, generated.finish, strict=True)
+            )
+        )
+        return replace(
+            blank,
+            status="ok",
+            wall_seconds=wall,
+            requests=requests,
+            steps=steps,
+            forwards=forwards,
+            peak_bytes=point.device.peak_bytes(),
+            kernels=engine.kernels,
+        )
+    except Exception as error:  # out of memory, a kernel that fails: an error row, and the rest goes on
+        message = next(iter(str(error).splitlines()), "") or "no message"
+        if point.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return replace(
+            blank, wall_seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {message}"
+        )
+
+
+def hash_ids(ids: Sequence[int]) -> str:
+    """sha256 over token ids as little-endian int64."""
+    return hashlib.sha256(b"".join(token.to_bytes(8, "little", signed=True) for token in ids)).hexdigest()
+
+
+def _request(point: Point, seeds: Sequence[int], limit: int) -> Request:
+    at = point.scenario
+    sampling = Sampling(at.sampling.temperature, at.sampling.top_p, at.sampling.top_k)
+    eos = frozenset() if at.ignore_eos else frozenset(point.model.config.eos_ids)
+    return Request(limit, sampling, tuple(seeds), eos)
+
+
+def _seed(base: int, prompt_id: str, repeat: int) -> int:
+    """The same request gets the same seed in every engine, whatever batch it falls into."""
+    digest = hashlib.sha256(f"{base}/{prompt_id}/{repeat}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _headline(record: TrialRecord) -> str:
+    if record.status == "error":
+        return f"{record.cell} failed: {record.error}"
+    tokens = sum(len(request.output_ids) for request in record.requests)
+    return f"{record.cell} {tokens / record.wall_seconds:.1f} tokens/s"
+
+
+def _new_folder(out: Path, name: str) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+            with contextlib.suppress(FileExistsError):
+                folder = out / f"{name}-{stamp}{suffix}"
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+    raise UserError(f"{out} already holds a hundred runs named {name}-{stamp}")
+
+
+def latest(out: Path, wanted: scenario.Scenario) -> Path:
+    """The newest run folder of this scenario under `out`."""
+    digest = scenario.content_hash(wanted)
+    found = [m.parent for m in out.glob(f"*/{MANIFEST}") if read_manifest(m.parent).scenario_hash == digest]
+    if not found:
+        raise UserError(f"nothing to resume: no run of scenario {wanted.name} in {out}")
+    return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    try:
+        return Manifest.from_json((folder / MANIFEST).read_text())
+    except OSError as error:
+        raise UserError(f"{folder} is not a run folder: {error.strerror} ({MANIFEST})") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from error
+
+
+def _finished(folder: Path, wanted: scenario.Scenario, snapshot: dict[str, Any]) -> set[tuple[str, int, int]]:
+    """Keys of the trials a run folder already holds. Raises UserError where resuming would mix two things."""
+    manifest = read_manifest(folder)
+    if manifest.scenario_hash != scenario.content_hash(wanted):
+        raise UserError(f"{folder} was made from another scenario than this one; start a new run")
+    if changed := environment.differences(manifest.environment, snapshot):
+        raise UserError(f"{folder} was measured in another environment ({'; '.join(changed)}); start a new run")
+    return {record.key for record in read_trials(folder / TRIALS) if record.status == "ok"}
+
+
+def read_trials(path: Path) -> list[TrialRecord]:
+    """All whole records; a last line torn by a crash is left out."""
+    lines = path.read_text().split("\n") if path.exists() else []
+    return [TrialRecord.from_json(line) for line in lines[:-1] if line]
+
+
+class _Log:
+    """Appends one line per trial and makes sure it is on the disk, whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> _Log:
+        self._file = self._path.open("ab+")
+        self._end = self._whole()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, record: TrialRecord) -> None:
+        line = record.to_json().encode() + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file = self._path.open("ab+")
+                self._file.truncate(self._end)
+            raise UserError(
+                f"cannot write {self._path}: {error.strerror}; what was finished is kept, continue with --resume"
+            ) from error
+        self._end += len(line)
+
+    def _whole(self) -> int:
+        """Cut a line torn by a crash; returns the length of the whole lines."""
+        self._file.seek(0)
+        data = self._file.read()
+        end = data.rfind(b"\n") + 1
+        self._file.truncate(end)
+        return end
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise UserError(f"another zbench is writing to {folder}") from error
+
+
+def _manifest(
+    wanted: scenario.Scenario,
+    points: Sequence[Point],
+    command: str,
+    snapshot: dict[str, Any],
+    measured: dict[str, Any],
+) -> Manifest:
+    spec = specs.of_device(points[0].device)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        zbench_version=zbench.__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        name=wanted.name,
+        description=wanted.description,
+        command=command,
+        scenario=wanted.model_dump(mode="json"),
+        scenario_hash=scenario.content_hash(wanted),
+        cells=tuple(cell for point in points for cell in point.cells),
+        environment=snapshot,
+        environment_hash=environment.identity_hash(snapshot),
+        models={point.scenario.model_name: _model_facts(point) for point in points},
+        roofs=measured,
+        specs=spec.to_dict() if spec else None,
+    )
+
+
+def _model_facts(point: Point) -> dict[str, Any]:
+    config, count = point.model.config, parameter_count(point.model.config)
+    return {
+        "parameters": count,
+        "bytes": count * point.dtype.itemsize,
+        "layers": config.layers,
+        "width": config.width,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "vocab": config.vocab,
+        "hash": point.model.weights_hash,
+        "source": point.model.source,
+    }

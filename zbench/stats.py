@@ -1,0 +1,176 @@
+"""Intervals that respect how decoding is measured: prompts are the independent units, engines are compared in pairs.
+
+Trials of one prompt share its tokens, so they are one cluster: resampling trials would pretend to more
+evidence than there is. Every estimate says how many clusters it rests on, and gives no interval below `FEW`.
+All randomness is seeded: the same records give the same interval, to the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+SEED = 20240229
+FEW = 5  # below this many clusters an interval would mislead: five values cannot show what a 95% tail is
+DRIFT_BOUND = 0.05  # a step time that moves by more than this over a run is not a steady state
+
+Status = Literal["ok", "unavailable", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One number with its evidence. `n` counts clusters (prompts); `note` says why anything is missing or wrong."""
+
+    value: float | str | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    estimator: str = ""
+    note: str = ""
+    status: Status = "ok"
+
+
+def unavailable(reason: str) -> Estimate:
+    """An estimate that is not known, and why."""
+    return Estimate(None, note=f"unavailable: {reason}", status="unavailable")
+
+
+def ratio(numerators: ArrayLike, denominators: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """Sum of `numerators` over sum of `denominators`, with a cluster-bootstrap interval.
+
+    The three arrays have one entry per observation. Whole clusters are resampled, and the percentile interval is
+    expanded for small samples (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 4.5).
+    Simulated coverage at a nominal 95%: 92% with 5 clusters, 94% from 6 on; about 90% where they are strongly skewed.
+    Raises ValueError for unequal lengths, non-finite numbers or a numerator over a denominator of zero.
+    """
+    top, bottom = _cluster_sums(numerators, denominators, clusters)
+    if bottom.sum() == 0:
+        return unavailable("there is nothing to divide by")
+    estimate = Estimate(float(top.sum() / bottom.sum()), n=len(top), estimator="ratio of sums")
+    if len(top) < FEW:
+        return replace(estimate, note=too_few(len(top)))
+    low, high = _interval(top, bottom)
+    return replace(
+        estimate, low=low, high=high, estimator=f"ratio of sums; {CONFIDENCE:.0%} cluster bootstrap by prompt"
+    )
+
+
+def mean(values: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """Mean over all observations, with a cluster-bootstrap interval; arguments and errors as in `ratio`."""
+    data = np.asarray(values, dtype=float)
+    estimate = ratio(data, np.ones_like(data), clusters)
+    return replace(estimate, estimator=estimate.estimator.replace("ratio of sums", "mean"))
+
+
+def paired_ratio(baseline: ArrayLike, candidate: ArrayLike, clusters: ArrayLike) -> Estimate:
+    """Geometric mean of `baseline / candidate` over pairs, interval by cluster bootstrap of the log-ratios.
+
+    With seconds per token this is a speedup: above 1 the candidate is faster. Raises ValueError for a time that is not
+    positive.
+    """
+    estimate = mean(_log_ratios(baseline, candidate), clusters)
+    if not isinstance(estimate.value, float):
+        return estimate
+    low, high = (None if edge is None else float(np.exp(edge)) for edge in (estimate.low, estimate.high))
+    estimator = "geometric mean of paired ratios" + estimate.estimator.removeprefix("mean")
+    return replace(estimate, value=float(np.exp(estimate.value)), low=low, high=high, estimator=estimator)
+
+
+def minimal_detectable_effect(
+    baseline: ArrayLike, candidate: ArrayLike, clusters: ArrayLike, power: float = 0.8
+) -> Estimate:
+    """The smallest relative change that this many pairs, this noisy, would show with the given power.
+
+    (t(1 - alpha/2) + t(power)) * sd / sqrt(n) of the per-cluster log-ratios, two-sided, n - 1 degrees of freedom.
+    """
+    logs = _log_ratios(baseline, candidate)
+    top, bottom = _cluster_sums(logs, np.ones_like(logs), clusters)
+    n = len(top)
+    if n < FEW:
+        return replace(unavailable(too_few(n)), n=n)
+    t = stats.t(df=n - 1)
+    effect = (t.ppf(0.5 + CONFIDENCE / 2) + t.ppf(power)) * np.std(top / bottom, ddof=1) / np.sqrt(n)
+    return Estimate(float(np.expm1(effect)), n=n, estimator=f"paired t at {CONFIDENCE:.0%}, power {power:.0%}")
+
+
+def drift(order: ArrayLike, seconds: ArrayLike) -> Estimate:
+    """Relative change of `seconds` from the first to the last `order`, with its interval.
+
+    Theil-Sen slope of log seconds (Sen 1968): one slow trial does not make a trend. `status` is "error" when
+    the interval lies wholly beyond `DRIFT_BOUND`, that is, when the run was surely not in a steady state.
+    """
+    x, y = _vector(order), np.log(_positive(seconds))
+    if len(x) < FEW or np.ptp(x) == 0:
+        return replace(unavailable(too_few(len(x), "trials")), n=len(x))
+    slope, _, low, high = stats.theilslopes(y, (x - x.min()) / np.ptp(x), alpha=CONFIDENCE)
+    value, low, high = (float(np.expm1(edge)) for edge in (slope, low, high))
+    estimate = Estimate(value, low, high, len(x), f"Theil-Sen slope of log seconds; {CONFIDENCE:.0%} interval")
+    if low > DRIFT_BOUND or high < -DRIFT_BOUND:
+        note = f"not a steady state: step time moved by {value:+.1%} over the run, beyond {DRIFT_BOUND:.0%}"
+        return replace(estimate, note=note, status="error")
+    return estimate
+
+
+def too_few(n: int, what: str = "prompts") -> str:
+    """The note that stands where an interval would mislead."""
+    return f"too few {what} for an interval ({n} of at least {FEW})"
+
+
+def _log_ratios(baseline: ArrayLike, candidate: ArrayLike) -> NDArray[np.float64]:
+    return np.log(_positive(baseline)) - np.log(_positive(candidate))
+
+
+def _interval(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> tuple[float, float]:
+    """Expanded percentile interval over clusters with the sums `top` and `bottom`, both [n]."""
+    n = len(top)
+    ratios = top / bottom
+    if np.ptp(ratios) <= 1e-12 * np.abs(ratios).max():
+        return float(ratios.min()), float(ratios.max())
+    # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal in place of t (Hesterberg 2015).
+    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - CONFIDENCE) / 2, n - 1))
+    interval = stats.bootstrap(
+        (top, bottom),
+        lambda t, b, axis: t.sum(axis=axis) / b.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 1_000_000 // n),
+        confidence_level=1 - 2 * tail,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _cluster_sums(
+    numerators: ArrayLike, denominators: ArrayLike, clusters: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    top, bottom, labels = _vector(numerators), _vector(denominators), np.asarray(clusters)
+    if not len(top) == len(bottom) == len(labels):
+        raise ValueError(f"expected equal lengths, found {len(top)}, {len(bottom)} and {len(labels)}")
+    names, index = np.unique(labels, return_inverse=True)
+    tops = np.bincount(index, top, minlength=len(names))
+    bottoms = np.bincount(index, bottom, minlength=len(names))
+    if np.any((bottoms == 0) & (tops != 0)):
+        raise ValueError("a cluster has a numerator but its denominator is zero")
+    return tops[bottoms != 0], bottoms[bottoms != 0]
+
+
+def _vector(values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise ValueError("expected a one-dimensional array of finite numbers")
+    return array
+
+
+def _positive(values: ArrayLike) -> NDArray[np.float64]:
+    array = _vector(values)
+    if np.any(array <= 0):
+        raise ValueError("expected positive numbers: a time or a rate of zero cannot be compared")
+    return array
