@@ -82,6 +82,18 @@ def test_constant_data_give_an_interval_of_no_width() -> None:
     assert (estimate.low, estimate.value, estimate.high) == (1.0, 1.0, 1.0)
 
 
+@given(st.lists(st.booleans(), min_size=stats.FEW, max_size=200))
+def test_a_share_is_never_certain(holds: list[bool]) -> None:
+    estimate = stats.share(holds)
+    assert estimate.value == pytest.approx(sum(holds) / len(holds))
+    assert 0 <= estimate.low < estimate.high <= 1  # type: ignore[operator]
+
+
+def test_a_share_of_few_has_no_interval_and_a_share_of_none_no_value() -> None:
+    assert (stats.share([True, False]).value, stats.share([True, False]).low) == (0.5, None)
+    assert stats.share([]).value is None
+
+
 def test_nothing_measured_is_unavailable_not_zero() -> None:
     estimate = stats.ratio([], [], [])
     assert estimate.value is None

@@ -6,6 +6,7 @@ Definitions travel with the results, so that figures of two definitions are neve
 
 Decode means every step but step 0, the prefill. Where sequences of a batch end at different times, a forward counts
 once for each sequence that was still live, so that autoregressive decoding has one token per forward exactly.
+Intervals resample groups: a group is one prompt at batch 1, and otherwise the prompts of a batch, as they share steps.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ import numpy as np
 import pandas as pd
 
 from zbench import stats
-from zbench.errors import UserError
-from zbench.records import CellRecord, ForwardRecord, Manifest, TrialRecord
+from zbench.records import CellRecord, ForwardRecord, Manifest, TrialRecord, read_manifest, read_trials
 from zbench.stats import Estimate, unavailable
 
 DEFINITIONS_VERSION = 1  # bump it when a metric's function changes what it computes
@@ -206,8 +206,8 @@ def load_run(path: Path) -> Run:
     A torn last line (a crash while writing) is left out with a warning. Of several trials with one key the last
     successful one counts. Raises UserError when the folder is not a run or its files are damaged.
     """
-    manifest = _load_manifest(path / "run.json")
-    trials, warnings = _load_trials(path / "trials.jsonl")
+    manifest = read_manifest(path)
+    trials, warnings = read_trials(path)
     if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
         warnings.append(f"trials.jsonl has trials of cells that run.json does not plan: {', '.join(strangers)}")
     good = [trial for trial in trials if trial.status == "ok"]
@@ -341,7 +341,8 @@ def minimal_detectable_effect(cell: Cell) -> Estimate:
 @metric(
     "agreement",
     "1",
-    "tokens: equal to the baseline's up to the first divergence / emitted by the longer; prompts: identical outputs",
+    "tokens: equal to the baseline's up to the first divergence / emitted by the longer; prompts: share with "
+    "identical outputs in every repeat",
     "higher",
 )
 def agreement(cell: Cell) -> dict[str, Estimate]:
@@ -352,7 +353,7 @@ def agreement(cell: Cell) -> dict[str, Estimate]:
     prefixes = [_common_prefix(mine, theirs) for mine, theirs in outputs]
     parts = {
         "tokens": stats.ratio(prefixes, [max(len(m), len(t)) for m, t in outputs], pairs["group"]),
-        "prompts": stats.mean([float(mine == theirs) for mine, theirs in outputs], pairs["group"]),
+        "prompts": stats.share(pairs.assign(same=[m == t for m, t in outputs]).groupby("prompt_id")["same"].all()),
     }
     if parts["prompts"].value != 1 and cell.record.dtype != "float32":
         note = f"in {cell.record.dtype} two near-equal logits can swap under another order of summation"
@@ -564,7 +565,7 @@ def _bound(cell: Cell, forwards: pd.DataFrame) -> Estimate:
         "overhead" if over_floor > OVERHEAD else larger,
         n=forwards["group"].nunique(),
         estimator="sums over forwards",
-        note=f"measured {over_floor:.2f} x floor",
+        note=f"measured {over_floor:.2f} × floor",
     )
 
 
@@ -580,41 +581,6 @@ def _share(achieved: Estimate, peak: float, name: str) -> Estimate:
         note = f"{value:.0%} of the {name}: the roof or the count is wrong"
         return replace(achieved, value=value, low=low, high=high, note=note, status="error")
     return replace(achieved, value=value, low=low, high=high)
-
-
-def _load_manifest(path: Path) -> Manifest:
-    try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the folder that `zbench run` wrote") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not the manifest of a run ({_one_line(error)}); run the scenario again") from None
-
-
-def _load_trials(path: Path) -> tuple[list[TrialRecord], list[str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return [], ["trials.jsonl is missing: no trial has ended yet"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
-    latest: dict[tuple[str, int, int], TrialRecord] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            trial = TrialRecord.from_json(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                return list(latest.values()), ["the last line of trials.jsonl is torn (a crash?) and was left out"]
-            raise UserError(f"{path}:{number}: not JSON; the file is damaged, remove the line or run again") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: not a trial record ({_one_line(error)})") from None
-        if trial.status == "ok" or trial.key not in latest or latest[trial.key].status == "error":
-            latest[trial.key] = trial
-    return list(latest.values()), []
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
@@ -657,11 +623,11 @@ def _step_rows(trial: TrialRecord) -> Iterable[tuple]:
 
 
 def _forward_rows(trial: TrialRecord) -> Iterable[tuple]:
-    live = _live(trial)
+    live = dict(enumerate(_live(trial)))  # a step that gained nothing at the very end is not recorded
     for f in trial.forwards:
         yield (
             *_of_trial(trial), f.step, f.model, f.role, f.rows, f.batch, f.context, f.flops,
-            f.bytes_read + f.bytes_written, f.seconds, live[f.step], _kind(f),
+            f.bytes_read + f.bytes_written, f.seconds, live.get(f.step, 0), _kind(f),
         )  # fmt: skip
 
 

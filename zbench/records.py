@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
+from zbench.errors import UserError
+
 SCHEMA_VERSION = 1
+MANIFEST, TRIALS = "run.json", "trials.jsonl"
 
 Role = Literal["prefill", "decode", "draft", "verify", "draft+verify"]
 
@@ -105,13 +109,8 @@ class TrialRecord:
         data = json.loads(line)
         if (version := data.pop("schema", None)) != SCHEMA_VERSION:
             raise ValueError(f"trial record has schema {version}, this zbench reads {SCHEMA_VERSION}")
-        data["requests"] = tuple(
-            RequestRecord(**{**r, "output_ids": tuple(r["output_ids"])}) for r in data["requests"]
-        )
-        data["steps"] = tuple(
-            StepRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-            for row in _rows(data["steps"])
-        )
+        data["requests"] = tuple(RequestRecord(**{**r, "output_ids": tuple(r["output_ids"])}) for r in data["requests"])
+        data["steps"] = tuple(StepRecord(**_frozen(row)) for row in _rows(data["steps"]))
         data["forwards"] = tuple(ForwardRecord(**row) for row in _rows(data["forwards"]))
         return cls(**data)
 
@@ -151,6 +150,7 @@ class Manifest:
     environment: dict[str, Any]
     environment_hash: str
     models: dict[str, Any]  # name -> parameters, bytes, layers, hash, ...
+    prompts_hash: str  # over the token ids of every prompt at every point
     roofs: dict[str, Any] | None
     specs: dict[str, Any] | None  # the spec-sheet row of a known device, else None
 
@@ -164,6 +164,52 @@ class Manifest:
             raise ValueError(f"run has schema {data.get('schema_version')}, this zbench reads {SCHEMA_VERSION}")
         data["cells"] = tuple(CellRecord(**c) for c in data["cells"])
         return cls(**data)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a run folder. Raises UserError: no run folder, damaged, or another schema version."""
+    path = folder / MANIFEST
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the folder that `zbench run` wrote") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not the manifest of a run ({_one_line(error)}); run the scenario again") from None
+
+
+def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
+    """The trials of a run folder, the last good one of each key, and what is to be said about the file.
+
+    A last line torn by a crash is left out. Raises UserError where anything else is damaged.
+    """
+    path = folder / TRIALS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return [], [f"{TRIALS} is missing: no trial has ended yet"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
+    latest: dict[tuple[str, int, int], TrialRecord] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            trial = TrialRecord.from_json(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                return list(latest.values()), [f"the last line of {TRIALS} is torn (a crash?) and was left out"]
+            raise UserError(f"{path}:{number}: not JSON; the file is damaged, remove the line or run again") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: not a trial record ({_one_line(error)})") from None
+        if trial.status == "ok" or trial.key not in latest or latest[trial.key].status == "error":
+            latest[trial.key] = trial
+    return list(latest.values()), []
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _frozen(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
 def _columns(kind: type, records: tuple) -> dict[str, list]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,22 @@ from zbench.errors import UserError
 from zbench.hardware import device as devices
 from zbench.hardware import environment, roofs, specs
 from zbench.hardware.device import Device
-from zbench.models import loading
+from zbench.models import loading, zoo
 from zbench.models.config import parameter_count
 from zbench.progress import track
-from zbench.records import SCHEMA_VERSION, CellRecord, Manifest, RequestRecord, TrialRecord
+from zbench.records import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    TRIALS,
+    CellRecord,
+    Manifest,
+    RequestRecord,
+    TrialRecord,
+    read_manifest,
+    read_trials,
+)
 
-MANIFEST, TRIALS = "run.json", "trials.jsonl"
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +82,19 @@ class Outcome:
     failed: int
     stopped: str | None = None  # why the run ended early
 
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped == INTERRUPTED
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "folder": str(self.folder)}
+
+    def summary(self) -> str:
+        parts = [f"{self.finished} of {self.planned} trials measured"]
+        parts += [f"{self.failed} failed"] if self.failed else []
+        parts += [f"{self.stopped}; continue with --resume {self.folder}"] if self.stopped else []
+        return ", ".join(parts)
+
 
 def prepare(wanted: scenario.Scenario, say: Callable[[str], None]) -> tuple[Point, ...]:
     """Load models, tokenise prompts and check that everything fits. Raises UserError before anything is measured."""
@@ -81,12 +104,10 @@ def prepare(wanted: scenario.Scenario, say: Callable[[str], None]) -> tuple[Poin
     models: dict[str, tuple[loading.LoadedModel, Any]] = {}
     points = []
     for at, cells in scenario.points(wanted):
-        if at.device != wanted.device:
-            raise UserError("device cannot be a matrix axis: one run measures one device (see `zbench compare`)")
         key = repr((at.model_spec, at.dtype))
         if key not in models:
             say(f"loading {at.model_name} ({at.dtype})")
-            loaded = loading.load(at.model_spec, dtype=at.dtype)
+            loaded = _load(at)
             models[key] = (loaded, loading.load_tokenizer(loaded))
         model, tokenizer = models[key]
         chosen = prompts.load(at.prompts)
@@ -105,6 +126,13 @@ def prepare(wanted: scenario.Scenario, say: Callable[[str], None]) -> tuple[Poin
     return tuple(points)
 
 
+def _load(at: scenario.Scenario) -> loading.LoadedModel:
+    if isinstance(at.model_spec, str) and not zoo.path(at.model_spec):
+        with zoo.progress_bar() as progress:
+            return loading.load(at.model_spec, at.dtype, progress)
+    return loading.load(at.model_spec, at.dtype)
+
+
 def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:
     """Every trial in execution order. Engines alternate A B, B A from one batch of prompts to the next, so that a
     drift of the machine falls on all of them alike."""
@@ -121,9 +149,7 @@ def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:
     return planned
 
 
-def run(
-    wanted: scenario.Scenario, out: Path, command: str, console: Console, resume: Path | None = None
-) -> Outcome:
+def run(wanted: scenario.Scenario, out: Path, console: Console, resume: Path | None = None) -> Outcome:
     """Measure a scenario into a run folder under `out`, or finish the one at `resume`."""
     began = time.monotonic()
 
@@ -139,7 +165,7 @@ def run(
         folder = _new_folder(out, wanted.name)
         dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
         measured = roofs.load_or_measure(device, dtypes, progress=say)
-        manifest = _manifest(wanted, points, command, snapshot, measured)
+        manifest = _manifest(wanted, points, snapshot, measured)
         try:
             atomic_write(folder / MANIFEST, manifest.to_json())
         except OSError as error:
@@ -147,7 +173,7 @@ def run(
         finished: set[tuple[str, int, int]] = set()
     else:
         folder = resume
-        finished = _finished(folder, wanted, snapshot)
+        finished = _finished(folder, wanted, points, snapshot)
     failed, stopped = 0, None
     with _locked(folder), _Log(folder / TRIALS) as log, track(total, len(finished), console) as advance:
         try:
@@ -158,7 +184,7 @@ def run(
                     finished.add(record.key)
                 advance(_headline(record))
         except KeyboardInterrupt:
-            stopped = "interrupted"
+            stopped = INTERRUPTED
         except _BudgetSpent:
             stopped = "the scenario's time budget is spent"
     return Outcome(folder, total, len(finished), failed, stopped)
@@ -251,9 +277,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
         message = next(iter(str(error).splitlines()), "") or "no message"
         if point.device.type == "cuda":
             torch.cuda.empty_cache()
-        return replace(
-            blank, wall_seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {message}"
-        )
+        return replace(blank, wall_seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {message}")
 
 
 def hash_ids(ids: Sequence[int]) -> str:
@@ -304,29 +328,18 @@ def latest(out: Path, wanted: scenario.Scenario) -> Path:
     return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    try:
-        return Manifest.from_json((folder / MANIFEST).read_text())
-    except OSError as error:
-        raise UserError(f"{folder} is not a run folder: {error.strerror} ({MANIFEST})") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / MANIFEST} cannot be read: {error}") from error
-
-
-def _finished(folder: Path, wanted: scenario.Scenario, snapshot: dict[str, Any]) -> set[tuple[str, int, int]]:
+def _finished(
+    folder: Path, wanted: scenario.Scenario, points: Sequence[Point], snapshot: dict[str, Any]
+) -> set[tuple[str, int, int]]:
     """Keys of the trials a run folder already holds. Raises UserError where resuming would mix two things."""
     manifest = read_manifest(folder)
     if manifest.scenario_hash != scenario.content_hash(wanted):
         raise UserError(f"{folder} was made from another scenario than this one; start a new run")
+    if manifest.prompts_hash != _prompts_hash(points):
+        raise UserError(f"{folder} was measured on other prompts than these; start a new run")
     if changed := environment.differences(manifest.environment, snapshot):
         raise UserError(f"{folder} was measured in another environment ({'; '.join(changed)}); start a new run")
-    return {record.key for record in read_trials(folder / TRIALS) if record.status == "ok"}
-
-
-def read_trials(path: Path) -> list[TrialRecord]:
-    """All whole records; a last line torn by a crash is left out."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    return [TrialRecord.from_json(line) for line in lines[:-1] if line]
+    return {record.key for record in read_trials(folder)[0] if record.status == "ok"}
 
 
 class _Log:
@@ -380,7 +393,6 @@ def _locked(folder: Path) -> Iterator[None]:
 def _manifest(
     wanted: scenario.Scenario,
     points: Sequence[Point],
-    command: str,
     snapshot: dict[str, Any],
     measured: dict[str, Any],
 ) -> Manifest:
@@ -391,16 +403,22 @@ def _manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         name=wanted.name,
         description=wanted.description,
-        command=command,
+        command=snapshot["command"],
         scenario=wanted.model_dump(mode="json"),
         scenario_hash=scenario.content_hash(wanted),
         cells=tuple(cell for point in points for cell in point.cells),
         environment=snapshot,
         environment_hash=environment.identity_hash(snapshot),
         models={point.scenario.model_name: _model_facts(point) for point in points},
+        prompts_hash=_prompts_hash(points),
         roofs=measured,
-        specs=spec.to_dict() if spec else None,
+        specs=asdict(spec) if spec else None,
     )
+
+
+def _prompts_hash(points: Sequence[Point]) -> str:
+    ids = [[[row for _, row in batch] for batch in point.batches] for point in points]
+    return hashlib.sha256(repr(ids).encode()).hexdigest()
 
 
 def _model_facts(point: Point) -> dict[str, Any]:

@@ -70,9 +70,7 @@ trees = st.integers(1, 14).flatmap(lambda n: st.tuples(*(st.integers(-1, i - 1) 
 @pytest.mark.parametrize("family", ["smollm", "mistral", "qwen3"])
 @settings(max_examples=15, deadline=None)
 @given(parents=trees, seed=st.integers(0, 1000))
-def test_tree_rows_match_their_unrolled_sequences(
-    family: str, execution: str, parents: list[int], seed: int
-) -> None:
+def test_tree_rows_match_their_unrolled_sequences(family: str, execution: str, parents: list[int], seed: int) -> None:
     model, prompt, drafts = runtime(family, execution), tokens(1, 11, seed=seed), tokens(1, len(parents), seed=seed + 1)
     cache = model.new_cache(1, 40)
     model.forward(Rows.chain(prompt, cache.lengths), cache)

@@ -52,8 +52,8 @@ ENVIRONMENT = {
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "autoregressive": {"engine": "autoregressive", "slowdown": 1.0, "tokens_per_step": 1},
-    "transformers generate": {"engine": "reference", "slowdown": 2.6, "tokens_per_step": 1},
-    "transformers prompt lookup": {"engine": "reference", "slowdown": 2.9, "tokens_per_step": 2},
+    "transformers generate": {"engine": "reference", "slowdown": 2.6, "tokens_per_step": 1, "unseen": True},
+    "transformers prompt lookup": {"engine": "reference", "slowdown": 2.2, "tokens_per_step": 2, "lookup_rows": 10},
     "chain drafter": {"engine": "chain", "slowdown": 1.15, "tokens_per_step": 3, "draft_rows": 4},
 }
 DEFAULT_ENGINES = ("autoregressive", "transformers generate", "transformers prompt lookup")
@@ -109,6 +109,7 @@ def _manifest(
         environment=ENVIRONMENT,
         environment_hash="env1r0n",
         models={"invented-135m": {"parameters": 134_515_008, "bytes": 269_030_016, "layers": 30, "hash": "abc123"}},
+        prompts_hash="pr0mpt5",
         roofs=roofs,
         specs=specs,
     )
@@ -151,7 +152,10 @@ def _trial(
     done = 1
     while done < tokens:
         step, committed = len(steps), min(settings["tokens_per_step"], tokens - done)
-        if rows := settings.get("draft_rows"):
+        if most := settings.get("lookup_rows"):
+            offered = int(rng.integers(0, most + 1))
+            made = [("target", "verify" if offered else "decode", 1 + offered, 0.0085 + 4e-4 * offered)]
+        elif rows := settings.get("draft_rows"):
             made = [("drafter", "draft", 1, 0.001), ("target", "verify", 1 + rows, 0.0100)]
         else:
             made = [("target", "decode", 1, 0.0085)]
@@ -172,7 +176,6 @@ def _trial(
         )
         done += committed
     wall = sum(step.seconds for step in steps)
-    foreign = settings["engine"] == "reference"
     return TrialRecord(
         cell=cell.id,
         group=group,
@@ -188,7 +191,7 @@ def _trial(
             for i in range(cell.batch)
         ),
         steps=tuple(steps),
-        forwards=() if foreign else tuple(forwards),
+        forwards=() if settings.get("unseen") else tuple(forwards),
     )
 
 

@@ -58,5 +58,5 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
 
 
 def create(name: str, options: dict[str, Any], shared: Shared) -> Engine:
-    """The engine `name` with its validated options. Raises KeyError for a name the scenario layer should have refused."""
+    """The engine `name` with its validated options. The scenario layer refuses unknown names."""
     return _BUILDERS[name](options, shared)

@@ -295,4 +295,3 @@ def new_state(model: Transformer, prompts: Sequence[Sequence[int]], request: Req
         outputs=[[] for _ in prompts],
         active=[True] * batch,
     )
-

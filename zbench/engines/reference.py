@@ -119,7 +119,8 @@ def load_transformers(model: LoadedModel, dtype: torch.dtype, device: torch.devi
         hf.load_state_dict(model.tensors, strict=False)
     # Sampling settings come from the scenario alone, not from a checkpoint's generation_config.json.
     hf.generation_config = GenerationConfig()
-    return hf.to(device).eval()
+    hf.to(device=device)  # type: ignore[call-arg]
+    return hf.eval()
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,29 @@ def load_or_measure(
         ) from error
 
 
+def cached(device: Device) -> dict[str, Any] | None:
+    """The roofs kept for the present conditions, or None. Measures nothing."""
+    path = cache_dir() / "roofs" / f"{_digest(conditions(device))}.json"
+    return _load(path.read_text()) if path.exists() else None
+
+
+def table(roofs: dict[str, Any]) -> str:
+    """The roofs as lines for a person."""
+    spread = "{name:10} {value:8.1f} {unit}  ({low:.1f}-{high:.1f}, n={n})  {how}"
+    lines = [f"{roofs['device']}, measured {roofs['measured']}"]
+    for name, roof in roofs["bandwidth"].items():
+        lines.append(_line(spread, name, roof, 1e9, "GB/s", roof["convention"]))
+    for name, roof in roofs["flops"].items():
+        lines.append(_line(spread, name, roof, 1e9, "GFLOP/s", roof["implementation"]))
+    lines += [f"ridge {name}: {value:.1f} FLOP/B" for name, value in roofs["ridge"].items()]
+    return "\n".join([*lines, *filter(None, [roofs.get("warning")])])
+
+
+def _line(form: str, name: str, roof: dict[str, Any], scale: float, unit: str, how: str) -> str:
+    numbers = {key: roof[key] / scale for key in ("value", "low", "high")}
+    return form.format(name=name, unit=unit, n=roof["n"], how=how, **numbers)
+
+
 def conditions(device: Device) -> dict[str, Any]:
     """What a measured roof depends on; roofs are valid only where all of it is equal."""
     import torch

@@ -230,6 +230,7 @@ class Decoder:
             layer.q_norm, layer.k_norm = self._float(source.q_norm), self._float(source.k_norm)
             layer.window = (config.windows[index] if config.windows else None) or 0
         self._layers = layers
+        self._head = None if weights.head is None else pack(weights.head)
         self._model = _Model(
             config.layers,
             config.width,
@@ -242,7 +243,7 @@ class Decoder:
             config.rms_eps,
             layers,
             self._hold(weights.embedding),
-            self._hold(pack(weights.head)),
+            None if self._head is None else self._hold(self._head),
             self._float(weights.norm),
             self._float(inv_freq),
         )
@@ -254,6 +255,11 @@ class Decoder:
 
     def _float(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else self._hold(tensor.float())
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] after the final norm -> float32 logits [..., V]."""
+        flat = hidden.reshape(-1, self.config.width).float()
+        return _linear(self._library, flat, self._head, self.config.vocab).view(*hidden.shape[:-1], -1)
 
     def forward(
         self,

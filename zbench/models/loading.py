@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,18 +126,19 @@ def weights_hash(files: Iterable[Path]) -> str:
 def _load_folder(folder: Path, name: str, source: str, dtype: torch.dtype | None) -> LoadedModel:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
-    config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+    config = ModelConfig.from_hf(read_json(folder / "config.json"))
     # Generation stops where generation_config.json says: chat models list end-of-turn tokens only there.
     if (folder / "generation_config.json").is_file():
-        stops = token_ids(_read_json(folder / "generation_config.json").get("eos_token_id"))
+        stops = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
         config = replace(config, eos_ids=stops or config.eos_ids)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     tensors = _read_tensors(files, config, dtype)
     tokenizer = folder if any((folder / file).is_file() for file in _TOKENIZER_FILES) else None
     return LoadedModel(name, folder, config, tensors, weights_hash(files), tokenizer, source)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder. Raises UserError where there is none."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -149,42 +150,50 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors files, one or sharded. Raises UserError where there are none or some are missing."""
     if (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{folder / _INDEX} has no weight_map")
         # Only names: an index must not lead out of its folder.
         files = sorted({folder / Path(str(file)).name for file in weight_map.values()})
         if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{folder} lacks {_some(missing)}, which {_INDEX} names; download the model again")
+            raise UserError(f"{folder} lacks {some(missing)}, which {_INDEX} names; download the model again")
         return files
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if pickles := sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)):
         raise UserError(
-            f"{folder} has only pickle weights ({_some(pickles)}), which can run code and are not loaded; "
+            f"{folder} has only pickle weights ({some(pickles)}), which can run code and are not loaded; "
             "convert them to safetensors (save_pretrained of transformers does)"
         )
     raise UserError(f"{folder} has no weights: expected model.safetensors or {_INDEX}")
 
 
-def _read_tensors(files: list[Path], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Map every tensor that the config calls for; others (a stored copy of a tied head, say) are left alone."""
+@contextmanager
+def opened(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """Tensor name -> the open safetensors file that holds it. Raises UserError for a file that cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    shapes = tensor_shapes(config)
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for file in files:
             try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
+                reader = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} is truncated or corrupt ({_first_line(error)}); download it again") from error
-            where |= dict.fromkeys(opened.keys(), opened)
+            where |= dict.fromkeys(reader.keys(), reader)
+        yield where
+
+
+def _read_tensors(files: list[Path], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Map every tensor that the config calls for; others (a stored copy of a tied head, say) are left alone."""
+    shapes = tensor_shapes(config)
+    with opened(files) as where:
         if missing := [name for name in shapes if name not in where]:
             raise UserError(
-                f"{files[0].parent} lacks {len(missing)} tensors that its config.json needs: {_some(missing)}"
+                f"{files[0].parent} lacks {len(missing)} tensors that its config.json needs: {some(missing)}"
             )
         for name, shape in shapes.items():
             if (found := tuple(where[name].get_slice(name).get_shape())) != shape:
@@ -260,7 +269,8 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return chosen
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few of many names, for a message of one line."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

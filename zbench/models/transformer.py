@@ -40,10 +40,12 @@ class Weights:
     embedding: Tensor  # [V, D]
     layers: tuple[Layer, ...]
     norm: Tensor  # [D]
-    head: Tensor  # [V, D]; the embedding itself when tied
+    head: Tensor | None  # [V, D]; the embedding itself when tied; None for a drafter that uses its target's
 
     @classmethod
-    def from_hf(cls, tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, device) -> Weights:
+    def from_hf(
+        cls, tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, device, headless: bool = False
+    ) -> Weights:
         """Hugging Face tensor names (`model.layers.0.self_attn.q_proj.weight`, ...) to fused tensors."""
 
         def get(name: str) -> Tensor | None:
@@ -92,7 +94,7 @@ class Weights:
             embedding=embedding,
             layers=tuple(layer(i) for i in range(config.layers)),
             norm=need("model.norm.weight"),
-            head=embedding if config.tied else need("lm_head.weight"),
+            head=None if headless else embedding if config.tied else need("lm_head.weight"),
         )
 
 
@@ -106,7 +108,8 @@ class Transformer:
     """A loaded model on one device.
 
     `execution` is "native" (CPU, `kernels/cpu.cpp`) or "torch"; "auto" takes native where it can run.
-    `self.kernels` says which implementation runs each operator, for the run's record.
+    `self.kernels` says which implementation runs each operator, for the run's record. `self.embedding` [V, D] and
+    `head` may be shared by a drafter; a `headless` model has layers only and gives hidden states, no logits.
     """
 
     def __init__(
@@ -116,11 +119,13 @@ class Transformer:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         execution: str = "auto",
+        headless: bool = False,
     ) -> None:
         """Raises KeyError on missing tensors, NativeUnavailable when native was asked for and cannot be had."""
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.config, self.dtype, self.device, self.headless = config, dtype, torch.device(device), headless
         self.inv_freq = inverse_frequencies(config).to(self.device)
-        weights = Weights.from_hf(tensors, config, dtype, self.device)
+        weights = Weights.from_hf(tensors, config, dtype, self.device, headless)
+        self.embedding = weights.embedding
         self._native: cpu.Decoder | None = None
         self._weights: Weights | None = None
         reason = "" if self.device.type == "cpu" else f"device is {self.device.type}"
@@ -146,9 +151,7 @@ class Transformer:
         return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs)
 
     @torch.inference_mode()
-    def forward(
-        self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()
-    ) -> Output:
+    def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
         """Run `rows`, writing their keys and values behind the committed prefix (commit decides what stays).
 
         `logits` [B, n] names the rows of each sequence that need logits (None: all rows; [B, 0]: none).
@@ -161,6 +164,8 @@ class Transformer:
         offsets = torch.arange(batch, device=self.device)[:, None] * count
         if logits is None:
             logits = torch.arange(count, device=self.device).expand(batch, count)
+        if self.headless and logits.numel():
+            raise ValueError("this model has no head: ask for hidden states only (logits [B, 0])")
         wanted = (logits + offsets).reshape(-1)
         if self._native is not None:
             flat, captured = self._native.forward(
@@ -178,6 +183,14 @@ class Transformer:
         else:
             flat, hidden = self._torch_forward(rows, cache, wanted, capture)
         return Output(flat.view(batch, -1, self.config.vocab), hidden)
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] that passed a final norm -> logits [..., V] float32. Not for a headless model."""
+        if self._native is not None:
+            return self._native.head(hidden)
+        assert self._weights is not None and self._weights.head is not None
+        return F.linear(hidden.to(self.dtype), self._weights.head).float()
 
     def _torch_forward(self, rows: Rows, cache: Cache, wanted: Tensor, capture: Sequence[int]):
         c, weights = self.config, self._weights
@@ -210,14 +223,13 @@ class Transformer:
                 enable_gqa=True,
             )
             x = x + F.linear(mixed.transpose(1, 2).reshape(batch, count, -1), layer.out, layer.out_bias)
-            gate, up = F.linear(
-                rms_norm(x, layer.mlp_norm, c.rms_eps), layer.gate_up, layer.gate_up_bias
-            ).chunk(2, -1)
+            gate, up = F.linear(rms_norm(x, layer.mlp_norm, c.rms_eps), layer.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
         if c.layers in capture:
             hidden[c.layers] = x.float()
-        final = rms_norm(x.flatten(0, 1)[wanted], weights.norm, c.rms_eps)
-        return F.linear(final, weights.head).float(), hidden
+        if self.headless:
+            return torch.empty(0, c.vocab, device=self.device), hidden
+        return self.head(rms_norm(x.flatten(0, 1)[wanted], weights.norm, c.rms_eps)), hidden
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -227,7 +239,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, pairs (i, i + d/2) (Su et al. 2021, arXiv 2104.09864). x [B, R, heads, d], cos [B, R, 1, d/2]."""
+    """Rotary embedding, pairs (i, i + d/2) (Su et al. 2021, arXiv 2104.09864). x [B, R, H, d], cos [B, R, 1, d/2]."""
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 

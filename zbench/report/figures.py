@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 4.8  # inches at 100 dots each; at 360 px of screen the text is still about 9 px high
+WIDTH = 4.2  # inches at 100 dots each; on a phone, at 360 px, the text is still about 9 px high
 MARKERS = "osD^vPX*"
 HATCHES = ("", "//", "\\\\", "--", "xx", "||", "++", "/")  # of lines only: dots make an SVG ten times larger
+NAMED_FROM = 0.05  # share of an engine's time from which its prefills, drafts or verifies are named in the roofline
 QUANTILES = np.linspace(0.005, 0.995, 100)  # each tick of a strip is one percent of the steps
 
 
@@ -72,6 +74,12 @@ class Drawn:
     svg: dict[str, bytes]
     png: dict[str, bytes]
 
+    def files(self) -> dict[str, bytes]:
+        """Contents by file name: "roofline.svg" for light paper, "roofline-dark.svg" for dark, and as PNG."""
+        suffixes = {"light": "", "dark": "-dark"}
+        kinds = (("svg", self.svg), ("png", self.png))
+        return {f"{self.name}{suffixes[t]}.{kind}": data for kind, images in kinds for t, data in images.items()}
+
 
 def draw(results: Results, point: Point) -> list[Drawn]:
     """All figures that the point has data for."""
@@ -97,6 +105,7 @@ def figure(plot: Plot, theme: Theme, results: Results, cells: Sequence[Cell]) ->
         FigureCanvasAgg(drawn)
         plot.draw(drawn.subplots(), theme, results, cells)
         drawn.draw_without_rendering()
+        drawn.set_layout_engine("none")  # the layout is settled; saving would work it out again each time
     return drawn
 
 
@@ -121,7 +130,7 @@ def _saved(drawn: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _style(theme: Theme) -> dict[str, Any]:
+def _style(theme: Theme) -> Any:
     return {
         "figure.facecolor": theme.paper,
         "axes.facecolor": theme.paper,
@@ -160,8 +169,8 @@ def _series(results: Results, cell: Cell, theme: Theme) -> tuple[str, str]:
 # Roofline ------------------------------------------------------------------------------------------------------------
 
 
-def _seen(results: Results, cells: Sequence[Cell]) -> bool:
-    return any(not cell.forwards.empty for cell in cells)
+def _with_forwards(cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if not cell.forwards.empty]
 
 
 def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
@@ -186,9 +195,13 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
     axes.yaxis.set_major_formatter(EngFormatter(places=0))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
-    axes.figure.draw_without_rendering()  # settles the layout: the names are placed in pixels
-    _name_roofs(axes, theme, roofs, left, right)
-    _name_dots(axes, theme, [_dot_name(cells, cell, kind) for cell, kind in dots], x, y)
+    for cell in _with_forwards(cells):
+        colour, marker = _series(results, cell, theme)
+        axes.plot([], [], marker, ms=6, color=colour, label=cell.record.label)
+    _legend_below(axes, min(2, len(_with_forwards(cells))))
+    axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
+    _name_roofs(axes, theme, roofs, left, right, clear_of=max(y))
+    _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind in dots], x, y)
 
 
 def _roofs(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float, float]]:
@@ -203,13 +216,15 @@ def _roofs(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float, fl
     return known
 
 
-def _name_roofs(axes: Axes, theme: Theme, roofs: list[tuple[str, float, float]], left: float, right: float) -> None:
+def _name_roofs(
+    axes: Axes, theme: Theme, roofs: list[tuple[str, float, float]], left: float, right: float, clear_of: float
+) -> None:
     if not roofs:
         return
     rates = "\n".join(f"{quantity(rate, 'FLOP/s')} {kind}" for kind, _, rate in roofs)
     bandwidths = "\n".join(f"{quantity(bandwidth, 'B/s')} {kind}" for kind, bandwidth, _ in roofs)
     style: dict[str, Any] = {"color": theme.muted, "fontsize": 7.5, "linespacing": 1.3, "va": "bottom"}
-    axes.text(right / 1.15, max(rate for *_, rate in roofs) * 1.12, rates, ha="right", **style)
+    axes.text(right / 1.15, max(1.25 * clear_of, *(rate for *_, rate in roofs)) * 1.12, rates, ha="right", **style)
     start = left * 1.6
     height = start * max(bandwidth for _, bandwidth, _ in roofs)
     ends = axes.transData.transform([(start, height), (10 * start, 10 * height)])
@@ -217,27 +232,44 @@ def _name_roofs(axes: Axes, theme: Theme, roofs: list[tuple[str, float, float]],
     axes.text(start, height * 1.2, bandwidths, rotation=angle, rotation_mode="anchor", ha="left", **style)
 
 
-def _dot_name(cells: Sequence[Cell], cell: Cell, kind: str) -> str:
-    seen = [c for c in cells if not c.forwards.empty]
-    return f"{cell.record.label}: {kind}" if len(seen) > 1 else kind
+def _dot_names(cell: Cell) -> dict[str, str]:
+    """Names by kind, for the kind of each role that takes the most time; its name covers the role's other kinds."""
+    forwards = cell.forwards.assign(bare=cell.forwards["kind"].str.partition(",")[0])
+    total, names = forwards["seconds"].sum(), {}
+    for bare, mine in forwards.groupby("bare", sort=False):
+        if mine["seconds"].sum() >= NAMED_FROM * total:
+            kind = str(mine.groupby("kind", sort=False)["seconds"].sum().idxmax())
+            several = mine["kind"].nunique() > 1
+            names[kind] = f"{bare}, {mine['rows'].min()}–{mine['rows'].max()} rows" if several else kind
+    return names
 
 
 def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
-    """Write each name beside its dot, towards the middle, moved down until it is clear of the one above it."""
+    """Write each name where it covers neither a mark nor another name: beside its mark, else ever further away."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
     spots = axes.transData.transform(np.column_stack([x, y]))
-    middle = axes.bbox.x0 + 0.5 * axes.bbox.width
-    line = 1.5 * 7.5 * 100 / 72
-    taken = np.inf
+    taken = [Bbox.from_bounds(at_x - 6, at_y - 6, 12, 12) for at_x, at_y in spots]
+    taken += [text.get_window_extent() for text in axes.texts if not text.get_rotation()]
+    pixels = axes.figure.dpi / 72
     for index in np.argsort(-spots[:, 1], kind="stable"):
-        at_x, at_y = spots[index]
-        taken = min(at_y, taken - line)
-        side = 1 if at_x < middle else -1
-        axes.annotate(
-            names[index], (x[index], y[index]), (10 * side, (taken - at_y) * 0.72), textcoords="offset points",
-            ha="left" if side > 0 else "right", va="center", fontsize=7.5, annotation_clip=False,
+        if not names[index]:
+            continue
+        text = axes.annotate(
+            names[index], (x[index], y[index]), (0, 0), textcoords="offset points", va="center", fontsize=7.5,
             bbox={"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85},
             arrowprops={"arrowstyle": "-", "color": theme.muted, "lw": 0.5, "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
+        width = Text.get_window_extent(text).width  # the annotation's own extent would include its arrow
+        inwards = 1 if spots[index][0] < axes.bbox.x0 + 0.6 * axes.bbox.width else -1
+        for side, down in product((inwards, -inwards), (0, -14, 14, 28, 42, 56, 70)):
+            near = spots[index][0] + 14 * side
+            box = Bbox.from_bounds(near - (side < 0) * width, spots[index][1] - down - 7, width, 14)
+            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not box.count_overlaps(taken):
+                break
+        text.set(position=(14 * side / pixels, -down / pixels), ha="left" if side > 0 else "right")
+        taken.append(box)
 
 
 def _roofline_alt(results: Results, cells: Sequence[Cell]) -> str:
@@ -262,7 +294,7 @@ def _rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
         axes.text(1, row - 0.36, text, transform=axes.get_yaxis_transform(), va="center", ha="right", fontsize=7.5)
 
 
-def _shortened(text: str, most: int = 44) -> str:
+def _shortened(text: str, most: int = 38) -> str:
     """A row is this many characters wide, less what stands at its end."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -332,7 +364,7 @@ def _phase_style(theme: Theme, phase: str) -> tuple[str, str]:
 
 
 def _legend_below(axes: Axes, entries: int) -> None:
-    axes.get_figure().legend(loc="outside lower center", ncol=min(4, entries), handlelength=1.6, columnspacing=1.2)
+    axes.figure.legend(loc="outside lower center", ncol=min(4, entries), handlelength=1.6, columnspacing=1.2)
 
 
 def _phases_height(results: Results, cells: Sequence[Cell]) -> float:
@@ -388,14 +420,18 @@ def _speedups(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
 
 
 def _plain_log_ticks(axes: Axes) -> None:
-    """About five round ticks, also where the axis spans less than a decade."""
+    """Round ticks that include 1: the decades' 1, 2 and 5 where they suffice, finer ones on a short axis."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
     low, high = axes.get_xlim()
     low, high = min(low, 0.9), max(high, 1.1)
-    steps = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    coarse = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
+    fine = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    shown = [tick for tick in coarse if low <= tick <= high]
+    if len(shown) < 4:
+        shown = [tick for tick in fine if low <= tick <= high]
     axes.set_xlim(low, high)
-    axes.set_xticks([t for t in steps if low <= t <= high], labels=[f"{t:g}×" for t in steps if low <= t <= high])
+    axes.set_xticks(shown, labels=[f"{tick:g}×" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -452,10 +488,12 @@ def _speeds_alt(results: Results, cells: Sequence[Cell]) -> str:
 
 PLOTS = (
     Plot(
-        "roofline", "Where each forward stands under the roofs",
+        "roofline", "Where each forward stands",
         "One mark per kind of forward; open marks are prefills. Below the slope memory limits, below the flat part "
-        "arithmetic; far below both, overhead does. Solid: measured on this device. Dashed: spec sheet.",
-        _seen, lambda results, cells: 3.6, _roofline, _roofline_alt,
+        "arithmetic; far below both, overhead does. Solid: roofs measured on this device. Dashed: spec sheet. "
+        "A roof that is not known is not drawn.",
+        lambda results, cells: bool(_with_forwards(cells)),
+        lambda results, cells: 3.5 + 0.2 * ((len(_with_forwards(cells)) + 1) // 2), _roofline, _roofline_alt,
     ),
     Plot(
         "steps", "How long a decode step takes",
@@ -467,7 +505,7 @@ PLOTS = (
     Plot(
         "phases", "Where the time goes",
         "Mean seconds of one trial, prefill included. Host gap: what forwards, accept and commit leave of the steps. "
-        "A foreign engine’s forwards are not seen, so its time is not divided.",
+        "Where an engine’s forwards are not seen, its time is not divided.",
         lambda results, cells: any(cell.trials for cell in cells), _phases_height, _phases, _phases_alt,
     ),
     Plot(

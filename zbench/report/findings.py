@@ -79,6 +79,8 @@ def interval(row: MetricRow) -> str:
     """The interval in the scale of the row's value, "60.1–62.0"; "" where there is none."""
     if row.low is None or row.high is None or not isinstance(row.value, float):
         return ""
+    if math.isclose(row.low, row.high, rel_tol=1e-9):
+        return "no spread"
     scale, shown, digits = _scale(row.value, row.unit)
     decimals = _decimals(row.value / scale, digits)
     return f"{row.low / scale:,.{decimals}f}–{row.high / scale:,.{decimals}f}{'%' if shown == '%' else ''}"

@@ -1,0 +1,69 @@
+"""Figures as matplotlib draws them: no text upon text, nothing cut off, for runs of any shape."""
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+from tests.report.synthetic import ENGINES, SPECS, write_run
+from zbench import metrics
+from zbench.report import figures
+from zbench.report.findings import Results
+
+RUNS: dict[str, dict[str, Any]] = {
+    "all engines": {"engines": tuple(ENGINES), "specs": SPECS},
+    "one engine without roofs": {"engines": ("autoregressive",), "roofs": None, "prompts": 2},
+    "foreign engines only": {"engines": ("transformers generate",)},
+    "over its roof": {"points": ({"batch": 4},)},
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return Results.of(metrics.load_run(write_run(tmp_path_factory.mktemp("run"), **RUNS[request.param])))
+
+
+def plots() -> list[Any]:
+    return [pytest.param(plot, id=plot.name) for plot in (*figures.PLOTS, figures.OVERVIEW)]
+
+
+@pytest.mark.parametrize("plot", plots())
+def test_no_text_lies_upon_another_or_outside_the_paper(plot: figures.Plot, results: Results) -> None:
+    from matplotlib.text import Text
+
+    cells = results.run.cells
+    if not plot.applies(results, cells):
+        assert plot.name in {"roofline", "speedup"}
+        return
+    figure = figures.figure(plot, figures.LIGHT, results, cells)
+    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text() and not t.get_rotation()]
+    boxes = [(t.get_text(), Text.get_window_extent(t).padded(-1)) for t in texts]
+    shown = [(text, box) for text, box in boxes if _within_axis(text, figure)]
+    assert len(shown) > 3
+    for text, box in shown:
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text
+    for (one, a), (other, b) in combinations(shown, 2):
+        assert not a.overlaps(b), (one, other)
+
+
+def _within_axis(text: str, figure: Any) -> bool:
+    """matplotlib keeps labels of ticks beyond the axis' ends; it does not draw them."""
+    axes = figure.axes[0]
+    hidden = set()
+    for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+        ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        hidden |= {label.get_text() for at, label in ticks if not low <= at <= high}
+    return text not in hidden
+
+
+def test_an_engine_keeps_its_colour_and_marker_throughout(results: Results) -> None:
+    series = {label: set() for label in results.engines}  # type: dict[str, set]
+    for cell in results.run.cells:
+        series[cell.record.label].add(figures._series(results, cell, figures.LIGHT))
+    assert all(len(styles) == 1 for styles in series.values())
+    assert len(set.union(*series.values())) == len(series)
+
+
+def test_a_run_with_one_point_has_no_overview(results: Results) -> None:
+    assert figures.draw_overview(results) is None

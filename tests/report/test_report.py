@@ -1,0 +1,161 @@
+"""The files of a report: complete, self-contained, the same every time, and honest about what is missing."""
+
+import csv
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.report.synthetic import DEFAULT_ENGINES, ENGINES, SPECS, write_run
+from zbench import metrics
+from zbench.errors import UserError
+from zbench.report import POINTS_DRAWN, headline, render
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    write_run(folder, engines=tuple(ENGINES), specs=SPECS, divergent=("transformers generate",), name="a <b> & c")
+    return render(folder).parent
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_rendering_twice_gives_identical_bytes(full: Path) -> None:
+    before = digests(full)
+    render(full)
+    assert digests(full) == before
+
+
+def test_every_figure_comes_as_svg_and_png_for_light_and_dark_paper(full: Path) -> None:
+    names = {path.name for path in (full / "figures").iterdir()}
+    for figure in ("roofline", "steps", "phases", "speedup"):
+        assert {f"{figure}{mode}.{kind}" for mode in ("", "-dark") for kind in ("svg", "png")} <= names
+    assert len(names) == 16
+
+
+class _Addresses(HTMLParser):
+    """Collects everything a browser would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [value or "" for name, value in attrs if name in {"src", "srcset", "href", "data", "action"}]
+
+
+def test_the_page_loads_nothing_from_outside_and_stays_small(full: Path) -> None:
+    html = (full / "report.html").read_text()
+    page = _Addresses()
+    page.feed(html)
+    assert len(page.found) == 2 * 4 + 1
+    assert all(address.startswith("data:") for address in page.found)
+    assert "script" not in page.tags
+    assert "@import" not in html and "url(" not in html
+    assert len(html) < 3_000_000
+
+
+def test_names_and_errors_are_escaped(full: Path, tmp_path: Path) -> None:
+    html = (full / "report.html").read_text()
+    assert "a &lt;b&gt; &amp; c" in html
+    failed = render(
+        write_run(tmp_path, failing=("transformers generate",), description="<script>x</script>")
+    ).read_text()
+    assert "out of &lt;memory&gt;" in failed
+    assert "<script>" not in failed and "<memory>" not in failed
+
+
+def test_every_figure_has_a_text_that_states_its_finding(full: Path) -> None:
+    alts = re.findall(r'alt="([^"]+)"', (full / "report.html").read_text())
+    assert len(alts) == 4
+    assert all(re.search(r"\d", alt) for alt in alts)
+
+
+def test_csv_and_json_hold_the_same_metrics(full: Path) -> None:
+    rows = list(csv.DictReader((full / "metrics.csv").open()))
+    content = json.loads((full / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert content["definitions_version"] == metrics.DEFINITIONS_VERSION
+    assert content["definitions_hash"] == metrics.definitions_hash()
+    assert [d["name"] for d in content["definitions"]] == list(metrics.METRICS)
+    assert len(rows) == len(content["metrics"])
+    for row, entry in zip(rows, content["metrics"], strict=True):
+        assert {name: "" if value is None else str(value) for name, value in entry.items()} == row
+    assert {"cell", "metric", "unit", "formula", "better", "estimator", "n", "value", "low", "high", "note"} <= set(
+        rows[0]
+    )
+
+
+def test_what_is_not_known_is_empty_with_a_reason_and_never_zero(full: Path) -> None:
+    for row in json.loads((full / "metrics.json").read_text())["metrics"]:
+        if row["status"] == "unavailable":
+            assert row["value"] is row["low"] is row["high"] is None
+            assert row["note"].startswith("unavailable: ")
+        else:
+            assert row["value"] is not None
+
+
+def test_the_page_holds_the_table_the_environment_and_the_way_to_reproduce(full: Path) -> None:
+    html = (full / "report.html").read_text()
+    for label in ENGINES:
+        assert f'<th scope="row">{label}</th>' in html
+    for words in ("zbench run scenarios/synthetic.yaml", "5cenar10", "avx512_bf16", "unavailable: not installed"):
+        assert words in html
+    for definition in metrics.METRICS.values():
+        assert f">{definition.name}" in html
+
+
+def test_a_run_in_which_everything_failed_still_makes_a_report(tmp_path: Path) -> None:
+    html = render(write_run(tmp_path, failing=DEFAULT_ENGINES)).read_text()
+    assert "Nothing was measured: all 48 trials failed." in html
+    assert "<img" not in html
+
+
+def test_a_run_without_any_trial_still_makes_a_report(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder / "trials.jsonl").unlink()
+    assert "Nothing was measured: no trial has ended yet." in render(folder).read_text()
+
+
+@pytest.mark.slow
+def test_a_large_matrix_has_tables_for_all_points_and_figures_for_the_first(tmp_path: Path) -> None:
+    points = [{"context": 100 * i} for i in range(POINTS_DRAWN + 2)]
+    html = render(write_run(tmp_path, points=points, prompts=5, repeats=1, tokens=12)).read_text()
+    for point in points:
+        assert f"Results at context {point['context']}" in html
+    assert html.count("<img") == 1 + 4 * POINTS_DRAWN
+    assert "2 further points have tables only" in html
+    assert len(html) < 3_000_000
+
+
+def test_the_headline_is_the_answer_and_the_warnings_of_the_page(full: Path) -> None:
+    lines = headline(full)
+    assert lines[0].startswith("autoregressive decodes ")
+    assert [line for line in lines if line.startswith("warning: ")] == lines[-1:]
+    assert "same tokens as autoregressive on 50%" in lines[-1]
+
+
+def test_a_headline_before_the_report_gives_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `zbench report"):
+        headline(write_run(tmp_path))
+
+
+def test_a_folder_that_is_not_a_run_gives_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give the folder that `zbench run` wrote"):
+        render(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_gives_one_clear_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, failing=DEFAULT_ENGINES)
+    (folder / "report.html").mkdir()
+    (folder / "report.html" / "occupied").touch()
+    with pytest.raises(UserError, match="cannot write the report"):
+        render(folder)

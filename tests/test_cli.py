@@ -1,0 +1,213 @@
+"""The command line as a user meets it: one clear line and exit code 2 on bad input, and nothing lost on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from tests.test_run import SCENARIO
+from tests.tiny import oracle
+from zbench.cli import main
+from zbench.records import TRIALS, read_trials
+
+
+def zbench(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def refused(result: Result, *fragments: str) -> None:
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    *progress, line = result.output.strip().splitlines()
+    assert line.startswith("zbench: ")
+    assert not [other for other in progress if other.startswith("zbench: ")]
+    for fragment in fragments:
+        assert fragment in line
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SCENARIO)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("enginess=1", ["unknown key 'enginess'", "did you mean 'engines'?"]),
+        ("engines=[autoregresive]", ["unknown engine 'autoregresive'", "autoregressive"]),
+        ("engines=[eagle9]", ["unknown engine 'eagle9'"]),
+        ("model=smollm3", ["unknown model 'smollm3'"]),
+        ("model={path: /nowhere}", ["/nowhere"]),
+        ("device=cuda:7", ["cuda:7"]),
+        ("context=5000", ["takes 256"]),
+        ("prompts={file: nothing.jsonl}", ["nothing.jsonl"]),
+        ("prompts={set: quickstrat}", ["quickstrat", "quickstart"]),
+        ("batch=0", ["batch"]),
+        ("output_tokens=many", ["output_tokens", "whole number"]),
+    ],
+)
+def test_bad_settings_are_one_line_and_exit_code_2(
+    yaml: Path, tmp_path: Path, override: str, fragments: list[str]
+) -> None:
+    refused(zbench("run", yaml, "--out", tmp_path / "out", "-o", override), *fragments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("", ["empty"]),
+        ("name: [", ["malformed YAML", ":1"]),
+        ("- a\n- b\n", ["mapping"]),
+    ],
+)
+def test_malformed_yaml_is_one_line_with_its_place(tmp_path: Path, text: str, fragments: list[str]) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    refused(zbench("run", path, "--out", tmp_path / "out"), "bad.yaml", *fragments)
+
+
+def test_a_missing_scenario_is_one_line(tmp_path: Path) -> None:
+    refused(zbench("run", tmp_path / "none.yaml"), "none.yaml", "No such file")
+
+
+def test_an_unknown_key_is_named_with_its_line(yaml: Path) -> None:
+    yaml.write_text(SCENARIO.replace("repeats: 2", "repaets: 2"))
+    line = 1 + SCENARIO.split("\n").index("repeats: 2")
+    refused(zbench("validate", yaml), f"tiny.yaml:{line}: unknown key 'repaets'", "did you mean 'repeats'?")
+
+
+def test_a_prompts_file_with_a_bad_line_is_named_with_that_line(yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "fine"}\n{"prompt": \n')
+    refused(zbench("run", yaml, "-o", f"prompts={{file: {tmp_path}/prompts.jsonl}}"), "prompts.jsonl:2")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fragments"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), ["no weights"]),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            ["pickle", "safetensors"],
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                (folder / "model.safetensors").read_bytes()[:-1000]
+            ),
+            ["model.safetensors"],
+        ),
+        (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+        (lambda folder: save_file({}, folder / "model.safetensors"), ["lacks", "model.embed_tokens.weight"]),
+    ],
+    ids=["no weights", "pickle only", "truncated", "no config", "no tensors"],
+)
+def test_a_damaged_model_folder_is_one_line(yaml: Path, tmp_path: Path, damage, fragments: list[str]) -> None:
+    folder = tmp_path / "model"
+    oracle("smollm").save_pretrained(folder)
+    damage(folder)
+    refused(zbench("run", yaml, "--out", tmp_path / "out", "-o", f"model={{path: {folder}}}"), *fragments)
+
+
+def test_an_output_folder_that_is_not_writable_is_one_line(yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(zbench("run", yaml, "--out", tmp_path / "file"), "cannot write to", "--out")
+
+
+def test_reporting_on_something_that_is_no_run_is_one_line(tmp_path: Path) -> None:
+    refused(zbench("report", tmp_path), "run.json")
+
+
+def test_nothing_to_resume_is_one_line(yaml: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    refused(zbench("run", yaml, "--out", tmp_path / "out", "--resume"), "nothing to resume")
+
+
+def test_a_dry_run_lists_cells_and_memory_and_measures_nothing(yaml: Path, tmp_path: Path) -> None:
+    result = zbench("run", yaml, "--dry-run", "--json", "--out", tmp_path / "out", "-o", "matrix.batch=[1, 4]")
+    assert result.exit_code == 0
+    cells = json.loads(result.output)
+    assert [cell["cell"] for cell in cells] == [
+        f"{engine}/batch={batch}" for batch in (1, 4) for engine in ("autoregressive", "reference")
+    ]
+    assert all(cell["memory_bytes"] > 0 for cell in cells)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_published_schema_accepts_the_packaged_scenarios() -> None:
+    import jsonschema
+    import yaml as reader
+
+    schema = json.loads(zbench("schema").output)
+    folder = Path(__file__).parent.parent / "scenarios"
+    for path in sorted(folder.glob("*.yaml")):
+        jsonschema.validate(reader.safe_load(path.read_text()), schema)
+
+
+def test_every_command_shows_an_example_in_its_help() -> None:
+    for command in ("run", "report", "validate", "schema", "roofs"):
+        assert "zbench " + command in zbench(command, "--help").output.split("Usage", 1)[1].split("\n", 1)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_run_killed_halfway_resumes_without_losing_a_trial(yaml: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "zbench.cli",
+        "run",
+        str(yaml),
+        "--out",
+        str(out),
+        "-o",
+        "output_tokens=40",
+        "-o",
+        "repeats=20",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
+    deadline = time.monotonic() + 120
+    log = None
+    while time.monotonic() < deadline and (log is None or log.stat().st_size == 0):
+        log = next(iter(out.glob(f"*/{TRIALS}")), None)
+        time.sleep(0.02)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), errors
+    assert "Traceback" not in errors
+    assert log is not None
+    kept = [record.to_json() for record in read_trials(log.parent)[0]]
+    assert 0 < len(kept) < 120
+    done = subprocess.run([*command, "--resume", "--no-report"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = read_trials(log.parent)[0]
+    assert [record.to_json() for record in records][: len(kept)] == kept
+    assert len({record.key for record in records}) == len(records) == 120
+
+
+@pytest.mark.slow
+def test_a_run_that_meets_a_file_size_limit_ends_with_one_line_and_a_valid_folder(yaml: Path, tmp_path: Path) -> None:
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
+        "from zbench.cli import main; main(sys.argv[1:])"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", limited, "run", str(yaml), "--out", str(out), "-o", "repeats=9"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "what was finished is kept" in done.stderr.splitlines()[-1]
+    log = next(out.glob(f"*/{TRIALS}"))
+    assert len(read_trials(log.parent)[0]) > 0
+    assert log.read_bytes().endswith(b"\n")

@@ -1,0 +1,383 @@
+"""Every metric against numbers worked out by hand, and against what must hold for any records."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zbench import metrics
+from zbench.errors import UserError
+from zbench.records import SCHEMA_VERSION, CellRecord, ForwardRecord, Manifest, RequestRecord, StepRecord, TrialRecord
+
+ROOFS = {
+    "bandwidth": {"read": {"value": 1000.0, "low": 990.0, "high": 1010.0, "n": 9, "unit": "B/s"}},
+    "flops": {"bfloat16": {"value": 10000.0, "low": 9900.0, "high": 10100.0, "n": 9, "unit": "FLOP/s"}},
+}
+SPECS = {"name": "Invented", "bandwidth": 2000.0, "flops": {"bfloat16": 40000.0}}
+
+
+def cell(label: str = "ar", engine: str = "autoregressive", **changes: Any) -> CellRecord:
+    planned = CellRecord(
+        id=label, label=label, engine=engine, options={}, point={}, model="m", dtype="bfloat16", device="cpu", batch=1,
+        context=None, output_tokens=3, sampling={"temperature": 0}, baseline=label == "ar",
+    )  # fmt: skip
+    return dataclasses.replace(planned, **changes)
+
+
+def request(prompt: str = "p0", ids: Sequence[int] = (7, 8, 9), ttft: float = 1.0, end: float = 3.0) -> RequestRecord:
+    return RequestRecord(prompt, "chat", 10, tuple(ids), f"hash of {tuple(ids)}", "text", "length", ttft, end, 0)
+
+
+def forward(step: int, role: Any = "decode", **changes: Any) -> ForwardRecord:
+    """200 bytes and 400 FLOPs in 0.4 s: half of the measured bandwidth, a tenth of the measured rate."""
+    usual = ForwardRecord(
+        step=step, model="target", role=role, rows=1, batch=1, context=10.0, flops=400.0, bytes_read=190.0,
+        bytes_written=10.0, seconds=0.4, committed=1,
+    )  # fmt: skip
+    return dataclasses.replace(usual, **changes)
+
+
+def trial(label: str = "ar", group: int = 0, repeat: int = 0, **changes: Any) -> TrialRecord:
+    """Three tokens in a prefill of 1.0 s and two steps of 1.0 s, of which the forward takes 0.4 s."""
+    usual = TrialRecord(
+        cell=label, group=group, repeat=repeat, order=group, status="ok", started="", wall_seconds=3.0,
+        requests=(request(f"p{group}"),),
+        steps=(StepRecord(1.0, 0.1, 0.1, (1,)), StepRecord(1.0, 0.1, 0.2, (1,)), StepRecord(1.0, 0.1, 0.2, (1,))),
+        forwards=(forward(0, "prefill", rows=10), forward(1), forward(2)),
+    )  # fmt: skip
+    return dataclasses.replace(usual, **changes)
+
+
+def write(folder: Path, trials: Sequence[TrialRecord], cells: Sequence[CellRecord] = (cell(),), **changes: Any) -> Path:
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION, zbench_version="0", created="2025-01-01", name="n", description="", command="",
+        scenario={}, scenario_hash="", cells=tuple(cells), environment={}, environment_hash="", models={}, roofs=ROOFS,
+        specs=None,
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "run.json").write_text(dataclasses.replace(manifest, **changes).to_json())
+    (folder / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in trials))
+    return folder
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Any:
+    """(trials, cells) -> {(cell, metric, part): row}"""
+
+    def summarise(
+        trials: Sequence[TrialRecord], cells: Sequence[CellRecord] = (cell(),), **changes: Any
+    ) -> dict[tuple[str, str, str], metrics.MetricRow]:
+        run = metrics.load_run(write(tmp_path, trials, cells, **changes))
+        return {(row.cell, row.metric, row.part): row for row in metrics.summarise(run)}
+
+    return summarise
+
+
+@pytest.mark.parametrize(
+    ("metric", "part", "value"),
+    [
+        ("failed_trials", "", 0.0),
+        ("ttft", "", 1.0),
+        ("tpot", "", 1.0),
+        ("decode_tps", "", 1.0),
+        ("throughput", "", 1.0),
+        ("tokens_per_forward", "", 1.0),
+        ("tokens_per_weighted_forward", "", 1.0),
+        ("phase_seconds", "prefill", 0.4),
+        ("phase_seconds", "decode", 0.8),
+        ("phase_seconds", "accept", 0.3),
+        ("phase_seconds", "commit", 0.5),
+        ("phase_seconds", "host gap", 1.0),
+        ("forward_seconds", "decode, 1 row", 0.4),
+        ("intensity", "decode, 1 row", 2.0),
+        ("achieved_bandwidth", "decode, 1 row", 500.0),
+        ("achieved_flops", "decode, 1 row", 1000.0),
+        ("mbu", "decode, 1 row", 0.5),
+        ("mfu", "decode, 1 row", 0.1),
+        ("mbu_spec", "decode, 1 row", 0.25),
+        ("mfu_spec", "decode, 1 row", 0.025),
+        ("floor_seconds", "decode, 1 row", 0.2),
+        ("forwards_per_sequence", "target", 2.0),
+        ("bytes_per_token", "", 200.0),
+        ("flops_per_token", "", 400.0),
+        ("peak_bytes", "", 77.0),
+    ],
+)
+def test_a_metric_is_what_its_formula_says(measure: Any, metric: str, part: str, value: float) -> None:
+    row = measure([trial(peak_bytes=77)], specs=SPECS)["ar", metric, part]
+    assert row.value == pytest.approx(value)
+    assert (row.formula, row.unit) == (metrics.METRICS[metric].formula, metrics.METRICS[metric].unit)
+
+
+def test_every_registered_metric_has_a_row_for_every_cell_also_when_nothing_ran(measure: Any) -> None:
+    rows = measure([], [cell(), cell("other", "reference")])
+    assert {(c, m) for c, m, _ in rows} == {(c, m) for c in ("ar", "other") for m in metrics.METRICS}
+    unknown = [row for row in rows.values() if row.metric != "failed_trials"]
+    assert all(row.value is None and row.note == "unavailable: no trial was run" for row in unknown)
+
+
+def test_one_prompt_gives_values_without_intervals(measure: Any) -> None:
+    row = measure([trial()])["ar", "tpot", ""]
+    assert (row.value, row.low, row.high, row.n) == (1.0, None, None, 1)
+
+
+def test_a_single_token_has_no_time_per_token(measure: Any) -> None:
+    alone = trial(requests=(request(ids=(7,), end=1.0),), steps=(StepRecord(1.0, 0, 0, (1,)),), forwards=())
+    row = measure([alone])["ar", "tpot", ""]
+    assert row.value is None
+    assert row.note == "unavailable: no request emitted a second token"
+
+
+def test_failed_trials_are_counted_and_left_out_of_everything_else(measure: Any) -> None:
+    broken = trial(group=1, status="error", error="out of memory\nTraceback", requests=(), steps=(), forwards=())
+    rows = measure([trial(), broken])
+    assert rows["ar", "failed_trials", ""].value == 1
+    assert rows["ar", "failed_trials", ""].status == "error"
+    assert rows["ar", "failed_trials", ""].note == "first error: out of memory"
+    assert rows["ar", "ttft", ""].n == 1
+
+
+def test_a_foreign_engine_reports_times_and_says_why_it_reports_no_forwards(measure: Any) -> None:
+    rows = measure([trial(), trial("hf", forwards=())], [cell(), cell("hf", "reference")])
+    assert rows["hf", "decode_tps", ""].value == 1.0
+    for metric in ("tokens_per_forward", "phase_seconds", "mbu", "bound", "bytes_per_token"):
+        assert rows["hf", metric, ""].note == f"unavailable: {metrics.UNSEEN}"
+
+
+def drafting_trial(label: str = "spec", group: int = 0) -> TrialRecord:
+    """Five tokens: one from the prefill, then steps of 3 (2 of 4 drafts kept) and 1 (0 of 4 kept)."""
+    steps = (
+        StepRecord(1.0, 0, 0, (1,)),
+        StepRecord(1.0, 0, 0, (3,), drafted=(4,), accepted=(2,)),
+        StepRecord(1.0, 0, 0, (1,), drafted=(4,), accepted=(0,)),
+    )
+    made = [forward(0, "prefill", rows=10)]
+    for step in (1, 2):
+        made += [forward(step, "draft", model="drafter", bytes_read=40.0), forward(step, "verify", rows=5)]
+    ids = (7, 8, 9, 10, 11)
+    return trial(label, group, requests=(request(f"p{group}", ids),), steps=steps, forwards=tuple(made))
+
+
+def test_a_drafting_engine_is_charged_for_its_drafter(measure: Any) -> None:
+    rows = measure([trial(), drafting_trial()], [cell(), cell("spec", "chain")])
+    assert rows["spec", "tokens_per_forward", ""].value == 4 / 2
+    # Two verifies of 200 bytes and two drafts of 50, against 200 bytes of an autoregressive forward.
+    assert rows["spec", "tokens_per_weighted_forward", ""].value == pytest.approx(4 / 2.5)
+    assert rows["spec", "acceptance_length", ""].value == 4 / 2
+    assert rows["spec", "draft_acceptance_rate", ""].value == 2 / 8
+    assert rows["spec", "forwards_per_sequence", "drafter"].value == 2
+
+
+def test_without_drafts_there_is_no_acceptance_length(measure: Any) -> None:
+    assert measure([trial()])["ar", "acceptance_length", ""].value is None
+
+
+def test_speedup_pairs_prompts_and_compares_seconds_per_token(measure: Any) -> None:
+    # The candidate needs 1/2 and 1/8 of the baseline's time: a geometric mean of 4, where the ratio of means is 3.2.
+    fast = [
+        trial("x", 0, requests=(request("p0", end=2.0),)),
+        trial("x", 1, requests=(request("p1", end=1.25),)),
+        trial("x", 2, requests=(request("p2", end=1.25),)),
+    ]
+    rows = measure([trial(), trial(group=1), *fast], [cell(), cell("x", "chain")])
+    assert rows["x", "speedup", ""].value == pytest.approx(4.0)
+    assert rows["x", "speedup", ""].n == 2
+    assert rows["ar", "speedup", ""].note == "unavailable: this is the baseline"
+
+
+def test_speedup_says_when_the_tokens_differ(measure: Any) -> None:
+    other = trial("x", requests=(request("p0", (7, 1, 1)),))
+    note = measure([trial(), other], [cell(), cell("x", "chain")])["x", "speedup", ""].note
+    assert "0 of 1 pairs emitted the same tokens" in note
+
+
+def test_a_baseline_at_another_point_is_no_baseline(measure: Any) -> None:
+    cells = [cell(point={"batch": 1}), cell("x", "chain", point={"batch": 2})]
+    row = measure([trial(), trial("x")], cells)["x", "speedup", ""]
+    assert row.note == "unavailable: no baseline was run at this point of the matrix"
+
+
+def test_agreement_counts_tokens_up_to_the_first_divergence(measure: Any) -> None:
+    other = trial("x", requests=(request("p0", (7, 1, 9)),))
+    rows = measure([trial(), other], [cell(), cell("x", "chain")])
+    assert rows["x", "agreement", "tokens"].value == pytest.approx(1 / 3)
+    assert rows["x", "agreement", "prompts"].value == 0
+    assert "near-equal logits" in rows["x", "agreement", "prompts"].note
+
+
+def test_a_longer_output_does_not_agree_with_its_prefix(measure: Any) -> None:
+    other = trial("x", requests=(request("p0", (7, 8, 9, 10)),))
+    assert measure([trial(), other], [cell(), cell("x", "chain")])["x", "agreement", "tokens"].value == 3 / 4
+
+
+def test_sampled_outputs_are_not_expected_to_agree(measure: Any) -> None:
+    cells = [cell(), cell("x", "chain", sampling={"temperature": 0.8})]
+    assert measure([trial(), trial("x")], cells)["x", "agreement", ""].value is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "flops", "bound"), [(0.3, 400.0, "memory"), (0.3, 2500.0, "compute"), (0.41, 400.0, "overhead")]
+)
+def test_a_forward_is_bound_by_the_larger_term_unless_it_takes_twice_the_floor(
+    measure: Any, seconds: float, flops: float, bound: str
+) -> None:
+    made = (forward(1, flops=flops, seconds=seconds), forward(2, flops=flops, seconds=seconds))
+    assert measure([trial(forwards=made)])["ar", "bound", "decode, 1 row"].value == bound
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.2, "ok"), (0.191, "ok"), (0.19, "error"), (0.1, "error")])
+def test_more_than_105_percent_of_a_roof_is_an_error_and_is_not_clipped(
+    measure: Any, seconds: float, status: str
+) -> None:
+    made = (forward(1, seconds=seconds), forward(2, seconds=seconds))
+    row = measure([trial(forwards=made)])["ar", "mbu", "decode, 1 row"]
+    assert row.value == pytest.approx(0.2 / seconds)
+    assert row.status == status
+    assert ("the roof or the count is wrong" in row.note) == (status == "error")
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric", "reason"),
+    [
+        ({"roofs": None}, "mbu", "the roofs of this device were not measured"),
+        ({"roofs": None}, "bound", "the roofs of this device were not measured"),
+        ({"roofs": {"bandwidth": ROOFS["bandwidth"], "flops": {}}}, "mfu", "no bfloat16 roof was measured"),
+        ({"specs": None}, "mbu_spec", "no spec sheet is known for this device"),
+        ({"specs": {**SPECS, "flops": {}}}, "mfu_spec", "the spec sheet of Invented has no bfloat16 peak"),
+    ],
+)
+def test_an_unknown_roof_gives_no_utilisation(measure: Any, changes: dict, metric: str, reason: str) -> None:
+    row = measure([trial()], **changes)["ar", metric, ""]
+    assert row.value is None
+    assert reason in row.note
+
+
+def test_phases_that_miss_the_wall_are_flagged(measure: Any) -> None:
+    row = measure([trial(wall_seconds=3.2)])["ar", "phase_seconds", "decode"]
+    assert row.status == "error"
+    assert row.note == "the phases sum to 93.8% of the wall"
+
+
+def test_steps_that_commit_other_tokens_than_were_emitted_are_flagged(measure: Any) -> None:
+    row = measure([trial(requests=(request(ids=(1, 2, 3, 4)),))])["ar", "tokens_per_forward", ""]
+    assert row.status == "error"
+    assert "the steps committed 3 tokens but the requests hold 4" in row.note
+
+
+def test_a_run_that_slows_down_is_not_in_a_steady_state(measure: Any) -> None:
+    slowing = [
+        trial(group=g, steps=(StepRecord(1.0, 0, 0, (1,)), *[StepRecord(1 + g / 20, 0, 0, (1,))] * 2))
+        for g in range(10)
+    ]
+    row = measure(slowing)["ar", "steady_state_slope", ""]
+    assert row.value == pytest.approx(0.45, abs=0.05)
+    assert row.status == "error"
+
+
+def test_the_output_hash_ignores_order_and_number_of_repeats_but_not_a_token(measure: Any) -> None:
+    def output_hash(*trials: TrialRecord) -> Any:
+        return measure(trials)["ar", "output_hash", ""].value
+
+    one, two = trial(), trial(group=1)
+    assert output_hash(one, two) == output_hash(two, one) == output_hash(one, two, trial(repeat=1))
+    assert output_hash(one, two) != output_hash(one, trial(group=1, requests=(request("p1", (7, 8, 1)),)))
+
+
+def test_repeats_with_different_outputs_are_noted(measure: Any) -> None:
+    other = trial(repeat=1, requests=(request("p0", (1, 2, 3)),))
+    assert "1 of 1 prompts" in measure([trial(), other])["ar", "output_hash", ""].note
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4).filter(lambda lengths: max(lengths) > 1))
+def test_autoregressive_decoding_has_one_token_per_forward_however_ragged_the_batch(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
+) -> None:
+    steps = [StepRecord(1.0, 0, 0, tuple(int(step < n) for n in lengths)) for step in range(max(lengths))]
+    ragged = trial(
+        requests=tuple(request(f"p{i}", range(n)) for i, n in enumerate(lengths)),
+        steps=tuple(steps),
+        forwards=tuple(forward(s, batch=len(lengths), context=10.0 + s) for s in range(1, len(steps))),
+        wall_seconds=float(len(steps)),
+    )
+    folder = write(tmp_path_factory.mktemp("run"), [ragged], [cell(batch=len(lengths))])
+    rows = {row.metric: row for row in metrics.summarise(metrics.load_run(folder)) if not row.part}
+    assert rows["tokens_per_forward"].value == 1.0
+    assert rows["tokens_per_forward"].status == "ok"
+    assert rows["tokens_per_weighted_forward"].value == pytest.approx(1.0)
+
+
+def test_a_forward_after_the_last_token_costs_bytes_but_is_no_forward_of_any_sequence(measure: Any) -> None:
+    rows = measure([trial(forwards=(forward(0, "prefill"), forward(1), forward(2), forward(3)))])
+    assert rows["ar", "tokens_per_forward", ""].value == 1.0
+    assert rows["ar", "bytes_per_token", ""].value == 300.0
+
+
+def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    folder = write(tmp_path, [trial(), trial(group=1)])
+    path = folder / "trials.jsonl"
+    path.write_text(path.read_text()[:-40])
+    run = metrics.load_run(folder)
+    assert [t.group for t in run.trials] == [0]
+    assert "torn" in run.warnings[0]
+
+
+def test_of_trials_with_one_key_the_last_successful_one_counts(tmp_path: Path) -> None:
+    error = trial(status="error", error="boom", requests=(), steps=(), forwards=())
+    kept = trial(wall_seconds=9.0)
+    run = metrics.load_run(write(tmp_path, [error, trial(), kept, error]))
+    assert [t.wall_seconds for t in run.trials] == [9.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", None, "give the folder that `zbench run` wrote"),
+        ("run.json", "{", "not the manifest of a run"),
+        ("run.json", '{"schema_version": 99}', "schema 99"),
+        ("run.json", f'{{"schema_version": {SCHEMA_VERSION}}}', "not the manifest of a run"),
+        ("trials.jsonl", "{\n{}\n", "trials.jsonl:1: not JSON"),
+        ("trials.jsonl", '{"schema": 99}\n', "trials.jsonl:1: not a trial record"),
+        ("trials.jsonl", "[]\n", "trials.jsonl:1: not a trial record"),
+    ],
+)
+def test_a_damaged_run_folder_gives_one_clear_line(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    path = write(tmp_path, [trial()]) / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        metrics.load_run(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_trials_of_a_cell_that_was_not_planned_are_mentioned(tmp_path: Path) -> None:
+    assert "stranger" in metrics.load_run(write(tmp_path, [trial("stranger")])).warnings[0]
+
+
+def test_the_definitions_hash_changes_with_any_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = metrics.definitions_hash()
+    changed = dataclasses.replace(metrics.METRICS["ttft"], formula="something else")
+    monkeypatch.setitem(metrics.METRICS, "ttft", changed)
+    assert metrics.definitions_hash() != before
+
+
+@pytest.mark.slow
+def test_reading_a_run_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    folder = write(tmp_path, [trial(group=g) for g in range(6)])
+    code = (
+        "import sys, pathlib; from zbench.report import render; render(pathlib.Path(sys.argv[1]));"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,225 @@
+"""Runs on a tiny random model: order, failure, resume, and a run folder that stays whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from zbench import run, scenario
+from zbench.errors import UserError
+from zbench.hardware import environment, roofs
+
+SHAPE = "{family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 300, max_positions: 256}"
+SCENARIO = f"""
+name: tiny
+model: {{config: {SHAPE}, weights: random}}
+dtype: float32
+device: cpu
+engines: [autoregressive, reference]
+prompts: {{set: quickstart, limit: 3}}
+context: 24
+output_tokens: 6
+ignore_eos: true
+repeats: 2
+warmup: {{prompts: 1, output_tokens: 2}}
+"""
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_measured_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = {"value": 1e12, "low": 1e12, "high": 1e12, "n": 1, "unit": "B/s"}
+    made_up = {"bandwidth": {"read": rate}, "flops": {"float32": {**rate, "unit": "FLOP/s"}}, "ridge": {"float32": 1.0}}
+    monkeypatch.setattr(roofs, "load_or_measure", lambda *_, **__: made_up)
+
+
+def wanted(tmp_path: Path, *overrides: str, text: str = SCENARIO) -> scenario.Scenario:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    return scenario.load(path, overrides)
+
+
+def keys(folder: Path) -> list[tuple[str, int, int]]:
+    """Of every line, in the order written."""
+    return [run.TrialRecord.from_json(line).key for line in (folder / run.TRIALS).read_text().splitlines()]
+
+
+def test_a_run_measures_every_cell_on_every_prompt_and_repeat(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path), tmp_path / "out", QUIET)
+    assert (outcome.planned, outcome.finished, outcome.failed, outcome.stopped) == (12, 12, 0, None)
+    records = run.read_trials(outcome.folder)[0]
+    assert {r.key for r in records} == {
+        (cell, group, repeat) for cell in ("autoregressive", "reference") for group in range(3) for repeat in range(2)
+    }
+    for record in records:
+        assert record.status == "ok"
+        request = record.requests[0]
+        assert len(request.output_ids) == 6
+        assert request.output_hash == run.hash_ids(request.output_ids)
+        assert 0 < request.ttft_seconds < request.end_seconds <= record.wall_seconds
+        assert len(record.steps) == len(record.forwards) == 6
+    outputs: dict[tuple[int, int], set[str]] = {}
+    for record in records:
+        outputs.setdefault((record.group, record.repeat), set()).add(record.requests[0].output_hash)
+    assert all(len(hashes) == 1 for hashes in outputs.values())
+    manifest = run.read_manifest(outcome.folder)
+    assert [cell.id for cell in manifest.cells] == ["autoregressive", "reference"]
+    assert manifest.specs is None
+
+
+def test_engines_alternate_a_b_b_a(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path), tmp_path / "out", QUIET)
+    order = [key[0][0] for key in keys(outcome.folder)]
+    assert "".join(order[:6]) == "arraar"
+    assert "".join(order[6:]) == "raarra"
+
+
+def test_a_failing_engine_becomes_error_rows_and_the_rest_goes_on(tmp_path: Path) -> None:
+    lookup = "engines=[autoregressive, {name: reference, assisted: prompt_lookup}]"
+    outcome = run.run(wanted(tmp_path, lookup, "batch=2", "repeats=1"), tmp_path / "out", QUIET)
+    assert (outcome.planned, outcome.finished, outcome.failed) == (4, 2, 2)
+    failed = [r for r in run.read_trials(outcome.folder)[0] if r.status == "error"]
+    assert {r.cell for r in failed} == {"reference-assisted-prompt_lookup"}
+    assert all(r.error and "batch to 1" in r.error for r in failed)
+
+
+def test_a_torn_last_line_is_measured_again_and_nothing_else(tmp_path: Path) -> None:
+    chosen = wanted(tmp_path)
+    outcome = run.run(chosen, tmp_path / "out", QUIET)
+    log = outcome.folder / run.TRIALS
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[:7]) + lines[7][:40])
+    again = run.run(chosen, tmp_path / "out", QUIET, resume=outcome.folder)
+    assert again.folder == outcome.folder
+    assert again.finished == 12
+    assert log.read_bytes().splitlines(keepends=True)[:7] == lines[:7]
+    assert len(keys(outcome.folder)) == len(set(keys(outcome.folder))) == 12
+
+
+def test_resuming_retries_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zbench.engines.autoregressive import Autoregressive
+
+    decode = Autoregressive.generate
+    with monkeypatch.context() as broken:
+        broken.setattr(Autoregressive, "generate", _out_of_memory)
+        first = run.run(wanted(tmp_path), tmp_path / "out", QUIET)
+    assert (first.finished, first.failed) == (6, 6)
+    assert Autoregressive.generate is decode
+    second = run.run(wanted(tmp_path), tmp_path / "out", QUIET, resume=first.folder)
+    assert (second.finished, second.failed) == (12, 0)
+
+
+def _out_of_memory(*_: Any) -> None:
+    raise MemoryError("no room for the cache")
+
+
+def test_a_run_is_not_resumed_with_another_scenario(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    with pytest.raises(UserError, match="another scenario"):
+        run.run(wanted(tmp_path), tmp_path / "out", QUIET, resume=outcome.folder)
+
+
+def test_a_run_is_not_resumed_on_other_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    choice = (f"prompts={{file: {file}}}", "repeats=1")
+    file.write_text('{"prompt": "one"}')
+    outcome = run.run(wanted(tmp_path, *choice), tmp_path / "out", QUIET)
+    file.write_text('{"prompt": "another"}')
+    with pytest.raises(UserError, match="other prompts"):
+        run.run(wanted(tmp_path, *choice), tmp_path / "out", QUIET, resume=outcome.folder)
+
+
+def test_a_run_is_not_resumed_in_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    snapshot = environment.snapshot
+
+    def elsewhere(*arguments: Any) -> dict[str, Any]:
+        taken = snapshot(*arguments)
+        taken["torch"]["threads"] = 96
+        return taken
+
+    monkeypatch.setattr(environment, "snapshot", elsewhere)
+    with pytest.raises(UserError, match=r"another environment .*threads"):
+        run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET, resume=outcome.folder)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_whole_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    chosen = wanted(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(run.os, "fsync", fsync)
+        with pytest.raises(UserError, match="No space left on device; what was finished is kept"):
+            run.run(chosen, tmp_path / "out", QUIET)
+    folder = run.latest(tmp_path / "out", chosen)
+    assert 0 < len(keys(folder)) < 12
+    assert (folder / run.TRIALS).read_bytes().endswith(b"\n")
+    assert run.run(chosen, tmp_path / "out", QUIET, resume=folder).finished == 12
+
+
+def test_an_interrupted_run_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, count = run.measure, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    chosen = wanted(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measure", interrupted)
+        outcome = run.run(chosen, tmp_path / "out", QUIET)
+    assert outcome.interrupted
+    assert outcome.finished == len(keys(outcome.folder)) == 4
+    assert run.run(chosen, tmp_path / "out", QUIET, resume=outcome.folder).finished == 12
+
+
+def test_a_time_budget_stops_the_run_and_says_so(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path, "budget.minutes=0.0001"), tmp_path / "out", QUIET)
+    assert outcome.finished == 0
+    assert "budget" in outcome.summary()
+
+
+def test_two_processes_do_not_write_one_run_folder(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    with run._locked(outcome.folder), pytest.raises(UserError, match="another zbench"):
+        run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET, resume=outcome.folder)
+
+
+def test_a_context_longer_than_the_models_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="takes 256"):
+        run.run(wanted(tmp_path, "context=255"), tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another folder"):
+        run.run(wanted(tmp_path), tmp_path / "file" / "out", QUIET)
+
+
+def test_a_requests_seed_depends_on_prompt_and_repeat_only() -> None:
+    assert run._seed(0, "a", 0) == run._seed(0, "a", 0)
+    assert len({run._seed(seed, prompt, repeat) for seed in (0, 1) for prompt in "ab" for repeat in (0, 1)}) == 8
+
+
+def test_a_record_survives_its_json(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    for line in (outcome.folder / run.TRIALS).read_text().splitlines():
+        assert json.loads(run.TrialRecord.from_json(line).to_json()) == json.loads(line)

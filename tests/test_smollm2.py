@@ -1,0 +1,60 @@
+"""The default model, really: our logits and greedy tokens against `transformers`, on the packaged prompts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import relative_error
+from zbench import prompts
+from zbench.engines import Shared
+from zbench.engines.autoregressive import Autoregressive
+from zbench.engines.base import Meter, Request
+from zbench.engines.reference import Reference
+from zbench.engines.sampling import Sampling
+from zbench.hardware import device
+from zbench.kernels import cpu
+from zbench.models import loading
+from zbench.models.rows import Rows
+from zbench.scenario import PromptSet
+
+pytestmark = pytest.mark.slow
+CPU = device.resolve("cpu")
+TOKENS = 128
+
+
+@pytest.fixture(scope="module")
+def real() -> Any:
+    model = loading.load("smollm2-135m", dtype="float32")
+    chosen = prompts.load(PromptSet(set="quickstart"))
+    ids = prompts.encode(chosen, loading.load_tokenizer(model), None)
+    return SimpleNamespace(shared=Shared(model, torch.float32, CPU), ids=ids)
+
+
+@pytest.mark.parametrize("execution", ["torch", "native"])
+def test_logits_equal_transformers_to_a_ten_thousandth(real: Any, execution: str) -> None:
+    if execution == "native" and not cpu.available():
+        pytest.skip(f"native CPU kernels: {cpu.unavailable_reason()}")
+    model = real.shared.target(execution)
+    for ids in real.ids[::4]:
+        with torch.no_grad():
+            want = real.shared.transformers(torch.tensor([ids])).logits
+        cache, split = model.new_cache(1, len(ids)), len(ids) // 2
+        parts = []
+        for part in (ids[:split], ids[split : split + 1], ids[split + 1 :]):
+            parts.append(model.forward(Rows.chain(torch.tensor([part]), cache.lengths), cache).logits)
+            cache.extend([len(part)])
+        assert relative_error(torch.cat(parts, 1), want) < 1e-4
+
+
+def test_greedy_tokens_equal_transformers_on_every_packaged_prompt(real: Any) -> None:
+    assert len(real.ids) >= 20
+    request = Request(TOKENS, Sampling(), (0,) * len(real.ids))
+    want = Reference(real.shared).generate(real.ids, request, Meter(CPU)).outputs
+    engine = Autoregressive(real.shared.target("auto"))
+    assert engine.generate(real.ids, request, Meter(CPU)).outputs == want
+    alone = [engine.generate([ids], Request(TOKENS, Sampling(), (0,)), Meter(CPU)).outputs[0] for ids in real.ids[:3]]
+    assert alone == want[:3]

@@ -1,0 +1,261 @@
+"""The command line: one thin function per command. Heavy modules are imported inside, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from zbench import __version__
+from zbench.errors import UserError
+
+FAILED_CELLS, INTERRUPTED = 5, 130
+OVERRIDE_HELP = "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8. Repeatable."
+
+
+class Commands(click.Group):
+    """Turns the errors a user can mend into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            for line in str(error).splitlines():
+                click.echo(f"zbench: {line}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("zbench: interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="zbench")
+def main() -> None:
+    """Where does decode time go, and would speculation or diffusion really help, on this device?
+
+    \b
+    Examples:
+      zbench run scenarios/quickstart.yaml           measure, then write a report
+      zbench run scenarios/quickstart.yaml --dry-run what would be measured, with time and memory
+      zbench run scenarios/quickstart.yaml --resume  finish the newest interrupted run
+      zbench roofs                                   this device's bandwidth and compute ceilings
+    """
+
+
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where run folders go."
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    is_flag=False,
+    flag_value=Path("newest"),
+    help="Finish a run folder; without a value, the newest of this scenario under --out.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the cells and an estimate of time and memory; measure nothing.")
+@click.option("--report/--no-report", default=True, show_default=True, help="Render report.html at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON on stdout; progress goes to stderr.")
+def run(
+    scenario: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    resume: Path | None,
+    dry_run: bool,
+    report: bool,
+    as_json: bool,
+) -> None:
+    """Measure a scenario into a run folder and render its report.
+
+    \b
+    Examples:
+      zbench run scenarios/quickstart.yaml
+      zbench run scenarios/quickstart.yaml -o model=smollm2-135m -o batch=4 --out /tmp/runs
+      zbench run scenarios/random_1b.yaml --dry-run
+
+    Exit codes: 0 measured, 2 bad input, 5 some cells failed, 130 interrupted (continue with --resume).
+    """
+    import signal
+
+    from zbench import scenario as scenarios
+
+    wanted = scenarios.load(scenario, overrides)
+    if dry_run:
+        from zbench import estimate
+
+        cells = estimate.estimate(wanted)
+        click.echo(json.dumps([c.to_dict() for c in cells], indent=1) if as_json else estimate.table(cells))
+        return
+    from rich.console import Console
+
+    from zbench import run as runner
+
+    # A terminated run is an interrupted run: what was finished is kept, locks are released.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console(stderr=True)
+    folder = runner.latest(out, wanted) if resume == Path("newest") else resume
+    outcome = runner.run(wanted, out, console, folder)
+    page = None
+    if report:
+        from zbench.report import render
+
+        page = render(outcome.folder)
+    if as_json:
+        click.echo(json.dumps({**outcome.to_dict(), "report": str(page) if page else None}))
+    else:
+        console.print(outcome.summary(), markup=False, highlight=False, soft_wrap=True)
+        if page:
+            from zbench.report import headline
+
+            for line in headline(outcome.folder):
+                click.echo(line)
+            click.echo(f"report: {page}")
+    if outcome.interrupted:
+        sys.exit(INTERRUPTED)
+    if outcome.failed:
+        sys.exit(FAILED_CELLS)
+
+
+@main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Render report.html, figures and metric files of a run folder. Needs neither torch nor the device.
+
+    \b
+    Example:
+      zbench report reports/quickstart-20261123-120000
+    """
+    from zbench.report import render
+
+    click.echo(render(folder))
+
+
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+def validate(scenario: Path, overrides: tuple[str, ...]) -> None:
+    """Check a scenario file and list its cells.
+
+    \b
+    Example:
+      zbench validate scenarios/quickstart.yaml -o batch=4
+    """
+    from zbench import scenario as scenarios
+
+    wanted = scenarios.load(scenario, overrides)
+    cells = scenarios.cells(wanted)
+    click.echo(f"{scenario}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
+    for cell in cells:
+        click.echo(f"  {cell.id}")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of scenario files, for completion in editors.
+
+    \b
+    Example:
+      zbench schema > scenario.schema.json
+      # first line of a scenario: # yaml-language-server: $schema=scenario.schema.json
+    """
+    from zbench import scenario as scenarios
+
+    click.echo(json.dumps(scenarios.json_schema(), indent=1))
+
+
+@main.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
+@click.option(
+    "--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True, help="Repeatable."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
+@click.option("--refresh", is_flag=True, help="Measure again although a cached measurement exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def roofs(device: str, dtypes: tuple[str, ...], threads: int | None, refresh: bool, as_json: bool) -> None:
+    """Measure this device's memory bandwidth and compute ceilings, or show the cached ones.
+
+    \b
+    Examples:
+      zbench roofs
+      zbench roofs --device cuda:1 --dtype bfloat16 --refresh
+    """
+    import torch
+
+    from zbench.hardware import device as devices
+    from zbench.hardware import roofs as ceilings
+
+    if threads:
+        torch.set_num_threads(threads)
+    measured = ceilings.load_or_measure(
+        devices.resolve(device), dtypes, refresh=refresh, progress=lambda line: click.echo(line, err=True)
+    )
+    click.echo(json.dumps(measured, indent=1) if as_json else ceilings.table(measured))
+
+
+@main.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
+def env(device: str) -> None:
+    """Print the environment snapshot that a run records, as JSON."""
+    from zbench.hardware import device as devices
+    from zbench.hardware import environment
+
+    click.echo(json.dumps(environment.snapshot(devices.resolve(device)), indent=1))
+
+
+@main.group()
+def models() -> None:
+    """Models zbench knows by name."""
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def models_list(as_json: bool) -> None:
+    """List the named models and whether they are on this machine."""
+    from dataclasses import asdict
+
+    from zbench.models import zoo
+
+    rows = zoo.available()
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    for row in rows:
+        state = f"{row.bytes / 1e6:.0f} MB on disk" if row.bytes else f"not fetched ({row.download_bytes / 1e6:.0f} MB)"
+        click.echo(f"{row.name}  {row.parameters / 1e6:.0f} M parameters, {row.licence}, {state}\n  {row.source}")
+
+
+@models.command("fetch")
+@click.argument("name")
+def models_fetch(name: str) -> None:
+    """Download a named model, check it and convert it. Does nothing if it is there.
+
+    \b
+    Example:
+      zbench models fetch smollm2-135m
+    """
+    from zbench.models import zoo
+
+    with zoo.progress_bar() as progress:
+        folder = zoo.fetch(name, progress)
+    click.echo(folder)
+
+
+@models.command("path")
+@click.argument("name")
+def models_path(name: str) -> None:
+    """Print the folder of a named model; fails if it has not been fetched."""
+    from zbench.models import zoo
+
+    folder = zoo.path(name)
+    if folder is None:
+        raise UserError(f"{name} is not on this machine; run: zbench models fetch {name}")
+    click.echo(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""EAGLE-3: the drafter proposes a chain or a dynamic tree, one forward of the target verifies it.
+
+Li et al. 2025, arXiv 2503.01840; the dynamic tree is EAGLE-2's (arXiv 2406.16858, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from zbench.engines import base
+from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
+from zbench.engines.verify import verify_chain, verify_tree
+from zbench.errors import UserError
+from zbench.hardware.device import Mark
+from zbench.models.eagle3 import DraftCache, Eagle3Drafter
+from zbench.models.rows import Rows
+from zbench.models.transformer import Transformer
+
+
+@dataclass(slots=True)
+class Eagle3State(State):
+    """Between steps: what the target committed last and the drafter has not read yet."""
+
+    draft_cache: DraftCache
+    taps: list[Tensor]  # per tap [B, K, D]: the target's hidden states at the committed tokens
+    following: Tensor  # [B, K] the token after each
+    unread: Tensor  # [B] how many of the K are real
+    unread_sizes: list[int]  # the same on the host; 0 for a sequence that has finished
+
+
+class Eagle3:
+    """Draft `tokens` tokens in `depth` levels of the `top_k` best nodes each; top_k 1 is a chain."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        drafter: Eagle3Drafter,
+        depth: int = 4,
+        top_k: int = 1,
+        tokens: int | None = None,
+        synthetic: Synthetic | None = None,
+    ) -> None:
+        """`tokens` None drafts a whole chain, or the best 4 x depth nodes of a tree. Raises UserError for a setting
+        that cannot be."""
+        candidates = top_k + (depth - 1) * top_k**2
+        tokens = min(candidates, depth * (4 if top_k > 1 else 1)) if tokens is None else tokens
+        if depth < 1 or not 1 <= top_k <= drafter.config.draft_vocab:
+            raise UserError(f"eagle3: depth {depth} and top_k {top_k} must be positive, top_k within the draft vocabulary")
+        if not depth <= tokens <= candidates:
+            raise UserError(f"eagle3: depth {depth} with top_k {top_k} drafts {depth} to {candidates} tokens, not {tokens}")
+        self.model, self.drafter = model, drafter
+        self.depth, self.top_k, self.tokens, self.synthetic = depth, top_k, tokens, synthetic
+        self.kernels = {**model.kernels, **drafter.kernels}
+        self._nodes = (depth - 1) * top_k  # the last level is drafted, but nothing follows from it
+        # own[level, j] marks node j of a level among all nodes.
+        self._own = torch.eye(self._nodes, dtype=torch.bool, device=model.device)
+        self._own = self._own.view(depth - 1, top_k, self._nodes)
+        self._chain_visible = self._own.cumsum(0) > 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
+        return generate(self, prompts, request, meter)
+
+    def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Eagle3State:
+        # The last step may gain depth + 1 tokens beyond the limit, and the sequence stays in the batch.
+        headroom = self.depth + 1 + self.tokens
+        state = new_state(self.model, prompts, request, headroom)
+        logits, hidden = prefill(self.model, state.cache, prompts, meter, self.drafter.config.taps)
+        with meter.phase("accept"):
+            last = state.sampler.pick(logits, [0] * len(prompts))
+        draft_cache = self.drafter.new_cache(len(prompts), state.cache.capacity, self._nodes)
+        taps = [hidden[tap] for tap in self.drafter.config.taps]
+        self._prefill_drafter(prompts, taps, draft_cache, meter)
+        # The pair of the prompt's last token waits for the first step, as every step leaves some.
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
+        first = last.new_zeros(len(prompts), self.depth + 1)
+        first[:, 0] = last
+        return Eagle3State(
+            state.cache,
+            state.sampler,
+            last,
+            state.outputs,
+            state.active,
+            draft_cache,
+            taps=_rows(taps, ends[:, None].expand_as(first)),
+            following=first,
+            unread=torch.ones_like(ends),
+            unread_sizes=[1] * len(prompts),
+        )
+
+    def step(self, state: Eagle3State, meter: Meter) -> Step:
+        if self.top_k == 1:
+            drafts, parents = self._draft_chain(state, meter), None
+        else:
+            drafts, parents = self._draft_tree(state, meter)
+        ids = torch.cat([state.last[:, None], drafts], 1)
+        if parents is None:
+            rows = Rows.chain(ids, state.cache.lengths)
+        else:
+            rows = tree_rows(ids, state.cache.lengths, parents, self.depth)
+        out = meter.forward(self.model, "verify", rows, state.cache, capture=self.drafter.config.taps)
+        with meter.phase("accept"):
+            index = [len(output) for output in state.outputs]
+            if parents is None:
+                verdict = verify_chain(out.logits, drafts, state.sampler, index, synthetic=self.synthetic)
+            else:
+                verdict = verify_tree(out.logits, ids, parents, state.sampler, index, synthetic=self.synthetic)
+            gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
+        with meter.phase("commit"):
+            counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
+            if parents is None:
+                state.cache.extend(counts)
+            else:
+                state.cache.commit(verdict.kept, counts)
+            state.last = verdict.bonus
+            kept = verdict.kept.clamp(min=0)
+            state.taps = _rows([out.hidden[tap] for tap in self.drafter.config.taps], kept)
+            state.following, state.unread, state.unread_sizes = verdict.tokens.clamp(min=0), verdict.counts, counts
+        return Step(
+            tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
+            drafted=tuple(self.tokens * active for active in state.active),
+            accepted=tuple(max(count - 1, 0) for count in counts),
+        )
+
+    def _prefill_drafter(
+        self, prompts: Sequence[Sequence[int]], taps: Sequence[Tensor], cache: DraftCache, meter: Meter
+    ) -> None:
+        """Read all pairs within the prompts, PREFILL_ROWS at a time."""
+        sizes = [len(prompt) - 1 for prompt in prompts]
+        following = torch.zeros(len(prompts), max(sizes), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            following[row, : len(prompt) - 1] = torch.tensor(prompt[1:])
+        following = following.to(self.model.device)
+        for begin in range(0, max(sizes), base.PREFILL_ROWS):
+            mark = meter.device.mark()
+            ids = following[:, begin : begin + base.PREFILL_ROWS]
+            count = ids.shape[1]
+            self.drafter.extend([tap[:, begin : begin + count] for tap in taps], ids, cache)
+            self._record(meter, mark, count, cache.sizes, count * (count + 1) // 2, wanted=0, fused=True)
+            cache.extend([max(0, min(size - begin, count)) for size in sizes])
+
+    def _draft_chain(self, state: Eagle3State, meter: Meter) -> Tensor:
+        """The likeliest token after each: [B, depth]."""
+        drafter, cache = self.drafter, state.draft_cache
+        mark, contexts = meter.device.mark(), cache.sizes
+        features = self._read_committed(state)
+        drafts: list[Tensor] = []
+        for level in range(self.depth):
+            if level:
+                features = drafter.expand(drafts[-1], features, cache, level - 1, self._chain_visible[level - 1])
+            drafts.append(drafter.target_ids(drafter.logits(features).argmax(-1)))
+            mark = self._record_level(meter, mark, contexts, level)
+            contexts = cache.sizes
+        return torch.cat(drafts, 1)
+
+    def _draft_tree(self, state: Eagle3State, meter: Meter) -> tuple[Tensor, Tensor]:
+        """The `tokens` likeliest nodes of a beam search: tokens [B, T], parents [B, 1 + T] with the root in row 0."""
+        drafter, cache, k = self.drafter, state.draft_cache, self.top_k
+        mark, contexts = meter.device.mark(), cache.sizes
+        features = self._read_committed(state)
+        batch, sequence = len(features), cache.sequence
+        beam = torch.full((batch, 1), -1, device=features.device)  # candidate numbers; the root is none
+        beam_scores = features.new_zeros(batch, 1)
+        visible = self._own.new_zeros(batch, 1, self._nodes)
+        candidates: list[tuple[Tensor, Tensor, Tensor]] = []
+        for level in range(self.depth):
+            children, log_probs = self._children(features)  # [B, beam, k]
+            scores = (beam_scores[..., None] + log_probs).flatten(1)
+            ids, parents = children.flatten(1), beam.repeat_interleave(k, 1)
+            first = sum(found.shape[1] for found, _, _ in candidates)
+            candidates.append((ids, scores, parents))
+            if level + 1 < self.depth:
+                beam_scores, best = scores.topk(k)
+                beam, came_from = first + best, best // k
+                visible = visible[sequence, came_from] | self._own[level]
+                inherited = features[sequence, came_from]
+                mark = self._record_level(meter, mark, contexts, level)
+                contexts = cache.sizes
+                features = drafter.expand(ids.gather(1, best), inherited, cache, level, visible)
+        ids, scores, parents = (torch.cat(parts, 1) for parts in zip(*candidates, strict=True))
+        tree = rerank(ids, scores, parents, self.tokens)
+        self._record_level(meter, mark, contexts, self.depth - 1)
+        return tree
+
+    def _read_committed(self, state: Eagle3State) -> Tensor:
+        """Read the pairs that the last step left; returns the feature [B, 1, h] of each sequence's last token."""
+        features = self.drafter.extend(state.taps, state.following, state.draft_cache)
+        state.draft_cache.extend(state.unread_sizes)
+        return features[state.draft_cache.sequence, (state.unread - 1)[:, None]]
+
+    def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """features [B, n, h] -> the top_k next tokens of each [B, n, k] and their log-probabilities, untempered."""
+        logits = self.drafter.logits(features)
+        best = logits.topk(self.top_k)
+        return self.drafter.target_ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
+
+    def _record_level(self, meter: Meter, mark: Mark, contexts: list[int], level: int) -> Mark:
+        """Level 0 reads what was committed, the others the beam; each asks for as many logits as it has nodes."""
+        batch = len(contexts)
+        if level == 0:
+            count = self.depth + 1
+            return self._record(meter, mark, count, contexts, count * (count + 1) // 2, wanted=batch, fused=True)
+        k = self.top_k
+        return self._record(meter, mark, k, contexts, k * level, wanted=batch * k, fused=False)
+
+    def _record(
+        self, meter: Meter, mark: Mark, rows: int, contexts: list[int], pairs: int, wanted: int, fused: bool
+    ) -> Mark:
+        """A forward of the drafter, with the choice of tokens that follows it, from `mark` to now."""
+        end = meter.device.mark()
+        cost = partial(self.drafter.cost, rows, contexts, wanted, pairs, fused)
+        meter.add_forward("draft", rows, contexts, cost, mark, end, "drafter")
+        return end
+
+
+def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keep the best nodes of a draft: candidates [B, N] in order of level, parents as candidate numbers, -1 the root.
+
+    Returns tokens [B, T] and parents [B, 1 + T] as rows, row 0 the root. A kept node's ancestors are kept: none has a
+    lower score, and of equal scores the earlier candidate goes first.
+    """
+    batch, count = ids.shape
+    order = scores.sort(1, descending=True, stable=True).indices[:, :tokens].sort(1).values
+    row_of = order.new_zeros(batch, count)
+    row_of.scatter_(1, order, torch.arange(1, tokens + 1, device=ids.device).expand(batch, -1))
+    above = parents.gather(1, order)
+    rows = torch.where(above < 0, 0, row_of.gather(1, above.clamp(min=0)))
+    return ids.gather(1, order), torch.cat([rows.new_full((batch, 1), -1), rows], 1)
+
+
+def tree_rows(ids: Tensor, lengths: Tensor, parents: Tensor, depth: int) -> Rows:
+    """`Rows.tree` for a tree of at most `depth` levels below its root, without asking the device anything.
+
+    Who is an ancestor within 2^n levels follows from n squarings of "is myself or my parent".
+    """
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    reach = ((parents[..., None] == steps) | (steps[:, None] == steps)).float()
+    for _ in range((depth - 1).bit_length()):
+        reach = (reach @ reach).clamp_(max=1)
+    visible = reach > 0
+    return Rows(ids, lengths[:, None] + visible.sum(-1) - 1, parents, visible)
+
+
+def _rows(taps: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Each [B, R, D] at rows index [B, K] -> [B, K, D]."""
+    sequence = torch.arange(len(index), device=index.device)[:, None]
+    return [tap[sequence, index] for tap in taps]

@@ -1,0 +1,89 @@
+"""What a scenario would measure, and the least it would take: `zbench run --dry-run`. Nothing is loaded or timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zbench import prompts, scenario
+from zbench.models import zoo
+from zbench.models.config import ModelConfig
+from zbench.models.cost import forward_cost
+
+CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only this estimate uses it
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One cell. None means unknown: the model's shape or the device's roofs are not on this machine yet."""
+
+    cell: str
+    trials: int
+    tokens: int  # output tokens over all trials, if none ends early
+    memory_bytes: float | None  # weights and KV cache
+    seconds: float | None  # predicted floor: autoregressive traffic at the measured bandwidth
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(wanted: scenario.Scenario) -> list[Estimate]:
+    roofs = _cached_roofs(wanted)
+    found = []
+    for at, cells in scenario.points(wanted):
+        chosen = prompts.load(at.prompts)
+        trials = at.repeats * -(-len(chosen) // at.batch)
+        config, itemsize = _config(at.model_spec), _ITEMSIZE[at.dtype]
+        lengths = [sum(map(len, prompt.turns[:1])) // CHARACTERS_PER_TOKEN for prompt in chosen]
+        context = at.context or max(lengths)
+        memory = seconds = None
+        if config is not None:
+            full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize)
+            table = 0 if config.tied else config.vocab * config.width * itemsize
+            memory = full.bytes_read + table
+            if roofs is not None:
+                middle = forward_cost(config, 1, [context + at.output_tokens // 2] * at.batch, at.batch, itemsize)
+                traffic = middle.bytes_read + middle.bytes_written
+                seconds = trials * at.output_tokens * traffic / roofs["bandwidth"]["read"]["value"]
+        tokens = at.repeats * len(chosen) * at.output_tokens
+        found += [Estimate(cell.id, trials, tokens, memory, seconds) for cell in cells]
+    return found
+
+
+def table(cells: list[Estimate]) -> str:
+    width = max(len(cell.cell) for cell in cells)
+    lines = [f"{'cell':{width}}  trials   tokens   memory  time at least"]
+    for cell in cells:
+        memory = "unknown" if cell.memory_bytes is None else f"{cell.memory_bytes / 1e9:.2f} GB"
+        time = "unknown" if cell.seconds is None else f"{cell.seconds:.0f} s"
+        lines.append(f"{cell.cell:{width}}  {cell.trials:6}  {cell.tokens:7}  {memory:>7}  {time:>8}")
+    known = [cell.seconds for cell in cells if cell.seconds is not None]
+    if len(known) == len(cells):
+        lines.append(f"predicted, all cells: at least {sum(known):.0f} s (weights and KV cache read once per token)")
+    if any(cell.memory_bytes is None for cell in cells):
+        lines.append("unknown memory: the model is not on this machine yet (zbench models fetch NAME)")
+    elif len(known) < len(cells):
+        lines.append("unknown time: this device's roofs are not measured yet (zbench roofs)")
+    return "\n".join(lines)
+
+
+def _config(spec: str | Mapping[str, Any]) -> ModelConfig | None:
+    if isinstance(spec, str):
+        folder = zoo.path(spec)
+    elif spec.get("config"):
+        shape = spec["config"]
+        return ModelConfig.from_hf(shape) if "model_type" in shape else ModelConfig.from_fields(shape)
+    else:
+        folder = Path(spec["path"]) if spec.get("path") else None
+    file = folder / "config.json" if folder else None
+    return ModelConfig.from_hf(json.loads(file.read_text())) if file and file.is_file() else None
+
+
+def _cached_roofs(wanted: scenario.Scenario) -> dict[str, Any] | None:
+    from zbench.hardware import device, roofs
+
+    return roofs.cached(device.resolve(wanted.device))

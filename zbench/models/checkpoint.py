@@ -1,0 +1,60 @@
+"""A drafter's folder: its config.json and all its tensors, whatever they are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zbench.errors import UserError
+from zbench.models import loading
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]  # names and dtypes as stored, on the CPU
+    hash: str  # sha256 of the weight files, see `loading.weights_hash`
+
+
+def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
+    """Read a folder of safetensors, in one file or in shards; `allow_pickle` admits `pytorch_model*.bin` too.
+
+    Raises UserError, one line, for what is missing, corrupt or not allowed.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"drafter folder {folder} does not exist")
+    config = loading.read_json(folder / "config.json")
+    pickles = [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not allow_pickle:
+        raise UserError(
+            f"{folder} has only pickle weights ({loading.some([file.name for file in pickles])}), which can run code; "
+            "convert them to safetensors, or allow pickle if you trust where they come from"
+        )
+    files = pickles or loading.weight_files(folder)
+    tensors = _read_pickles(files) if pickles else _read_safetensors(files)
+    return Checkpoint(folder, config, tensors, loading.weights_hash(files))
+
+
+def _read_safetensors(files: list[Path]) -> dict[str, Tensor]:
+    with loading.opened(files) as where:
+        return {name: file.get_tensor(name) for name, file in where.items()}
+
+
+def _read_pickles(files: list[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            data = torch.load(file, map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, OSError, EOFError) as error:
+            raise UserError(f"{file} is corrupt or holds more than tensors; download it again") from error
+        if not isinstance(data, dict) or not all(isinstance(tensor, Tensor) for tensor in data.values()):
+            raise UserError(f"{file} must hold named tensors and nothing else")
+        tensors |= data
+    return tensors

@@ -1,0 +1,430 @@
+"""The EAGLE-3 drafter as released (Li et al. 2025, arXiv 2503.01840; names as in the paper's own code).
+
+One decoder layer reads, for every token, the token's embedding and a feature of the token before it. The feature is
+the target's own (three tapped hidden states, fused by `fc`) where the target has been, and the drafter's last output
+where it has not:
+
+    x  = [input_layernorm(embedding), hidden_norm(feature)]        embedding first; 2 h wide
+    h1 = feature + attention(x)
+    h2 = h1 + mlp(post_attention_layernorm(h1))                    the next token's feature, before `norm`
+    logits = lm_head(norm(h2))                                     over the reduced draft vocabulary
+
+A *pair* t is (feature of token t, token t + 1); its rotary position is t. It predicts token t + 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zbench.errors import UserError
+from zbench.models import loading
+from zbench.models.checkpoint import read_checkpoint
+from zbench.models.config import ModelConfig
+from zbench.models.cost import LOGIT_BYTES, Cost
+from zbench.models.projection import Projection
+from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
+
+_MAX_POSITIONS = 2048  # the released configs' training length, where a config does not say
+_RANDOM_STD = 0.02
+_RANDOM_VOCAB = 8192
+
+# What other trainers call the same tensor, by prefix.
+_RENAMES = {
+    "layers.0.": "midlayer.",  # speculators
+    "aux_norm_low.": "fc_norm.0.",  # older SGLang exports
+    "aux_norm_mid.": "fc_norm.1.",
+    "aux_norm_high.": "fc_norm.2.",
+}
+# t2d says again which tokens d2t names; rotary tables follow from the config.
+_REDUNDANT = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")
+_LAYER_KEYS = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Config:
+    """One drafter's shape. `layer` is its decoder layer; layer.vocab is the target's vocabulary."""
+
+    layer: ModelConfig
+    draft_vocab: int  # equal to layer.vocab: no reduction
+    taps: tuple[int, ...]  # target hidden states it reads: i is the input of layer i
+    target_width: int
+    norm_before_residual: bool = False  # the residual is hidden_norm(feature), not the feature
+    norm_before_fc: bool = False  # an RMSNorm over the concatenated taps
+    fc_norm: bool = False  # an RMSNorm per tap
+    norm_output: bool = False  # the next feature is norm(h2), not h2 ("EAGLE 3.1")
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3Checkpoint:
+    config: Eagle3Config
+    tensors: dict[str, Tensor]  # names of the original layout, on the CPU
+    hash: str  # sha256 of the weight files; "" for random weights
+    source: str  # where it came from, in words
+
+
+def default_taps(layers: int) -> tuple[int, ...]:
+    """Inputs of layers 2, L/2 and L-3, as released; a target under seven layers has what there is of them."""
+    return tuple(sorted({min(2, layers), layers // 2, max(layers - 3, 0)}))
+
+
+def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = False) -> Eagle3Checkpoint:
+    """A drafter for `target` from a folder in the original, the SpecForge or the speculators layout.
+
+    Raises UserError, one line, where the folder is damaged, the drafter does not fit the target, or it is of a variant
+    that this module does not run.
+    """
+    stored = read_checkpoint(path, allow_pickle)
+    tensors = {_original_name(name): tensor for name, tensor in stored.tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in _REDUNDANT}
+    try:
+        config = _parse(stored.config, tensors, target)
+        _check_tensors(config, tensors)
+    except UserError as error:
+        raise UserError(f"drafter {stored.path}: {error}") from error
+    return Eagle3Checkpoint(config, tensors, stored.hash, f"folder {stored.path}")
+
+
+def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
+    """Write `drafter` in the original layout (with safetensors in place of pickle); `load_drafter` reads it back."""
+    folder, config = Path(folder), drafter.config
+    folder.mkdir(parents=True, exist_ok=True)
+    layer = config.layer.to_hf()
+    described = {
+        **{key: layer[key] for key in _LAYER_KEYS if key in layer},
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "draft_vocab_size": config.draft_vocab,
+        "target_hidden_size": config.target_width,
+        # This layout counts layer outputs: the output of layer i - 1 is the input of layer i.
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in config.taps]},
+        **{name: True for name in ("norm_before_residual", "norm_before_fc", "fc_norm") if getattr(config, name)},
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in drafter.tensors.items()}, folder / "model.safetensors")
+
+
+def random_drafter(
+    target: ModelConfig, seed: int = 0, draft_vocab: int = _RANDOM_VOCAB, dtype: torch.dtype = torch.float32
+) -> Eagle3Checkpoint:
+    """A drafter that fits `target` and knows nothing: for the speed of drafting, with synthetic acceptance."""
+    layer = ModelConfig(
+        family="llama",
+        layers=1,
+        **{
+            name: getattr(target, name)
+            for name in ("width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "rms_eps")
+        },
+        max_positions=target.max_positions,
+        tied=False,
+    )
+    config = Eagle3Config(layer, min(draft_vocab, target.vocab), default_taps(target.layers), target.width)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.ones(shape, dtype=dtype)
+        if len(shape) == 1
+        else torch.empty(shape, dtype=dtype).normal_(0.0, _RANDOM_STD, generator=generator)
+        for name, shape in tensor_shapes(config).items()
+        if name != "d2t"
+    }
+    if config.draft_vocab < target.vocab:
+        known = torch.randperm(target.vocab, generator=generator)[: config.draft_vocab].sort().values
+        tensors["d2t"] = known - torch.arange(config.draft_vocab)
+    return Eagle3Checkpoint(config, tensors, "", f"random weights, seed {seed}")
+
+
+def tensor_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
+    """Tensor name of the original layout -> shape. `d2t` [draft vocab] holds offsets: target id = i + d2t[i]."""
+    layer, width = config.layer, config.layer.width
+    q, kv, taps = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim, len(config.taps)
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (width, taps * config.target_width),
+        "midlayer.input_layernorm.weight": (width,),
+        "midlayer.hidden_norm.weight": (width,),
+        "midlayer.post_attention_layernorm.weight": (width,),
+        "midlayer.self_attn.q_proj.weight": (q, 2 * width),
+        "midlayer.self_attn.k_proj.weight": (kv, 2 * width),
+        "midlayer.self_attn.v_proj.weight": (kv, 2 * width),
+        "midlayer.self_attn.o_proj.weight": (width, q),
+        "midlayer.mlp.gate_proj.weight": (layer.ffn, width),
+        "midlayer.mlp.up_proj.weight": (layer.ffn, width),
+        "midlayer.mlp.down_proj.weight": (width, layer.ffn),
+        "norm.weight": (width,),
+        "lm_head.weight": (config.draft_vocab, width),
+    }
+    if config.draft_vocab < layer.vocab:
+        shapes["d2t"] = (config.draft_vocab,)
+    if config.norm_before_fc:
+        shapes["input_norm.weight"] = (taps * config.target_width,)
+    if config.fc_norm:
+        shapes |= {f"fc_norm.{tap}.weight": (config.target_width,) for tap in range(taps)}
+    return shapes
+
+
+def _original_name(name: str) -> str:
+    prefix = next((prefix for prefix in _RENAMES if name.startswith(prefix)), "")
+    return _RENAMES.get(prefix, "") + name.removeprefix(prefix)
+
+
+def _parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ModelConfig) -> Eagle3Config:
+    speculators = "speculators_model_type" in config
+    if speculators and config["speculators_model_type"] != "eagle3":
+        raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not eagle3")
+    inner = config.get("transformer_layer_config") if speculators else config
+    if not isinstance(inner, Mapping):
+        raise UserError("config.json: transformer_layer_config is missing")
+    _refuse_unsupported(config, inner, speculators)
+    vocab = inner.get("vocab_size")
+    if vocab != target.vocab:
+        raise UserError(f"made for a target with {vocab} tokens, but this one has {target.vocab}")
+    layer_keys = {key: inner[key] for key in _LAYER_KEYS if inner.get(key) is not None}
+    # No rope_theta means 10000, whatever the target has: the released drafters were trained so.
+    layer = ModelConfig.from_hf(
+        {"max_position_embeddings": _MAX_POSITIONS, **layer_keys, "model_type": "llama", "num_hidden_layers": 1}
+        | {"eos_token_id": None, "bos_token_id": None}
+    )
+    target_width = config.get("target_hidden_size") or layer.width
+    if target_width != target.width:
+        raise UserError(f"made for a target {target_width} wide, but this one is {target.width}")
+    if layer.width != target.width and "embed_tokens.weight" not in tensors:
+        raise UserError(f"{layer.width} wide, so it cannot share the target's embedding of {target.width}")
+    return Eagle3Config(
+        layer=layer,
+        draft_vocab=config.get("draft_vocab_size") or layer.vocab,
+        taps=_taps(config, target, speculators),
+        target_width=target_width,
+        norm_before_residual=bool(config.get("norm_before_residual", False)),
+        norm_before_fc=bool(config.get("norm_before_fc")) or "input_norm.weight" in tensors,
+        fc_norm=bool(config.get("fc_norm")) or "fc_norm.0.weight" in tensors,
+        norm_output=bool(config.get("norm_output")),
+    )
+
+
+def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], speculators: bool) -> None:
+    if (family := inner.get("model_type", "llama")) != "llama":
+        raise UserError(f"its layer is of type {family!r}; supported: llama")
+    if (layers := inner.get("num_hidden_layers", 1)) != 1:
+        raise UserError(f"it has {layers} layers; supported: 1")
+    if inner.get("attention_bias"):
+        raise UserError("attention_bias is not supported")
+    if config.get("eagle_config", {}).get("use_aux_hidden_state") is False:
+        raise UserError("use_aux_hidden_state false (features of the last layer only) is not supported")
+    if "norm_output" in config and not speculators:
+        # SpecForge: apply norm before lm_head (always done here). Serving engines: feed norm(h2) back.
+        raise UserError("norm_output means two things in this layout; remove it, or convert the drafter to speculators")
+
+
+def _taps(config: Mapping[str, Any], target: ModelConfig, speculators: bool) -> tuple[int, ...]:
+    source = config if speculators else config.get("eagle_config", {})
+    ids = source.get("eagle_aux_hidden_state_layer_ids")
+    # speculators counts layer inputs as we do; the other layouts name the layer whose output is meant.
+    taps = default_taps(target.layers) if ids is None else tuple(index + (not speculators) for index in ids)
+    if len(set(taps)) != len(taps) or not all(0 <= tap <= target.layers for tap in taps):
+        raise UserError(f"reads hidden states {list(taps)}, which a target of {target.layers} layers has not")
+    return taps
+
+
+def _check_tensors(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> None:
+    shapes = tensor_shapes(config)
+    if "embed_tokens.weight" in tensors:
+        shapes["embed_tokens.weight"] = (config.layer.vocab, config.layer.width)
+    if missing := [name for name in shapes if name not in tensors]:
+        raise UserError(f"lacks {loading.some(missing)}")
+    if unknown := sorted(set(tensors) - set(shapes)):
+        raise UserError(f"has tensors of a variant that is not supported: {loading.some(unknown)}")
+    for name, shape in shapes.items():
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise UserError(f"{name} has shape {found}, but its config and the target say {shape}")
+    if "d2t" in tensors:
+        ids = _target_ids(tensors["d2t"])
+        if int(ids.min()) < 0 or int(ids.max()) >= config.layer.vocab or len(ids.unique()) != len(ids):
+            raise UserError("d2t does not map its tokens to different tokens of the target; it must hold offsets")
+
+
+def _target_ids(d2t: Tensor) -> Tensor:
+    return torch.arange(len(d2t), device=d2t.device) + d2t
+
+
+class DraftCache:
+    """Keys and values [B, kv_heads, nodes + capacity, d] of the drafter's one layer.
+
+    The first `nodes` slots hold the nodes of the draft under way, the pairs follow: nodes come and go without
+    moving a pair, and every draft level has the same shape. `lengths` [B] counts committed pairs, `sizes` mirrors it
+    on the host.
+    """
+
+    def __init__(self, drafter: Eagle3Drafter, batch: int, capacity: int, nodes: int) -> None:
+        layer, device = drafter.config.layer, drafter.device
+        self.nodes = nodes
+        shape = (batch, layer.kv_heads, nodes + capacity, layer.head_dim)
+        # Zeros, not garbage: an invisible key is multiplied by zero, and 0 x NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=drafter.activations, device=device)
+        self.values = torch.zeros(shape, dtype=drafter.activations, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.sizes = [0] * batch
+        self.slots = torch.arange(capacity, device=device)
+        self.sequence = torch.arange(batch, device=device)[:, None]
+        angles = self.slots[:, None].float() * drafter.inv_freq
+        self.cos, self.sin = angles.cos(), angles.sin()  # [capacity, d/2]
+
+    def extend(self, counts: Sequence[int]) -> None:
+        """Commit the first counts[b] pairs of the last `Eagle3Drafter.extend`."""
+        self.sizes = [size + count for size, count in zip(self.sizes, counts, strict=True)]
+        self.lengths += torch.tensor(counts, device=self.lengths.device)
+
+
+class Eagle3Drafter:
+    """A drafter on one device. `embedding` [V, D] is the target's, shared; a checkpoint's own one takes its place."""
+
+    def __init__(
+        self,
+        config: Eagle3Config,
+        tensors: Mapping[str, Tensor],
+        embedding: Tensor,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`tensors` as in an Eagle3Checkpoint."""
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        weights = {
+            name: tensor.to(device=self.device, dtype=None if name == "d2t" else dtype)
+            for name, tensor in tensors.items()
+        }
+        layer = "midlayer."
+        self.embedding = weights.get("embed_tokens.weight", embedding)
+        self._fc = Projection(weights["fc.weight"])
+        self._qkv = Projection(torch.cat([weights[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"]))
+        self._out = Projection(weights[f"{layer}self_attn.o_proj.weight"])
+        self._gate_up = Projection(torch.cat([weights[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")]))
+        self._down = Projection(weights[f"{layer}mlp.down_proj.weight"])
+        self._head = Projection(weights["lm_head.weight"])
+        # The native kernel takes and gives float32, so that is what flows between projections there.
+        self.activations = torch.float32 if self._fc.native else dtype
+        self._norms = {
+            name.removesuffix(".weight").removeprefix(layer): weight.to(self.activations)
+            for name, weight in weights.items()
+            if weight.dim() == 1 and name != "d2t"
+        }
+        self._target_ids = _target_ids(weights["d2t"]) if "d2t" in weights else None
+        self.inv_freq = inverse_frequencies(config.layer).to(self.device)
+        self.kernels = {"drafter": "native" if self._fc.native else "torch"}
+
+    def new_cache(self, batch: int, capacity: int, nodes: int) -> DraftCache:
+        """Room for `capacity` pairs, uncommitted ones included, and `nodes` nodes under way."""
+        return DraftCache(self, batch, capacity, nodes)
+
+    @torch.inference_mode()
+    def extend(self, taps: Sequence[Tensor], ids: Tensor, cache: DraftCache) -> Tensor:
+        """Read pairs behind the committed ones: taps of the target, each [B, R, D], and the tokens after them [B, R].
+
+        Returns the features [B, R, h] of those tokens. `cache.extend` says afterwards how many pairs were real.
+        """
+        count = ids.shape[1]
+        positions = cache.lengths[:, None] + cache.slots[:count]
+        total = max(cache.sizes) + count
+        mask = cache.slots[:total] <= positions[..., None]  # a pair's slot is its position
+        slots = cache.nodes + positions
+        return self._layer(
+            ids, self._fuse(taps), positions, cache, slots, slice(cache.nodes, cache.nodes + total), mask
+        )
+
+    @torch.inference_mode()
+    def expand(self, ids: Tensor, features: Tensor, cache: DraftCache, level: int, visible: Tensor) -> Tensor:
+        """Read one draft level: tokens [B, k] with the features [B, k, h] of the nodes or the pair before them.
+
+        Level 0 follows the committed pairs. `visible` [B, k, nodes] says which nodes a node sees, itself included.
+        Returns the features [B, k, h] of those tokens.
+        """
+        count, total = ids.shape[1], max(cache.sizes)
+        prefix = cache.slots[:total] < cache.lengths[:, None, None]
+        mask = torch.cat([visible.expand(*ids.shape, -1), prefix.expand(-1, count, -1)], -1)
+        positions = (cache.lengths[:, None] + level).expand(-1, count)
+        slots = cache.slots[level * count : (level + 1) * count].expand(ids.shape)
+        return self._layer(ids, features, positions, cache, slots, slice(0, cache.nodes + total), mask)
+
+    @torch.inference_mode()
+    def logits(self, features: Tensor) -> Tensor:
+        """features [B, n, h] -> logits over the draft vocabulary [B, n, draft vocab] float32."""
+        normed = features if self.config.norm_output else self._norm(features, "norm")
+        return self._head(normed).float()
+
+    def target_ids(self, ids: Tensor) -> Tensor:
+        """Draft token ids of any shape -> the target's ids."""
+        return ids if self._target_ids is None else self._target_ids[ids]
+
+    def cost(self, rows: int, contexts: Sequence[int], wanted: int, pairs: int, fused: bool) -> Cost:
+        """Cost of reading `rows` tokens per sequence, as `cost.forward_cost` counts it.
+
+        `wanted` rows over the whole batch ask for logits, `pairs` counts the (row, visible new row) pairs of one
+        sequence, `fused` says whether the rows' features come from the target through `fc`.
+        """
+        c, layer, size = self.config, self.config.layer, self.dtype.itemsize
+        total = rows * len(contexts)
+        q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        projections = layer.width * (2 * (q + 2 * kv) + q + 3 * layer.ffn)
+        projections += len(c.taps) * c.target_width * layer.width if fused else 0
+        head = layer.width * c.draft_vocab
+        attended = rows * sum(contexts) + len(contexts) * pairs
+        norms = 3 * layer.width + (len(c.taps) * c.target_width * (c.norm_before_fc + c.fc_norm) if fused else 0)
+        weights = projections + norms + total * layer.width + (head + layer.width if wanted else 0)
+        kv_bytes = 2 * kv * self.activations.itemsize
+        return Cost(
+            flops=float(2 * total * projections + 4 * q * attended + 2 * wanted * head),
+            weight_bytes=float(weights * size),
+            kv_bytes=float(sum(contexts) * kv_bytes),
+            bytes_written=float(total * kv_bytes + wanted * c.draft_vocab * LOGIT_BYTES),
+        )
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self._norms[name], self.config.layer.rms_eps)
+
+    def _fuse(self, taps: Sequence[Tensor]) -> Tensor:
+        parts = [tap.to(self.activations) for tap in taps]
+        if self.config.fc_norm:
+            parts = [self._norm(part, f"fc_norm.{index}") for index, part in enumerate(parts)]
+        joined = torch.cat(parts, -1)
+        return self._fc(self._norm(joined, "input_norm") if self.config.norm_before_fc else joined)
+
+    def _layer(
+        self,
+        ids: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        cache: DraftCache,
+        slots: Tensor,
+        seen: slice,
+        mask: Tensor,
+    ) -> Tensor:
+        """ids, positions and slots [B, R], features [B, R, h]; mask [B, R, S] over the slots `seen`."""
+        layer, (batch, count) = self.config.layer, ids.shape
+        normed = self._norm(features, "hidden_norm")
+        residual = normed if self.config.norm_before_residual else features
+        embedded = self._norm(self.embedding[ids].to(self.activations), "input_layernorm")
+        heads = self._qkv(torch.cat([embedded, normed], -1)).view(batch, count, -1, layer.head_dim)
+        q, k, v = heads.split((layer.heads, layer.kv_heads, layer.kv_heads), 2)
+        cos, sin = cache.cos[positions][:, :, None], cache.sin[positions][:, :, None]
+        cache.keys[cache.sequence, :, slots] = rotate(k, cos, sin)
+        cache.values[cache.sequence, :, slots] = v
+        mixed = F.scaled_dot_product_attention(
+            rotate(q, cos, sin).transpose(1, 2),
+            cache.keys[:, :, seen],
+            cache.values[:, :, seen],
+            attn_mask=mask[:, None],
+            enable_gqa=True,
+        )
+        h1 = residual + self._out(mixed.transpose(1, 2).reshape(batch, count, -1))
+        gate, up = self._gate_up(self._norm(h1, "post_attention_layernorm")).chunk(2, -1)
+        h2 = h1 + self._down(F.silu(gate) * up)
+        return self._norm(h2, "norm") if self.config.norm_output else h2

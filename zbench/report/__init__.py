@@ -1,0 +1,51 @@
+"""From a run folder to a report that one can open, send and check. Reads the folder only; needs no device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from zbench.errors import UserError
+
+POINTS_DRAWN = 6  # points of the matrix that get figures of their own; a page of more than that is megabytes
+
+
+def render(run_folder: Path) -> Path:
+    """Write `report.html`, `metrics.csv`, `metrics.json` and `figures/` into the run folder; return the HTML's path.
+
+    The HTML is self-contained. Rendering a run twice gives identical bytes. Raises UserError when the folder is not
+    a run or cannot be written.
+    """
+    from zbench.cache import atomic_write
+    from zbench.metrics import load_run
+    from zbench.report import export, figures, html
+    from zbench.report.findings import Results
+
+    results = Results.of(load_run(Path(run_folder)))
+    overview = figures.draw_overview(results)
+    drawn = [figures.draw(results, point) for point in results.points[:POINTS_DRAWN]]
+    files: dict[str, str | bytes] = {
+        "metrics.csv": export.to_csv(results),
+        "metrics.json": export.to_json(results),
+        "report.html": html.page(results, overview, drawn),
+    }
+    for figure in [*([overview] if overview else []), *(figure for point in drawn for figure in point)]:
+        files |= {f"figures/{name}": content for name, content in figure.files().items()}
+    try:
+        for name, content in files.items():
+            atomic_write(Path(run_folder) / name, content)
+    except OSError as error:
+        raise UserError(f"{error.filename or run_folder}: cannot write the report ({error.strerror})") from None
+    return Path(run_folder) / "report.html"
+
+
+def headline(run_folder: Path) -> list[str]:
+    """The answer and the warnings of a rendered report, one sentence per line. Raises UserError before `render`."""
+    path = Path(run_folder) / "metrics.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path}: cannot be read; run `zbench report {run_folder}`") from None
+    told = [(entry["point"], sentence) for entry in content["answers"] for sentence in entry["sentences"]]
+    answers = [f"{point}: {sentence}" if point else sentence for point, sentence in told]
+    return [*answers, *(f"warning: {sentence}" for sentence in content["warnings"])]

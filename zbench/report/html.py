@@ -1,0 +1,260 @@
+"""The report as one self-contained page: data for the template, nothing else."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, definitions_hash
+from zbench.report.figures import Drawn
+from zbench.report.findings import Point, Results, answers, interval, main_kind, quantity, warnings
+
+# (heading, metric, part); part "main" is the kind of forward that takes most of decode.
+ENGINE_COLUMNS = (
+    ("Tokens/s", "decode_tps", ""),
+    ("Per token", "tpot", ""),
+    ("First token", "ttft", ""),
+    ("Tokens per forward", "tokens_per_forward", ""),
+    ("Acceptance length", "acceptance_length", ""),
+    ("Speedup", "speedup", ""),
+    ("Of bandwidth roof", "mbu", "main"),
+    ("Of compute roof", "mfu", "main"),
+    ("Bound by", "bound", "main"),
+    ("Same outputs", "agreement", "prompts"),
+)
+FORWARD_COLUMNS = (
+    ("Time", "forward_seconds"),
+    ("Floor", "floor_seconds"),
+    ("FLOP per byte", "intensity"),
+    ("Bandwidth", "achieved_bandwidth"),
+    ("Of roof", "mbu"),
+    ("Of spec", "mbu_spec"),
+    ("Compute", "achieved_flops"),
+    ("Of roof", "mfu"),
+    ("Of spec", "mfu_spec"),
+    ("Bound by", "bound"),
+)
+IN_HEADING = (" tokens/s", " tokens", "/token", " FLOP/B")  # units that the headings say already
+# Shown in every row or nowhere, as they exist for some engines and devices only.
+OPTIONAL = {"acceptance_length", "mbu_spec", "mfu_spec"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table: the value, its interval below it, and the mark of a footnote."""
+
+    heading: str
+    text: str
+    below: str = ""
+    mark: str = ""
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    headings: list[str]
+    rows: list[tuple[str, str, list[Entry]]]  # (name, what is wrong with the whole row, entries)
+    notes: list[tuple[str, str]]  # (mark, text)
+
+
+@dataclass
+class _Notes:
+    """Footnotes in order of first use: equal texts share a mark."""
+
+    marks: dict[str, str] = field(default_factory=dict)
+
+    def mark(self, text: str) -> str:
+        return self.marks.setdefault(text, str(len(self.marks) + 1)) if text else ""
+
+    def listed(self) -> list[tuple[str, str]]:
+        return [(mark, text) for text, mark in self.marks.items()]
+
+
+def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Drawn]]) -> str:
+    """The HTML. `drawn` holds the figures of the first points; further points are shown as tables only."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    manifest = results.run.manifest
+    figures = [*drawn, *([] for _ in results.points[len(drawn) :])]
+    return environment.get_template("report.html").render(
+        manifest=manifest,
+        facts=_facts(results),
+        answers=answers(results),
+        warnings=warnings(results),
+        overview=_image(overview) if overview else None,
+        points=[
+            {
+                "label": point.label,
+                "engines": _engine_table(results, point),
+                "forwards": _forward_table(results, point),
+                "figures": [_image(figure) for figure in mine],
+            }
+            for point, mine in zip(results.points, figures, strict=True)
+        ],
+        undrawn=len(results.points) - len(drawn),
+        environment=_flat_sections(manifest.environment),
+        roofs=_roofs(results),
+        scenario=yaml.safe_dump(manifest.scenario, sort_keys=False, allow_unicode=True),
+        models=_flat_sections(manifest.models),
+        definitions=list(METRICS.values()),
+        definitions_version=DEFINITIONS_VERSION,
+        definitions_hash=definitions_hash(),
+    )
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    """What was measured, and on what, in a handful of short lines."""
+    manifest, cells = results.run.manifest, results.run.manifest.cells
+    facts = [
+        ("Model", _joined(_model(manifest.models, cell.model) for cell in cells)),
+        ("Device", _lookup(manifest.environment, "device", "name")),
+        ("Precision", _joined(cell.dtype for cell in cells)),
+        ("Batch", _joined(str(cell.batch) for cell in cells)),
+        ("Sampling", _joined(_sampling(cell.sampling) for cell in cells)),
+        ("Prompts", _prompts(results)),
+    ]
+    if _lookup(manifest.environment, "device", "backend") == "cpu":
+        facts.insert(2, ("CPU threads", _lookup(manifest.environment, "torch", "threads")))
+    return facts
+
+
+def _prompts(results: Results) -> str:
+    requests = results.run.requests
+    prompts, repeats = requests["prompt_id"].nunique(), requests["repeat"].nunique()
+    return f"{prompts} × {repeats} repeat{'' if repeats == 1 else 's'}" if prompts else "none succeeded"
+
+
+def _model(models: Mapping[str, Any], name: str) -> str:
+    parameters = models.get(name, {}).get("parameters")
+    return f"{name}, {quantity(parameters / 1e6, 'M parameters')}" if isinstance(parameters, int | float) else name
+
+
+def _sampling(sampling: Mapping[str, Any]) -> str:
+    temperature = sampling.get("temperature")
+    if temperature is None:
+        return "not recorded"
+    return f"temperature {temperature:g}" if temperature else "greedy"
+
+
+def _joined(words: Any) -> str:
+    return ", ".join(dict.fromkeys(words)) or "none"
+
+
+def _lookup(nested: Mapping[str, Any], *keys: str) -> str:
+    for key in keys:
+        if not isinstance(nested, Mapping) or key not in nested:
+            return "not recorded"
+        nested = nested[key]
+    return str(nested)
+
+
+def _engine_table(results: Results, point: Point) -> Table:
+    columns = [c for c in ENGINE_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
+    notes = _Notes()
+    rows = []
+    for cell in point.cells:
+        kind = main_kind(cell)
+        entries = [
+            _entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
+            for heading, metric, part in (columns if cell.trials else ())
+        ]
+        rows.append((cell.record.label, _failure(results, cell), entries))
+    return Table([heading for heading, *_ in columns], rows, notes.listed())
+
+
+def _forward_table(results: Results, point: Point) -> Table | None:
+    """One row per kind of forward; None where no engine's forwards are seen."""
+    columns = [c for c in FORWARD_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
+    notes = _Notes()
+    rows = [
+        (f"{cell.record.label}: {kind}", "", [_entry(h, results.row(cell, m, kind), notes) for h, m in columns])
+        for cell in point.cells
+        for kind in cell.forwards["kind"].unique()
+    ]
+    return Table([heading for heading, _ in columns], rows, notes.listed()) if rows else None
+
+
+def _known(results: Results, cells: Sequence[Cell], metric: str) -> bool:
+    ids = {cell.record.id for cell in cells}
+    return any(row.value is not None for row in results.rows if row.metric == metric and row.cell in ids)
+
+
+def _entry(heading: str, row: MetricRow, notes: _Notes) -> Entry:
+    reason = row.note.removeprefix("unavailable: ")
+    if row.value is None:
+        if reason == "this is the baseline":
+            return Entry(heading, "baseline")
+        return Entry(heading, "n/a", mark=notes.mark(reason))
+    if row.metric == "bound":
+        return Entry(heading, str(row.value), below=row.note.removeprefix("measured "))
+    # Too few prompts is said once, among the warnings.
+    kept = "; ".join(part for part in row.note.split("; ") if part and not part.startswith("too few"))
+    text = quantity(row.value, row.unit) if isinstance(row.value, float) else row.value
+    for unit in IN_HEADING:
+        text = text.removesuffix(unit)
+    return Entry(heading, text, interval(row), notes.mark(kept), row.status == "error")
+
+
+def _failure(results: Results, cell: Cell) -> str:
+    if not cell.trials and not cell.failed:
+        return "no trial was run"
+    if not cell.failed:
+        return ""
+    note = results.row(cell, "failed_trials").note
+    return f"{len(cell.failed)} of {len(cell.failed) + len(cell.trials)} trials failed; {note}"
+
+
+def _roofs(results: Results) -> list[tuple[str, str, str]]:
+    """(roof, value, spread or source) of the measured roofs and of the spec sheet."""
+    roofs, specs = results.run.manifest.roofs or {}, results.run.manifest.specs or {}
+    rows = []
+    for kind in ("bandwidth", "flops"):
+        for name, roof in roofs.get(kind, {}).items():
+            unit = roof["unit"]
+            spread = f"{quantity(roof['low'], unit)} to {quantity(roof['high'], unit)}, n = {roof['n']}"
+            rows.append((f"{name}, measured", quantity(roof["value"], unit), spread))
+    if specs:
+        peaks = {"bandwidth": (specs["bandwidth"], "B/s")} | {d: (v, "FLOP/s") for d, v in specs["flops"].items()}
+        rows += [
+            (f"{name}, spec sheet", quantity(value, unit), specs["name"])
+            for name, (value, unit) in peaks.items()
+            if value
+        ]
+    return rows
+
+
+def _flat_sections(nested: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(section, [(dotted key, value)]): values that are not mappings are gathered under ""."""
+    loose = [(key, _shown(value)) for key, value in nested.items() if not isinstance(value, Mapping)]
+    sections = [(key, _flat(value)) for key, value in nested.items() if isinstance(value, Mapping)]
+    return [*([("", loose)] if loose else []), *sections]
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, _shown(value))]
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _image(figure: Drawn) -> dict[str, str]:
+    sources = {
+        theme: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for theme, svg in figure.svg.items()
+    }
+    return {"title": figure.title, "caption": figure.caption, "alt": figure.alt, **sources}

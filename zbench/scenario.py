@@ -1,0 +1,805 @@
+"""What to compare: the YAML scenario, its matrix, and the cells that a run measures.
+
+A scenario goes one way: text -> document (plain data that remembers the line of every key) -> `Scenario` (checked)
+-> points of the matrix (each a `Scenario` of its own) -> cells (one engine at one point).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from zbench.errors import UserError
+from zbench.models.config import ModelConfig
+from zbench.records import CellRecord
+
+# --- The YAML, as models. The descriptions are the user's reference: `zbench schema` publishes them. ---
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# Pydantic reports the branch of a union within an error's location. No YAML key is spelt like this, so it can be told
+# from the keys again.
+_BRANCH = "\0"
+
+Count = Annotated[int, Field(ge=1)]
+Items = Field(strict=False)  # a YAML list for a tuple
+
+
+class EngineSpec(_Strict):
+    """What all engines have in common. A new engine is a subclass with its options and a line in `ENGINES`."""
+
+    name: str = Field(description="Which engine decodes.")
+    label: str | None = Field(
+        default=None,
+        pattern=r"\w",
+        description="What reports call it; unique in the scenario. Default: the name and the options that were set.",
+        examples=["transformers generate"],
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"name", "label"})
+
+    @property
+    def title(self) -> str:
+        """The label, or else the name with every option that differs from its default."""
+        fields = type(self).model_fields
+        chosen = [f"{key}: {value}" for key, value in self.options.items() if value != fields[key].default]
+        return self.label or (f"{self.name} ({', '.join(chosen)})" if chosen else self.name)
+
+
+class AutoregressiveSpec(EngineSpec):
+    """One token per forward on zbench's own runtime: what the other engines are compared with."""
+
+    name: Literal["autoregressive"] = Field(description="Which engine decodes.")
+    execution: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="What runs the model: native (own CPU kernels), torch (its operators) or auto (native if it can).",
+    )
+
+
+class ReferenceSpec(EngineSpec):
+    """`generate` of the transformers library: an oracle for the tokens and a peer for the speed."""
+
+    name: Literal["reference"] = Field(description="Which engine decodes.")
+    assisted: Literal["prompt_lookup"] | None = Field(
+        default=None,
+        description="prompt_lookup drafts by copying from the prompt (batch 1 only); null decodes token by token.",
+    )
+    prompt_lookup_tokens: Count = Field(
+        default=10, description="Tokens drafted per step when assisted is prompt_lookup."
+    )
+
+    @model_validator(mode="after")
+    def _has_no_idle_option(self) -> ReferenceSpec:
+        if self.assisted is None and self.prompt_lookup_tokens != 10:
+            raise ValueError("prompt_lookup_tokens does nothing without assisted: prompt_lookup")
+        return self
+
+
+ENGINES: dict[str, type[EngineSpec]] = {
+    "autoregressive": AutoregressiveSpec,
+    "reference": ReferenceSpec,
+}
+
+
+class ModelFolder(_Strict):
+    """A model in a folder."""
+
+    path: str = Field(
+        min_length=1,
+        description="Hugging Face model folder with safetensors, relative to where the command runs.",
+        examples=["models/my-llama"],
+    )
+
+
+class ModelHub(_Strict):
+    """A model of the Hugging Face hub."""
+
+    hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="Hub id.", examples=["HuggingFaceTB/SmolLM2-360M"])
+    revision: str | None = Field(
+        default=None, min_length=1, description="Commit, tag or branch; null takes main, which may change under you."
+    )
+
+
+class ModelShape(_Strict):
+    """The shape of a decoder-only transformer."""
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(description="Architecture family.")
+    layers: Count = Field(description="Transformer blocks.")
+    width: Count = Field(description="Size of the residual stream.")
+    ffn: Count = Field(description="Inner size of the gated MLP.")
+    heads: Count = Field(description="Query heads.")
+    kv_heads: Count | None = Field(default=None, description="Key and value heads; null means as many as query heads.")
+    head_dim: Count | None = Field(default=None, description="Size of a head; null means width / heads.")
+    vocab: Count = Field(description="Tokens in the vocabulary.")
+    max_positions: Count = Field(description="Longest prompt and output together, in tokens.")
+    rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary position embedding.")
+    rope_scaling: dict[str, str | float] | None = Field(
+        default=None,
+        description="Rotary scaling as in Hugging Face configs, with its rope_type; null means none.",
+        examples=[{"rope_type": "linear", "factor": 2.0}],
+    )
+    rms_eps: float = Field(default=1e-5, gt=0, description="Epsilon of the RMS norms.")
+    tied: bool = Field(default=True, description="Whether the output head shares the embedding's weight.")
+    qkv_bias: bool | None = Field(
+        default=None, description="Bias on queries, keys and values; null means as in the family."
+    )
+    out_bias: bool = Field(default=False, description="Bias on the attention's output projection.")
+    mlp_bias: bool = Field(default=False, description="Bias on the MLP's projections.")
+    qk_norm: bool | None = Field(default=None, description="RMS norm on queries and keys; null means as in the family.")
+    windows: Annotated[tuple[Count | None, ...], Items] | None = Field(
+        default=None, description="Sliding window of each layer (null where it attends to everything); null means none."
+    )
+    eos_ids: Annotated[tuple[int, ...], Items] = Field(default=(), description="Token ids that end an output.")
+    bos_id: int | None = Field(default=None, description="Token id that begins a sequence.")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ModelShape:
+        try:
+            ModelConfig.from_fields(self.model_dump(exclude_none=True))
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("model config: ")) from error
+        return self
+
+
+class ModelRandom(_Strict):
+    """A shape with random weights: its speed is real, its text means nothing."""
+
+    config: ModelShape = Field(description="The shape.")
+    weights: Literal["random"] = Field(default="random", description="Where the weights come from.")
+    seed: int = Field(default=0, ge=0, description="Seed of the weights.")
+
+
+class PromptChoice(_Strict):
+    """Which prompts of a set or file."""
+
+    limit: Count | None = Field(
+        default=None, description="At most this many prompts, taken evenly from the categories."
+    )
+    categories: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="Only prompts of these categories; null takes all.", examples=[["code", "math"]]
+    )
+
+
+class PromptSet(PromptChoice):
+    """Prompts that come with zbench."""
+
+    set: str = Field(min_length=1, description="Name of a packaged prompt set.", examples=["quickstart"])
+
+
+class PromptFile(PromptChoice):
+    """Prompts in a JSONL file, one object per line."""
+
+    file: str = Field(
+        min_length=1,
+        description='Each line: {"turns": [...]} or {"prompt": "..."}, with optional "id" or "question_id", "category"'
+        ' and "reference". Relative to where the command runs.',
+        examples=["my_prompts.jsonl"],
+    )
+
+
+class PromptDataset(_Strict):
+    """Prompts from a data set of the Hugging Face hub."""
+
+    dataset: str = Field(min_length=1, description="Hub id of the data set.", examples=["openai/gsm8k"])
+    subset: str | None = Field(default=None, min_length=1, description="Its configuration, where it has several.")
+    split: str = Field(default="test", min_length=1, description="Split to read.")
+    column: str = Field(min_length=1, description="Column that holds the prompt.", examples=["question"])
+    limit: Count | None = Field(default=None, description="At most this many prompts, from the start of the split.")
+
+
+class SamplingSpec(_Strict):
+    """How tokens are chosen. Filters apply after the temperature: top_k, then top_p."""
+
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy.", examples=[0, 0.8])
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Nucleus sampling: keep the likeliest tokens of this mass."
+    )
+    top_k: Count | None = Field(default=None, description="Keep this many of the likeliest tokens; null keeps all.")
+
+
+class WarmupSpec(_Strict):
+    """What every engine decodes before it is measured, on prompts that are not measured."""
+
+    prompts: int = Field(default=1, ge=0, description="Warm-up prompts.")
+    output_tokens: Count = Field(default=16, description="Tokens decoded for each.")
+
+
+class BudgetSpec(_Strict):
+    """When to stop early. What was measured until then is kept, and the run can be resumed."""
+
+    minutes: float | None = Field(default=None, gt=0, description="Wall time of the run; null means until it is done.")
+
+
+def _engine_branch(value: Any) -> str | None:
+    if isinstance(value, str):
+        return f"{_BRANCH}name" if value in ENGINES else None
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return f"{_BRANCH}{name}" if isinstance(name, str) and name in ENGINES else None
+
+
+def _key_branch(keys: Collection[str]) -> Discriminator:
+    """Tells the mappings of a union apart by the one key that each must have."""
+
+    def branch(value: Any) -> str | None:
+        if isinstance(value, str):
+            return f"{_BRANCH}name"
+        given = value if isinstance(value, dict) else dir(value)
+        return next((f"{_BRANCH}{key}" for key in keys if key in given), None)
+
+    return Discriminator(branch)
+
+
+_MODELS: dict[str, type[_Strict]] = {"path": ModelFolder, "hub": ModelHub, "config": ModelRandom}
+_PROMPTS: dict[str, type[_Strict]] = {"set": PromptSet, "file": PromptFile, "dataset": PromptDataset}
+_BRANCHES = {f"{_BRANCH}{key}": model for key, model in (_MODELS | _PROMPTS | ENGINES).items()}
+
+ModelSpec = Annotated[
+    Annotated[str, StringConstraints(min_length=1), Tag(f"{_BRANCH}name")]
+    | Annotated[ModelFolder, Tag(f"{_BRANCH}path")]
+    | Annotated[ModelHub, Tag(f"{_BRANCH}hub")]
+    | Annotated[ModelRandom, Tag(f"{_BRANCH}config")],
+    _key_branch(_MODELS),
+]
+PromptSpec = PromptSet | PromptFile | PromptDataset
+_PromptBranch = Annotated[
+    Annotated[PromptSet, Tag(f"{_BRANCH}set")]
+    | Annotated[PromptFile, Tag(f"{_BRANCH}file")]
+    | Annotated[PromptDataset, Tag(f"{_BRANCH}dataset")],
+    _key_branch(_PROMPTS),
+]
+if TYPE_CHECKING:
+    _Engine = EngineSpec
+else:
+    _by_name = Annotated[
+        Literal[tuple(ENGINES)], AfterValidator(lambda name: ENGINES[name](name=name)), Tag(f"{_BRANCH}name")
+    ]
+    _by_options = (Annotated[spec, Tag(f"{_BRANCH}{name}")] for name, spec in ENGINES.items())
+    _Engine = Annotated[Union[(_by_name, *_by_options)], Discriminator(_engine_branch)]
+
+
+class Scenario(_Strict):
+    """What to compare: engines on one model and one set of prompts, at every point of a matrix of settings."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$",
+        description="Short name; run folders are called after it.",
+        examples=["quickstart"],
+    )
+    description: str = Field("", description="The question that this scenario answers, in one line.")
+    model: ModelSpec = Field(
+        description="Name of a zoo model (`zbench models list`), or {path: FOLDER}, {hub: ORG/NAME}, {config: SHAPE}.",
+        examples=["smollm2-135m", {"path": "models/my-llama"}, {"hub": "HuggingFaceTB/SmolLM2-360M-Instruct"}],
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="Type of the weights and activations."
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|(cuda|rocm)(:\d+)?)$",
+        description="auto (first GPU, else CPU), cpu, cuda, cuda:N, rocm or rocm:N.",
+        examples=["auto", "cuda:1"],
+    )
+    engines: Annotated[tuple[_Engine, ...], Field(strict=False, min_length=1)] = Field(
+        description="Engines to compare: a name, or a mapping of name, label and options.",
+        examples=[["autoregressive", {"name": "reference", "assisted": "prompt_lookup"}]],
+    )
+    baseline: str | None = Field(
+        default=None,
+        description="Label of the engine that the others are compared with; null takes the first autoregressive one,"
+        " or else the first.",
+    )
+    prompts: _PromptBranch = Field(
+        description="Prompts to decode: {set: NAME}, {file: PATH} or {dataset: ORG/NAME, column: NAME}.",
+        examples=[{"set": "quickstart", "limit": 8}],
+    )
+    context: Count | None = Field(
+        default=None,
+        description="Tokens that every prompt is cut or extended to; null leaves prompts as they are.",
+        examples=[512],
+    )
+    output_tokens: Count = Field(default=64, description="Tokens to decode for each prompt, at most.")
+    ignore_eos: bool = Field(
+        default=False, description="Decode on after the end of the text, so that all outputs are as long."
+    )
+    sampling: SamplingSpec = Field(default=SamplingSpec(), description="How tokens are chosen.")
+    batch: Count = Field(default=1, description="Prompts decoded together.")
+    threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's choice.")
+    repeats: Count = Field(default=2, description="Times that every prompt is measured on every engine.")
+    warmup: WarmupSpec = Field(default=WarmupSpec(), description="What runs before the measurement.")
+    budget: BudgetSpec = Field(default=BudgetSpec(), description="When to stop early.")
+    seed: int = Field(default=0, ge=0, description="Seed of the run; every request's own seed follows from it.")
+    matrix: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(
+        default={},
+        description="Axes: a dotted key of the scenario, and the values it takes. Every combination is a point.",
+        examples=[{"batch": [1, 4], "sampling.temperature": [0, 1]}],
+    )
+    include: Annotated[tuple[dict[str, Any], ...], Items] = Field(
+        default=(),
+        description="Extra points; keys they do not name keep the scenario's own value.",
+        examples=[[{"batch": 16, "dtype": "float32"}]],
+    )
+    exclude: Annotated[tuple[dict[str, Any], ...], Items] = Field(
+        default=(),
+        description="Points of the matrix to leave out: all that agree with every axis named here.",
+        examples=[[{"batch": 4, "dtype": "float32"}]],
+    )
+
+    @field_validator("engines")
+    @classmethod
+    def _have_distinct_labels(cls, engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
+        for one, other in itertools.combinations((engine.title for engine in engines), 2):
+            if _slug(one) == _slug(other):
+                raise ValueError(f"labels {one!r} and {other!r} are too alike; give one of the engines another label")
+        return engines
+
+    @field_validator("baseline")
+    @classmethod
+    def _is_an_engine(cls, baseline: str | None, info: ValidationInfo) -> str | None:
+        titles = [engine.title for engine in info.data.get("engines", ())]
+        if baseline is not None and titles and baseline not in titles:
+            raise ValueError(f"no engine is labelled {baseline!r}; {_nearest(baseline, titles)}")
+        return baseline
+
+    @property
+    def baseline_label(self) -> str:
+        """The label of the engine that the others are compared with."""
+        own = (engine.title for engine in self.engines if engine.name == "autoregressive")
+        return self.baseline or next(own, self.engines[0].title)
+
+    @property
+    def model_spec(self) -> str | dict[str, Any]:
+        """The model as `zbench.models.loading.load` takes it."""
+        return self.model if isinstance(self.model, str) else self.model.model_dump(exclude_none=True)
+
+    @property
+    def model_name(self) -> str:
+        """The model in one word or two, different for different models."""
+        match self.model:
+            case ModelFolder(path=path):
+                return path
+            case ModelHub(hub=hub, revision=revision):
+                return f"{hub}@{revision}" if revision else hub
+            case ModelRandom(config=shape):
+                return f"random-{shape.family}-{shape.layers}x{shape.width}-{_digest(self.model_spec)[:6]}"
+            case name:
+                return name
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """Wall time that the run may take; None where it has no budget."""
+        return None if self.budget.minutes is None else self.budget.minutes * 60
+
+
+# --- Text to document ---
+
+
+class _Origin(NamedTuple):
+    """Where a value was written: a line of a file, or an override (line 0)."""
+
+    source: str
+    line: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+_Path = tuple[str | int, ...]
+_Problem = tuple[_Origin, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """Plain data, and where each of its keys and items was written."""
+
+    data: Any
+    origins: dict[_Path, _Origin]
+
+    def origin(self, path: _Path) -> _Origin:
+        """Of the path itself, or of the innermost thing around it that was written down."""
+        return next(self.origins[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.origins)
+
+    def replaced(self, path: _Path, value: Any, origin: _Origin) -> _Document:
+        """This document with another value at `path`; what is no mapping on the way there becomes one."""
+        new, inner = path, self.data
+        for n, part in enumerate(path[:-1], start=1):
+            inner = inner.get(part) if isinstance(inner, dict) else None
+            if not isinstance(inner, dict):
+                new = path[:n]
+                break
+        kept = {at: where for at, where in self.origins.items() if at[: len(new)] != new}
+        return _Document(_replaced(self.data, path, value), {**kept, new: origin})
+
+
+def _replaced(data: Any, path: _Path, value: Any) -> Any:
+    if not path:
+        return value
+    inner = data if isinstance(data, dict) else {}
+    return {**inner, path[0]: _replaced(inner.get(path[0]), path[1:], value)}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases and tags: a scenario is a tree of plain values, and every value stands on its own line."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) not in (None, "!"):
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*) and tags (!) are not supported; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # something that looks like a date or a number, and is none
+            problem = f"{node.value!r} cannot be read ({error}); put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-5 for text; nobody who writes it means that.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, source: str) -> _Document:
+    """Raises UserError: malformed YAML, a key that is given twice or is not text."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            data = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        origin = _Origin(source, mark.line + 1 if mark else 1)
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{origin}: malformed YAML: {said}") from error
+    except yaml.reader.ReaderError as error:
+        origin = _Origin(source, text.count("\n", 0, error.position) + 1)
+        raise UserError(f"{origin}: malformed YAML: character {error.character:#x} is not allowed") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: malformed YAML: nested too deeply") from error
+    if problems := list(_key_problems(node, source)):
+        raise _user_error(problems)
+    return _Document(data, dict(_origins(node, source)))
+
+
+def _origins(node: yaml.Node | None, source: str, path: _Path = ()) -> Iterator[tuple[_Path, _Origin]]:
+    if not path:
+        yield path, _Origin(source, 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*path, key.value), _Origin(source, key.start_mark.line + 1)
+            yield from _origins(value, source, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*path, index), _Origin(source, item.start_mark.line + 1)
+            yield from _origins(item, source, (*path, index))
+
+
+def _key_problems(node: yaml.Node | None, source: str) -> Iterator[_Problem]:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _key_problems(item, source)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:str":
+                yield _Origin(source, line), f"key {key.value!r} is not text; put it in quotes"
+            elif key.value in first:
+                yield _Origin(source, line), f"key {key.value!r} is given twice, first on line {first[key.value]}"
+            first.setdefault(key.value, line)
+            yield from _key_problems(value, source)
+
+
+# --- Document to scenario ---
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
+    """Read and check a scenario, every point of its matrix included.
+
+    `overrides` are "key=value": a dotted key of the scenario and a YAML value, applied in order.
+    Raises UserError, with one line for each thing that is wrong.
+    """
+    document = _override(_parse(_read(Path(path)), str(path)), overrides)
+    scenario, problems = _check(document)
+    if scenario is None:
+        raise _user_error(problems)
+    _expand(scenario, document)
+    return scenario
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of the YAML, for completion and checks in an editor."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Scenario.model_json_schema()}
+
+
+def content_hash(scenario: Scenario) -> str:
+    """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter."""
+    content = scenario.model_dump(mode="json", exclude={"name", "description"})
+    labels = [
+        {**engine, "label": spec.title} for engine, spec in zip(content["engines"], scenario.engines, strict=True)
+    ]
+    return _digest({**content, "engines": labels, "baseline": scenario.baseline_label})
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; a scenario is a YAML file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of a scenario YAML file") from error
+
+
+def _override(document: _Document, overrides: Sequence[str]) -> _Document:
+    for override in overrides:
+        origin = _Origin(f"-o {override}")
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"{origin}: write -o KEY=VALUE with a dotted key of the scenario")
+        path = _path(key)
+        axes = document.data.get("matrix") if isinstance(document.data, dict) else None
+        for axis in axes if isinstance(axes, dict) else ():
+            if path[: len(_path(axis))] == _path(axis):
+                raise UserError(f"{origin}: {axis} is an axis of the matrix; write -o matrix.{axis}=[...] instead")
+        document = document.replaced(path, _parse(text, str(origin)).data, origin)
+    return document
+
+
+def _path(dotted: str) -> _Path:
+    """ "sampling.top_p" -> ("sampling", "top_p"). Axes of the matrix are themselves dotted keys."""
+    head, _, rest = dotted.partition(".")
+    return (head, rest) if head == "matrix" and rest else tuple(dotted.split("."))
+
+
+def _check(document: _Document) -> tuple[Scenario | None, list[_Problem]]:
+    if document.data is None:
+        return None, [(document.origin(()), "is empty; a scenario needs name, model, engines and prompts")]
+    try:
+        return Scenario.model_validate(document.data), []
+    except ValidationError as error:
+        # A list whose items are all wrong is also reported as too short.
+        real = (each for each in error.errors(include_url=False) if each["type"] != "too_short" or not each["input"])
+        return None, [_problem(document, each) for each in real]
+
+
+_EXPECTED = {
+    "model_type": "a mapping",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "too_short": "at least one item",
+    "string_too_short": "some text",
+}
+
+
+def _problem(document: _Document, error: Any) -> _Problem:
+    """One of pydantic's errors in our words."""
+    path = tuple(part for part in error["loc"] if not str(part).startswith(_BRANCH))
+    kind, value = error["type"], error["input"]
+    where, around = _dotted(path), _dotted(path[:-1])
+    if kind == "extra_forbidden":
+        text = f"unknown key {path[-1]!r} in {around}; {_nearest(path[-1], _model_at(error['loc'][:-1]).model_fields)}"
+    elif kind == "missing":
+        text = f"missing key {path[-1]!r} in {around}"
+    elif kind == "union_tag_not_found" and path[0] == "engines":
+        path, text = (*path, "name"), _no_engine(where, value)
+    elif kind == "union_tag_not_found":
+        text = _no_branch(where, _MODELS if path[0] == "model" else _PROMPTS, value)
+    elif kind == "value_error":
+        text = f"{where}: {error['ctx']['error']}"
+    else:
+        expected = _EXPECTED.get(kind) or error["msg"].removeprefix("Input should be ")
+        expected = expected.replace("String should match pattern", "text that matches")
+        text = f"{where}: expected {expected}, found {_found(value)}"
+        if kind == "string_type" and not isinstance(value, dict | list | None):
+            text += "; put it in quotes"
+    return document.origin(path), text
+
+
+def _no_engine(where: str, value: Any) -> str:
+    if isinstance(value, dict) and "name" not in value:
+        return f"missing key 'name' in {where}"
+    name = value["name"] if isinstance(value, dict) else value
+    if isinstance(name, str):
+        return f"unknown engine {name!r}; {_nearest(name, ENGINES)}"
+    return f"{where}: expected the name of an engine or a mapping with its name, found {_found(value)}"
+
+
+def _no_branch(where: str, branches: Collection[str], value: Any) -> str:
+    text = f"{where}: expected a mapping with one of the keys {', '.join(branches)}, found {_found(value)}"
+    close = [key for wrong in (value if isinstance(value, dict) else ()) for key in _close(wrong, branches)]
+    return f"{text}; did you mean {close[0]!r}?" if close else text
+
+
+def _model_at(location: Iterable[str | int]) -> type[BaseModel]:
+    """The model whose keys stand at a location as pydantic gives it."""
+    model: type[BaseModel] = Scenario
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if str(part) in _BRANCHES:
+            model = _BRANCHES[str(part)]
+        elif field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return model
+
+
+def _dotted(path: _Path) -> str:
+    """("engines", 1, "name") -> "engines[1].name"; the top is called "scenario"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:] or "scenario"
+
+
+def _found(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return "nothing" if value is None else text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _close(word: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(word, list(known), n=1)
+
+
+def _nearest(word: str, known: Collection[str]) -> str:
+    close = _close(word, known)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _user_error(problems: Iterable[_Problem]) -> UserError:
+    ordered = sorted(dict.fromkeys(problems), key=lambda problem: problem[0])
+    return UserError("\n".join(f"{origin}: {text}" for origin, text in ordered))
+
+
+# --- Scenario to points and cells ---
+
+
+def points(scenario: Scenario) -> tuple[tuple[Scenario, tuple[CellRecord, ...]], ...]:
+    """The points of the matrix, each as a scenario without a matrix, with its engines as cells.
+
+    Axes vary in the order they are written, the last one fastest; `exclude` drops points, then `include` adds its own.
+    Points that come to the same are kept once. Raises UserError where an axis or a value is not one of a scenario.
+    """
+    data = scenario.model_dump(exclude_unset=True)
+    return _expand(scenario, _Document(data, {(): _Origin(f"scenario {scenario.name}")}))
+
+
+def cells(scenario: Scenario) -> tuple[CellRecord, ...]:
+    """Every engine at every point of the matrix; the engines of a point stand together. Raises as `points` does."""
+    return tuple(cell for _, at_point in points(scenario) for cell in at_point)
+
+
+# What the runner takes once for all points of a run.
+_WHOLE_RUN = ("name", "description", "device", "engines", "baseline", "threads", "budget")
+_MATRIX = ("matrix", "include", "exclude")
+
+_Setting = dict[str, tuple[Any, _Origin]]  # axis -> its value at one point, and where that was written
+
+
+def _expand(scenario: Scenario, document: _Document) -> tuple[tuple[Scenario, tuple[CellRecord, ...]], ...]:
+    data = {key: value for key, value in document.data.items() if key not in _MATRIX}
+    base = _Document(data, document.origins)
+    if problems := list(_axis_problems(scenario, document, base)):
+        raise _user_error(problems)
+    settings = list(_settings(scenario, document))
+    if not settings:
+        raise _user_error([(document.origin(("exclude",)), "exclude leaves no point of the matrix")])
+    found: dict[str, tuple[Scenario, tuple[CellRecord, ...]]] = {}
+    for setting in settings:
+        at = base
+        for axis, (value, origin) in setting.items():
+            at = at.replaced(_path(axis), value, origin)
+        checked, wrong = _check(at)
+        problems += wrong
+        if checked is not None:
+            point = {axis: value for axis, (value, _) in setting.items()}
+            found.setdefault(_digest(checked.model_dump(mode="json")), (checked, _cells(checked, point)))
+    if problems:
+        raise _user_error(problems)
+    return tuple(found.values())
+
+
+def _settings(scenario: Scenario, document: _Document) -> Iterator[_Setting]:
+    axes = [
+        [(axis, value, document.origin(("matrix", axis, index))) for index, value in enumerate(values)]
+        for axis, values in scenario.matrix.items()
+    ]
+    if axes or not scenario.include:
+        for combination in itertools.product(*axes):
+            setting = {axis: (value, origin) for axis, value, origin in combination}
+            if not any(all(setting[axis][0] == entry[axis] for axis in entry) for entry in scenario.exclude):
+                yield setting
+    for index, entry in enumerate(scenario.include):
+        yield {axis: (value, document.origin(("include", index, axis))) for axis, value in entry.items()}
+
+
+def _axis_problems(scenario: Scenario, document: _Document, base: _Document) -> Iterator[_Problem]:
+    """Axes that are no key of a scenario, or none that can vary."""
+    named: list[tuple[_Path, Any]] = [(("matrix", axis), values[0]) for axis, values in scenario.matrix.items()]
+    for index, entry in enumerate(scenario.include):
+        named += [(("include", index, axis), value) for axis, value in entry.items()]
+    for at, value in named:
+        axis, origin = str(at[-1]), document.origin(at)
+        if axis.split(".")[0] in (*_WHOLE_RUN, *_MATRIX):
+            yield origin, f"{axis} cannot be an axis of the matrix: it holds for the whole run"
+            continue
+        _, problems = _check(base.replaced(_path(axis), value, origin))
+        yield from (problem for problem in problems if problem[1].startswith("unknown key"))
+    for one, other in itertools.permutations(scenario.matrix, 2):
+        if other.startswith(f"{one}."):
+            yield document.origin(("matrix", other)), f"axis {other} is part of axis {one}; keep one of them"
+    for index, entry in enumerate(scenario.exclude):
+        for axis in entry:
+            if axis not in scenario.matrix:
+                where = document.origin(("exclude", index, axis))
+                yield where, f"unknown axis {axis!r} in exclude[{index}]; {_nearest(axis, scenario.matrix)}"
+
+
+def _cells(at: Scenario, point: dict[str, Any]) -> tuple[CellRecord, ...]:
+    place = ",".join(f"{axis}={_value_slug(value)}" for axis, value in sorted(point.items()))
+    return tuple(
+        CellRecord(
+            id=f"{_slug(engine.title)}/{place}" if place else _slug(engine.title),
+            label=engine.title,
+            engine=engine.name,
+            options=engine.options,
+            point=point,
+            model=at.model_name,
+            dtype=at.dtype,
+            device=at.device,
+            batch=at.batch,
+            context=at.context,
+            output_tokens=at.output_tokens,
+            sampling=at.sampling.model_dump(),
+            baseline=engine.title == at.baseline_label,
+        )
+        for engine in at.engines
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
+
+
+def _value_slug(value: Any) -> str:
+    """A value within an id. What does not survive as it is gets a piece of its hash, so that ids stay unique."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    slug = _slug(text)[:40]
+    return slug if slug == text else f"{slug}-{_digest(text)[:6]}"
+
+
+def _digest(value: Any) -> str:
+    """sha256 of the canonical JSON of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
