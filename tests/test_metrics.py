@@ -58,8 +58,8 @@ def trial(label: str = "ar", group: int = 0, repeat: int = 0, **changes: Any) ->
 def write(folder: Path, trials: Sequence[TrialRecord], cells: Sequence[CellRecord] = (cell(),), **changes: Any) -> Path:
     manifest = Manifest(
         schema_version=SCHEMA_VERSION, zbench_version="0", created="2025-01-01", name="n", description="", command="",
-        scenario={}, scenario_hash="", cells=tuple(cells), environment={}, environment_hash="", models={}, roofs=ROOFS,
-        specs=None,
+        scenario={}, scenario_hash="", cells=tuple(cells), environment={}, environment_hash="", prompts_hash="",
+        models={}, roofs=ROOFS, specs=None,
     )  # fmt: skip
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "run.json").write_text(dataclasses.replace(manifest, **changes).to_json())

@@ -89,6 +89,37 @@ def test_a_failing_engine_becomes_error_rows_and_the_rest_goes_on(tmp_path: Path
     assert all(r.error and "batch to 1" in r.error for r in failed)
 
 
+def test_a_fast_wrong_engine_fails_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zbench.engines.autoregressive import Autoregressive
+
+    decode = Autoregressive.generate
+
+    def flipped(*arguments: Any) -> Any:
+        generated = decode(*arguments)
+        generated.outputs[0][1] = (generated.outputs[0][1] + 1) % 300
+        return generated
+
+    monkeypatch.setattr(Autoregressive, "generate", flipped)
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    assert (outcome.finished, outcome.failed) == (3, 3)
+    wrong = [r for r in run.read_trials(outcome.folder)[0] if r.status == "error"]
+    assert [str(r.error).split(": ", 2)[2].split(" (")[0] for r in wrong] == [
+        "output token 1 is not what the target picks"
+    ] * 3
+    right = [r for r in run.read_trials(outcome.folder)[0] if r.status == "ok"]
+    assert {r.requests[0].check.verdict for r in right if r.requests[0].check} == {"exact"}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_every_output_of_the_autoregressive_engine_is_checked_exact(tmp_path: Path, temperature: float) -> None:
+    one = ("engines=[autoregressive]", f"sampling.temperature={temperature}", "repeats=1")
+    outcome = run.run(wanted(tmp_path, *one), tmp_path / "out", QUIET)
+    checks = [request.check for r in run.read_trials(outcome.folder)[0] for request in r.requests]
+    assert [check.verdict for check in checks if check] == ["exact"] * 3
+    unchecked = run.run(wanted(tmp_path, *one, "lossless_check=false"), tmp_path / "out", QUIET)
+    assert all(request.check is None for r in run.read_trials(unchecked.folder)[0] for request in r.requests)
+
+
 def test_a_torn_last_line_is_measured_again_and_nothing_else(tmp_path: Path) -> None:
     chosen = wanted(tmp_path)
     outcome = run.run(chosen, tmp_path / "out", QUIET)

@@ -362,6 +362,29 @@ def agreement(cell: Cell) -> dict[str, Estimate]:
 
 
 @metric(
+    "lossless",
+    "1",
+    "prompts whose every output token is the one the target itself picks there, over prompts checked; "
+    "one forward of the target over prompt and output",
+    "higher",
+)
+def lossless(cell: Cell) -> Estimate:
+    checked = cell.requests[cell.requests["check"].notna()]
+    if checked.empty:
+        raise Unavailable("not checked: sampled or synthetic tokens, or lossless_check: false")
+    exact = checked.assign(exact=[c.verdict == "exact" for c in checked["check"]]).groupby("prompt_id")["exact"].all()
+    wrong = [c for c in checked["check"] if c.verdict != "exact"]
+    estimate = stats.share(exact)
+    if not wrong:
+        return estimate
+    kinds = {c.verdict for c in wrong}
+    what = "within rounding of the target's choice" if kinds == {"near-tie"} else "beyond rounding"
+    unit = "probability" if cell.record.sampling.get("temperature") else "logits"
+    gap = max(c.gap for c in wrong)
+    return replace(estimate, note=f"the other tokens are off by up to {gap:.2g} {unit}: {what}")
+
+
+@metric(
     "phase_seconds",
     "s/trial",
     "mean over trials of the seconds of each kind of forward, of accept and of commit; "
@@ -586,7 +609,7 @@ def _share(achieved: Estimate, peak: float, name: str) -> Estimate:
 _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
 _REQUEST_COLUMNS = (
     *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "ttft", "decode_seconds", "output_ids",
-    "output_hash",
+    "output_hash", "check",
 )  # fmt: skip
 _STEP_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live", "drafted", "accepted",
@@ -609,7 +632,7 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
     for r in trial.requests:
         yield (
             *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, len(r.output_ids), r.ttft_seconds,
-            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash,
+            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check,
         )  # fmt: skip
 
 

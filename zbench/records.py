@@ -60,6 +60,19 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class LosslessCheck:
+    """Whether the target alone would have emitted an output (see `engines/lossless.py`).
+
+    "near-tie": every mismatch is within what rounding can move; "different": one is not.
+    """
+
+    verdict: Literal["exact", "near-tie", "different"]
+    mismatches: int = 0
+    first: int | None = None  # output position of the first mismatch
+    gap: float | None = None  # the largest: logits when greedy, probability mass when sampled
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
     """One prompt's output within a trial. Times are seconds since the trial's submit."""
 
@@ -73,6 +86,7 @@ class RequestRecord:
     ttft_seconds: float
     end_seconds: float
     seed: int
+    check: LosslessCheck | None = None  # None: not checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +123,7 @@ class TrialRecord:
         data = json.loads(line)
         if (version := data.pop("schema", None)) != SCHEMA_VERSION:
             raise ValueError(f"trial record has schema {version}, this zbench reads {SCHEMA_VERSION}")
-        data["requests"] = tuple(RequestRecord(**{**r, "output_ids": tuple(r["output_ids"])}) for r in data["requests"])
+        data["requests"] = tuple(_request(r) for r in data["requests"])
         data["steps"] = tuple(StepRecord(**_frozen(row)) for row in _rows(data["steps"]))
         data["forwards"] = tuple(ForwardRecord(**row) for row in _rows(data["forwards"]))
         return cls(**data)
@@ -206,6 +220,11 @@ def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
 
 def _one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _request(data: dict[str, Any]) -> RequestRecord:
+    check = LosslessCheck(**data["check"]) if data["check"] else None
+    return RequestRecord(**{**_frozen(data), "check": check})
 
 
 def _frozen(row: dict[str, Any]) -> dict[str, Any]:

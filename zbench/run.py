@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.console import Console
 import zbench
 from zbench import engines, prompts, scenario
 from zbench.cache import atomic_write
+from zbench.engines import lossless
 from zbench.engines.base import Engine, Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
@@ -33,6 +34,7 @@ from zbench.records import (
     SCHEMA_VERSION,
     TRIALS,
     CellRecord,
+    LosslessCheck,
     Manifest,
     RequestRecord,
     TrialRecord,
@@ -66,12 +68,10 @@ class Point:
     model: loading.LoadedModel
     tokenizer: Any
     device: Device
+    shared: engines.Shared
     batches: tuple[tuple[tuple[prompts.Prompt, list[int]], ...], ...]
     warmup: tuple[list[int], ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.scenario.dtype)
+    checked: dict[tuple, LosslessCheck] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,8 @@ def prepare(wanted: scenario.Scenario, say: Callable[[str], None]) -> tuple[Poin
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
-        points.append(Point(at, cells, model, tokenizer, device, batches, warmup))
+        shared = engines.Shared(model, getattr(torch, at.dtype), device)
+        points.append(Point(at, cells, model, tokenizer, device, shared, batches, warmup))
     return tuple(points)
 
 
@@ -212,10 +213,9 @@ def _engines(point: Point) -> dict[str, Engine | Exception]:
     """Build and warm up every engine of a point; one that fails is kept as its exception."""
     at = point.scenario
     built: dict[str, Engine | Exception] = {}
-    shared = engines.Shared(point.model, point.dtype, point.device)
     for cell in point.cells:
         try:
-            engine = engines.create(cell.engine, cell.options, shared)
+            engine = engines.create(cell.engine, cell.options, point.shared)
             batch = len(point.batches[0])
             for start in range(0, len(point.warmup), batch):
                 ids = point.warmup[start : start + batch]
@@ -258,14 +258,17 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
                 ttft_seconds=ends[0],
                 end_seconds=ends[max(i for i, step in enumerate(steps) if step.committed[row])],
                 seed=seeds[row],
+                check=_check(point, engine, ids, output, request, row),
             )
             for row, ((prompt, ids), output, finish) in enumerate(
                 zip(batch, generated.outputs, generated.finish, strict=True)
             )
         )
+        wrong = [r for r in requests if engine.exact and r.check and r.check.verdict == "different"]
         return replace(
             blank,
-            status="ok",
+            status="error" if wrong else "ok",
+            error=_not_lossless(wrong[0]) if wrong else None,
             wall_seconds=wall,
             requests=requests,
             steps=steps,
@@ -278,6 +281,27 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
         if point.device.type == "cuda":
             torch.cuda.empty_cache()
         return replace(blank, wall_seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {message}")
+
+
+def _check(
+    point: Point, engine: Engine, prompt: list[int], output: list[int], request: Request, row: int
+) -> LosslessCheck | None:
+    skipped = engine.exact is None or (not engine.exact and not request.sampling.greedy)
+    if skipped or not point.scenario.lossless_check:
+        return None
+    key = (tuple(prompt), tuple(output), request.seeds[row] if not request.sampling.greedy else 0)
+    if key not in point.checked:  # a repeat of the same output needs no second forward
+        point.checked[key] = lossless.check(point.shared.target("auto"), prompt, output, request, row)
+    return point.checked[key]
+
+
+def _not_lossless(request: RequestRecord) -> str:
+    check = request.check
+    assert check is not None
+    return (
+        f"NotLossless: {request.prompt_id}: output token {check.first} is not what the target picks"
+        f" ({check.mismatches} such tokens, off by up to {check.gap:.3g})"
+    )
 
 
 def hash_ids(ids: Sequence[int]) -> str:
@@ -425,7 +449,7 @@ def _model_facts(point: Point) -> dict[str, Any]:
     config, count = point.model.config, parameter_count(point.model.config)
     return {
         "parameters": count,
-        "bytes": count * point.dtype.itemsize,
+        "bytes": count * point.shared.dtype.itemsize,
         "layers": config.layers,
         "width": config.width,
         "heads": config.heads,

@@ -332,6 +332,11 @@ class Scenario(_Strict):
     batch: Count = Field(default=1, description="Prompts decoded together.")
     threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's choice.")
     repeats: Count = Field(default=2, description="Times that every prompt is measured on every engine.")
+    lossless_check: bool = Field(
+        True,
+        description="Check every emitted token against one forward of the target over prompt and output, outside the"
+        " measured time; an engine that promises the target's tokens fails where it emits others.",
+    )
     warmup: WarmupSpec = Field(default=WarmupSpec(), description="What runs before the measurement.")
     budget: BudgetSpec = Field(default=BudgetSpec(), description="When to stop early.")
     seed: int = Field(default=0, ge=0, description="Seed of the run; every request's own seed follows from it.")

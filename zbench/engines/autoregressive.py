@@ -10,6 +10,8 @@ from zbench.models.transformer import Transformer
 
 
 class Autoregressive:
+    exact = True
+
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self.kernels = model.kernels

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,19 +62,30 @@ class Step:
 
 
 class Engine(Protocol):
-    """One decoder. `kernels` names the implementation behind each operator, for the record."""
+    """One decoder. `kernels` names the implementation behind each operator, for the record.
+
+    `exact` says what is promised of the emitted tokens. True: they are those the target would pick on its own, and a
+    run where they are not has failed. False: a peer in another arithmetic, checked and reported where it is greedy.
+    None: comparing tokens means nothing (synthetic acceptance, sampled drafts, lossy samplers).
+    """
 
     kernels: dict[str, str]
+
+    @property
+    def exact(self) -> bool | None: ...
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated: ...
 
 
-class Stepper(Protocol):
+S = TypeVar("S", bound=State)
+
+
+class Stepper(Protocol[S]):
     """An engine that decodes on our own runtime, step by step."""
 
-    def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> State: ...
+    def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> S: ...
 
-    def step(self, state: State, meter: Meter) -> Step: ...
+    def step(self, state: S, meter: Meter) -> Step: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ class Generated:
     finish: list[Finish]
 
 
-def generate(engine: Stepper, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
+def generate(engine: Stepper[S], prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
     """Decode a batch until every sequence has met EOS or its limit. The EOS token counts as output."""
     finish: list[Finish] = ["length"] * len(prompts)
     with meter.step():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
+from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import verify_chain, verify_tree
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
@@ -50,12 +51,17 @@ class Eagle3:
         candidates = top_k + (depth - 1) * top_k**2
         tokens = min(candidates, depth * (4 if top_k > 1 else 1)) if tokens is None else tokens
         if depth < 1 or not 1 <= top_k <= drafter.config.draft_vocab:
-            raise UserError(f"eagle3: depth {depth} and top_k {top_k} must be positive, top_k within the draft vocabulary")
+            raise UserError(
+                f"eagle3: depth {depth} and top_k {top_k} must be positive, top_k within the draft vocabulary"
+            )
         if not depth <= tokens <= candidates:
-            raise UserError(f"eagle3: depth {depth} with top_k {top_k} drafts {depth} to {candidates} tokens, not {tokens}")
+            raise UserError(
+                f"eagle3: depth {depth} with top_k {top_k} drafts {depth} to {candidates} tokens, not {tokens}"
+            )
         self.model, self.drafter = model, drafter
         self.depth, self.top_k, self.tokens, self.synthetic = depth, top_k, tokens, synthetic
         self.kernels = {**model.kernels, **drafter.kernels}
+        self._capture = tuple(sorted(drafter.config.taps))
         self._nodes = (depth - 1) * top_k  # the last level is drafted, but nothing follows from it
         # own[level, j] marks node j of a level among all nodes.
         self._own = torch.eye(self._nodes, dtype=torch.bool, device=model.device)
@@ -69,7 +75,7 @@ class Eagle3:
         # The last step may gain depth + 1 tokens beyond the limit, and the sequence stays in the batch.
         headroom = self.depth + 1 + self.tokens
         state = new_state(self.model, prompts, request, headroom)
-        logits, hidden = prefill(self.model, state.cache, prompts, meter, self.drafter.config.taps)
+        logits, hidden = prefill(self.model, state.cache, prompts, meter, self._capture)
         with meter.phase("accept"):
             last = state.sampler.pick(logits, [0] * len(prompts))
         draft_cache = self.drafter.new_cache(len(prompts), state.cache.capacity, self._nodes)
@@ -102,7 +108,7 @@ class Eagle3:
             rows = Rows.chain(ids, state.cache.lengths)
         else:
             rows = tree_rows(ids, state.cache.lengths, parents, self.depth)
-        out = meter.forward(self.model, "verify", rows, state.cache, capture=self.drafter.config.taps)
+        out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
             index = [len(output) for output in state.outputs]
             if parents is None:
@@ -115,11 +121,11 @@ class Eagle3:
             if parents is None:
                 state.cache.extend(counts)
             else:
-                state.cache.commit(verdict.kept, counts)
+                state.cache.commit(verdict.kept[:, : self.depth + 1], counts)
             state.last = verdict.bonus
-            kept = verdict.kept.clamp(min=0)
+            kept, following = (rows[:, : self.depth + 1].clamp(min=0) for rows in (verdict.kept, verdict.tokens))
             state.taps = _rows([out.hidden[tap] for tap in self.drafter.config.taps], kept)
-            state.following, state.unread, state.unread_sizes = verdict.tokens.clamp(min=0), verdict.counts, counts
+            state.following, state.unread, state.unread_sizes = following, verdict.counts, counts
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
             drafted=tuple(self.tokens * active for active in state.active),
@@ -224,7 +230,7 @@ def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[T
     lower score, and of equal scores the earlier candidate goes first.
     """
     batch, count = ids.shape
-    order = scores.sort(1, descending=True, stable=True).indices[:, :tokens].sort(1).values
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :tokens].sort(1).values
     row_of = order.new_zeros(batch, count)
     row_of.scatter_(1, order, torch.arange(1, tokens + 1, device=ids.device).expand(batch, -1))
     above = parents.gather(1, order)

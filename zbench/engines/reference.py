@@ -19,6 +19,8 @@ from zbench.records import Role
 
 
 class Reference:
+    exact = False
+
     def __init__(self, shared: Shared, assisted: str | None = None, lookup_tokens: int = 10) -> None:
         self.model = shared.transformers
         self.config, self.dtype = shared.model.config, shared.dtype

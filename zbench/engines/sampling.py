@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Sampling:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [..., V] float32 -> the float32 distribution [..., V] that sampling draws from (temperature > 0).
 
-    top_p keeps the smallest set of most likely tokens whose mass reaches top_p (Holtzman et al. 2020, arXiv 1904.09751).
+    top_p keeps the smallest set of most likely tokens whose mass reaches it (Holtzman et al. 2020, arXiv 1904.09751).
     """
     logits = logits / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
@@ -42,29 +43,55 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draw: probs [B, V], uniforms [B] in [0, 1) float64 -> token ids [B].
+    """Inverse-CDF draw: probs [..., V] (need not sum to 1), uniforms [...] in [0, 1) float64 -> token ids [...].
 
     A token depends on its own distribution and its own uniform only, never on what else is in the batch.
     """
     cumulative = probs.double().cumsum(-1)
-    target = uniforms[:, None] * cumulative[:, -1:]
+    target = uniforms[..., None] * cumulative[..., -1:]
     # First index whose cumulative mass exceeds the target: a token of probability zero is never drawn.
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
 
 
+def on_device(index: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Host integers as a device tensor, without waiting for the work queued there (a plain copy would)."""
+    return torch.as_tensor(index).to(device, non_blocking=True)
+
+
+class Purpose(IntEnum):
+    """What a random number decides. An output position has one number for each, so no two decisions share one."""
+
+    TOKEN = 0  # which token the target puts at this position: plain decoding, bonus, residual
+    ACCEPT = 1  # whether the draft at this position is accepted; in synthetic acceptance, how many drafts are
+    DRAFT = 2  # which token a sampling drafter proposes at this position
+
+
+# A verify reaches past the limit: those tokens are cut, but whether they were accepted is still counted.
+BEYOND_LIMIT = 256
+
+
 class Sampler:
-    """Draws the t-th token of each request from the t-th number of that request's own stream."""
+    """The random numbers of a batch: one stream per request, addressed by output position and purpose.
+
+    A position is decided in one step only, and what a step drafted beyond its first rejection has no influence on
+    what it commits. Numbers addressed by position may therefore be looked at again by the next step.
+    """
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], limit: int, device: torch.device) -> None:
         self.sampling = sampling
-        if not sampling.greedy:
-            streams = [torch.rand(limit, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-            self._uniforms = torch.stack(streams).to(device)
+        shape = (limit + BEYOND_LIMIT, len(Purpose))
+        streams = [torch.rand(shape, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+        self._uniforms = torch.stack(streams).to(device)  # [B, positions, purposes]
 
-    def pick(self, logits: Tensor, index: Sequence[int]) -> Tensor:
-        """logits [B, V]; index[b] is the output position being filled -> token ids [B]."""
+    def uniforms(self, index: Sequence[int] | Tensor, purpose: Purpose) -> Tensor:
+        """index [B] or [B, n] output positions -> float64 in [0, 1) of the same shape."""
+        stream = self._uniforms[..., purpose]
+        columns = on_device(index, stream.device)
+        flat = columns.reshape(len(stream), -1).clamp(max=stream.shape[1] - 1)
+        return stream.gather(1, flat).view(columns.shape)
+
+    def pick(self, logits: Tensor, index: Sequence[int] | Tensor, purpose: Purpose = Purpose.TOKEN) -> Tensor:
+        """logits [B, V] or [B, n, V] for the output positions index [B] or [B, n] -> token ids like index."""
         if self.sampling.greedy:
             return logits.argmax(-1)
-        rows = torch.arange(len(index), device=logits.device)
-        columns = torch.tensor(index, device=logits.device).clamp(max=self._uniforms.shape[1] - 1)
-        return draw(probabilities(logits, self.sampling), self._uniforms[rows, columns])
+        return draw(probabilities(logits, self.sampling), self.uniforms(index, purpose))

@@ -258,6 +258,7 @@ class Decoder:
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm -> float32 logits [..., V]."""
+        assert self._head is not None
         flat = hidden.reshape(-1, self.config.width).float()
         return _linear(self._library, flat, self._head, self.config.vocab).view(*hidden.shape[:-1], -1)
 

@@ -31,7 +31,7 @@ from zbench.models.checkpoint import read_checkpoint
 from zbench.models.config import ModelConfig
 from zbench.models.cost import LOGIT_BYTES, Cost
 from zbench.models.projection import Projection
-from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
+from zbench.models.transformer import inverse_frequencies, rotate
 
 _MAX_POSITIONS = 2048  # the released configs' training length, where a config does not say
 _RANDOM_STD = 0.02
@@ -276,8 +276,8 @@ class DraftCache:
         self.sizes = [0] * batch
         self.slots = torch.arange(capacity, device=device)
         self.sequence = torch.arange(batch, device=device)[:, None]
-        angles = self.slots[:, None].float() * drafter.inv_freq
-        self.cos, self.sin = angles.cos(), angles.sin()  # [capacity, d/2]
+        angles = self.slots[:, None, None].float() * drafter.inv_freq
+        self.cos, self.sin = angles.cos(), angles.sin()  # [capacity, 1, d/2]
 
     def extend(self, counts: Sequence[int]) -> None:
         """Commit the first counts[b] pairs of the last `Eagle3Drafter.extend`."""
@@ -388,7 +388,7 @@ class Eagle3Drafter:
         )
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self._norms[name], self.config.layer.rms_eps)
+        return F.rms_norm(x, x.shape[-1:], self._norms[name], self.config.layer.rms_eps)
 
     def _fuse(self, taps: Sequence[Tensor]) -> Tensor:
         parts = [tap.to(self.activations) for tap in taps]
@@ -413,12 +413,12 @@ class Eagle3Drafter:
         residual = normed if self.config.norm_before_residual else features
         embedded = self._norm(self.embedding[ids].to(self.activations), "input_layernorm")
         heads = self._qkv(torch.cat([embedded, normed], -1)).view(batch, count, -1, layer.head_dim)
-        q, k, v = heads.split((layer.heads, layer.kv_heads, layer.kv_heads), 2)
-        cos, sin = cache.cos[positions][:, :, None], cache.sin[positions][:, :, None]
-        cache.keys[cache.sequence, :, slots] = rotate(k, cos, sin)
+        turning, v = heads.split((layer.heads + layer.kv_heads, layer.kv_heads), 2)
+        q, k = rotate(turning, cache.cos[positions], cache.sin[positions]).split((layer.heads, layer.kv_heads), 2)
+        cache.keys[cache.sequence, :, slots] = k
         cache.values[cache.sequence, :, slots] = v
         mixed = F.scaled_dot_product_attention(
-            rotate(q, cos, sin).transpose(1, 2),
+            q.transpose(1, 2),
             cache.keys[:, :, seen],
             cache.values[:, :, seen],
             attn_mask=mask[:, None],

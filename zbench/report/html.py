@@ -27,6 +27,7 @@ ENGINE_COLUMNS = (
     ("Of compute roof", "mfu", "main"),
     ("Bound by", "bound", "main"),
     ("Same outputs", "agreement", "prompts"),
+    ("Target’s own tokens", "lossless", ""),
 )
 FORWARD_COLUMNS = (
     ("Time", "forward_seconds"),

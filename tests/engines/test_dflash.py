@@ -1,0 +1,272 @@
+"""DFlash decoding: the target's own tokens whatever the drafter proposes, and what the meter writes down about it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from tests.models.test_dflash import TAPS, wide_drafter
+from tests.tiny import FAMILIES, runtime
+from zbench.engines import synthetic
+from zbench.engines.autoregressive import Autoregressive
+from zbench.engines.base import Generated, Meter, Request
+from zbench.engines.dflash import DFlash
+from zbench.engines.sampling import Sampling, probabilities
+from zbench.errors import UserError
+from zbench.hardware import device
+from zbench.kernels import cpu
+from zbench.models import dflash, loading
+from zbench.models.cache import Cache
+from zbench.models.config import ModelConfig
+from zbench.models.dflash import DFlashDrafter
+from zbench.models.rows import Rows
+from zbench.models.transformer import Transformer
+
+CPU = device.resolve("cpu")
+GREEDY = Sampling()
+needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
+EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
+Proposal = Callable[[list[int], int], list[int]]  # (the tokens that AR would put here, vocabulary) -> what is drafted
+
+
+class Scripted(DFlashDrafter):
+    """A drafter that knows what autoregressive decoding would say next, and proposes what `propose` makes of it."""
+
+    def __init__(
+        self, target: Transformer, prompts: list[list[int]], outputs: list[list[int]], propose: Proposal
+    ) -> None:
+        checkpoint = wide_drafter(target.config)
+        super().__init__(checkpoint.config, checkpoint.tensors, target)
+        self.prompts, self.outputs, self.propose = prompts, outputs, propose
+
+    def draft(self, anchor: Tensor, cache: Cache, block: int) -> Tensor:
+        logits = torch.zeros_like(super().draft(anchor, cache, block))
+        for row, (prompt, output) in enumerate(zip(self.prompts, self.outputs, strict=True)):
+            at = cache.sizes[row] - len(prompt) + 1  # the context ends before the anchor, output at - 1
+            following = (output + [5] * block)[at : at + block - 1]
+            for slot, token in enumerate(self.propose(following, logits.shape[-1])):
+                logits[row, slot, token] = 1.0
+        return logits
+
+
+def right(following: list[int], _: int) -> list[int]:
+    return following
+
+
+def wrong(following: list[int], vocab: int) -> list[int]:
+    return [(token + 1) % vocab for token in following]
+
+
+def right_then_wrong(count: int) -> Proposal:
+    return lambda following, vocab: following[:count] + wrong(following[count:], vocab)
+
+
+def prompts(*sizes: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 300, (size,), generator=generator).tolist() for size in sizes]
+
+
+def decode(engine: Any, ids: list[list[int]], request: Request) -> tuple[Generated, Meter]:
+    meter = Meter(CPU)
+    return engine.generate(ids, request, meter), meter
+
+
+@functools.cache
+def drafting(family: str, execution: str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, DFlashDrafter]:
+    target = runtime(family, execution, dtype)
+    checkpoint = wide_drafter(target.config)
+    return target, DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_drafter_that_knows_nothing_leaves_every_token_as_it_was(family: str, execution: str) -> None:
+    target, drafter = drafting(family, execution)
+    ids, request = prompts(4, 23, 1), Request(24, GREEDY, (0, 0, 0), frozenset({2}))
+    plain, _ = decode(Autoregressive(target), ids, request)
+    drafted, _ = decode(DFlash(target, drafter), ids, request)
+    assert drafted == plain
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    block=st.integers(2, 9),
+    limit=st.integers(1, 20),
+    right_count=st.integers(0, 8),
+    temperature=st.sampled_from([0.0, 0.7]),
+    eos_at=st.none() | st.integers(0, 12),
+    seed=st.integers(0, 1000),
+)
+def test_drafts_right_up_to_any_slot_leave_every_token_and_finish_as_it_was(
+    sizes: list[int], block: int, limit: int, right_count: int, temperature: float, eos_at: int | None, seed: int
+) -> None:
+    target, _ = drafting("qwen3", "auto")
+    ids, seeds = prompts(*sizes, seed=seed), tuple(range(len(sizes)))
+    free = Request(limit, Sampling(temperature), seeds)
+    outputs = decode(Autoregressive(target), ids, free)[0].outputs
+    # A token of the first output as EOS: it then stands inside a block more often than not.
+    eos = frozenset() if eos_at is None else frozenset({outputs[0][min(eos_at, limit - 1)]})
+    request = Request(limit, Sampling(temperature), seeds, eos)
+    plain, _ = decode(Autoregressive(target), ids, request)
+    engine = DFlash(target, Scripted(target, ids, outputs, right_then_wrong(right_count)), block)
+    assert decode(engine, ids, request)[0] == plain
+
+
+@pytest.mark.parametrize("block", [2, 4, 7])
+@pytest.mark.parametrize(("propose", "gained"), [(right, None), (wrong, 1), (right_then_wrong(1), 2)])
+def test_a_step_gains_the_right_drafts_and_the_bonus(block: int, propose: Proposal, gained: int | None) -> None:
+    target, _ = drafting("llama3", "auto")
+    ids, request = prompts(6, 13), Request(29, GREEDY, (0, 0))
+    outputs = decode(Autoregressive(target), ids, request)[0].outputs
+    generated, meter = decode(DFlash(target, Scripted(target, ids, outputs, propose), block), ids, request)
+    steps, _ = meter.records()
+    each = block if gained is None else gained
+    assert generated.outputs == outputs
+    assert all(step.committed == (each, each) for step in steps[1:-1])
+    assert all(step.accepted == (each - 1, each - 1) and step.drafted == (block - 1,) * 2 for step in steps[1:])
+    assert len(steps) - 1 == -(-28 // each)
+
+
+@needs_native
+def test_bfloat16_tokens_are_the_same_to_the_bit() -> None:
+    target, drafter = drafting("smollm", "native", torch.bfloat16)
+    ids, request = prompts(17, 5), Request(40, GREEDY, (0, 0))
+    outputs = decode(Autoregressive(target), ids, request)[0].outputs
+    for choice in (drafter, Scripted(target, ids, outputs, right), Scripted(target, ids, outputs, right_then_wrong(2))):
+        assert decode(DFlash(target, choice, 6), ids, request)[0].outputs == outputs
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_both_caches_after_a_decode_are_those_of_a_fresh_prefill(execution: str) -> None:
+    target, drafter = drafting("qwen3", execution)
+    ids, request = prompts(6, 11), Request(40, GREEDY, (0, 0))
+    outputs = decode(Autoregressive(target), ids, request)[0].outputs
+    engine, meter = DFlash(target, Scripted(target, ids, outputs, right_then_wrong(2)), 5), Meter(CPU)
+    meter.begin_step()
+    state = engine.start(ids, request, meter)
+    for row, token in enumerate(state.last.tolist()):
+        state.outputs[row].append(token)
+    for _ in range(4):
+        for output, gained in zip(state.outputs, engine.step(state, meter).tokens, strict=True):
+            output.extend(gained)
+    drafter.read(state.features, state.context, state.unread)
+    for row, prompt in enumerate(ids):
+        committed = prompt + outputs[row][: state.cache.sizes[row] - len(prompt)]
+        cache, context = target.new_cache(1, 96), drafter.new_cache(1, 96)
+        tokens = torch.tensor([[*committed, 7, 8]])
+        fresh = target.forward(Rows.chain(tokens, cache.lengths), cache, capture=TAPS)
+        drafter.read([fresh.hidden[tap] for tap in TAPS], context, [len(committed)])
+        probe = Rows.chain(torch.tensor([[7, 8]] * 2), state.cache.lengths)
+        logits = target.forward(probe, state.cache).logits[row]
+        torch.testing.assert_close(logits, fresh.logits[0, -2:], rtol=1e-4, atol=1e-4)
+        drafts = drafter.draft(torch.tensor([7, 7]), state.context, 5)[row]
+        torch.testing.assert_close(drafts, drafter.draft(torch.tensor([7]), context, 5)[0], rtol=1e-3, atol=1e-3)
+        assert state.context.sizes == state.cache.sizes
+
+
+@functools.cache
+def six_tokens() -> tuple[Transformer, DFlashDrafter]:
+    """A target and a drafter over six tokens, whose distributions differ and are far from flat."""
+    config = ModelConfig(
+        "llama", layers=4, width=32, ffn=48, heads=2, kv_heads=1, head_dim=16, vocab=6, max_positions=64
+    )
+    target = Transformer(config, wider(loading.random_tensors(config, 5, torch.float32)), torch.float32)
+    checkpoint = dflash.random_drafter(config, 6, layers=1, block=3)
+    return target, DFlashDrafter(checkpoint.config, wider(checkpoint.tensors), target)
+
+
+def wider(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor * 8 if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+
+
+def joint(target: Transformer, prompt: list[int], sampling: Sampling) -> Tensor:
+    """[6, 6, 6] exact distribution of the first three tokens."""
+    continued = torch.cartesian_prod(*[torch.arange(6)] * 3)
+    ids = torch.cat([torch.tensor([prompt]).expand(216, -1), continued[:, :2]], 1)
+    cache = target.new_cache(216, 16)
+    probs = probabilities(target.forward(Rows.chain(ids, cache.lengths), cache).logits[:, -3:], sampling)
+    return probs.double().gather(2, continued[..., None]).prod(1)[:, 0]
+
+
+ALPHA = 1e-3
+
+
+def p_value(engine: DFlash, sampling: Sampling, draws: int = 6000) -> float:
+    prompt = [1, 4, 2]
+    request = Request(5, sampling, tuple(range(draws)))
+    outputs = torch.tensor(decode(engine, [prompt] * draws, request)[0].outputs)
+    observed = torch.bincount(outputs[:, 0] * 36 + outputs[:, 1] * 6 + outputs[:, 2], minlength=216).double()
+    expected = joint(engine.model, prompt, sampling) * draws
+    assert observed[expected == 0].sum() == 0
+    rare = expected < 5  # pooled: a chi-square needs counts
+    groups = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (observed, expected)]
+    kept = groups[1] > 0
+    return float(chisquare(groups[0][kept], groups[1][kept] * (draws / groups[1][kept].sum())).pvalue)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8), Sampling(1.0, top_p=0.9), Sampling(1.3, top_k=4)])
+def test_sampled_drafts_leave_the_joint_distribution_as_it_was(sampling: Sampling) -> None:
+    engine = DFlash(*six_tokens(), draft_sampling=True)
+    assert p_value(engine, sampling) > ALPHA
+
+
+def test_drafts_drawn_from_another_distribution_than_they_claim_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, choose = DFlash(*six_tokens(), draft_sampling=True), DFlash._choose
+
+    def lying(self: DFlash, logits: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+        drafts, probs = choose(self, logits, state)
+        assert probs is not None
+        return drafts, torch.full_like(probs, 1 / 6)
+
+    monkeypatch.setattr(DFlash, "_choose", lying)
+    assert p_value(engine, Sampling(0.8)) < ALPHA
+
+
+def test_sampled_drafting_is_reproducible_by_seed_and_alike_alone_and_in_a_batch() -> None:
+    target, drafter = drafting("qwen3", "auto")
+    engine, ids = DFlash(target, drafter, draft_sampling=True), prompts(9, 4)
+    together = decode(engine, ids, Request(20, Sampling(1.0), (3, 4)))[0].outputs
+    assert together == decode(engine, ids, Request(20, Sampling(1.0), (3, 4)))[0].outputs
+    assert together[1] == decode(engine, ids[1:], Request(20, Sampling(1.0), (4,)))[0].outputs[0]
+
+
+def test_synthetic_acceptance_gains_what_was_asked_for() -> None:
+    target, drafter = drafting("smollm", "auto")
+    engine = DFlash(target, drafter, 4, synthetic=synthetic.parse({"length": 3.0}, 3))
+    _, meter = decode(engine, prompts(5, 8), Request(21, GREEDY, (0, 1)))
+    steps, _ = meter.records()
+    assert [step.committed for step in steps[1:-1]] == [(3, 3)] * (len(steps) - 2)
+    assert len(steps) - 1 == 7
+
+
+def test_a_step_is_one_draft_and_one_verify_and_the_drafters_prefill_counts() -> None:
+    target, _ = drafting("smollm", "auto")
+    ids, request = prompts(5, 9), Request(13, GREEDY, (0, 0))
+    outputs = decode(Autoregressive(target), ids, request)[0].outputs
+    _, meter = decode(DFlash(target, Scripted(target, ids, outputs, right), 4), ids, request)
+    _, forwards = meter.records()
+    assert [(f.model, f.role, f.rows) for f in forwards] == [
+        ("target", "prefill", 9),
+        ("drafter", "draft", 9),
+        *[("drafter", "draft", 4), ("target", "verify", 4)] * 3,
+    ]
+    assert [f.context for f in forwards[2:]] == [7, 7, 11, 11, 15, 15]
+    assert [f.committed for f in forwards] == [2, 0, 0, 8, 0, 8, 0, 8]
+    assert all(f.flops > 0 and f.bytes_read > 0 and f.seconds > 0 for f in forwards)
+    # The first draft reads no new tokens: the prompt was read with the prefill.
+    assert forwards[2].flops < forwards[4].flops
+
+
+@pytest.mark.parametrize("block", [1, 65])
+def test_a_block_size_that_cannot_be_is_refused_in_one_line(block: int) -> None:
+    with pytest.raises(UserError, match=f"2 to 64 tokens, not {block}"):
+        DFlash(*drafting("smollm", "auto"), block=block)

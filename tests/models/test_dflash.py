@@ -1,0 +1,333 @@
+"""The DFlash drafter against its formulas, written out once more without a cache, and its checkpoint layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.tiny import relative_error, runtime
+from zbench.errors import UserError
+from zbench.kernels import cpu
+from zbench.models import dflash
+from zbench.models.config import ModelConfig
+from zbench.models.dflash import DFlashCheckpoint, DFlashConfig, DFlashDrafter
+from zbench.models.rows import Rows
+from zbench.models.transformer import Transformer
+
+needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
+EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
+BLOCK = 5
+TAPS = (1, 3)
+MASK = 299
+
+
+def wide_drafter(target: ModelConfig, taps: tuple[int, ...] = TAPS, seed: int = 3) -> DFlashCheckpoint:
+    """Two layers, with weights wide enough that a wrong mask, norm or rotation moves the logits."""
+    config = replace(dflash.random_drafter(target, layers=2, block=BLOCK).config, taps=taps)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.empty(shape).normal_(std=0.25 if len(shape) > 1 else 0.1, generator=generator) + (len(shape) == 1)
+        for name, shape in dflash.tensor_shapes(config).items()
+    }
+    return DFlashCheckpoint(config, tensors, "", "test")
+
+
+def expected(
+    config: DFlashConfig, tensors: Mapping[str, Tensor], embedding: Tensor, head: Tensor, taps: Tensor, anchor: int
+) -> Tensor:
+    """Logits [block - 1, V] in float64 for one sequence; taps [T, n D] of all tokens before the anchor."""
+    c, w = config.body, {name: tensor.double() for name, tensor in tensors.items()}
+    context, block = len(taps), config.block
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + c.rms_eps).sqrt() * weight
+
+    def rope(x: Tensor, start: int) -> Tensor:  # [T, heads, d]
+        half = c.head_dim // 2
+        frequency = c.rope_theta ** -(torch.arange(half).double() / half)
+        angle = torch.arange(start, start + len(x)).double()[:, None, None] * frequency
+        turned = torch.polar(torch.ones_like(angle), angle) * torch.complex(x[..., :half], x[..., half:])
+        return torch.cat([turned.real, turned.imag], -1)
+
+    features = norm(taps.double() @ w["fc.weight"].T, w["hidden_norm.weight"])
+    x = embedding.double()[[anchor] + [config.mask_id] * (block - 1)]
+    for layer in range(c.layers):
+        part = {name.removeprefix(f"layers.{layer}."): weight for name, weight in w.items()}
+        y = norm(x, part["input_layernorm.weight"])
+        source = torch.cat([features, y])
+        q = (y @ part["self_attn.q_proj.weight"].T).view(block, c.heads, c.head_dim)
+        k = (source @ part["self_attn.k_proj.weight"].T).view(context + block, c.kv_heads, c.head_dim)
+        v = (source @ part["self_attn.v_proj.weight"].T).view(context + block, c.kv_heads, c.head_dim)
+        q = rope(norm(q, part["self_attn.q_norm.weight"]), context)
+        k = rope(norm(k, part["self_attn.k_norm.weight"]), 0).repeat_interleave(c.heads // c.kv_heads, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) / c.head_dim**0.5
+        mixed = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(c.heads // c.kv_heads, 1))
+        x = x + mixed.reshape(block, -1) @ part["self_attn.o_proj.weight"].T
+        y = norm(x, part["post_attention_layernorm.weight"])
+        gate, up = y @ part["mlp.gate_proj.weight"].T, y @ part["mlp.up_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ part["mlp.down_proj.weight"].T
+    return norm(x, w["norm.weight"])[1:] @ head.double().T
+
+
+def hidden_states(target: Transformer, ids: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+    """One [B, R, D] per tap."""
+    cache = target.new_cache(*ids.shape)
+    hidden = target.forward(Rows.chain(ids, cache.lengths), cache, logits=ids[:, :0], capture=taps).hidden
+    return [hidden[tap] for tap in taps]
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 299, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_drafts_follow_the_formulas_over_rounds_of_a_ragged_batch(execution: str) -> None:
+    target = runtime("qwen3", execution)
+    checkpoint = wide_drafter(target.config)
+    drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+    ids = tokens(3, 40)
+    taps = hidden_states(target, ids, TAPS)
+    everything = torch.cat(taps, -1)
+    cache = drafter.new_cache(3, 48)
+    drafter.read([tap[:, :11] for tap in taps], cache, [4, 11, 1])
+    for counts in ([1, 1, 1], [BLOCK, 2, 3], [0, BLOCK, 1], [2, 0, BLOCK]):
+        anchor = ids.gather(1, cache.lengths[:, None])[:, 0]
+        logits = drafter.draft(anchor, cache, BLOCK)
+        for row, size in enumerate(cache.sizes):
+            want = expected(
+                checkpoint.config,
+                checkpoint.tensors,
+                target.embedding,
+                target.embedding,  # tied
+                everything[row, :size],
+                int(anchor[row]),
+            )
+            assert relative_error(logits[row].double(), want) < 1e-4
+        # All of a block's rows are offered, only what was accepted stays.
+        offered = cache.lengths[:, None] + torch.arange(BLOCK)
+        drafter.read([tap[torch.arange(3)[:, None], offered] for tap in taps], cache, counts)
+
+
+@needs_native
+def test_bfloat16_drafts_stay_near_the_formulas() -> None:
+    target = runtime("qwen3", "native", torch.bfloat16)
+    checkpoint = wide_drafter(target.config)
+    tensors = {name: tensor.bfloat16() for name, tensor in checkpoint.tensors.items()}
+    drafter = DFlashDrafter(checkpoint.config, tensors, target)
+    ids = tokens(1, 12)
+    taps = hidden_states(target, ids, TAPS)
+    cache = drafter.new_cache(1, 32)
+    drafter.read([tap[:, :9] for tap in taps], cache, [9])
+    logits = drafter.draft(ids[:, 9], cache, BLOCK)
+    want = expected(
+        checkpoint.config, tensors, target.embedding, target.embedding, torch.cat(taps, -1)[0, :9], int(ids[0, 9])
+    )
+    assert relative_error(logits[0].double(), want) < 0.05
+
+
+def test_the_released_qwen3_8b_drafter_has_58_tensors() -> None:
+    body = ModelConfig(
+        family="qwen3",
+        layers=5,
+        width=4096,
+        ffn=12288,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        vocab=151936,
+        max_positions=40960,
+        tied=False,
+        qk_norm=True,
+    )
+    shapes = dflash.tensor_shapes(DFlashConfig(body, dflash.default_taps(36, 5), 151669, 16))
+    assert len(shapes) == 58
+    assert shapes["fc.weight"] == (4096, 5 * 4096)
+    assert shapes["layers.4.self_attn.k_norm.weight"] == (128,)
+    assert not any("embed" in name or "lm_head" in name for name in shapes)
+
+
+def test_default_taps_are_those_of_the_released_checkpoints() -> None:
+    assert dflash.default_taps(36, 5) == (2, 10, 18, 26, 34)  # Qwen3-8B
+    assert dflash.default_taps(30, 1) == (16,)
+
+
+@given(layers=st.integers(1, 80), count=st.integers(1, 8))
+def test_default_taps_are_distinct_hidden_states_of_the_target_or_refused(layers: int, count: int) -> None:
+    try:
+        taps = dflash.default_taps(layers, count)
+    except UserError:
+        assert count > layers - 3
+    else:
+        assert len(set(taps)) == count
+        assert all(1 <= tap <= layers for tap in taps)
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(tensors), folder / "model.safetensors")
+    return folder
+
+
+def released(target: ModelConfig, folder: Path) -> tuple[dict[str, Any], DFlashCheckpoint]:
+    """The config of a drafter as released, and the drafter."""
+    drafter = wide_drafter(target)
+    dflash.save_drafter(folder, drafter, target)
+    return json.loads((folder / "config.json").read_text()), drafter
+
+
+TARGET = runtime("qwen3", "torch").config
+
+
+def test_a_saved_drafter_loads_as_it_was(tmp_path: Path) -> None:
+    config, drafter = released(TARGET, tmp_path)
+    loaded = dflash.load_drafter(tmp_path, TARGET)
+    assert loaded.config == drafter.config
+    assert loaded.tensors.keys() == drafter.tensors.keys()
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in drafter.tensors.items())
+    assert config["dflash_config"] == {"target_layer_ids": [0, 2], "mask_token_id": MASK}
+    assert len(loaded.hash) == 64
+
+
+def test_settings_may_stand_at_the_top_level_or_in_dflash_config(tmp_path: Path) -> None:
+    config, drafter = released(TARGET, tmp_path)
+    inside = {**config, "dflash_config": {**config["dflash_config"], "block_size": config.pop("block_size")}}
+    outside = {**config, "block_size": BLOCK, **config.pop("dflash_config")}
+    for layout in (inside, outside):
+        layout.pop("block_size", None) if layout is inside else layout.pop("dflash_config", None)
+        write(tmp_path, layout, drafter.tensors)
+        assert dflash.load_drafter(tmp_path, TARGET).config == drafter.config
+
+
+def speculators(config: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    """The same drafter's config as speculators writes it: hidden states are counted as layer inputs."""
+    settings = config.pop("dflash_config")
+    return {
+        "speculators_model_type": "dflash",
+        "architectures": ["DFlashSpeculator"],
+        "block_size": config.pop("block_size"),
+        "mask_token_id": settings["mask_token_id"],
+        "aux_hidden_state_layer_ids": [index + 1 for index in settings["target_layer_ids"]],
+        "draft_vocab_size": config["vocab_size"],
+        "transformer_layer_config": config,
+        **extra,
+    }
+
+
+def test_the_speculators_layout_is_the_same_drafter(tmp_path: Path) -> None:
+    config, drafter = released(TARGET, tmp_path)
+    copies = {"embed_tokens.weight": torch.zeros(300, 96), "verifier_norm.weight": torch.zeros(96)}
+    write(tmp_path, speculators(config), {**drafter.tensors, **copies})
+    loaded = dflash.load_drafter(tmp_path, TARGET)
+    assert loaded.config == drafter.config
+    assert loaded.tensors.keys() == drafter.tensors.keys()
+
+
+def test_a_reduced_vocabulary_drafts_the_target_ids_that_d2t_names(tmp_path: Path) -> None:
+    config, drafter = released(TARGET, tmp_path)
+    known = torch.arange(40) * 7 + 3
+    head = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    extra = {"lm_head.weight": head, "d2t": known - torch.arange(40), "t2d": torch.zeros(300, dtype=torch.bool)}
+    write(tmp_path, speculators(config, draft_vocab_size=40), {**drafter.tensors, **extra})
+    loaded = dflash.load_drafter(tmp_path, TARGET)
+    target = runtime("qwen3", "torch")
+    reduced = DFlashDrafter(loaded.config, loaded.tensors, target)
+    cache = reduced.new_cache(1, 32)
+    taps = hidden_states(target, tokens(1, 6), TAPS)
+    reduced.read(taps, cache, [6])
+    logits = reduced.draft(torch.tensor([5]), cache, BLOCK)
+    want = expected(loaded.config, loaded.tensors, target.embedding, head, torch.cat(taps, -1)[0], 5)
+    assert logits.shape == (1, BLOCK - 1, 40)
+    assert relative_error(logits[0].double(), want) < 1e-4
+    assert torch.equal(reduced.target_ids(logits.argmax(-1)), known[logits.argmax(-1)])
+    full = reduced.target_logits(logits)
+    assert torch.equal(full[..., known], logits)
+    assert full.isfinite().sum() == logits.numel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 999}, "999 tokens.*300"),
+        ({"hidden_size": 64}, "64 wide.*96"),
+        ({"block_size": 1}, "block_size must be a number from 2 to 64"),
+        ({"dflash_config": {"mask_token_id": 300, "target_layer_ids": [0, 2]}}, "mask_token_id.*0 to 299"),
+        ({"dflash_config": {"mask_token_id": 299}}, "target_layer_ids is missing"),
+        ({"dflash_config": {"mask_token_id": 299, "target_layer_ids": [0, 3]}}, r"\[1, 4\].*3 layers"),
+        ({"dflash_config": {"mask_token_id": 299, "target_layer_ids": [0, 2], "use_swa": True}}, "use_swa"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"intermediate_size": 64}, "gate_proj.weight has shape"),
+        ({"num_hidden_layers": 3, "layer_types": None}, "lacks layers.2"),
+        ({"num_hidden_layers": 1, "layer_types": None}, "variant that is not supported: layers.1"),
+        ({"speculators_model_type": "eagle3"}, "is not dflash"),
+        ({"dflash_config": 3}, "must be mappings"),
+    ],
+)
+def test_a_drafter_that_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    config, drafter = released(TARGET, tmp_path)
+    write(tmp_path, config | change, drafter.tensors)
+    with pytest.raises(UserError, match=message) as caught:
+        dflash.load_drafter(tmp_path, TARGET)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("extra", [{"sample_from_anchor": True}, {"projector_type": "domino"}, {"shift_label": True}])
+def test_later_speculators_variants_are_refused_by_name(tmp_path: Path, extra: dict[str, Any]) -> None:
+    config, drafter = released(TARGET, tmp_path)
+    write(tmp_path, speculators(config, **extra), drafter.tensors)
+    with pytest.raises(UserError, match=next(iter(extra))):
+        dflash.load_drafter(tmp_path, TARGET)
+
+
+def test_a_random_drafter_fits_its_target_and_follows_its_seed() -> None:
+    target = runtime("smollm", "torch")
+    first, again, other = (dflash.random_drafter(target.config, seed, layers=2) for seed in (1, 1, 2))
+    assert torch.equal(first.tensors["fc.weight"], again.tensors["fc.weight"])
+    assert not torch.equal(first.tensors["fc.weight"], other.tensors["fc.weight"])
+    drafter = DFlashDrafter(first.config, first.tensors, target)
+    cache = drafter.new_cache(1, 32)
+    drafter.read(hidden_states(target, tokens(1, 4), first.config.taps), cache, [4])
+    assert drafter.draft(torch.tensor([5]), cache, 7).isfinite().all()
+
+
+def test_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    target = runtime("qwen3", "torch")
+    checkpoint = wide_drafter(target.config)
+    drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+    taps = hidden_states(target, tokens(2, 9), TAPS)
+    cache = drafter.new_cache(2, 32)
+    with FlopCounterMode(display=False) as prefill:
+        drafter.read(taps, cache, [9, 9])
+    assert prefill.get_total_flops() == drafter.cost(9, 0, [0, 0]).flops
+    with FlopCounterMode(display=False) as step, sdpa_kernel(SDPBackend.MATH):
+        drafter.read([tap[:, :BLOCK] for tap in taps], cache, [2, 2])
+        drafter.draft(torch.tensor([5, 6]), cache, BLOCK)
+    assert step.get_total_flops() == drafter.cost(BLOCK, BLOCK, [11, 11]).flops
+
+
+def test_bytes_are_the_weights_once_the_context_once_and_what_is_written() -> None:
+    target = runtime("qwen3", "torch")
+    checkpoint = wide_drafter(target.config)
+    drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+    one, two = drafter.cost(BLOCK, BLOCK, [20]), drafter.cost(BLOCK, BLOCK, [20, 10])
+    kv = 4 * 2 * 2 * TARGET.kv_heads * TARGET.head_dim  # float32, keys and values, two layers
+    assert two.kv_bytes == 1.5 * one.kv_bytes == 30 * kv
+    # A second sequence looks up its own embedding rows; all other weights are read once.
+    assert two.weight_bytes - one.weight_bytes == 4 * BLOCK * TARGET.width
+    assert one.bytes_written == 2 * BLOCK * kv + 4 * (BLOCK - 1) * TARGET.vocab

@@ -1,0 +1,359 @@
+"""The DFlash drafter as released (Chen et al. 2026, arXiv 2602.06036; names as in its own code).
+
+It drafts a whole block in one forward. Features of the target (hidden states of several layers, for every token that
+is committed) enter each of its layers as keys and values; the block itself is the last committed token, the *anchor*,
+and masks:
+
+    context = hidden_norm(fc([h_1, .., h_n]))                        per token before the anchor, shared by all layers
+    x       = target embedding of [anchor, mask, .., mask]
+    per layer:  y = input_layernorm(x)
+                k, v = projections of [context, y]; q of y;  RMSNorm per head on q and k, then rotary positions
+                x = x + o_proj(attention of the block over context and block, not causal)
+                x = x + mlp(post_attention_layernorm(x))
+    logits  = target head(norm(x))                                   slot k predicts the token AT slot k, k >= 1
+
+So once the context's keys and values lie in a cache, the block is an ordinary forward over Rows that all see each
+other, and that is how it runs here. The block's own keys and values are never committed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zbench.errors import UserError
+from zbench.kernels import cpu
+from zbench.models import config as model_config
+from zbench.models import loading
+from zbench.models.cache import Cache
+from zbench.models.checkpoint import read_checkpoint
+from zbench.models.config import ModelConfig
+from zbench.models.cost import LOGIT_BYTES, Cost
+from zbench.models.projection import Projection
+from zbench.models.rows import Rows
+from zbench.models.transformer import Transformer, inverse_frequencies, rms_norm, rotate
+
+BLOCK_SIZES = range(2, 65)
+_RANDOM_STD = 0.02
+
+# The target's own weights, as speculators may store them again; t2d says again which tokens d2t names.
+_REDUNDANT = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
+_DFLASH_KEYS = ("target_layer_ids", "mask_token_id", "block_size")
+# Settings of later variants: a drafter that has one set computes something else than this module does.
+_VARIANTS = (
+    *("attention_bias", "causal", "is_causal", "use_swa", "sliding_window_non_causal", "attention_sinks"),
+    *("final_logit_softcapping", "output_multiplier", "input_embedding_scale", "sample_from_anchor", "shift_label"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DFlashConfig:
+    """One drafter's shape. `body` are its layers; body.vocab is the vocabulary its logits are over."""
+
+    body: ModelConfig
+    taps: tuple[int, ...]  # target hidden states it reads: i is the input of layer i, or the output of layer i - 1
+    mask_id: int
+    block: int  # tokens of a block in training, anchor included
+    own_head: bool = False  # a head of its own, over a reduced vocabulary perhaps
+
+
+@dataclass(frozen=True, slots=True)
+class DFlashCheckpoint:
+    config: DFlashConfig
+    tensors: dict[str, Tensor]  # names of the released layout, on the CPU
+    hash: str  # sha256 of the weight files; "" for random weights
+    source: str  # where it came from, in words
+
+
+def default_taps(layers: int, count: int) -> tuple[int, ...]:
+    """`count` hidden states spread from the output of layer 1 to that of layer L - 3, as released.
+
+    Raises UserError for a target with too few layers to have that many different ones there.
+    """
+    ids = [layers // 2] if count == 1 else [round(1 + i * (layers - 4) / (count - 1)) for i in range(count)]
+    if len(set(ids)) != count or not all(0 <= index < layers for index in ids):
+        raise UserError(f"dflash: a target of {layers} layers has no {count} different layers to read; ask for fewer")
+    return tuple(index + 1 for index in ids)
+
+
+def load_drafter(path: str | Path, target: ModelConfig) -> DFlashCheckpoint:
+    """A drafter for `target` from a folder in the released (z-lab) or the speculators layout.
+
+    Raises UserError, one line, where the folder is damaged, the drafter does not fit the target, or it is of a variant
+    that this module does not run.
+    """
+    stored = read_checkpoint(path)
+    tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in _REDUNDANT}
+    try:
+        config = _parse(stored.config, "lm_head.weight" in tensors, target)
+        _check_tensors(config, tensors, target)
+    except UserError as error:
+        raise UserError(f"drafter {stored.path}: {error}") from error
+    return DFlashCheckpoint(config, tensors, stored.hash, f"folder {stored.path}")
+
+
+def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: ModelConfig) -> None:
+    """Write `drafter` in the released layout, which has no head of its own; `load_drafter` reads it back.
+
+    Raises UserError for a drafter that has one.
+    """
+    folder, config = Path(folder), drafter.config
+    if config.own_head:
+        raise UserError("the released DFlash layout has no place for a drafter's own head")
+    folder.mkdir(parents=True, exist_ok=True)
+    described = config.body.to_hf() | {
+        "architectures": ["DFlashDraftModel"],
+        "block_size": config.block,
+        "num_target_layers": target.layers,
+        "dflash_config": {"mask_token_id": config.mask_id, "target_layer_ids": [tap - 1 for tap in config.taps]},
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in drafter.tensors.items()}, folder / "model.safetensors")
+
+
+def random_drafter(
+    target: ModelConfig, seed: int = 0, layers: int = 5, block: int = 16, dtype: torch.dtype = torch.float32
+) -> DFlashCheckpoint:
+    """A drafter that fits `target` and knows nothing: for the speed of drafting, with synthetic acceptance.
+
+    As many hidden states are read as there are layers, as released, or as many as the target has. The mask is the last
+    token of the vocabulary: released drafters use an id that no text has, but nothing tells which that is.
+    """
+    body = replace(
+        target,
+        family="qwen3",
+        layers=layers,
+        tied=False,
+        qk_norm=True,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        windows=None,
+        eos_ids=(),
+        bos_id=None,
+    )
+    taps = default_taps(target.layers, min(layers, max(target.layers - 3, 1)))
+    config = DFlashConfig(body, taps, target.vocab - 1, block)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.ones(shape, dtype=dtype)
+        if len(shape) == 1
+        else torch.empty(shape, dtype=dtype).normal_(0.0, _RANDOM_STD, generator=generator)
+        for name, shape in tensor_shapes(config).items()
+    }
+    return DFlashCheckpoint(config, tensors, "", f"random weights, seed {seed}")
+
+
+def tensor_shapes(config: DFlashConfig) -> dict[str, tuple[int, ...]]:
+    """Tensor name of the released layout -> shape: 3 + 11 per layer, and the head where there is one."""
+    width = config.body.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (width, len(config.taps) * width),
+        "hidden_norm.weight": (width,),
+    }
+    for name, shape in model_config.tensor_shapes(config.body).items():
+        if name != "model.embed_tokens.weight" and (name != "lm_head.weight" or config.own_head):
+            shapes[name.removeprefix("model.")] = shape
+    return shapes
+
+
+def _parse(config: Mapping[str, Any], own_head: bool, target: ModelConfig) -> DFlashConfig:
+    speculators = "speculators_model_type" in config
+    if speculators and config["speculators_model_type"] != "dflash":
+        raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not dflash")
+    inner = config.get("transformer_layer_config") if speculators else config
+    settings = config.get("dflash_config", {})
+    if not isinstance(inner, Mapping) or not isinstance(settings, Mapping):
+        raise UserError("config.json: transformer_layer_config and dflash_config must be mappings")
+    _refuse_variants(config, inner, settings)
+    # Layers are Qwen3's whatever the target's family; a key that is left out there is one of Qwen3's.
+    body = ModelConfig.from_hf(
+        {"max_position_embeddings": target.max_positions, **inner, "model_type": "qwen3"}
+        | {"eos_token_id": None, "bos_token_id": None, "tie_word_embeddings": False}
+    )
+    if body.vocab != target.vocab:
+        raise UserError(f"made for a target with {body.vocab} tokens, but this one has {target.vocab}")
+    if body.width != target.width:
+        raise UserError(f"made for a target {body.width} wide, but this one is {target.width}")
+    if own_head and (reduced := config.get("draft_vocab_size")):
+        body = replace(body, vocab=reduced)
+    return DFlashConfig(
+        body=replace(body, windows=None),
+        taps=_taps(config, settings, target, speculators),
+        mask_id=_whole(config, settings, "mask_token_id", range(target.vocab)),
+        block=_whole(config, settings, "block_size", BLOCK_SIZES),
+        own_head=own_head,
+    )
+
+
+def _refuse_variants(config: Mapping[str, Any], inner: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    unknown = [key for key in settings if key not in _DFLASH_KEYS and settings[key]]
+    known = [key for key in _VARIANTS if config.get(key) or inner.get(key)]
+    if "sliding_attention" in (inner.get("layer_types") or ()):
+        known.append("sliding_attention")
+    if config.get("projector_type", "dflash") != "dflash":
+        known.append(f"projector_type {config['projector_type']}")
+    if variants := sorted({*unknown, *known}):
+        raise UserError(f"a DFlash variant with {loading.some(variants)} is not supported")
+
+
+def _taps(
+    config: Mapping[str, Any], settings: Mapping[str, Any], target: ModelConfig, speculators: bool
+) -> tuple[int, ...]:
+    # speculators counts layer inputs as we do; the released layout names the layer whose output is meant.
+    key = "aux_hidden_state_layer_ids" if speculators else "target_layer_ids"
+    ids = model_config.token_ids(config.get(key, settings.get(key)))
+    if not ids:
+        raise UserError(f"config.json: {key} is missing")
+    taps = tuple(index + (not speculators) for index in ids)
+    if len(set(taps)) != len(taps) or not all(0 <= tap <= target.layers for tap in taps):
+        raise UserError(f"reads hidden states {list(taps)}, which a target of {target.layers} layers has not")
+    return taps
+
+
+def _whole(config: Mapping[str, Any], settings: Mapping[str, Any], key: str, allowed: range) -> int:
+    value = config.get(key, settings.get(key))
+    if not isinstance(value, int) or isinstance(value, bool) or value not in allowed:
+        raise UserError(f"config.json: {key} must be a number from {allowed[0]} to {allowed[-1]}, not {value!r}")
+    return value
+
+
+def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: ModelConfig) -> None:
+    shapes = tensor_shapes(config)
+    if config.own_head and config.body.vocab < target.vocab:
+        shapes["d2t"] = (config.body.vocab,)
+    if missing := [name for name in shapes if name not in tensors]:
+        raise UserError(f"lacks {loading.some(missing)}")
+    if unknown := sorted(set(tensors) - set(shapes)):
+        raise UserError(f"has tensors of a variant that is not supported: {loading.some(unknown)}")
+    for name, shape in shapes.items():
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise UserError(f"{name} has shape {found}, but its config and the target say {shape}")
+    if "d2t" in tensors:
+        ids = _target_ids(tensors["d2t"])
+        if int(ids.min()) < 0 or int(ids.max()) >= target.vocab or len(ids.unique()) != len(ids):
+            raise UserError("d2t does not map its tokens to different tokens of the target; it must hold offsets")
+
+
+def _target_ids(d2t: Tensor) -> Tensor:
+    return torch.arange(len(d2t), device=d2t.device) + d2t
+
+
+class DFlashDrafter:
+    """A drafter on its target's device, in its dtype; it shares the target's embedding, and its head unless it has one.
+
+    Its cache holds keys and values of the context only: of every token before the anchor.
+    """
+
+    def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Transformer) -> None:
+        """`tensors` as in a DFlashCheckpoint."""
+        self.config, self.device, self._target_vocab = config, target.device, target.config.vocab
+        weights = {
+            name: tensor.to(device=target.device, dtype=target.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in tensors.items()
+        }
+        body = config.body
+        self._body = Transformer(
+            body,
+            {"model.embed_tokens.weight": target.embedding} | {f"model.{name}": t for name, t in weights.items()},
+            target.dtype,
+            target.device,
+            "torch" if target.execution == "torch" else "auto",
+            headless=True,
+        )
+        self._fc = Projection(weights["fc.weight"])
+        # Keys and values of all layers in one projection: the context is the same for each.
+        self._context = Projection(
+            torch.cat(
+                [weights[f"layers.{i}.self_attn.{p}_proj.weight"] for i in range(body.layers) for p in ("k", "v")]
+            )
+        )
+        key_norms = [weights[f"layers.{i}.self_attn.k_norm.weight"] for i in range(body.layers)]
+        self._key_norms = torch.stack(key_norms)[:, None].float()  # [L, 1, d]
+        self._hidden_norm, self._norm = weights["hidden_norm.weight"].float(), weights["norm.weight"].float()
+        self._inv_freq = inverse_frequencies(body).to(self.device)
+        self._head = Projection(weights["lm_head.weight"]) if config.own_head else target.head
+        self._ids = _target_ids(weights["d2t"]) if "d2t" in weights else None
+        self.kernels = {"drafter": self._body.kernels["forward"]}
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self._body.new_cache(batch, capacity)
+
+    @torch.inference_mode()
+    def read(self, features: Sequence[Tensor], cache: Cache, counts: Sequence[int]) -> None:
+        """Commit the keys and values of the first counts[b] tokens of each sequence.
+
+        `features`: one [B, R, D] per tap, the target's hidden states of the R tokens after the cache's prefix.
+        """
+        body = self.config.body
+        context = rms_norm(self._fc(torch.cat(list(features), -1)), self._hidden_norm, body.rms_eps)
+        batch, rows, _ = context.shape
+        heads = self._context(context).view(batch, rows, body.layers, 2 * body.kv_heads, body.head_dim)
+        keys, values = heads.chunk(2, 3)
+        slots = cache.lengths[:, None] + torch.arange(rows, device=self.device)
+        angles = slots[..., None].float() * self._inv_freq
+        cos, sin = (part[:, :, None, None] for part in (angles.cos(), angles.sin()))
+        _store(cache, slots, rotate(rms_norm(keys, self._key_norms, body.rms_eps), cos, sin), values)
+        cache.extend(counts)
+
+    @torch.inference_mode()
+    def draft(self, anchor: Tensor, cache: Cache, block: int) -> Tensor:
+        """anchor [B] token ids -> logits [B, block - 1, draft vocabulary] float32 of the tokens that follow it."""
+        batch = len(anchor)
+        ids = torch.full((batch, block), self.config.mask_id, device=self.device)
+        ids[:, 0] = anchor
+        rows = replace(Rows.chain(ids, cache.lengths), visible=ids.new_ones(batch, block, block).bool(), causal=False)
+        last = self.config.body.layers
+        hidden = self._body.forward(rows, cache, logits=ids[:, :0], capture=(last,)).hidden[last]
+        return self._head(rms_norm(hidden[:, 1:], self._norm, self.config.body.rms_eps))
+
+    def target_ids(self, ids: Tensor) -> Tensor:
+        """Ids of the draft vocabulary -> ids of the target's."""
+        return ids if self._ids is None else self._ids[ids]
+
+    def target_logits(self, logits: Tensor) -> Tensor:
+        """Logits over the draft vocabulary [..., Vd] -> over the target's [..., V], -inf where it has no token."""
+        if self._ids is None:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self._target_vocab), float("-inf"))
+        return full.index_copy_(-1, self._ids, logits)
+
+    def cost(self, read: int, block: int, contexts: Sequence[int]) -> Cost:
+        """Of reading `read` new tokens per sequence, then drafting a block (0: none) after contexts[b] tokens."""
+        body, itemsize, batch = self.config.body, self._body.dtype.itemsize, len(contexts)
+        kv = body.layers * 2 * body.kv_heads * body.head_dim
+        fusing = body.width * (len(self.config.taps) * body.width + kv) if read else 0
+        reading = Cost(
+            flops=2.0 * batch * read * fusing,
+            weight_bytes=float(itemsize * fusing),
+            kv_bytes=0.0,
+            bytes_written=float(itemsize * batch * read * kv),
+        )
+        if not block:
+            return reading
+        layers = self._body.cost(block, contexts, 0, block * block)
+        logits, head = batch * (block - 1), body.width * body.vocab
+        return Cost(
+            flops=reading.flops + layers.flops + 2 * logits * head,
+            weight_bytes=reading.weight_bytes + layers.weight_bytes + itemsize * head,
+            kv_bytes=layers.kv_bytes,
+            bytes_written=reading.bytes_written + layers.bytes_written + LOGIT_BYTES * logits * body.vocab,
+        )
+
+
+def _store(cache: Cache, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write keys and values [B, R, L, kv_heads, d] at slots [B, R] of all layers."""
+    sequence = torch.arange(len(slots), device=slots.device)[:, None]
+    if cache.panels:
+        panels = cache.keys.view(*cache.keys.shape[:3], -1, keys.shape[-1], cpu.PANEL)
+        panels[:, sequence, :, slots // cpu.PANEL, :, slots % cpu.PANEL] = keys.to(cache.keys.dtype)
+    else:
+        cache.keys[:, sequence, :, slots] = keys.to(cache.keys.dtype)
+    cache.values[:, sequence, :, slots] = values.to(cache.values.dtype)
