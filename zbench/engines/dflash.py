@@ -46,6 +46,7 @@ class DFlash:
         self.block = drafter.config.block if block is None else block
         if self.block not in BLOCK_SIZES:
             raise UserError(f"dflash: block must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} tokens, not {self.block}")
+        self.exact = None if synthetic or draft_sampling else True
         self.kernels = {**model.kernels, **drafter.kernels}
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:

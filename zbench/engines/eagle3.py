@@ -241,13 +241,14 @@ def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[T
 def tree_rows(ids: Tensor, lengths: Tensor, parents: Tensor, depth: int) -> Rows:
     """`Rows.tree` for a tree of at most `depth` levels below its root, without asking the device anything.
 
-    Who is an ancestor within 2^n levels follows from n squarings of "is myself or my parent".
+    A row sees what it saw and what the row 2^n levels above it saw, for n = 0, 1, ...; the root is above itself.
     """
-    steps = torch.arange(ids.shape[1], device=ids.device)
-    reach = ((parents[..., None] == steps) | (steps[:, None] == steps)).float()
-    for _ in range((depth - 1).bit_length()):
-        reach = (reach @ reach).clamp_(max=1)
-    visible = reach > 0
+    sequence = torch.arange(len(ids), device=ids.device)[:, None]
+    up = parents.clamp(min=0)
+    visible = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device).expand(len(ids), -1, -1)
+    for _ in range(depth.bit_length()):
+        visible = visible | visible[sequence, up]
+        up = up.gather(1, up)
     return Rows(ids, lengths[:, None] + visible.sum(-1) - 1, parents, visible)
 
 

@@ -97,8 +97,13 @@ def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = Fal
 
 
 def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
-    """Write `drafter` in the original layout (with safetensors in place of pickle); `load_drafter` reads it back."""
+    """Write `drafter` in the original layout (with safetensors in place of pickle); `load_drafter` reads it back.
+
+    Raises ValueError for a drafter that this layout cannot describe.
+    """
     folder, config = Path(folder), drafter.config
+    if config.norm_output:
+        raise ValueError("the original layout has no word for a drafter that feeds norm(h2) back")
     folder.mkdir(parents=True, exist_ok=True)
     layer = config.layer.to_hf()
     described = {
