@@ -60,6 +60,9 @@ def main() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the cells and an estimate of time and memory; measure nothing.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Render report.html at the end.")
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read a drafter that exists as a pickle only (weights only, no code is run)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON on stdout; progress goes to stderr.")
 def run(
     scenario: Path,
@@ -68,6 +71,7 @@ def run(
     resume: Path | None,
     dry_run: bool,
     report: bool,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Measure a scenario into a run folder and render its report.
@@ -99,7 +103,7 @@ def run(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True)
     folder = runner.latest(out, wanted) if resume == Path("newest") else resume
-    outcome = runner.run(wanted, out, console, folder)
+    outcome = runner.run(wanted, out, console, folder, allow_pickle)
     page = None
     if report:
         from zbench.report import render

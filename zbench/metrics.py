@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +26,16 @@ from zbench import stats
 from zbench.records import CellRecord, ForwardRecord, Manifest, TrialRecord, read_manifest, read_trials
 from zbench.stats import Estimate, unavailable
 
-DEFINITIONS_VERSION = 1  # bump it when a metric's function changes what it computes
+DEFINITIONS_VERSION = 2  # bump it when a metric's function changes what it computes
 ROOF_TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
 WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
 OVERHEAD = 2.0  # measured over floor, beyond which neither memory nor arithmetic is what limits
 
-PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", "accept", "commit", "host gap")
+SWITCHING = ("accept", "commit", "host gap")
+PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", *SWITCHING)
 UNSEEN = "the forwards of a foreign engine are not seen"
+SYNTHETIC, RANDOM_DRAFTER = "synthetic acceptance", "random drafter"
+NOT_THE_TARGETS = "acceptance is synthetic, so the tokens are not the target's"
 
 Better = Literal["higher", "lower", "none"]
 Result = Estimate | dict[str, Estimate]
@@ -45,7 +48,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder as read: one row per request, step and forward of every successful trial, keyed by its trial."""
+    """A run folder as read: every successful trial's records by row, keyed by their trial.
+
+    `verifies` has a row for each sequence and step that was offered drafts.
+    """
 
     path: Path
     manifest: Manifest
@@ -53,6 +59,7 @@ class Run:
     requests: pd.DataFrame
     steps: pd.DataFrame
     forwards: pd.DataFrame
+    verifies: pd.DataFrame
     warnings: tuple[str, ...]
 
     @cached_property
@@ -70,6 +77,7 @@ class Run:
             requests=self.requests[self.requests["cell"] == record.id],
             steps=self.steps[self.steps["cell"] == record.id],
             forwards=self.forwards[self.forwards["cell"] == record.id],
+            verifies=self.verifies[self.verifies["cell"] == record.id],
             roofs=self.manifest.roofs,
             specs=self.manifest.specs,
         )
@@ -85,6 +93,7 @@ class Cell:
     requests: pd.DataFrame
     steps: pd.DataFrame
     forwards: pd.DataFrame
+    verifies: pd.DataFrame
     roofs: dict[str, Any] | None
     specs: dict[str, Any] | None
     baseline: Cell | None = None
@@ -113,6 +122,17 @@ class Cell:
     def decode_forwards(self) -> pd.DataFrame:
         forwards = self.seen_forwards
         return forwards[forwards["step"] > 0]
+
+    @property
+    def seen_verifies(self) -> pd.DataFrame:
+        if self.verifies.empty:
+            raise Unavailable("no step reports draft tokens")
+        return self.verifies
+
+    @property
+    def depth(self) -> int:
+        """The longest path of drafts a step can accept; a tree drafts more tokens than that."""
+        return int(self.record.options.get("depth") or self.seen_verifies["drafted"].max())
 
     @property
     def pairs(self) -> pd.DataFrame:
@@ -179,6 +199,7 @@ class MetricRow:
     formula: str
     note: str
     status: stats.Status
+    caveat: str  # what its engine's acceptance is not: see `caveats`
 
 
 METRICS: dict[str, Definition] = {}
@@ -218,8 +239,26 @@ def load_run(path: Path) -> Run:
         requests=_frame(_REQUEST_COLUMNS, (row for trial in good for row in _request_rows(trial))),
         steps=_frame(_STEP_COLUMNS, (row for trial in good for row in _step_rows(trial))),
         forwards=_frame(_FORWARD_COLUMNS, (row for trial in good for row in _forward_rows(trial))),
+        verifies=_frame(_VERIFY_COLUMNS, (row for trial in good for row in _verify_rows(trial))),
         warnings=tuple(warnings),
     )
+
+
+def caveats(record: CellRecord) -> tuple[str, ...]:
+    """Why what the cell accepts is not what a trained drafter would have accepted; empty where it is."""
+    drafter = record.options.get("drafter")
+    random = isinstance(drafter, Mapping) and "random" in drafter
+    return (SYNTHETIC,) * bool(record.options.get("synthetic")) + (RANDOM_DRAFTER,) * random
+
+
+def step_split(cell: Cell) -> pd.DataFrame:
+    """Seconds [decode steps, parts], indexed by (group, repeat, step): each role's forwards, and "switching", the
+    rest of the step. Raises Unavailable where steps or forwards are not seen."""
+    step = ["group", "repeat", "step"]
+    steps = cell.decode_steps.set_index(step)["seconds"]
+    roles = cell.decode_forwards.groupby([*step, "role"])["seconds"].sum().unstack(fill_value=0)
+    roles = roles.reindex(steps.index, fill_value=0)
+    return roles.assign(switching=steps - roles.sum(axis=1))
 
 
 def summarise(run: Run) -> list[MetricRow]:
@@ -233,6 +272,7 @@ def summarise(run: Run) -> list[MetricRow]:
             unit=definition.unit,
             better=definition.better,
             formula=definition.formula,
+            caveat=", ".join(caveats(cell.record)),
         )
         for cell in run.cells
         for definition in METRICS.values()
@@ -296,18 +336,93 @@ def tokens_per_weighted_forward(cell: Cell) -> Estimate:
 @metric(
     "acceptance_length",
     "tokens",
-    "committed tokens / verify steps, bonus token included; sum over sum (micro)",
+    "(accepted draft tokens + 1 bonus token) / verify steps; micro: sum over sum, macro: mean of requests. "
+    "A last step counts whole, also where EOS or the limit cut it: else the mean would be too low",
     "higher",
 )
-def acceptance_length(cell: Cell) -> Estimate:
-    steps = _drafting_steps(cell)
-    return stats.ratio(steps["verified"], steps["verifies"], steps["group"])
+def acceptance_length(cell: Cell) -> dict[str, Estimate]:
+    # By Wald's identity the whole last step, overshoot included, keeps gained / steps free of bias.
+    verifies = cell.seen_verifies.assign(gained=cell.seen_verifies["accepted"] + 1)
+    requests = verifies.groupby(["group", "repeat", "prompt_id"])["gained"].mean()
+    return {
+        "micro": stats.mean(verifies["gained"], verifies["group"]),
+        "macro": stats.mean(requests, requests.index.get_level_values("group")),
+    }
+
+
+@metric("category_acceptance_length", "tokens", "acceptance_length (micro) of the prompts of each category", "higher")
+def category_acceptance_length(cell: Cell) -> dict[str, Estimate]:
+    return {name: stats.mean(v["accepted"] + 1, v["group"]) for name, v in _by_category(cell.seen_verifies)}
 
 
 @metric("draft_acceptance_rate", "1", "accepted draft tokens / proposed draft tokens", "higher")
 def draft_acceptance_rate(cell: Cell) -> Estimate:
-    steps = _drafting_steps(cell)
-    return stats.ratio(steps["accepted"], steps["drafted"], steps["group"])
+    verifies = cell.seen_verifies
+    return stats.ratio(verifies["accepted"], verifies["drafted"], verifies["group"])
+
+
+@metric(
+    "acceptance_histogram", "steps", "verify steps by the number of draft tokens they accepted, bonus excluded", "none"
+)
+def acceptance_histogram(cell: Cell) -> dict[str, Estimate]:
+    verifies = cell.seen_verifies
+    n, steps = verifies["group"].nunique(), verifies["accepted"].value_counts()
+    return {str(i): Estimate(float(steps.get(i, 0)), n=n, estimator="count") for i in range(cell.depth + 1)}
+
+
+@metric(
+    "acceptance_at",
+    "1",
+    "unconditional: verify steps that accepted i drafts or more / verify steps; in a tree, i is the depth",
+    "higher",
+)
+def acceptance_at(cell: Cell) -> dict[str, Estimate]:
+    verifies = cell.seen_verifies
+    reached = {i: verifies["accepted"] >= i for i in range(1, cell.depth + 1)}
+    return {str(i): stats.mean(reached[i], verifies["group"]) for i in reached}
+
+
+@metric(
+    "conditional_at",
+    "1",
+    "verify steps that accepted i drafts or more / verify steps that accepted i - 1 or more; in a tree, i is the depth",
+    "higher",
+)
+def conditional_at(cell: Cell) -> dict[str, Estimate]:
+    verifies = cell.seen_verifies
+    reached = {i: verifies["accepted"] >= i for i in range(cell.depth + 1)}
+    return {str(i): stats.ratio(reached[i], reached[i - 1], verifies["group"]) for i in reached if i}
+
+
+@metric(
+    "break_even_acceptance",
+    "tokens",
+    "median decode step of this / of the autoregressive baseline, same prompts and repeat; geometric mean over pairs. "
+    "A step that gains fewer tokens makes the engine net-negative",
+    "lower",
+)
+def break_even_acceptance(cell: Cell) -> Estimate:
+    gained = acceptance_length(cell)["micro"]
+    baseline = _autoregressive_baseline(cell)
+    medians = [c.decode_steps.groupby(["group", "repeat"])["seconds"].median() for c in (cell, baseline)]
+    pairs = pd.concat(medians, axis=1, keys=["mine", "theirs"], join="inner")
+    if pairs.empty:
+        raise Unavailable("no prompts succeeded both here and in the baseline")
+    estimate = stats.paired_ratio(pairs["mine"], pairs["theirs"], pairs.index.get_level_values("group"))
+    if gained.high is not None and estimate.low is not None and gained.high < estimate.low:
+        return replace(estimate, note="net-negative: a step gains less than it costs")
+    return estimate
+
+
+@metric(
+    "switching_seconds",
+    "s",
+    "seconds of a decode step - seconds of its forwards = accept + commit + host gap; mean of steps",
+    "lower",
+)
+def switching_seconds(cell: Cell) -> Estimate:
+    split = step_split(cell)
+    return stats.mean(split["switching"], split.index.get_level_values("group"))
 
 
 @metric(
@@ -319,11 +434,21 @@ def draft_acceptance_rate(cell: Cell) -> Estimate:
 def speedup(cell: Cell) -> Estimate:
     pairs = cell.timed_pairs
     estimate = stats.paired_ratio(*_seconds_per_token(pairs), pairs["group"])
+    if SYNTHETIC in caveats(cell.record):
+        return estimate
     same = int((pairs["output_hash"] == pairs["output_hash_baseline"]).sum())
     if same < len(pairs):
         words = f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token"
         estimate = replace(estimate, note="; ".join(filter(None, (estimate.note, words))))
     return estimate
+
+
+@metric("category_speedup", "ratio", "speedup over the prompts of each category", "higher")
+def category_speedup(cell: Cell) -> dict[str, Estimate]:
+    return {
+        name: stats.paired_ratio(*_seconds_per_token(pairs), pairs["group"])
+        for name, pairs in _by_category(cell.timed_pairs)
+    }
 
 
 @metric(
@@ -346,6 +471,8 @@ def minimal_detectable_effect(cell: Cell) -> Estimate:
     "higher",
 )
 def agreement(cell: Cell) -> dict[str, Estimate]:
+    if any(SYNTHETIC in caveats(compared.record) for compared in (cell, cell.baseline) if compared):
+        raise Unavailable(NOT_THE_TARGETS)
     if cell.record.sampling.get("temperature"):
         raise Unavailable("outputs are sampled, so they may differ by design")
     pairs = cell.pairs
@@ -369,9 +496,11 @@ def agreement(cell: Cell) -> dict[str, Estimate]:
     "higher",
 )
 def lossless(cell: Cell) -> Estimate:
+    if SYNTHETIC in caveats(cell.record):
+        raise Unavailable(NOT_THE_TARGETS)
     checked = cell.requests[cell.requests["check"].notna()]
     if checked.empty:
-        raise Unavailable("not checked: sampled or synthetic tokens, or lossless_check: false")
+        raise Unavailable("not checked: sampled tokens, or lossless_check: false")
     exact = checked.assign(exact=[c.verdict == "exact" for c in checked["check"]]).groupby("prompt_id")["exact"].all()
     wrong = [c for c in checked["check"] if c.verdict != "exact"]
     estimate = stats.share(exact)
@@ -527,11 +656,12 @@ def _per_group(top: pd.DataFrame, numerator: str, bottom: pd.DataFrame, denomina
     return stats.ratio(sums[numerator], sums[denominator], sums.index)
 
 
-def _drafting_steps(cell: Cell) -> pd.DataFrame:
-    steps = cell.decode_steps
-    if not steps["verifies"].sum():
-        raise Unavailable("no step reports draft tokens")
-    return steps
+def _by_category(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Requests, pairs or verifies by the category of their prompts, in alphabetical order."""
+    found = [(str(name), mine) for name, mine in rows.groupby("category", sort=True)]
+    if len(found) < 2:
+        raise Unavailable("the prompts are all of one category")
+    return found
 
 
 def _seconds_per_token(pairs: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
@@ -550,22 +680,31 @@ def _autoregressive_bytes(cell: Cell, forwards: pd.DataFrame) -> np.ndarray:
 
     Fitted to the baseline's own forwards: weights once, keys and values in proportion to batch x context.
     """
-    reference = cell if cell.record.baseline else cell.baseline
-    if reference is None or reference.record.engine != "autoregressive" or reference.forwards.empty:
-        raise Unavailable("no autoregressive baseline at this point of the matrix says what one of its forwards reads")
+    reference = _autoregressive_baseline(cell)
 
     def terms(frame: pd.DataFrame) -> np.ndarray:
         return np.column_stack([np.ones(len(frame)), frame["batch"], frame["batch"] * frame["context"]])
 
     known = reference.decode_forwards
     coefficients, *_ = np.linalg.lstsq(terms(known), known["bytes"].to_numpy(), rcond=None)
-    return terms(forwards) @ coefficients
+    # The context of a step is the target's: a drafter's own cache may lag behind it or hold nothing.
+    context = forwards.groupby(["group", "repeat", "step"])["context"].transform("max")
+    return terms(forwards.assign(context=context)) @ coefficients
+
+
+def _autoregressive_baseline(cell: Cell) -> Cell:
+    baseline = cell if cell.record.baseline else cell.baseline
+    if baseline is None or baseline.record.engine != "autoregressive" or baseline.forwards.empty:
+        raise Unavailable("no autoregressive baseline was run at this point of the matrix")
+    return baseline
 
 
 def _phases(cell: Cell) -> pd.DataFrame:
     """Seconds per trial, [trials, phases], indexed by (group, repeat); only phases that occur."""
     trial = ["group", "repeat"]
-    forwards = cell.seen_forwards.groupby([*trial, "role"])["seconds"].sum().unstack(fill_value=0)
+    # Step 0 is the prefill, the drafter's too.
+    seen = cell.seen_forwards.assign(phase=lambda f: f["role"].where(f["step"] > 0, "prefill"))
+    forwards = seen.groupby([*trial, "phase"])["seconds"].sum().unstack(fill_value=0)
     steps = cell.steps.groupby(trial)[["seconds", "accept_seconds", "commit_seconds"]].sum()
     named = forwards.assign(accept=steps["accept_seconds"], commit=steps["commit_seconds"])
     return named.assign(**{"host gap": steps["seconds"] - named.sum(axis=1)})
@@ -612,9 +751,9 @@ _REQUEST_COLUMNS = (
     "output_hash", "check",
 )  # fmt: skip
 _STEP_COLUMNS = (
-    *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live", "drafted", "accepted",
-    "verifies", "verified",
+    *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live",
 )  # fmt: skip
+_VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
 )  # fmt: skip
@@ -638,11 +777,17 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
 
 def _step_rows(trial: TrialRecord) -> Iterable[tuple]:
     for index, (step, live) in enumerate(zip(trial.steps, _live(trial), strict=True)):
-        verifying = [c for c, drafted in zip(step.committed, step.drafted, strict=False) if drafted]
         yield (
             *_of_trial(trial), index, step.seconds, step.accept_seconds, step.commit_seconds, sum(step.committed), live,
-            sum(step.drafted), sum(step.accepted), len(verifying), sum(verifying),
         )  # fmt: skip
+
+
+def _verify_rows(trial: TrialRecord) -> Iterable[tuple]:
+    for index, step in enumerate(trial.steps):
+        offers = zip(trial.requests, step.drafted, step.accepted, strict=False)  # both empty where nothing is drafted
+        for request, drafted, accepted in offers:
+            if drafted:
+                yield (*_of_trial(trial), index, request.prompt_id, request.category, drafted, accepted)
 
 
 def _forward_rows(trial: TrialRecord) -> Iterable[tuple]:
@@ -662,6 +807,6 @@ def _live(trial: TrialRecord) -> list[int]:
 
 def _kind(forward: ForwardRecord) -> str:
     """Forwards that share a point of the roofline. Prefills differ in rows with every prompt, and are one kind."""
-    if forward.role == "prefill":
+    if forward.role == "prefill" or forward.step == 0:
         return "prefill" if forward.model == "target" else f"{forward.model} prefill"
     return f"{forward.role}, {forward.rows} row{'s' if forward.rows != 1 else ''}"

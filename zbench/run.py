@@ -96,7 +96,7 @@ class Outcome:
         return ", ".join(parts)
 
 
-def prepare(wanted: scenario.Scenario, say: Callable[[str], None]) -> tuple[Point, ...]:
+def prepare(wanted: scenario.Scenario, say: Callable[[str], None], allow_pickle: bool = False) -> tuple[Point, ...]:
     """Load models, tokenise prompts and check that everything fits. Raises UserError before anything is measured."""
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
@@ -122,7 +122,7 @@ def prepare(wanted: scenario.Scenario, say: Callable[[str], None]) -> tuple[Poin
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
-        shared = engines.Shared(model, getattr(torch, at.dtype), device)
+        shared = engines.Shared(model, getattr(torch, at.dtype), device, allow_pickle)
         points.append(Point(at, cells, model, tokenizer, device, shared, batches, warmup))
     return tuple(points)
 
@@ -150,14 +150,20 @@ def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:
     return planned
 
 
-def run(wanted: scenario.Scenario, out: Path, console: Console, resume: Path | None = None) -> Outcome:
+def run(
+    wanted: scenario.Scenario,
+    out: Path,
+    console: Console,
+    resume: Path | None = None,
+    allow_pickle: bool = False,
+) -> Outcome:
     """Measure a scenario into a run folder under `out`, or finish the one at `resume`."""
     began = time.monotonic()
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    points = prepare(wanted, say)
+    points = prepare(wanted, say, allow_pickle)
     device = points[0].device
     snapshot = environment.snapshot(device, wanted.threads)
     planned = plan(points)

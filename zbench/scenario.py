@@ -50,6 +50,18 @@ Count = Annotated[int, Field(ge=1)]
 Items = Field(strict=False)  # a YAML list for a tuple
 
 
+def _key_branch(keys: Collection[str]) -> Discriminator:
+    """Tells the mappings of a union apart by the one key that each must have."""
+
+    def branch(value: Any) -> str | None:
+        if isinstance(value, str):
+            return f"{_BRANCH}name"
+        given = value if isinstance(value, dict) else dir(value)
+        return next((f"{_BRANCH}{key}" for key in keys if key in given), None)
+
+    return Discriminator(branch)
+
+
 class EngineSpec(_Strict):
     """What all engines have in common. A new engine is a subclass with its options and a line in `ENGINES`."""
 
@@ -102,8 +114,121 @@ class ReferenceSpec(EngineSpec):
         return self
 
 
+class DrafterFolder(_Strict):
+    """A drafter's published checkpoint in a folder."""
+
+    path: str = Field(
+        min_length=1,
+        description="Folder with config.json and safetensors, relative to where the command runs.",
+        examples=["drafters/llama-eagle3"],
+    )
+
+
+class DrafterHub(_Strict):
+    """A drafter's published checkpoint on the Hugging Face hub."""
+
+    hub: str = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="Hub id.", examples=["z-lab/Qwen3-8B-DFlash-b16"])
+    revision: str | None = Field(
+        None, min_length=1, description="Commit, tag or branch; null takes main, which may change under you."
+    )
+
+
+class DrafterRandom(_Strict):
+    """A drafter of the published shape with random weights: its speed is real, its drafts are noise."""
+
+    random: Literal[True] = Field(description="Make one that fits the target.")
+    seed: int = Field(0, ge=0, description="Seed of the weights.")
+    layers: Count | None = Field(None, description="Layers (dflash only); null makes five.")
+    vocab: Count | None = Field(None, description="Draft vocabulary (eagle3 only); null makes 8192 or the target's.")
+
+
+class SyntheticLength(_Strict):
+    """Acceptance of a given length."""
+
+    length: float = Field(ge=1, description="Mean tokens gained per step, the bonus token included.", examples=[3.2])
+
+
+class SyntheticRates(_Strict):
+    """Acceptance of given rates."""
+
+    rates: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(strict=False, min_length=1)] = Field(
+        description="Chance that draft i is accepted once draft i - 1 was, one for each.", examples=[[0.8, 0.6, 0.5]]
+    )
+
+
+class SyntheticHistogram(_Strict):
+    """A recorded run's acceptance, replayed."""
+
+    histogram: dict[str, int] = Field(
+        min_length=1,
+        description="Accepted drafts (bonus excluded) -> number of steps.",
+        examples=[{"0": 10, "1": 7, "2": 3}],
+    )
+
+
+_DRAFTERS: dict[str, type[_Strict]] = {"path": DrafterFolder, "hub": DrafterHub, "random": DrafterRandom}
+_SYNTHETICS: dict[str, type[_Strict]] = {
+    "length": SyntheticLength,
+    "rates": SyntheticRates,
+    "histogram": SyntheticHistogram,
+}
+_Drafter = Annotated[
+    Annotated[DrafterFolder, Tag(f"{_BRANCH}path")]
+    | Annotated[DrafterHub, Tag(f"{_BRANCH}hub")]
+    | Annotated[DrafterRandom, Tag(f"{_BRANCH}random")],
+    _key_branch(_DRAFTERS),
+]
+_Synthetic = Annotated[
+    Annotated[SyntheticLength, Tag(f"{_BRANCH}length")]
+    | Annotated[SyntheticRates, Tag(f"{_BRANCH}rates")]
+    | Annotated[SyntheticHistogram, Tag(f"{_BRANCH}histogram")],
+    _key_branch(_SYNTHETICS),
+]
+
+
+class SpeculativeSpec(EngineSpec):
+    """What engines with a drafter have in common."""
+
+    drafter: _Drafter = Field(
+        description="Where the drafter comes from: {path: FOLDER}, {hub: ORG/NAME} or {random: true}.",
+        examples=[{"path": "drafters/llama-eagle3"}, {"random": True}],
+    )
+    synthetic: _Synthetic | None = Field(
+        None,
+        description="Draw how many drafts are accepted, by {length: L}, {rates: [...]} or {histogram: {...}}, instead"
+        " of verifying them: the speed is real, the text is not, and every figure says so. null verifies.",
+        examples=[{"length": 3.2}],
+    )
+
+
+class Eagle3Spec(SpeculativeSpec):
+    """EAGLE-3: a one-layer drafter on the target's hidden states proposes a chain or a tree."""
+
+    name: Literal["eagle3"] = Field(description="Which engine decodes.")
+    depth: Count = Field(4, description="Levels drafted per step.")
+    top_k: Count = Field(1, description="Beam of the draft: 1 is a chain, more is a dynamic tree.")
+    tokens: Count | None = Field(
+        None, description="Tokens drafted per step; null is depth for a chain and 4 x depth for a tree."
+    )
+
+
+class DFlashSpec(SpeculativeSpec):
+    """DFlash: a block-diffusion drafter fills a block of masks in one forward."""
+
+    name: Literal["dflash"] = Field(description="Which engine decodes.")
+    block: Annotated[int, Field(ge=2, le=64)] | None = Field(
+        None, description="Tokens per block, the anchor included: block - 1 are drafted. null takes the checkpoint's."
+    )
+    draft_sampling: bool = Field(
+        False,
+        description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",
+    )
+
+
 ENGINES: dict[str, type[EngineSpec]] = {
     "autoregressive": AutoregressiveSpec,
+    "eagle3": Eagle3Spec,
+    "dflash": DFlashSpec,
     "reference": ReferenceSpec,
 }
 
@@ -244,21 +369,13 @@ def _engine_branch(value: Any) -> str | None:
     return f"{_BRANCH}{name}" if isinstance(name, str) and name in ENGINES else None
 
 
-def _key_branch(keys: Collection[str]) -> Discriminator:
-    """Tells the mappings of a union apart by the one key that each must have."""
-
-    def branch(value: Any) -> str | None:
-        if isinstance(value, str):
-            return f"{_BRANCH}name"
-        given = value if isinstance(value, dict) else dir(value)
-        return next((f"{_BRANCH}{key}" for key in keys if key in given), None)
-
-    return Discriminator(branch)
-
-
 _MODELS: dict[str, type[_Strict]] = {"path": ModelFolder, "hub": ModelHub, "config": ModelRandom}
 _PROMPTS: dict[str, type[_Strict]] = {"set": PromptSet, "file": PromptFile, "dataset": PromptDataset}
-_BRANCHES = {f"{_BRANCH}{key}": model for key, model in (_MODELS | _PROMPTS | ENGINES).items()}
+_BRANCHES = {
+    f"{_BRANCH}{key}": model for key, model in (_MODELS | _PROMPTS | _DRAFTERS | _SYNTHETICS | ENGINES).items()
+}
+
+_UNIONS = {"model": _MODELS, "prompts": _PROMPTS, "drafter": _DRAFTERS, "synthetic": _SYNTHETICS}
 
 ModelSpec = Annotated[
     Annotated[str, StringConstraints(min_length=1), Tag(f"{_BRANCH}name")]
@@ -622,10 +739,10 @@ def _problem(document: _Document, error: Any) -> _Problem:
         text = f"unknown key {path[-1]!r} in {around}; {_nearest(path[-1], _model_at(error['loc'][:-1]).model_fields)}"
     elif kind == "missing":
         text = f"missing key {path[-1]!r} in {around}"
-    elif kind == "union_tag_not_found" and path[0] == "engines":
-        path, text = (*path, "name"), _no_engine(where, value)
+    elif kind.startswith("union_tag") and path[-1] in _UNIONS:
+        text = _no_branch(where, _UNIONS[path[-1]], value)
     elif kind == "union_tag_not_found":
-        text = _no_branch(where, _MODELS if path[0] == "model" else _PROMPTS, value)
+        path, text = (*path, "name"), _no_engine(where, value)
     elif kind == "value_error":
         text = f"{where}: {error['ctx']['error']}"
     else:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tests.models.test_dflash import TAPS, wide_drafter
 from tests.tiny import FAMILIES, runtime
-from zbench.engines import synthetic
+from zbench.engines import base, synthetic
+from zbench.engines import dflash as dflash_engine
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Generated, Meter, Request
 from zbench.engines.dflash import DFlash
@@ -136,6 +137,20 @@ def test_a_step_gains_the_right_drafts_and_the_bonus(block: int, propose: Propos
     assert len(steps) - 1 == -(-28 // each)
 
 
+def test_a_sequence_that_finished_is_offered_nothing_and_grows_no_more() -> None:
+    target, _ = drafting("smollm", "auto")
+    ids = prompts(13, 5)
+    first, second = decode(Autoregressive(target), ids, Request(40, GREEDY, (0, 0)))[0].outputs
+    drafter = Scripted(target, ids, [first, wrong(second, 300)], right)
+    # 13 + 3 fill the cache to a whole panel, so that the block beyond the limit needs the headroom asked for.
+    generated, meter = decode(DFlash(target, drafter, 16), ids, Request(3, GREEDY, (0, 0)))
+    steps, _ = meter.records()
+    assert generated.outputs == [first[:3], second[:3]]
+    assert [step.committed for step in steps] == [(1, 1), (2, 1), (0, 1)]
+    assert [step.drafted for step in steps[1:]] == [(15, 15), (0, 15)]
+    assert [step.accepted for step in steps[1:]] == [(2, 0), (0, 0)]  # tokens beyond the limit do not count
+
+
 @needs_native
 def test_bfloat16_tokens_are_the_same_to_the_bit() -> None:
     target, drafter = drafting("smollm", "native", torch.bfloat16)
@@ -171,6 +186,39 @@ def test_both_caches_after_a_decode_are_those_of_a_fresh_prefill(execution: str)
         drafts = drafter.draft(torch.tensor([7, 7]), state.context, 5)[row]
         torch.testing.assert_close(drafts, drafter.draft(torch.tensor([7]), context, 5)[0], rtol=1e-3, atol=1e-3)
         assert state.context.sizes == state.cache.sizes
+
+
+def test_a_prompt_longer_than_one_prefill_forward_is_read_in_parts_and_drafted_from_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, drafter = drafting("mistral", "auto")
+    ids, request = prompts(40, 17, 8), Request(6, GREEDY, (0, 0, 0))
+    whole, whole_meter = decode(DFlash(target, drafter), ids, request)
+    for module in (base, dflash_engine):
+        monkeypatch.setattr(module, "PREFILL_ROWS", 16)
+    parts, meter = decode(DFlash(target, drafter), ids, request)
+    assert parts == whole
+    assert [step.accepted for step in meter.records()[0]] == [step.accepted for step in whole_meter.records()[0]]
+    assert [f.rows for f in meter.records()[1] if f.step == 0] == [16, 16, 8] * 2
+
+
+def test_the_order_of_the_taps_is_the_checkpoints_whatever_it_is() -> None:
+    target, drafter = drafting("qwen3", "auto")
+    checkpoint = wide_drafter(target.config, TAPS[::-1])
+    width = target.config.width
+    swapped = {**checkpoint.tensors, "fc.weight": checkpoint.tensors["fc.weight"].roll(width, 1)}
+    reversed_drafter = DFlashDrafter(checkpoint.config, swapped, target)
+    ids, request = prompts(6), Request(12, GREEDY, (0,))
+    seen = [seen_logits(DFlash(target, choice), ids, request) for choice in (drafter, reversed_drafter)]
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+
+
+def seen_logits(engine: DFlash, ids: list[list[int]], request: Request) -> Tensor:
+    """The draft logits of the first step."""
+    meter = Meter(CPU)
+    meter.begin_step()
+    state = engine.start(ids, request, meter)
+    return engine.drafter.draft(state.last, state.context, engine.block)
 
 
 @functools.cache
@@ -237,6 +285,13 @@ def test_sampled_drafting_is_reproducible_by_seed_and_alike_alone_and_in_a_batch
     together = decode(engine, ids, Request(20, Sampling(1.0), (3, 4)))[0].outputs
     assert together == decode(engine, ids, Request(20, Sampling(1.0), (3, 4)))[0].outputs
     assert together[1] == decode(engine, ids[1:], Request(20, Sampling(1.0), (4,)))[0].outputs[0]
+
+
+def test_tokens_are_promised_to_be_the_targets_unless_they_are_sampled_by_the_drafter_or_synthetic() -> None:
+    target, drafter = drafting("smollm", "auto")
+    assert DFlash(target, drafter).exact is True
+    assert DFlash(target, drafter, draft_sampling=True).exact is None
+    assert DFlash(target, drafter, 4, synthetic=synthetic.parse({"length": 3.0}, 3)).exact is None
 
 
 def test_synthetic_acceptance_gains_what_was_asked_for() -> None:

@@ -30,7 +30,7 @@ from zbench.models.transformer import Transformer
 CPU = device.resolve("cpu")
 GREEDY = Sampling()
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {"depth": 1},
     {"depth": 4},
     {"depth": 3, "top_k": 3, "tokens": 8},
@@ -81,7 +81,7 @@ def decode(engine: Any, ids: list[list[int]], request: Request) -> tuple[Generat
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_random_drafter_changes_no_token(family: str, options: dict[str, int]) -> None:
+def test_a_random_drafter_changes_no_token(family: str, options: dict[str, Any]) -> None:
     model, ids = runtime(family, "auto"), prompts(4, 23, 1)
     request = Request(16, GREEDY, (0, 0, 0), frozenset({2}))
     plain, _ = decode(Autoregressive(model), ids, request)
@@ -107,7 +107,7 @@ def test_a_drafter_right_here_and_wrong_there_changes_no_token(data: st.DataObje
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_a_drafter_that_is_always_right_gains_a_full_path_each_step(options: dict[str, int]) -> None:
+def test_a_drafter_that_is_always_right_gains_a_full_path_each_step(options: dict[str, Any]) -> None:
     model, ids = runtime("smollm", "auto"), prompts(5, 9)
     request = Request(1 + 3 * (options["depth"] + 1), GREEDY, (0, 0))
     truth = decode(Autoregressive(model), ids, replace(request, limit=request.limit + 8))[0].outputs
@@ -122,7 +122,7 @@ def test_a_drafter_that_is_always_right_gains_a_full_path_each_step(options: dic
 
 @needs_native
 @pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
-def test_bfloat16_is_the_same_bit_by_bit_on_the_native_decoder(options: dict[str, int]) -> None:
+def test_bfloat16_is_the_same_bit_by_bit_on_the_native_decoder(options: dict[str, Any]) -> None:
     model, ids = runtime("qwen3", "native", torch.bfloat16), prompts(4, 19, 7)
     request = Request(24, GREEDY, (0, 0, 0))
     truth = decode(Autoregressive(model), ids, request)[0]
@@ -171,7 +171,7 @@ def fresh(model: Transformer, drafter: Eagle3Drafter, tokens: list[int]) -> tupl
 
 @pytest.mark.parametrize("execution", ["torch", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
-def test_caches_after_acceptance_equal_a_fresh_prefill(options: dict[str, int], execution: str) -> None:
+def test_caches_after_acceptance_equal_a_fresh_prefill(options: dict[str, Any], execution: str) -> None:
     model, ids = runtime("smollm", execution), prompts(6, 11)
     truth = decode(Autoregressive(model), ids, Request(60, GREEDY, (0, 0)))[0].outputs
     scripts = [[t if i % 4 else (t + 1) % 300 for i, t in enumerate(row)] for row in truth]
@@ -218,10 +218,10 @@ def test_the_tree_is_the_published_one(steps: int) -> None:
     state = started(engine, ids, steps)
     meter = Meter(CPU)
     meter.begin_step()
-    drafts, parents = engine._draft_tree(state, meter)
+    rows = engine._draft_tree(state, meter)
     for index, prompt in enumerate(ids):
         paths: list[tuple[int, ...]] = [()]
-        for token, parent in zip(drafts[index].tolist(), parents[index, 1:].tolist(), strict=True):
+        for token, parent in zip(rows.ids[index, 1:].tolist(), rows.parents[index, 1:].tolist(), strict=True):
             paths.append((*paths[parent], token))
         assert set(paths[1:]) == published_tree(model, drafter, prompt + state.outputs[index], 3, 3, 9)
 
@@ -289,7 +289,7 @@ def test_every_forward_is_recorded_with_its_role_and_rows() -> None:
 
 
 @pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
-def test_synthetic_acceptance_gains_the_length_it_was_asked_for(options: dict[str, int]) -> None:
+def test_synthetic_acceptance_gains_the_length_it_was_asked_for(options: dict[str, Any]) -> None:
     model, ids = runtime("smollm", "auto"), prompts(5)
     synthetic = parse({"length": 3}, options["depth"])
     _, meter = decode(Eagle3(model, random(model), **options, synthetic=synthetic), ids, Request(19, GREEDY, (0,)))
@@ -306,7 +306,20 @@ def test_synthetic_acceptance_gains_the_length_it_was_asked_for(options: dict[st
         ({"depth": 2, "top_k": 2, "tokens": 7}, "drafts 2 to 6 tokens, not 7"),
     ],
 )
-def test_a_setting_that_cannot_be_gets_one_line(options: dict[str, int], message: str) -> None:
+def test_a_setting_that_cannot_be_gets_one_line(options: dict[str, Any], message: str) -> None:
     model = runtime("smollm", "auto")
     with pytest.raises(UserError, match=message):
         Eagle3(model, random(model), **options)
+
+
+@pytest.mark.parametrize("length", [1.0, 2.6, 5.0])
+def test_a_synthetic_tree_gains_the_length_that_was_asked_for(length: float) -> None:
+    model = runtime("smollm", "auto")
+    checkpoint = random_drafter(model.config, draft_vocab=64)
+    drafter = Eagle3Drafter(checkpoint.config, checkpoint.tensors, model.embedding, torch.float32)
+    engine = Eagle3(model, drafter, depth=4, top_k=3, tokens=9, synthetic=parse({"length": length}, 4))
+    meter = Meter(device.resolve("cpu"))
+    engine.generate([[5, 6, 7]] * 8, Request(60, Sampling(), tuple(range(8))), meter)
+    steps = meter.records()[0][1:-1]
+    whole = [(a, d) for step in steps for a, d in zip(step.accepted, step.drafted, strict=True) if d]
+    assert sum(a for a, _ in whole) / len(whole) + 1 == pytest.approx(length, abs=0.25)

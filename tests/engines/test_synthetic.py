@@ -109,6 +109,12 @@ def test_the_tokens_are_the_drafts_and_the_targets_argmax() -> None:
     assert verdict.bonus.tolist() == [7]
 
 
+def test_acceptance_made_for_another_number_of_drafts_is_refused() -> None:
+    sampler = Sampler(Sampling(), (0,), 8, CPU.torch)
+    with pytest.raises(ValueError, match="3 drafts, but synthetic acceptance made for 4"):
+        verify_chain(torch.randn(1, 4, 5), torch.tensor([[1, 2, 3]]), sampler, [0], synthetic=parse({"length": 3}, 4))
+
+
 def test_a_tree_is_accepted_along_first_children_as_far_as_they_reach() -> None:
     sampler = Sampler(Sampling(), (0,), 8, CPU.torch)
     parents, ids = torch.tensor([[-1, 0, 0, 1, 1, 2, 5]]), torch.tensor([[9, 1, 2, 3, 4, 5, 6]])

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import relative_error, runtime
+from tests.tiny import oracle, relative_error, runtime
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import dflash
 from zbench.models.config import ModelConfig
 from zbench.models.dflash import DFlashCheckpoint, DFlashConfig, DFlashDrafter
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer
+from zbench.models.transformer import Transformer, rms_norm
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
 EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
@@ -135,6 +135,24 @@ def test_bfloat16_drafts_stay_near_the_formulas() -> None:
         checkpoint.config, tensors, target.embedding, target.embedding, torch.cat(taps, -1)[0, :9], int(ids[0, 9])
     )
     assert relative_error(logits[0].double(), want) < 0.05
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_target_lends_its_head_and_layers_alone_have_none(execution: str) -> None:
+    target, ids = runtime("qwen2", execution), tokens(2, 6)
+    last, cache = target.config.layers, target.new_cache(2, 16)
+    out = target.forward(Rows.chain(ids, cache.lengths), cache, capture=(last,))
+    norm = oracle("qwen2").model.norm.weight.detach()
+    assert relative_error(target.head(rms_norm(out.hidden[last], norm, target.config.rms_eps)), out.logits) < 1e-5
+    headless = Transformer(
+        target.config, oracle("qwen2").state_dict(), torch.float32, execution=execution, headless=True
+    )
+    rows, cache = Rows.chain(ids, cache.lengths), headless.new_cache(2, 16)
+    layers_only = headless.forward(rows, cache, logits=ids[:, :0], capture=(last,))
+    assert torch.equal(layers_only.hidden[last], out.hidden[last])
+    assert layers_only.logits.shape == (2, 0, target.config.vocab)
+    with pytest.raises(ValueError, match="no head"):
+        headless.forward(rows, cache)
 
 
 def test_the_released_qwen3_8b_drafter_has_58_tensors() -> None:
@@ -267,6 +285,7 @@ def test_a_reduced_vocabulary_drafts_the_target_ids_that_d2t_names(tmp_path: Pat
         ({"dflash_config": {"mask_token_id": 299, "target_layer_ids": [0, 3]}}, r"\[1, 4\].*3 layers"),
         ({"dflash_config": {"mask_token_id": 299, "target_layer_ids": [0, 2], "use_swa": True}}, "use_swa"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"use_sliding_window": True, "sliding_window": 64}, "sliding_attention"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"attention_bias": True}, "attention_bias"),
         ({"intermediate_size": 64}, "gate_proj.weight has shape"),
@@ -328,6 +347,10 @@ def test_bytes_are_the_weights_once_the_context_once_and_what_is_written() -> No
     one, two = drafter.cost(BLOCK, BLOCK, [20]), drafter.cost(BLOCK, BLOCK, [20, 10])
     kv = 4 * 2 * 2 * TARGET.kv_heads * TARGET.head_dim  # float32, keys and values, two layers
     assert two.kv_bytes == 1.5 * one.kv_bytes == 30 * kv
+    # Keys and values are projected twice, for context and block, each with weights and norm; the head is the target's.
+    twice = [t for name, t in checkpoint.tensors.items() if "k_proj" in name or "v_proj" in name or "k_norm" in name]
+    stored = sum(tensor.numel() for tensor in (*checkpoint.tensors.values(), *twice))
+    assert one.weight_bytes == 4 * (stored + (TARGET.vocab + BLOCK) * TARGET.width)
     # A second sequence looks up its own embedding rows; all other weights are read once.
     assert two.weight_bytes - one.weight_bytes == 4 * BLOCK * TARGET.width
     assert one.bytes_written == 2 * BLOCK * kv + 4 * (BLOCK - 1) * TARGET.vocab

@@ -146,9 +146,7 @@ def test_a_chain_has_the_logits_of_the_published_recurrence(variant: dict[str, A
     hidden = read(drafter, cache, taps, tokens, [4, 4], 5)
     for level in range(depth + 1):
         got = drafter.logits(hidden)[:, 0]
-        want = torch.stack(
-            [published_logits(stored, *row, p[:level]) for *row, p in zip(taps, tokens, paths, strict=True)]
-        )
+        want = torch.stack([published_logits(stored, taps[b], tokens[b], paths[b][:level]) for b in range(2)])
         assert relative_error(got.double(), want) < 1e-5
         if level < depth:
             ids = torch.tensor([[path[level]] for path in paths])
@@ -321,6 +319,9 @@ def tensors_with(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
         (config_with(speculators_model_type="dflash"), "speculators_model_type 'dflash' is not eagle3"),
         (config_with(speculators_model_type="eagle3"), "transformer_layer_config is missing"),
         (config_with(intermediate_size=None), "intermediate_size is missing"),
+        (config_with(eagle_config={"eagle_aux_hidden_state_layer_ids": "all"}), "must be a list of layer numbers"),
+        (config_with(draft_vocab_size="many"), "draft_vocab_size must be 1 to 300, not 'many'"),
+        (config_with(draft_vocab_size=301), "draft_vocab_size must be 1 to 300, not 301"),
         (config_with(draft_vocab_size=65), r"lm_head.weight has shape \(64, 96\)"),
         (tensors_with(lambda t: t.pop("fc.weight")), r"lacks fc\.weight"),
         (tensors_with(lambda t: t.update(q_norm=torch.ones(2))), "a variant that is not supported: q_norm"),

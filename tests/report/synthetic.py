@@ -55,7 +55,20 @@ ENGINES: dict[str, dict[str, Any]] = {
     "transformers generate": {"engine": "reference", "slowdown": 2.6, "tokens_per_step": 1, "unseen": True},
     "transformers prompt lookup": {"engine": "reference", "slowdown": 2.2, "tokens_per_step": 2, "lookup_rows": 10},
     "chain drafter": {"engine": "chain", "slowdown": 1.15, "tokens_per_step": 3, "draft_rows": 4},
-}
+    "eagle3 chain of 4": {
+        "engine": "eagle3", "slowdown": 1.0, "draft_rows": 4, "levels": 4, "chances": (0.1, 0.2, 0.3, 0.2, 0.2),
+        "options": {"depth": 4, "drafter": {"path": "drafters/invented"}, "synthetic": None},
+    },
+    "eagle3 tree of 16": {
+        "engine": "eagle3", "slowdown": 1.1, "draft_rows": 16, "levels": 4, "chances": (0, 0, 1, 0, 0),
+        "options": {"depth": 4, "drafter": {"random": True, "seed": 0}, "synthetic": {"length": 3.0}},
+    },
+    "dflash block of 8": {
+        "engine": "dflash", "slowdown": 1.3, "draft_rows": 7, "levels": 1, "chances": (0.9, 0.1),
+        "options": {"block": 8, "drafter": {"random": True, "seed": 0}, "synthetic": None},
+    },
+}  # fmt: skip
+SPECULATIVE = ("autoregressive", "eagle3 chain of 4", "eagle3 tree of 16", "dflash block of 8")
 DEFAULT_ENGINES = ("autoregressive", "transformers generate", "transformers prompt lookup")
 
 
@@ -121,7 +134,7 @@ def _cell(label: str, point: dict[str, Any]) -> CellRecord:
         id=label.replace(" ", "-") + suffix,
         label=label,
         engine=ENGINES[label]["engine"],
-        options={},
+        options=ENGINES[label].get("options", {}),
         point=dict(point),
         model="invented-135m",
         dtype="bfloat16",
@@ -148,15 +161,24 @@ def _trial(
     pace *= settings["slowdown"]
     prompt_tokens = 30 + 7 * group
     steps, forwards = [_prefill(cell, prompt_tokens, pace)], []
-    forwards.append(_forward(cell, 0, "target", "prefill", prompt_tokens, 0, steps[0].seconds - 4e-4))
+    levels = settings.get("levels")
+    share = 0.05 if levels else 0.0  # the drafter's of the prefill
+    seconds = steps[0].seconds - 4e-4
+    forwards.append(_forward(cell, 0, "target", "prefill", prompt_tokens, 0, (1 - share) * seconds))
+    if levels:
+        forwards.append(_forward(cell, 0, "drafter", "draft", prompt_tokens, 0, share * seconds))
     done = 1
     while done < tokens:
-        step, committed = len(steps), min(settings["tokens_per_step"], tokens - done)
+        if chances := settings.get("chances"):
+            accepted = int(rng.choice(len(chances), p=chances))
+        else:
+            accepted = settings["tokens_per_step"] - 1
+        step, committed = len(steps), min(accepted + 1, tokens - done)
         if most := settings.get("lookup_rows"):
             offered = int(rng.integers(0, most + 1))
             made = [("target", "verify" if offered else "decode", 1 + offered, 0.0085 + 4e-4 * offered)]
         elif rows := settings.get("draft_rows"):
-            made = [("drafter", "draft", 1, 0.001), ("target", "verify", 1 + rows, 0.0100)]
+            made = [("drafter", "draft", 1, 0.001)] * (levels or 1) + [("target", "verify", 1 + rows, 0.0100)]
         else:
             made = [("target", "decode", 1, 0.0085)]
         context = prompt_tokens + done
@@ -171,7 +193,7 @@ def _trial(
                 commit_seconds=1e-4,
                 committed=(committed,) * cell.batch,
                 drafted=(drafts,) * cell.batch if drafts else (),
-                accepted=(committed - 1,) * cell.batch if drafts else (),
+                accepted=(accepted,) * cell.batch if drafts else (),
             )
         )
         done += committed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Shared:
     """What the engines of one matrix point have in common: the target model, loaded onto the device once."""
 
-    def __init__(self, model: LoadedModel, dtype: torch.dtype, device: Device) -> None:
-        self.model, self.dtype, self.device = model, dtype, device
+    def __init__(self, model: LoadedModel, dtype: torch.dtype, device: Device, allow_pickle: bool = False) -> None:
+        self.model, self.dtype, self.device, self.allow_pickle = model, dtype, device, allow_pickle
         self._targets: dict[str, Transformer] = {}
 
     def target(self, execution: str) -> Transformer:
@@ -51,8 +52,60 @@ def _reference(options: dict[str, Any], shared: Shared) -> Engine:
     return Reference(shared, options["assisted"], options["prompt_lookup_tokens"])
 
 
+def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines import synthetic
+    from zbench.engines.eagle3 import Eagle3
+    from zbench.models import eagle3
+
+    chosen, target = options["drafter"], shared.target("auto")
+    if chosen.get("random"):
+        size = {"draft_vocab": chosen["vocab"]} if chosen["vocab"] else {}
+        checkpoint = eagle3.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
+    else:
+        checkpoint = eagle3.load_drafter(_drafter_folder(chosen), target.config, shared.allow_pickle)
+    drawn = options["synthetic"]
+    return Eagle3(
+        target,
+        eagle3.Eagle3Drafter(checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device),
+        options["depth"],
+        options["top_k"],
+        options["tokens"],
+        synthetic.parse(drawn, options["depth"]) if drawn else None,
+    )
+
+
+def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines import synthetic
+    from zbench.engines.dflash import DFlash
+    from zbench.models import dflash
+
+    chosen, target = options["drafter"], shared.target("auto")
+    if chosen.get("random"):
+        size = {"layers": chosen["layers"]} if chosen["layers"] else {}
+        checkpoint = dflash.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
+    else:
+        checkpoint = dflash.load_drafter(_drafter_folder(chosen), target.config, shared.allow_pickle)
+    block = options["block"] or checkpoint.config.block
+    drawn = options["synthetic"]
+    return DFlash(
+        target,
+        dflash.DFlashDrafter(checkpoint.config, checkpoint.tensors, target),
+        block,
+        options["draft_sampling"],
+        synthetic.parse(drawn, block - 1) if drawn else None,
+    )
+
+
+def _drafter_folder(chosen: dict[str, Any]) -> Path:
+    from zbench.models import loading
+
+    return Path(chosen["path"]) if "path" in chosen else loading.snapshot(chosen["hub"], chosen["revision"] or "main")
+
+
 _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
     "autoregressive": _autoregressive,
+    "eagle3": _eagle3,
+    "dflash": _dflash,
     "reference": _reference,
 }
 

@@ -105,7 +105,9 @@ def generate(engine: Stepper[S], prompts: Sequence[Sequence[int]], request: Requ
         with meter.step():
             step = engine.step(state, meter)
             counts = commit(step.tokens, state.outputs, state.active, request, finish)
-            meter.gained(counts, step.drafted, step.accepted)
+            # Drafts beyond EOS or the limit were not gained, so they do not count as accepted either.
+            accepted = tuple(min(pair) for pair in zip(step.accepted, counts, strict=False))
+            meter.gained(counts, step.drafted, accepted)
     return Generated(state.outputs, finish)
 
 

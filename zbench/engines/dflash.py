@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
+from zbench.engines.base import PREFILL_ROWS, Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import verify_chain
@@ -46,6 +46,7 @@ class DFlash:
         self.block = drafter.config.block if block is None else block
         if self.block not in BLOCK_SIZES:
             raise UserError(f"dflash: block must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} tokens, not {self.block}")
+        self._capture = sorted(drafter.config.taps)
         self.exact = None if synthetic or draft_sampling else True
         self.kernels = {**model.kernels, **drafter.kernels}
 
@@ -55,21 +56,17 @@ class DFlash:
     def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> DFlashState:
         # The step that reaches the limit may commit a block beyond it, and later steps still write one after that.
         state = new_state(self.model, prompts, request, headroom=2 * self.block)
-        logits, hidden = prefill(self.model, state.cache, prompts, meter, self.drafter.config.taps)
+        logits, hidden = prefill(self.model, state.cache, prompts, meter, self._capture)
         with meter.phase("accept"):
             last = state.sampler.pick(logits, [0] * len(prompts))
         context = self.drafter.new_cache(len(prompts), state.cache.capacity)
-        features = [hidden[tap] for tap in self.drafter.config.taps]
-        sizes, longest = state.cache.sizes, features[0].shape[1]
-        begin = meter.device.mark()
-        self.drafter.read(features, context, sizes)
-        self._record(meter, begin, [0] * len(prompts), longest, 0)
+        self._prefill_drafter([hidden[tap] for tap in self.drafter.config.taps], context, state.cache.sizes, meter)
         return DFlashState(state.cache, state.sampler, last, state.outputs, state.active, context, [], [])
 
     def step(self, state: DFlashState, meter: Meter) -> Step:
         drafts, probs = self._draft(state, meter)
         rows = Rows.chain(torch.cat([state.last[:, None], drafts], 1), state.cache.lengths)
-        out = meter.forward(self.model, "verify", rows, state.cache, capture=self.drafter.config.taps)
+        out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
             index = [len(output) for output in state.outputs]
             verdict = verify_chain(out.logits, drafts, state.sampler, index, probs, self.synthetic)
@@ -84,6 +81,14 @@ class DFlash:
             drafted=tuple(drafts.shape[1] * active for active in state.active),
             accepted=tuple(max(count - 1, 0) for count in counts),
         )
+
+    def _prefill_drafter(self, features: list[Tensor], context: Cache, sizes: list[int], meter: Meter) -> None:
+        for start in range(0, max(sizes), PREFILL_ROWS):
+            begin, before = meter.device.mark(), context.sizes
+            chunk = [feature[:, start : start + PREFILL_ROWS] for feature in features]
+            rows = chunk[0].shape[1]
+            self.drafter.read(chunk, context, [max(0, min(size - start, rows)) for size in sizes])
+            self._record(meter, begin, before, rows, 0)
 
     def _draft(self, state: DFlashState, meter: Meter) -> tuple[Tensor, Tensor | None]:
         """Read what the last step committed, then draft [B, block - 1]; with the distribution if drawn from one."""

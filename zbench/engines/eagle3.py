@@ -15,7 +15,7 @@ from torch import Tensor
 from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import verify_chain, verify_tree
+from zbench.engines.verify import Verdict, verify_chain, verify_tree
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
@@ -61,6 +61,7 @@ class Eagle3:
         self.model, self.drafter = model, drafter
         self.depth, self.top_k, self.tokens, self.synthetic = depth, top_k, tokens, synthetic
         self.kernels = {**model.kernels, **drafter.kernels}
+        self.exact = None if synthetic else True
         self._capture = tuple(sorted(drafter.config.taps))
         self._nodes = (depth - 1) * top_k  # the last level is drafted, but nothing follows from it
         # own[level, j] marks node j of a level among all nodes.
@@ -99,38 +100,32 @@ class Eagle3:
         )
 
     def step(self, state: Eagle3State, meter: Meter) -> Step:
-        if self.top_k == 1:
-            drafts, parents = self._draft_chain(state, meter), None
-        else:
-            drafts, parents = self._draft_tree(state, meter)
-        ids = torch.cat([state.last[:, None], drafts], 1)
-        if parents is None:
-            rows = Rows.chain(ids, state.cache.lengths)
-        else:
-            rows = tree_rows(ids, state.cache.lengths, parents, self.depth)
+        rows = self._draft_chain(state, meter) if self.top_k == 1 else self._draft_tree(state, meter)
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
-            index = [len(output) for output in state.outputs]
-            if parents is None:
-                verdict = verify_chain(out.logits, drafts, state.sampler, index, synthetic=self.synthetic)
-            else:
-                verdict = verify_tree(out.logits, ids, parents, state.sampler, index, synthetic=self.synthetic)
+            verdict = self._verify(out.logits, rows, state)
             gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
-            if parents is None:
+            kept, following = (padded[:, : self.depth + 1] for padded in (verdict.kept, verdict.tokens))
+            if rows.causal:
                 state.cache.extend(counts)
             else:
-                state.cache.commit(verdict.kept[:, : self.depth + 1], counts)
-            state.last = verdict.bonus
-            kept, following = (rows[:, : self.depth + 1].clamp(min=0) for rows in (verdict.kept, verdict.tokens))
-            state.taps = _rows([out.hidden[tap] for tap in self.drafter.config.taps], kept)
-            state.following, state.unread, state.unread_sizes = following, verdict.counts, counts
+                state.cache.commit(kept, counts)
+            state.last, state.unread, state.unread_sizes = verdict.bonus, verdict.counts, counts
+            state.taps = _rows([out.hidden[tap] for tap in self.drafter.config.taps], kept.clamp(min=0))
+            state.following = following.clamp(min=0)
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
             drafted=tuple(self.tokens * active for active in state.active),
             accepted=tuple(max(count - 1, 0) for count in counts),
         )
+
+    def _verify(self, logits: Tensor, rows: Rows, state: Eagle3State) -> Verdict:
+        index = [len(output) for output in state.outputs]
+        if rows.causal:
+            return verify_chain(logits, rows.ids[:, 1:], state.sampler, index, synthetic=self.synthetic)
+        return verify_tree(logits, rows.ids, rows.parents, state.sampler, index, synthetic=self.synthetic)
 
     def _prefill_drafter(
         self, prompts: Sequence[Sequence[int]], taps: Sequence[Tensor], cache: DraftCache, meter: Meter
@@ -149,22 +144,22 @@ class Eagle3:
             self._record(meter, mark, count, cache.sizes, count * (count + 1) // 2, wanted=0, fused=True)
             cache.extend([max(0, min(size - begin, count)) for size in sizes])
 
-    def _draft_chain(self, state: Eagle3State, meter: Meter) -> Tensor:
-        """The likeliest token after each: [B, depth]."""
+    def _draft_chain(self, state: Eagle3State, meter: Meter) -> Rows:
+        """The last committed token and `depth` drafts, each the likeliest after the one before it."""
         drafter, cache = self.drafter, state.draft_cache
         mark, contexts = meter.device.mark(), cache.sizes
         features = self._read_committed(state)
-        drafts: list[Tensor] = []
+        chain = [state.last[:, None]]
         for level in range(self.depth):
             if level:
-                features = drafter.expand(drafts[-1], features, cache, level - 1, self._chain_visible[level - 1])
-            drafts.append(drafter.target_ids(drafter.logits(features).argmax(-1)))
+                features = drafter.expand(chain[-1], features, cache, level - 1, self._chain_visible[level - 1])
+            chain.append(drafter.target_ids(drafter.logits(features).argmax(-1)))
             mark = self._record_level(meter, mark, contexts, level)
             contexts = cache.sizes
-        return torch.cat(drafts, 1)
+        return Rows.chain(torch.cat(chain, 1), state.cache.lengths)
 
-    def _draft_tree(self, state: Eagle3State, meter: Meter) -> tuple[Tensor, Tensor]:
-        """The `tokens` likeliest nodes of a beam search: tokens [B, T], parents [B, 1 + T] with the root in row 0."""
+    def _draft_tree(self, state: Eagle3State, meter: Meter) -> Rows:
+        """The last committed token as the root, and below it the `tokens` likeliest nodes of a beam search."""
         drafter, cache, k = self.drafter, state.draft_cache, self.top_k
         mark, contexts = meter.device.mark(), cache.sizes
         features = self._read_committed(state)
@@ -176,6 +171,8 @@ class Eagle3:
         for level in range(self.depth):
             children, log_probs = self._children(features)  # [B, beam, k]
             scores = (beam_scores[..., None] + log_probs).flatten(1)
+            if self.synthetic is not None:
+                scores[:, 0] = 0.0  # what is drawn as accepted is a path of first children: have one of full depth
             ids, parents = children.flatten(1), beam.repeat_interleave(k, 1)
             first = sum(found.shape[1] for found, _, _ in candidates)
             candidates.append((ids, scores, parents))
@@ -188,9 +185,10 @@ class Eagle3:
                 contexts = cache.sizes
                 features = drafter.expand(ids.gather(1, best), inherited, cache, level, visible)
         ids, scores, parents = (torch.cat(parts, 1) for parts in zip(*candidates, strict=True))
-        tree = rerank(ids, scores, parents, self.tokens)
+        drafts, parents = rerank(ids, scores, parents, self.tokens)
+        rows = tree_rows(torch.cat([state.last[:, None], drafts], 1), state.cache.lengths, parents, self.depth)
         self._record_level(meter, mark, contexts, self.depth - 1)
-        return tree
+        return rows
 
     def _read_committed(self, state: Eagle3State) -> Tensor:
         """Read the pairs that the last step left; returns the feature [B, 1, h] of each sequence's last token."""

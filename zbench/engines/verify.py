@@ -45,13 +45,16 @@ def verify_chain(
 ) -> Verdict:
     """logits [B, 1 + k, V] of the last committed token and the drafts [B, k]; index [B] is the output position of
     the first token to be gained. `draft_probs` [B, k, V] is q where the drafts were drawn from it, None where they
-    were chosen outright. With `synthetic`, acceptance is drawn and the bonus is the target's argmax.
+    were chosen outright. With `synthetic`, acceptance is drawn and the bonus is the target's argmax; ValueError
+    if it was made for another number of drafts than k.
     """
     batch, count, _ = logits.shape
     steps = torch.arange(count, device=logits.device)
     first = on_device(index, logits.device)
     if synthetic is not None:
-        accepted = _synthetic_count(synthetic, sampler, first).clamp(max=count - 1)
+        if len(synthetic.chances) != count:
+            raise ValueError(f"{count - 1} drafts, but synthetic acceptance made for {len(synthetic.chances) - 1}")
+        accepted = _synthetic_count(synthetic, sampler, first)
         bonus = _row(logits, accepted).argmax(-1)
     elif draft_probs is not None and not sampler.sampling.greedy:
         accepted, bonus = _reject(logits, drafts, draft_probs, sampler, first)

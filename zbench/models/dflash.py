@@ -83,13 +83,13 @@ def default_taps(layers: int, count: int) -> tuple[int, ...]:
     return tuple(index + 1 for index in ids)
 
 
-def load_drafter(path: str | Path, target: ModelConfig) -> DFlashCheckpoint:
+def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = False) -> DFlashCheckpoint:
     """A drafter for `target` from a folder in the released (z-lab) or the speculators layout.
 
     Raises UserError, one line, where the folder is damaged, the drafter does not fit the target, or it is of a variant
     that this module does not run.
     """
-    stored = read_checkpoint(path)
+    stored = read_checkpoint(path, allow_pickle)
     tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in _REDUNDANT}
     try:
         config = _parse(stored.config, "lm_head.weight" in tensors, target)
@@ -185,7 +185,7 @@ def _parse(config: Mapping[str, Any], own_head: bool, target: ModelConfig) -> DF
     if own_head and (reduced := config.get("draft_vocab_size")):
         body = replace(body, vocab=reduced)
     return DFlashConfig(
-        body=replace(body, windows=None),
+        body=body,
         taps=_taps(config, settings, target, speculators),
         mask_id=_whole(config, settings, "mask_token_id", range(target.vocab)),
         block=_whole(config, settings, "block_size", BLOCK_SIZES),
@@ -196,7 +196,7 @@ def _parse(config: Mapping[str, Any], own_head: bool, target: ModelConfig) -> DF
 def _refuse_variants(config: Mapping[str, Any], inner: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     unknown = [key for key in settings if key not in _DFLASH_KEYS and settings[key]]
     known = [key for key in _VARIANTS if config.get(key) or inner.get(key)]
-    if "sliding_attention" in (inner.get("layer_types") or ()):
+    if "sliding_attention" in (inner.get("layer_types") or ()) or inner.get("use_sliding_window"):
         known.append("sliding_attention")
     if config.get("projector_type", "dflash") != "dflash":
         known.append(f"projector_type {config['projector_type']}")
@@ -330,9 +330,10 @@ class DFlashDrafter:
         body, itemsize, batch = self.config.body, self._body.dtype.itemsize, len(contexts)
         kv = body.layers * 2 * body.kv_heads * body.head_dim
         fusing = body.width * (len(self.config.taps) * body.width + kv) if read else 0
+        norms = body.width + body.layers * body.head_dim if read else 0
         reading = Cost(
             flops=2.0 * batch * read * fusing,
-            weight_bytes=float(itemsize * fusing),
+            weight_bytes=float(itemsize * (fusing + norms)),
             kv_bytes=0.0,
             bytes_written=float(itemsize * batch * read * kv),
         )
@@ -342,7 +343,7 @@ class DFlashDrafter:
         logits, head = batch * (block - 1), body.width * body.vocab
         return Cost(
             flops=reading.flops + layers.flops + 2 * logits * head,
-            weight_bytes=reading.weight_bytes + layers.weight_bytes + itemsize * head,
+            weight_bytes=reading.weight_bytes + layers.weight_bytes + itemsize * (head + body.width),
             kv_bytes=layers.kv_bytes,
             bytes_written=reading.bytes_written + layers.bytes_written + LOGIT_BYTES * logits * body.vocab,
         )

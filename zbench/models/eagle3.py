@@ -207,7 +207,7 @@ def _parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Mod
         raise UserError(f"{layer.width} wide, so it cannot share the target's embedding of {target.width}")
     return Eagle3Config(
         layer=layer,
-        draft_vocab=config.get("draft_vocab_size") or layer.vocab,
+        draft_vocab=_draft_vocab(config, layer.vocab),
         taps=_taps(config, target, speculators),
         target_width=target_width,
         norm_before_residual=bool(config.get("norm_before_residual", False)),
@@ -217,6 +217,15 @@ def _parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Mod
     )
 
 
+def _draft_vocab(config: Mapping[str, Any], vocab: int) -> int:
+    size = config.get("draft_vocab_size")
+    if size is None:
+        return vocab
+    if not isinstance(size, int) or not 1 <= size <= vocab:
+        raise UserError(f"draft_vocab_size must be 1 to {vocab}, not {size!r}")
+    return size
+
+
 def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], speculators: bool) -> None:
     if (family := inner.get("model_type", "llama")) != "llama":
         raise UserError(f"its layer is of type {family!r}; supported: llama")
@@ -224,7 +233,7 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
         raise UserError(f"it has {layers} layers; supported: 1")
     if inner.get("attention_bias"):
         raise UserError("attention_bias is not supported")
-    if config.get("eagle_config", {}).get("use_aux_hidden_state") is False:
+    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
         raise UserError("use_aux_hidden_state false (features of the last layer only) is not supported")
     if "norm_output" in config and not speculators:
         # SpecForge: apply norm before lm_head (always done here). Serving engines: feed norm(h2) back.
@@ -232,8 +241,10 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
 
 
 def _taps(config: Mapping[str, Any], target: ModelConfig, speculators: bool) -> tuple[int, ...]:
-    source = config if speculators else config.get("eagle_config", {})
+    source = config if speculators else config.get("eagle_config") or {}
     ids = source.get("eagle_aux_hidden_state_layer_ids")
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(index, int) for index in ids)):
+        raise UserError(f"eagle_aux_hidden_state_layer_ids must be a list of layer numbers, not {ids!r}")
     # speculators counts layer inputs as we do; the other layouts name the layer whose output is meant.
     taps = default_taps(target.layers) if ids is None else tuple(index + (not speculators) for index in ids)
     if len(set(taps)) != len(taps) or not all(0 <= tap <= target.layers for tap in taps):

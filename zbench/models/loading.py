@@ -67,9 +67,7 @@ def load(
         return _load_folder(folder, folder.resolve().name, f"folder {folder}", chosen)
     if "hub" in given:
         revision = given.get("revision", "main")
-        return _load_folder(
-            _snapshot(given["hub"], revision), given["hub"], f"hub {given['hub']} at {revision}", chosen
-        )
+        return _load_folder(snapshot(given["hub"], revision), given["hub"], f"hub {given['hub']} at {revision}", chosen)
     if "config" in given and given.get("weights", "random") == "random":
         return _random_model(given["config"], given.get("seed", 0), chosen or torch.float32)
     raise UserError(
@@ -205,7 +203,7 @@ def _read_tensors(files: list[Path], config: ModelConfig, dtype: torch.dtype | N
     return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def _snapshot(repository: str, revision: str) -> Path:
+def snapshot(repository: str, revision: str) -> Path:
     """The local folder of a hub model; safetensors, configs and tokenizer at the top level only."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

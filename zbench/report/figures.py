@@ -11,13 +11,13 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from zbench.metrics import PHASES, Cell
-from zbench.report.findings import Point, Results, clusters, interval, main_kind, quantity
+from zbench.metrics import PHASES, Cell, caveats, step_split
+from zbench.report.findings import Point, Results, clusters, interval, main_kind, quantity, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +61,7 @@ class Plot:
     height: Callable[[Results, Sequence[Cell]], float]  # inches
     draw: Callable[[Axes, Theme, Results, Sequence[Cell]], None]
     alt: Callable[[Results, Sequence[Cell]], str]
+    section: Literal["results", "speculation"] = "results"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Drawn:
     title: str
     caption: str
     alt: str
+    section: str
     svg: dict[str, bytes]
     png: dict[str, bytes]
 
@@ -121,7 +123,8 @@ def _drawn(plot: Plot, results: Results, cells: Sequence[Cell], label: str) -> D
     slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
     where = f" at {label}" if label else ""
     name = f"{plot.name}-{slug}" if slug else plot.name
-    return Drawn(name, plot.title, plot.caption, f"{plot.title}{where}: {plot.alt(results, cells)}", svg, png)
+    alt = f"{plot.title}{where}: {plot.alt(results, cells)}"
+    return Drawn(name, plot.title, plot.caption, alt, plot.section, svg, png)
 
 
 def _saved(drawn: Figure, kind: str, **options: Any) -> bytes:
@@ -294,6 +297,22 @@ def _rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
         axes.text(1, row - 0.36, text, transform=axes.get_yaxis_transform(), va="center", ha="right", fontsize=7.5)
 
 
+def _engine_rows(axes: Axes, theme: Theme, cells: Sequence[Cell], values: Sequence[str] = ()) -> None:
+    """One row per engine; what its acceptance is not stands below its row, where no name can push it out."""
+    _rows(axes, [cell.record.label for cell in cells], values)
+    style: dict[str, Any] = {"fontsize": 7, "style": "italic", "color": theme.muted, "va": "center"}
+    for row, cell in enumerate(cells):
+        words = ", ".join(caveats(cell.record))
+        background = {"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85 * bool(words)}
+        axes.text(0, row + 0.36, words, transform=axes.get_yaxis_transform(), bbox=background, **style)
+
+
+def _legend_name(cell: Cell) -> str:
+    """As `title`, shortened in the engine's label only."""
+    label = cell.record.label
+    return f"{_shortened(label, 30)}{title(cell).removeprefix(label)}"
+
+
 def _shortened(text: str, most: int = 38) -> str:
     """A row is this many characters wide, less what stands at its end."""
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -301,6 +320,12 @@ def _shortened(text: str, most: int = 38) -> str:
 
 def _row_height(rows: int, legend_lines: int = 0) -> float:
     return 0.55 + 0.5 * rows + 0.2 * legend_lines
+
+
+def _engine_row_height(cells: Sequence[Cell], legend_lines: int = 0) -> float:
+    """Taller where something stands below a row."""
+    taller = 0.14 * len(cells) if any(caveats(cell.record) for cell in cells) else 0.0
+    return _row_height(len(cells), legend_lines) + taller
 
 
 def _with_steps(cells: Sequence[Cell]) -> list[Cell]:
@@ -320,7 +345,7 @@ def _step_times(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
         low, middle, high = np.quantile(t, [0.25, 0.5, 0.75])
         axes.plot([low, high], [row + 0.17] * 2, color=colour, lw=4, solid_capstyle="butt")
         axes.plot(middle, row + 0.17, "|", ms=9, mew=1.6, color=theme.ink)
-    _rows(axes, [c.record.label for c in shown], [_spread_words(t) for t in times])
+    _engine_rows(axes, theme, shown, [_spread_words(t) for t in times])
     axes.set(xlim=(0, edge), xlabel="milliseconds per decode step")
 
 
@@ -352,7 +377,7 @@ def _phases(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -
         axes.barh(
             range(len(shown)), widths, 0.36, starts, label=phase, color=colour, hatch=hatch, ec=theme.paper, lw=0.5
         )
-    _rows(axes, [c.record.label for c in shown], [quantity(sum(m.values()), "s") for m in means])
+    _engine_rows(axes, theme, shown, [quantity(sum(m.values()), "s") for m in means])
     axes.set(xlabel="milliseconds per trial, mean")
     _legend_below(axes, len(names))
 
@@ -367,8 +392,21 @@ def _legend_below(axes: Axes, entries: int) -> None:
     axes.figure.legend(loc="outside lower center", ncol=min(4, entries), handlelength=1.6, columnspacing=1.2)
 
 
+def _legend_of_engines(axes: Axes, cells: Sequence[Cell]) -> None:
+    """Two to a line, or one where names are long with what their acceptance is not."""
+    _legend_below(axes, min(_legend_columns(cells), len(cells)))
+
+
+def _legend_columns(cells: Sequence[Cell]) -> int:
+    return 1 if any(caveats(cell.record) for cell in cells) else 2
+
+
+def _legend_lines(cells: Sequence[Cell]) -> int:
+    return -(-len(cells) // _legend_columns(cells))
+
+
 def _phases_height(results: Results, cells: Sequence[Cell]) -> float:
-    return _row_height(sum(bool(cell.trials) for cell in cells), legend_lines=2)
+    return _engine_row_height([cell for cell in cells if cell.trials], legend_lines=2)
 
 
 def _phases_alt(results: Results, cells: Sequence[Cell]) -> str:
@@ -379,7 +417,7 @@ def _phase_words(results: Results, cell: Cell) -> str:
     means = _phase_means(results, cell)
     total = sum(means.values())
     shares = ", ".join(f"{phase} {quantity(seconds / total, '1')}" for phase, seconds in means.items())
-    return f"{cell.record.label} {quantity(total, 's')}: {shares}"
+    return f"{title(cell)} {quantity(total, 's')}: {shares}"
 
 
 def _compared(results: Results, cells: Sequence[Cell]) -> list[Cell]:
@@ -410,13 +448,13 @@ def _speedups(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
             axes.axvspan(row.low, row.high, color=colour, alpha=0.18, lw=0)
         axes.axvline(float(row.value or 1), color=colour, lw=0.9)
         heights = [categories.index(category) + lane for category in ratios["category"]]
-        axes.plot(ratios["speedup"], heights, marker, ms=5, color=colour, alpha=0.8, mew=0, label=cell.record.label)
+        axes.plot(ratios["speedup"], heights, marker, ms=5, color=colour, alpha=0.8, mew=0, label=_legend_name(cell))
     axes.axvline(1, color=theme.ink, lw=1.2, ls=(0, (4, 3)))
     _rows(axes, categories)
     axes.margins(x=0.08)
     axes.set(xscale="log", xlabel=f"times as fast as {shown[0].baseline.record.label}")  # type: ignore[union-attr]
     _plain_log_ticks(axes)
-    _legend_below(axes, min(2, len(shown)))
+    _legend_of_engines(axes, shown)
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -437,7 +475,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 def _speedups_height(results: Results, cells: Sequence[Cell]) -> float:
     shown = _compared(results, cells)
-    return _row_height(len(_categories(shown)), legend_lines=1 + len(shown) // 2)
+    return _row_height(len(_categories(shown)), legend_lines=_legend_lines(shown))
 
 
 def _speedups_alt(results: Results, cells: Sequence[Cell]) -> str:
@@ -448,7 +486,7 @@ def _speedup_words(results: Results, cell: Cell) -> str:
     row, ratios = results.row(cell, "speedup"), _ratios(cell)["speedup"]
     around = f" ({interval(row)})" if interval(row) else f" ({clusters(cell, row.n)}, too few for an interval)"
     return (
-        f"{cell.record.label} {quantity(float(row.value or 0), 'ratio')}{around}, "
+        f"{title(cell)} {quantity(float(row.value or 0), 'ratio')}{around}, "
         f"single prompts from {ratios.min():.2f}× to {ratios.max():.2f}×"
     )
 
@@ -465,25 +503,168 @@ def _speeds(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -
             at = height + lanes[results.engines.index(cell.record.label)]
             if row.low is not None and row.high is not None:
                 axes.plot([row.low, row.high], [at, at], color=colour, lw=1.4)
-            label = None if cell.record.label in named else cell.record.label
+            label = None if cell.record.label in named else _legend_name(cell)
             axes.plot(row.value, at, marker, ms=5.5, color=colour, mew=0, label=label)
             named.add(cell.record.label)
     _rows(axes, [point.label for point in results.points])
     axes.set(xlabel="tokens per second and sequence, decode")
     axes.set_xlim(left=0)
-    _legend_below(axes, min(2, len(named)))
+    _legend_of_engines(axes, _one_of_each(cells))
+
+
+def _one_of_each(cells: Sequence[Cell]) -> list[Cell]:
+    return list({cell.record.label: cell for cell in cells}.values())
 
 
 def _speeds_height(results: Results, cells: Sequence[Cell]) -> float:
-    return _row_height(len(results.points), legend_lines=1 + len(results.engines) // 2)
+    return _row_height(len(results.points), legend_lines=_legend_lines(_one_of_each(cells)))
 
 
 def _speeds_alt(results: Results, cells: Sequence[Cell]) -> str:
     rows = [(point, cell, results.row(cell, "decode_tps")) for point in results.points for cell in point.cells]
-    said = [
-        f"{p.label}: {c.record.label} {quantity(r.value, r.unit)}" for p, c, r in rows if isinstance(r.value, float)
-    ]
+    said = [f"{p.label}: {title(c)} {quantity(r.value, r.unit)}" for p, c, r in rows if isinstance(r.value, float)]
     return "; ".join(said) + "."
+
+
+# Speculation ---------------------------------------------------------------------------------------------------------
+
+
+def _drafting(results: Results, cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if results.value(cell, "acceptance_length", "micro") is not None]
+
+
+def _paying(results: Results, cells: Sequence[Cell]) -> list[Cell]:
+    """The drafting engines whose step can be compared with the baseline's."""
+    return [c for c in _drafting(results, cells) if results.value(c, "break_even_acceptance") is not None]
+
+
+def _parts(results: Results, cell: Cell, metric: str) -> dict[int, float]:
+    """Value by position or count."""
+    found = {i: results.value(cell, metric, str(i)) for i in range(cell.depth + 1)}
+    return {i: value for i, value in found.items() if value is not None}
+
+
+def _curves(metric: str) -> Callable[[Axes, Theme, Results, Sequence[Cell]], None]:
+    def draw(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        shown = _drafting(results, cells)
+        for cell in shown:
+            colour, marker = _series(results, cell, theme)
+            parts = _parts(results, cell, metric)
+            axes.plot(list(parts), list(parts.values()), f"{marker}-", ms=5, lw=1.4, color=colour, mew=0,
+                      label=_legend_name(cell))  # fmt: skip
+        axes.set(ylim=(-0.03, 1.06), xlabel="draft position", ylabel="verify steps that accept it")
+        axes.set_xlim(0.6, max(cell.depth for cell in shown) + 0.4)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _legend_of_engines(axes, shown)
+
+    return draw
+
+
+def _curves_alt(metric: str) -> Callable[[Results, Sequence[Cell]], str]:
+    def words(results: Results, cells: Sequence[Cell]) -> str:
+        shown = _drafting(results, cells)
+        said = [(cell, [quantity(p, "1") for p in _parts(results, cell, metric).values()]) for cell in shown]
+        return "; ".join(f"{title(cell)} {', '.join(parts)}" for cell, parts in said) + "."
+
+    return words
+
+
+def _curves_height(results: Results, cells: Sequence[Cell]) -> float:
+    return 2.6 + 0.2 * _legend_lines(_drafting(results, cells))
+
+
+def _histograms(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    shown = _drafting(results, cells)
+    for row, cell in enumerate(shown):
+        colour, _ = _series(results, cell, theme)
+        counts = _parts(results, cell, "acceptance_histogram")
+        most = max(counts.values())
+        axes.plot([-0.5, max(counts) + 0.5], [row + 0.3] * 2, color=theme.muted, lw=0.6)
+        axes.bar(list(counts), [-0.5 * count / most for count in counts.values()], 0.8, row + 0.3, color=colour)
+    _engine_rows(axes, theme, shown, [f"{_steps_of(results, cell):,.0f} steps" for cell in shown])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="drafts accepted in a step, bonus token excluded")
+
+
+def _steps_of(results: Results, cell: Cell) -> float:
+    return sum(_parts(results, cell, "acceptance_histogram").values())
+
+
+def _histograms_alt(results: Results, cells: Sequence[Cell]) -> str:
+    said = [(cell, _parts(results, cell, "acceptance_histogram")) for cell in _drafting(results, cells)]
+    return "; ".join(f"{title(c)} " + ", ".join(f"{i}: {n:.0f}" for i, n in counts.items()) for c, counts in said) + "."
+
+
+def _step_means(cell: Cell) -> dict[str, float]:
+    """Mean milliseconds of a decode step by part."""
+    return {str(part): float(seconds) * 1e3 for part, seconds in step_split(cell).mean().items()}
+
+
+def _beside_baseline(results: Results, cells: Sequence[Cell]) -> list[Cell]:
+    shown = _paying(results, cells)
+    return [*(cell for cell in cells if cell.record.baseline), *shown]
+
+
+def _step_parts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    shown = _beside_baseline(results, cells)
+    means = [_step_means(cell) for cell in shown]
+    parts = [part for part in (*PHASES, "switching") if any(part in m for m in means)]
+    for index, part in enumerate(parts):
+        starts = [sum(m.get(before, 0.0) for before in parts[:index]) for m in means]
+        colour, hatch = _phase_style(theme, "host gap" if part == "switching" else part)
+        label = "accept + commit + host gap" if part == "switching" else part
+        axes.barh(
+            range(len(shown)), [m.get(part, 0.0) for m in means], 0.36, starts, label=label, color=colour, hatch=hatch,
+            ec=theme.paper, lw=0.5,
+        )  # fmt: skip
+    _engine_rows(axes, theme, shown, [_break_even_words(results, cell) for cell in shown])
+    axes.set(xlabel="milliseconds per decode step, mean")
+    _legend_below(axes, len(parts))
+
+
+def _break_even_words(results: Results, cell: Cell) -> str:
+    needed = results.value(cell, "break_even_acceptance")
+    return "" if needed is None else f"breaks even at {needed:.2f} tokens"
+
+
+def _step_parts_alt(results: Results, cells: Sequence[Cell]) -> str:
+    said = []
+    for cell in _beside_baseline(results, cells):
+        parts = ", ".join(f"{part} {quantity(ms / 1e3, 's')}" for part, ms in _step_means(cell).items())
+        said.append(f"{title(cell)}: " + ", ".join(filter(None, (parts, _break_even_words(results, cell)))))
+    return "; ".join(said) + "."
+
+
+def _tokens_per_forward(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    shown = _paying(results, cells)
+    pairs = [_forward_pair(results, cell) for cell in shown]
+    for row, (cell, (plain, weighted)) in enumerate(zip(shown, pairs, strict=True)):
+        colour, _ = _series(results, cell, theme)
+        axes.plot([weighted, plain], [row + 0.05] * 2, color=colour, lw=1.4)
+        axes.plot(plain, row + 0.05, "o", ms=7, color=colour, mew=1.4)
+        axes.plot(weighted, row + 0.05, "o", ms=7, color=colour, mfc=theme.paper, mew=1.4)
+    axes.plot([], [], "o", ms=6, color=theme.muted, mfc=theme.paper, label="per weighted forward")
+    axes.plot([], [], "o", ms=6, color=theme.muted, label="per forward of the target")
+    axes.axvline(1, color=theme.ink, lw=1.2, ls=(0, (4, 3)))
+    _engine_rows(axes, theme, shown, [f"{weighted:.2f} of {plain:.2f}" for plain, weighted in pairs])
+    axes.set(xlabel="tokens")
+    axes.set_xlim(0, max(1.0, *(max(pair) for pair in pairs)) * 1.08)
+    _legend_below(axes, 2)
+
+
+def _forward_pair(results: Results, cell: Cell) -> tuple[float, float]:
+    plain, weighted = (results.value(cell, name) for name in ("tokens_per_forward", "tokens_per_weighted_forward"))
+    return plain or np.nan, weighted or np.nan
+
+
+def _tokens_per_forward_alt(results: Results, cells: Sequence[Cell]) -> str:
+    said = [(title(cell), *_forward_pair(results, cell)) for cell in _paying(results, cells)]
+    return "; ".join(f"{name} {plain:.2f}, weighted {weighted:.2f}" for name, plain, weighted in said) + "."
 
 
 PLOTS = (
@@ -500,7 +681,7 @@ PLOTS = (
         "Each tick is one percent of the steps, the bar the middle half, the mark across it the median. "
         "Steps of different engines commit different numbers of tokens.",
         lambda results, cells: bool(_with_steps(cells)),
-        lambda results, cells: _row_height(len(_with_steps(cells))), _step_times, _step_times_alt,
+        lambda results, cells: _engine_row_height(_with_steps(cells)), _step_times, _step_times_alt,
     ),
     Plot(
         "phases", "Where the time goes",
@@ -513,6 +694,41 @@ PLOTS = (
         "One mark per prompt: the baseline’s seconds per token over the engine’s, for the same prompt. "
         "Line and band: geometric mean and 95% interval. Right of the dashed line is faster.",
         lambda results, cells: bool(_compared(results, cells)), _speedups_height, _speedups, _speedups_alt,
+    ),
+    Plot(
+        "split", "What a step is made of",
+        "Mean of decode steps. An engine breaks even at as many tokens per step as its median step takes times the "
+        "baseline’s. Switching between two models costs what accept, commit and the host gap take.",
+        lambda results, cells: bool(_paying(results, cells)),
+        lambda results, cells: _engine_row_height(_beside_baseline(results, cells), legend_lines=1),
+        _step_parts, _step_parts_alt, "speculation",
+    ),
+    Plot(
+        "forwards", "Tokens per forward, and what they cost",
+        "Filled: tokens per forward of the target. Open: the same, with every forward, the drafter’s too, weighted by "
+        "its bytes over those of an autoregressive forward there. Left of the dashed line more is read than gained.",
+        lambda results, cells: bool(_paying(results, cells)),
+        lambda results, cells: _engine_row_height(_paying(results, cells), legend_lines=1),
+        _tokens_per_forward, _tokens_per_forward_alt, "speculation",
+    ),
+    Plot(
+        "acceptance", "How far drafts are accepted",
+        "Share of all verify steps that accept the draft at this position; in a tree, at this depth.",
+        lambda results, cells: bool(_drafting(results, cells)),
+        _curves_height, _curves("acceptance_at"), _curves_alt("acceptance_at"), "speculation",
+    ),
+    Plot(
+        "conditional", "How good each draft is",
+        "The same among the steps that accepted the draft before. A position that no step reached has no mark.",
+        lambda results, cells: bool(_drafting(results, cells)),
+        _curves_height, _curves("conditional_at"), _curves_alt("conditional_at"), "speculation",
+    ),
+    Plot(
+        "histogram", "Drafts accepted per step",
+        "Verify steps by the number of drafts that they accepted; each engine’s highest bar has the same height.",
+        lambda results, cells: bool(_drafting(results, cells)),
+        lambda results, cells: 0.55 + 0.85 * len(_drafting(results, cells)),
+        _histograms, _histograms_alt, "speculation",
     ),
 )  # fmt: skip
 

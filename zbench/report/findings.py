@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from zbench.metrics import Cell, MetricRow, Run, summarise
+from zbench.metrics import RANDOM_DRAFTER, SYNTHETIC, Cell, MetricRow, Run, caveats, summarise
 from zbench.records import CellRecord
 from zbench.stats import FEW
 
@@ -101,9 +101,9 @@ def warnings(results: Results) -> list[str]:
         found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
-    found += [
-        _disagreement(cell, results) for cell in run.cells if (results.value(cell, "agreement", "prompts") or 1) < 1
-    ]
+    found += [sentence for cell in run.cells if (sentence := _other_tokens(cell, results))]
+    found += _untrained(run)
+    found += [speculation(cell, results) for cell in run.cells if net_negative(cell, results)]
     labels = {cell.record.id: name(cell) for cell in run.cells}
     wrong = (row for row in results.rows if row.status == "error" and row.metric != "failed_trials")
     found += [f"{labels[row.cell]}{_of_part(row)}: {row.note}." for row in wrong]
@@ -116,6 +116,40 @@ def name(cell: Cell) -> str:
     """The engine's label, with its point of the matrix where there is one."""
     label = point_label(cell.record)
     return f"{cell.record.label} ({label})" if label else cell.record.label
+
+
+def title(cell: Cell) -> str:
+    """The engine's label, with what its acceptance is not: "eagle3 with synthetic acceptance"."""
+    known = caveats(cell.record)
+    words = SYNTHETIC if SYNTHETIC in known else f"a {RANDOM_DRAFTER}"
+    return f"{cell.record.label} with {words}" if known else cell.record.label
+
+
+def net_negative(cell: Cell, results: Results) -> bool:
+    """Whether a step surely gains less than it costs."""
+    return results.row(cell, "break_even_acceptance").note.startswith("net-negative")
+
+
+def speculation(cell: Cell, results: Results) -> str:
+    """What a step gains, what it must gain to pay, and what that makes of the speed; "" where nothing is drafted."""
+    gained = results.value(cell, "acceptance_length", "micro")
+    needed = results.value(cell, "break_even_acceptance")
+    if gained is None:
+        return ""
+    if needed is None:
+        reason = results.row(cell, "break_even_acceptance").note.removeprefix("unavailable: ")
+        return f"{title(cell)} gains {gained:.2f} tokens per step; whether that pays is not known: {reason}."
+    if net_negative(cell, results):
+        return (
+            f"{title(cell)} is net-negative{_at(cell)}: it gains {gained:.2f} tokens per step and needs {needed:.2f} "
+            "to break even."
+        )
+    sentence = f"{title(cell)} gains {gained:.2f} tokens per step and breaks even at {needed:.2f}"
+    row = results.row(cell, "speedup")
+    if not isinstance(row.value, float) or cell.baseline is None:
+        return f"{sentence}."
+    around = f" ({interval(row)})" if interval(row) else ""
+    return f"{sentence}: {quantity(row.value, row.unit)} as fast as {cell.baseline.record.label}{around}."
 
 
 def clusters(cell: Cell, n: int) -> str:
@@ -160,7 +194,7 @@ def _speed(results: Results, cell: Cell) -> str:
     row = results.row(cell, "decode_tps")
     evidence = f"95% interval {interval(row)}, {clusters(cell, row.n)}" if interval(row) else _no_interval(cell, row)
     speed = quantity(float(row.value or 0), row.unit)
-    return f"{cell.record.label} decodes {speed} per sequence ({evidence})."
+    return f"{title(cell)} decodes {speed} per sequence ({evidence})."
 
 
 def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]:
@@ -170,20 +204,20 @@ def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]
         row = results.row(cell, "speedup")
         value, low, high = float(row.value or 0), row.low, row.high
         if low is not None and high is not None and low <= 1 <= high:
-            alike.append(f"{cell.record.label} ({value:.2f}×, {low:.2f}–{high:.2f})")
+            alike.append(f"{title(cell)} ({value:.2f}×, {low:.2f}–{high:.2f})")
         elif value < 1:
             around = f"{1 / high:.2f}–{1 / low:.2f}" if low and high else _no_interval(cell, row)
-            slower.append(f"{1 / value:.2f}× {cell.record.label} ({around})")
+            slower.append(f"{1 / value:.2f}× {title(cell)} ({around})")
         else:
             around = f"{low:.2f}–{high:.2f}" if low and high else _no_interval(cell, row)
-            faster.append(f"{cell.record.label} is {value:.2f}× as fast ({around})")
+            faster.append(f"{title(cell)} is {value:.2f}× as fast ({around})")
     sentences = []
     if slower:
         sentences.append(f"That is {_listed(slower)}, paired by prompt.")
     if faster:
         sentences.append(f"{_listed(faster)}, paired by prompt.")
     if alike:
-        sentences.append(f"No difference from {first.record.label} is shown for {_listed(alike)}.")
+        sentences.append(f"No difference from {title(first)} is shown for {_listed(alike)}.")
     return sentences
 
 
@@ -219,14 +253,48 @@ def _too_few(results: Results) -> list[str]:
     ]
 
 
-def _disagreement(cell: Cell, results: Results) -> str:
-    row = results.row(cell, "agreement", "prompts")
+def _other_tokens(cell: Cell, results: Results) -> str:
+    """Tokens that are not the target's; or, where the target was not asked or agrees, not the baseline's."""
+    own, same = results.row(cell, "lossless"), results.row(cell, "agreement", "prompts")
+    if isinstance(own.value, float) and own.value < 1:
+        return (
+            f"The target itself picks every token of {name(cell)} on {quantity(own.value, '1')} of the prompts only; "
+            f"{_reason(own)}."
+        )
+    if not isinstance(same.value, float) or same.value == 1:
+        return ""
     theirs = cell.baseline.record.label if cell.baseline else "the baseline"
-    reason = f" ({why})" if (why := row.note.split("; ")[-1]) and not why.startswith("too few") else ""
+    reason = f" ({why})" if (why := _reason(same)) else ""
     return (
-        f"{name(cell)} emitted the same tokens as {theirs} on "
-        f"{quantity(float(row.value or 0), '1')} of the prompts only{reason}."
+        f"{name(cell)} emitted the same tokens as {theirs} on {quantity(same.value, '1')} of the prompts only{reason}."
     )
+
+
+def _reason(row: MetricRow) -> str:
+    """The note without the number of prompts, which is said once for all."""
+    return "; ".join(part for part in row.note.split("; ") if part and not part.startswith("too few"))
+
+
+def _untrained(run: Run) -> list[str]:
+    """One sentence each on acceptance that was drawn, and on drafters with random weights."""
+    having = {
+        caveat: list(dict.fromkeys(c.record.label for c in run.cells if caveat in caveats(c.record)))
+        for caveat in (SYNTHETIC, RANDOM_DRAFTER)
+    }
+    found = []
+    if drawn := having[SYNTHETIC]:
+        found.append(
+            f"Synthetic acceptance in {_listed(drawn)}: the cost of a step is measured, but how many drafts it accepts "
+            "is drawn as the scenario says, so every speed here is that of a drafter that would accept as many."
+        )
+    if random := having[RANDOM_DRAFTER]:
+        found.append(f"Random drafter in {_listed(random)}: its cost is real, its drafts are noise.")
+    return found
+
+
+def _at(cell: Cell) -> str:
+    label = point_label(cell.record)
+    return f" at {label}" if label else " here"
 
 
 def _of_part(row: MetricRow) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, definitions_hash
+from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, caveats, definitions_hash
 from zbench.report.figures import Drawn
-from zbench.report.findings import Point, Results, answers, interval, main_kind, quantity, warnings
+from zbench.report.findings import Point, Results, answers, interval, main_kind, quantity, speculation, warnings
 
 # (heading, metric, part); part "main" is the kind of forward that takes most of decode.
 ENGINE_COLUMNS = (
@@ -21,7 +21,7 @@ ENGINE_COLUMNS = (
     ("Per token", "tpot", ""),
     ("First token", "ttft", ""),
     ("Tokens per forward", "tokens_per_forward", ""),
-    ("Acceptance length", "acceptance_length", ""),
+    ("Acceptance length", "acceptance_length", "micro"),
     ("Speedup", "speedup", ""),
     ("Of bandwidth roof", "mbu", "main"),
     ("Of compute roof", "mfu", "main"),
@@ -41,6 +41,15 @@ FORWARD_COLUMNS = (
     ("Of spec", "mfu_spec"),
     ("Bound by", "bound"),
 )
+SPECULATION_COLUMNS = (
+    ("Acceptance length", "acceptance_length", "micro"),
+    ("Mean of requests", "acceptance_length", "macro"),
+    ("Breaks even at", "break_even_acceptance", ""),
+    ("Tokens per forward", "tokens_per_forward", ""),
+    ("Per weighted forward", "tokens_per_weighted_forward", ""),
+    ("Switching per step", "switching_seconds", ""),
+)
+CATEGORY_COLUMNS = (("Acceptance length", "category_acceptance_length"), ("Speedup", "category_speedup"))
 IN_HEADING = (" tokens/s", " tokens", "/token", " FLOP/B")  # units that the headings say already
 # Shown in every row or nowhere, as they exist for some engines and devices only.
 OPTIONAL = {"acceptance_length", "mbu_spec", "mfu_spec"}
@@ -58,9 +67,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One row of a table. `caveat` and `failure` stand below its name, for the whole row."""
+
+    name: str
+    entries: list[Entry]
+    caveat: str = ""
+    failure: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     headings: list[str]
-    rows: list[tuple[str, str, list[Entry]]]  # (name, what is wrong with the whole row, entries)
+    rows: list[Line]
     notes: list[tuple[str, str]]  # (mark, text)
 
 
@@ -99,7 +118,11 @@ def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Draw
                 "label": point.label,
                 "engines": _engine_table(results, point),
                 "forwards": _forward_table(results, point),
-                "figures": [_image(figure) for figure in mine],
+                "figures": [_image(figure) for figure in mine if figure.section == "results"],
+                "speculation_table": _speculation_table(results, point),
+                "speculation": [sentence for cell in point.cells if (sentence := speculation(cell, results))],
+                "speculation_figures": [_image(figure) for figure in mine if figure.section == "speculation"],
+                "categories": _category_table(results, point),
             }
             for point, mine in zip(results.points, figures, strict=True)
         ],
@@ -162,15 +185,24 @@ def _lookup(nested: Mapping[str, Any], *keys: str) -> str:
 
 def _engine_table(results: Results, point: Point) -> Table:
     columns = [c for c in ENGINE_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
+    return _by_engine(results, point.cells, columns)
+
+
+def _speculation_table(results: Results, point: Point) -> Table:
+    return _by_engine(results, [cell for cell in point.cells if not cell.verifies.empty], SPECULATION_COLUMNS)
+
+
+def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[str, str, str]]) -> Table:
+    """One row per engine; `columns` as in ENGINE_COLUMNS."""
     notes = _Notes()
     rows = []
-    for cell in point.cells:
+    for cell in cells:
         kind = main_kind(cell)
         entries = [
             _entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
             for heading, metric, part in (columns if cell.trials else ())
         ]
-        rows.append((cell.record.label, _failure(results, cell), entries))
+        rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
     return Table([heading for heading, *_ in columns], rows, notes.listed())
 
 
@@ -179,11 +211,27 @@ def _forward_table(results: Results, point: Point) -> Table | None:
     columns = [c for c in FORWARD_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
     notes = _Notes()
     rows = [
-        (f"{cell.record.label}: {kind}", "", [_entry(h, results.row(cell, m, kind), notes) for h, m in columns])
+        Line(f"{cell.record.label}: {kind}", [_entry(h, results.row(cell, m, kind), notes) for h, m in columns])
         for cell in point.cells
         for kind in cell.forwards["kind"].unique()
     ]
     return Table([heading for heading, _ in columns], rows, notes.listed()) if rows else None
+
+
+def _category_table(results: Results, point: Point) -> Table | None:
+    """One row per drafting engine and category; None where prompts are of one category."""
+    notes = _Notes()
+    rows = [
+        Line(
+            f"{cell.record.label}: {category}",
+            [_entry(heading, results.row(cell, metric, category), notes) for heading, metric in CATEGORY_COLUMNS],
+            ", ".join(caveats(cell.record)),
+        )
+        for cell in point.cells
+        for category in sorted(cell.verifies["category"].unique())
+        if results.value(cell, "category_acceptance_length", category) is not None
+    ]
+    return Table([heading for heading, _ in CATEGORY_COLUMNS], rows, notes.listed()) if rows else None
 
 
 def _known(results: Results, cells: Sequence[Cell], metric: str) -> bool:
