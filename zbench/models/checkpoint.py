@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,6 +41,27 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     files = pickles or loading.weight_files(folder)
     tensors = _read_pickles(files) if pickles else _read_safetensors(files)
     return Checkpoint(folder, config, tensors, loading.weights_hash(files))
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], target_vocab: int) -> None:
+    """Raises UserError unless the tensors are those of `shapes`, no more, and a reduced vocabulary maps into the
+    target's."""
+    if missing := [name for name in shapes if name not in tensors]:
+        raise UserError(f"lacks {loading.some(missing)}")
+    if unknown := sorted(set(tensors) - set(shapes)):
+        raise UserError(f"has tensors of a variant that is not supported: {loading.some(unknown)}")
+    for name, shape in shapes.items():
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise UserError(f"{name} has shape {found}, but its config and the target say {shape}")
+    if "d2t" in tensors:
+        ids = target_ids(tensors["d2t"])
+        if int(ids.min()) < 0 or int(ids.max()) >= target_vocab or len(ids.unique()) != len(ids):
+            raise UserError("d2t does not map its tokens to different tokens of the target; it must hold offsets")
+
+
+def target_ids(d2t: Tensor) -> Tensor:
+    """[draft vocabulary] the target's id of each draft token; `d2t` holds offsets: i + d2t[i] (EAGLE-3's layout)."""
+    return torch.arange(len(d2t), device=d2t.device) + d2t
 
 
 def _read_safetensors(files: list[Path]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from zbench.kernels import cpu
 from zbench.models import config as model_config
 from zbench.models import loading
 from zbench.models.cache import Cache
-from zbench.models.checkpoint import read_checkpoint
+from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import LOGIT_BYTES, Cost
 from zbench.models.projection import Projection
@@ -229,21 +229,7 @@ def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: 
     shapes = tensor_shapes(config)
     if config.own_head and config.body.vocab < target.vocab:
         shapes["d2t"] = (config.body.vocab,)
-    if missing := [name for name in shapes if name not in tensors]:
-        raise UserError(f"lacks {loading.some(missing)}")
-    if unknown := sorted(set(tensors) - set(shapes)):
-        raise UserError(f"has tensors of a variant that is not supported: {loading.some(unknown)}")
-    for name, shape in shapes.items():
-        if (found := tuple(tensors[name].shape)) != shape:
-            raise UserError(f"{name} has shape {found}, but its config and the target say {shape}")
-    if "d2t" in tensors:
-        ids = _target_ids(tensors["d2t"])
-        if int(ids.min()) < 0 or int(ids.max()) >= target.vocab or len(ids.unique()) != len(ids):
-            raise UserError("d2t does not map its tokens to different tokens of the target; it must hold offsets")
-
-
-def _target_ids(d2t: Tensor) -> Tensor:
-    return torch.arange(len(d2t), device=d2t.device) + d2t
+    check_tensors(tensors, shapes, target.vocab)
 
 
 class DFlashDrafter:
@@ -280,7 +266,7 @@ class DFlashDrafter:
         self._hidden_norm, self._norm = weights["hidden_norm.weight"].float(), weights["norm.weight"].float()
         self._inv_freq = inverse_frequencies(body).to(self.device)
         self._head = Projection(weights["lm_head.weight"]) if config.own_head else target.head
-        self._ids = _target_ids(weights["d2t"]) if "d2t" in weights else None
+        self._ids = target_ids(weights["d2t"]) if "d2t" in weights else None
         self.kernels = {"drafter": self._body.kernels["forward"]}
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

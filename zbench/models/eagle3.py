@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zbench.errors import UserError
-from zbench.models import loading
-from zbench.models.checkpoint import read_checkpoint
+from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import LOGIT_BYTES, Cost
 from zbench.models.projection import Projection
@@ -256,21 +255,7 @@ def _check_tensors(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> None:
     shapes = tensor_shapes(config)
     if "embed_tokens.weight" in tensors:
         shapes["embed_tokens.weight"] = (config.layer.vocab, config.layer.width)
-    if missing := [name for name in shapes if name not in tensors]:
-        raise UserError(f"lacks {loading.some(missing)}")
-    if unknown := sorted(set(tensors) - set(shapes)):
-        raise UserError(f"has tensors of a variant that is not supported: {loading.some(unknown)}")
-    for name, shape in shapes.items():
-        if (found := tuple(tensors[name].shape)) != shape:
-            raise UserError(f"{name} has shape {found}, but its config and the target say {shape}")
-    if "d2t" in tensors:
-        ids = _target_ids(tensors["d2t"])
-        if int(ids.min()) < 0 or int(ids.max()) >= config.layer.vocab or len(ids.unique()) != len(ids):
-            raise UserError("d2t does not map its tokens to different tokens of the target; it must hold offsets")
-
-
-def _target_ids(d2t: Tensor) -> Tensor:
-    return torch.arange(len(d2t), device=d2t.device) + d2t
+    check_tensors(tensors, shapes, config.layer.vocab)
 
 
 class DraftCache:
@@ -333,7 +318,7 @@ class Eagle3Drafter:
             for name, weight in weights.items()
             if weight.dim() == 1 and name != "d2t"
         }
-        self._target_ids = _target_ids(weights["d2t"]) if "d2t" in weights else None
+        self._target_ids = target_ids(weights["d2t"]) if "d2t" in weights else None
         self.inv_freq = inverse_frequencies(config.layer).to(self.device)
         self.kernels = {"drafter": "native" if self._fc.native else "torch"}
 
