@@ -64,7 +64,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
     else:
         checkpoint = eagle3.load_drafter(_drafter_folder(chosen), target.config, shared.allow_pickle)
     drawn = options["synthetic"]
-    return Eagle3(
+    engine = Eagle3(
         target,
         eagle3.Eagle3Drafter(checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device),
         options["depth"],
@@ -72,6 +72,8 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
         options["tokens"],
         synthetic.parse(drawn, options["depth"]) if drawn else None,
     )
+    engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
+    return engine
 
 
 def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
@@ -87,13 +89,15 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
         checkpoint = dflash.load_drafter(_drafter_folder(chosen), target.config, shared.allow_pickle)
     block = options["block"] or checkpoint.config.block
     drawn = options["synthetic"]
-    return DFlash(
+    engine = DFlash(
         target,
         dflash.DFlashDrafter(checkpoint.config, checkpoint.tensors, target),
         block,
         options["draft_sampling"],
         synthetic.parse(drawn, block - 1) if drawn else None,
     )
+    engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
+    return engine
 
 
 def _drafter_folder(chosen: dict[str, Any]) -> Path:
