@@ -135,6 +135,11 @@ def test_a_single_token_has_no_time_per_token(measure: Any) -> None:
     assert row.note == "unavailable: no request emitted a second token"
 
 
+def test_a_prefill_alone_has_no_decode_step_to_split(measure: Any) -> None:
+    alone = trial(requests=(request(ids=(7,), end=1.0),), steps=(StepRecord(1.0, 0, 0, (1,)),), forwards=(forward(0),))
+    assert measure([alone])["ar", "switching_seconds", ""].value is None
+
+
 def test_failed_trials_are_counted_and_left_out_of_everything_else(measure: Any) -> None:
     broken = trial(group=1, status="error", error="out of memory\nTraceback", requests=(), steps=(), forwards=())
     rows = measure([trial(), broken])
@@ -170,13 +175,155 @@ def test_a_drafting_engine_is_charged_for_its_drafter(measure: Any) -> None:
     assert rows["spec", "tokens_per_forward", ""].value == 4 / 2
     # Two verifies of 200 bytes and two drafts of 50, against 200 bytes of an autoregressive forward.
     assert rows["spec", "tokens_per_weighted_forward", ""].value == pytest.approx(4 / 2.5)
-    assert rows["spec", "acceptance_length", ""].value == 4 / 2
     assert rows["spec", "draft_acceptance_rate", ""].value == 2 / 8
     assert rows["spec", "forwards_per_sequence", "drafter"].value == 2
 
 
-def test_without_drafts_there_is_no_acceptance_length(measure: Any) -> None:
-    assert measure([trial()])["ar", "acceptance_length", ""].value is None
+def test_a_drafter_whose_cache_lags_is_charged_at_the_context_of_the_step(measure: Any) -> None:
+    growing = trial(
+        forwards=(forward(0, "prefill"), *(forward(i, context=10.0 * i, bytes_read=90.0 + 100 * i) for i in (1, 2)))
+    )
+    drafting = drafting_trial()
+    lagging = [
+        dataclasses.replace(f, context=0.0 if f.model == "drafter" else 10.0 * f.step) for f in drafting.forwards
+    ]
+    rows = measure([growing, dataclasses.replace(drafting, forwards=tuple(lagging))], [cell(), cell("spec", "chain")])
+    # Drafts of 50 and verifies of 200 bytes; an autoregressive forward reads 200 bytes in step 1 and 300 in step 2.
+    assert rows["spec", "tokens_per_weighted_forward", ""].value == pytest.approx(4 / (250 / 200 + 250 / 300))
+
+
+def verifying(accepted: Sequence[int], label: str = "spec", group: int = 0, **changes: Any) -> TrialRecord:
+    """A trial at batch 1 whose steps of 2.0 s accept these of 3 drafts each: 0.5 s draft, 1.0 s verify, 0.5 s else."""
+    steps = [StepRecord(2.0, 0.1, 0.2, (n + 1,), drafted=(3,), accepted=(n,)) for n in accepted]
+    made = [forward(0, "prefill", seconds=0.8)]
+    for step in range(1, len(steps) + 1):
+        made += [forward(step, "draft", model="drafter", seconds=0.5), forward(step, "verify", rows=4, seconds=1.0)]
+    tokens = 1 + sum(accepted) + len(accepted)
+    usual = trial(
+        label, group, requests=(request(f"p{group}", range(tokens), end=1.0 + 2.0 * len(steps)),),
+        steps=(StepRecord(1.0, 0.1, 0.1, (1,)), *steps), forwards=tuple(made), wall_seconds=1.0 + 2.0 * len(steps),
+    )  # fmt: skip
+    return dataclasses.replace(usual, **changes)
+
+
+CHAIN = (cell(), cell("spec", "chain"))
+
+
+def test_acceptance_length_counts_the_bonus_over_steps_and_over_requests(measure: Any) -> None:
+    rows = measure([trial(), verifying([3, 3, 3]), verifying([0], group=1)], CHAIN)
+    assert rows["spec", "acceptance_length", "micro"].value == pytest.approx((4 + 4 + 4 + 1) / 4)
+    assert rows["spec", "acceptance_length", "macro"].value == pytest.approx((4 + 1) / 2)
+
+
+def test_acceptance_by_position_is_of_all_steps_and_of_those_that_came_so_far(measure: Any) -> None:
+    rows = measure([trial(), verifying([0, 1, 1, 2])], CHAIN)
+    assert [rows["spec", "acceptance_histogram", str(i)].value for i in range(4)] == [1, 2, 1, 0]
+    assert [rows["spec", "acceptance_at", str(i)].value for i in (1, 2, 3)] == pytest.approx([3 / 4, 1 / 4, 0])
+    assert [rows["spec", "conditional_at", str(i)].value for i in (1, 2, 3)] == pytest.approx([3 / 4, 1 / 3, 0])
+
+
+def test_a_position_that_no_step_reached_has_no_conditional_acceptance(measure: Any) -> None:
+    rows = measure([trial(), verifying([0, 0])], CHAIN)
+    assert rows["spec", "acceptance_at", "2"].value == 0
+    assert rows["spec", "conditional_at", "2"].value is None
+
+
+def test_the_positions_of_a_tree_are_its_depths(measure: Any) -> None:
+    rows = measure([trial(), verifying([2])], [cell(), cell("spec", "tree", options={"depth": 2})])
+    assert [part for _, name, part in rows if name == "acceptance_at" and part] == ["1", "2"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_the_views_of_acceptance_agree(tmp_path_factory: pytest.TempPathFactory, accepted: list[int]) -> None:
+    folder = write(tmp_path_factory.mktemp("run"), [trial(), verifying(accepted)], CHAIN)
+    rows = metrics.summarise(metrics.load_run(folder))
+    mine = {(row.metric, row.part): row.value for row in rows if row.cell == "spec"}
+    at = [mine["acceptance_at", str(i)] for i in (1, 2, 3)]
+    counts = [mine["acceptance_histogram", str(i)] for i in range(4)]
+    assert mine["acceptance_length", "micro"] == pytest.approx(1 + sum(at))
+    assert sum(counts) == len(accepted) and sum(i * n for i, n in enumerate(counts)) == sum(accepted)
+    reached = 1.0
+    for i, share in enumerate(at, start=1):
+        given_before = mine["conditional_at", str(i)]
+        reached = 0.0 if given_before is None else reached * given_before
+        assert share == pytest.approx(reached)
+
+
+def test_without_drafts_there_is_no_acceptance(measure: Any) -> None:
+    rows = measure([trial()])
+    for name in (
+        "acceptance_length",
+        "acceptance_at",
+        "conditional_at",
+        "acceptance_histogram",
+        "break_even_acceptance",
+    ):
+        assert rows["ar", name, ""].note == "unavailable: no step reports draft tokens"
+
+
+def test_break_even_is_the_median_step_over_the_baselines_and_flags_what_gains_less(measure: Any) -> None:
+    baseline = [trial(group=g) for g in range(5)]
+    poor = measure([*baseline, *(verifying([0, 0], group=g) for g in range(5))], CHAIN)[
+        "spec", "break_even_acceptance", ""
+    ]
+    assert (poor.value, poor.low, poor.high, poor.n) == (2.0, 2.0, 2.0, 5)
+    assert poor.note == "net-negative: a step gains less than it costs"
+    even = measure([*baseline, *(verifying([1, 1], group=g) for g in range(5))], CHAIN)[
+        "spec", "break_even_acceptance", ""
+    ]
+    assert (even.value, even.note) == (2.0, "")
+
+
+def test_without_an_autoregressive_baseline_nothing_says_what_breaks_even(measure: Any) -> None:
+    row = measure([verifying([1])], CHAIN[1:])["spec", "break_even_acceptance", ""]
+    assert row.note == "unavailable: no autoregressive baseline was run at this point of the matrix"
+
+
+def test_switching_is_what_the_forwards_leave_of_a_decode_step(measure: Any) -> None:
+    rows = measure([trial(), verifying([1, 2])], CHAIN)
+    assert rows["spec", "switching_seconds", ""].value == pytest.approx(2.0 - 0.5 - 1.0)
+    assert rows["ar", "switching_seconds", ""].value == pytest.approx(1.0 - 0.4)
+
+
+def test_the_drafters_prefill_is_prefill_and_no_draft(measure: Any) -> None:
+    one = verifying([1])
+    reading = forward(0, "draft", model="drafter", rows=10, seconds=0.1)
+    rows = measure([trial(), dataclasses.replace(one, forwards=(one.forwards[0], reading, *one.forwards[1:]))], CHAIN)
+    assert rows["spec", "phase_seconds", "prefill"].value == pytest.approx(0.9)
+    assert rows["spec", "phase_seconds", "draft"].value == pytest.approx(0.5)
+    assert rows["spec", "forward_seconds", "drafter prefill"].value == pytest.approx(0.1)
+
+
+def test_categories_are_told_apart_where_there_are_several(measure: Any) -> None:
+    code = dataclasses.replace(request("p1", range(3), end=5.0), category="code")
+    both = [trial(), trial(group=1), verifying([1]), verifying([0, 0], group=1, requests=(code,))]
+    rows = measure(both, CHAIN)
+    assert rows["spec", "category_acceptance_length", "chat"].value == 2
+    assert rows["spec", "category_acceptance_length", "code"].value == 1
+    # chat: 2 tokens in 2.0 s against 2 in 2.0 s; code: 2 tokens in 4.0 s.
+    assert rows["spec", "category_speedup", "chat"].value == pytest.approx(1.0)
+    assert rows["spec", "category_speedup", "code"].value == pytest.approx(0.5)
+    alone = measure([trial(), verifying([1])], CHAIN)["spec", "category_speedup", ""]
+    assert alone.note == "unavailable: the prompts are all of one category"
+
+
+def test_synthetic_acceptance_is_said_with_every_number_and_its_tokens_are_compared_with_nothing(measure: Any) -> None:
+    options = {"synthetic": {"length": 2.0}, "drafter": {"random": True, "seed": 0}}
+    rows = measure([trial(), verifying([1, 1])], [cell(), cell("spec", "chain", options=options)])
+    assert {row.caveat for (name, *_), row in rows.items() if name == "spec"} == {
+        "synthetic acceptance, random drafter"
+    }
+    assert {row.caveat for (name, *_), row in rows.items() if name == "ar"} == {""}
+    for name in ("agreement", "lossless"):
+        assert rows["spec", name, ""].note == "unavailable: acceptance is synthetic, so the tokens are not the target's"
+    assert "same tokens" not in rows["spec", "speedup", ""].note
+
+
+def test_tokens_are_not_compared_with_those_of_a_synthetic_baseline_either(measure: Any) -> None:
+    drawn = cell("ar", "eagle3", options={"synthetic": {"length": 2.0}})
+    row = measure([trial(), trial("x")], [drawn, cell("x", "chain")])["x", "agreement", ""]
+    assert row.note == "unavailable: acceptance is synthetic, so the tokens are not the target's"
 
 
 def test_speedup_pairs_prompts_and_compares_seconds_per_token(measure: Any) -> None:

@@ -336,12 +336,11 @@ def tokens_per_weighted_forward(cell: Cell) -> Estimate:
 @metric(
     "acceptance_length",
     "tokens",
-    "(accepted draft tokens + 1 bonus token) / verify steps; micro: sum over sum, macro: mean of requests. "
-    "A last step counts whole, also where EOS or the limit cut it: else the mean would be too low",
+    "committed tokens / verify steps, i.e. 1 + accepted drafts, the token that ends a step or the output being its "
+    "bonus; micro: sum over sum, macro: mean of requests. Tokens beyond EOS or the limit do not count",
     "higher",
 )
 def acceptance_length(cell: Cell) -> dict[str, Estimate]:
-    # By Wald's identity the whole last step, overshoot included, keeps gained / steps free of bias.
     verifies = cell.seen_verifies.assign(gained=cell.seen_verifies["accepted"] + 1)
     requests = verifies.groupby(["group", "repeat", "prompt_id"])["gained"].mean()
     return {

@@ -79,9 +79,13 @@ class EngineSpec(_Strict):
 
     @property
     def title(self) -> str:
-        """The label, or else the name with every option that differs from its default."""
+        """The label, or else the name with every plain option that differs from its default."""
         fields = type(self).model_fields
-        chosen = [f"{key}: {value}" for key, value in self.options.items() if value != fields[key].default]
+        chosen = [
+            f"{key}: {value}"
+            for key, value in self.options.items()
+            if value != fields[key].default and not isinstance(value, dict)
+        ]
         return self.label or (f"{self.name} ({', '.join(chosen)})" if chosen else self.name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.synthetic import DEFAULT_ENGINES, ENGINES, SPECS, write_run
+from tests.report.synthetic import DEFAULT_ENGINES, ENGINES, SPECS, SPECULATIVE, write_run
 from zbench.report import render
 
 pytestmark = pytest.mark.slow
@@ -20,6 +20,7 @@ FLAGS = (
 RUNS: dict[str, dict[str, Any]] = {
     "full": {"engines": tuple(ENGINES), "specs": SPECS, "divergent": ("transformers generate",)},
     "matrix": {"points": ({"batch": 1}, {"batch": 4}), "prompts": 5, "repeats": 1},
+    "drafting": {"engines": SPECULATIVE, "points": ({"context": 128}, {"context": 512}), "prompts": 5, "repeats": 1},
     "failed": {"failing": DEFAULT_ENGINES},
 }
 # The boxes of all pieces of text that are shown, one per line of text; text in one block never overlaps by itself.

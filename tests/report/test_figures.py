@@ -1,17 +1,21 @@
 """Figures as matplotlib draws them: no text upon text, nothing cut off, for runs of any shape."""
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
-from tests.report.synthetic import ENGINES, SPECS, write_run
+from tests.report.synthetic import ENGINES, SPECS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.report import figures
 from zbench.report.findings import Results
 
 RUNS: dict[str, dict[str, Any]] = {
     "all engines": {"engines": tuple(ENGINES), "specs": SPECS},
+    "drafting engines": {"engines": SPECULATIVE, "points": ({"batch": 4},), "prompts": 5, "repeats": 1},
+    "drafting engine without a baseline": {"engines": SPECULATIVE[1:2], "prompts": 2},
     "one engine without roofs": {"engines": ("autoregressive",), "roofs": None, "prompts": 2},
     "foreign engines only": {"engines": ("transformers generate",)},
     "over its roof": {"points": ({"batch": 4},)},
@@ -29,13 +33,32 @@ def plots() -> list[Any]:
 
 @pytest.mark.parametrize("plot", plots())
 def test_no_text_lies_upon_another_or_outside_the_paper(plot: figures.Plot, results: Results) -> None:
-    from matplotlib.text import Text
-
     cells = results.run.cells
     if not plot.applies(results, cells):
-        assert plot.name in {"roofline", "speedup"}
+        assert plot.name in {"roofline", "speedup"} or plot.section == "speculation"
         return
-    figure = figures.figure(plot, figures.LIGHT, results, cells)
+    assert_readable(figures.figure(plot, figures.LIGHT, results, cells))
+
+
+LONG = "eagle3 (drafter: {'path': 'drafters/invented'}, depth: 4)"
+
+
+@pytest.mark.parametrize("plot", plots())
+def test_a_long_engine_name_is_shortened_but_never_what_its_acceptance_is_not(
+    plot: figures.Plot, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path, engines=SPECULATIVE, prompts=5, repeats=1)
+    planned = (run / "run.json").read_text()
+    for label in SPECULATIVE[1:]:
+        planned = planned.replace(f'"label": "{label}"', f'"label": "{LONG}, {label[-3:]}"')
+    (run / "run.json").write_text(planned)
+    found = Results.of(metrics.load_run(run))
+    figure = figures.figure(plot, figures.LIGHT, found, found.run.cells)
+    assert_readable(figure)
+    assert any("synthetic acceptance" in text.get_text() for text in figure.findobj(Text))
+
+
+def assert_readable(figure: Any) -> None:
     texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text() and not t.get_rotation()]
     boxes = [(t.get_text(), Text.get_window_extent(t).padded(-1)) for t in texts]
     shown = [(text, box) for text, box in boxes if _within_axis(text, figure)]

@@ -1,5 +1,6 @@
 """The words of a report: the answer, the warnings, and numbers in fitting units."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.synthetic import DEFAULT_ENGINES, ROOFS, write_run
+from tests.report.synthetic import DEFAULT_ENGINES, ROOFS, SPECULATIVE, write_run
 from zbench import metrics
-from zbench.report.findings import Results, answers, quantity, warnings
+from zbench.records import LosslessCheck
+from zbench.report.findings import Results, answers, quantity, speculation, title, warnings
 
 
 @pytest.fixture
@@ -102,6 +104,80 @@ def over_roof() -> dict[str, Any]:
 )
 def test_what_makes_numbers_less_than_they_seem_is_said(results: Any, options: dict[str, Any], words: str) -> None:
     assert any(words in sentence for sentence in warnings(results(**options)))
+
+
+def spoken(results: Results) -> dict[str, str]:
+    return {cell.record.label: speculation(cell, results) for cell in results.run.cells}
+
+
+def test_what_a_step_gains_and_must_gain_is_one_sentence_per_drafting_engine(results: Any) -> None:
+    said = spoken(results(engines=SPECULATIVE))
+    assert said["autoregressive"] == ""
+    number = r"\d\.\d\d"
+    assert re.fullmatch(
+        rf"eagle3 chain of 4 gains {number} tokens per step and breaks even at 1\.6\d: "
+        rf"1\.\d\d× as fast as autoregressive \({number}–{number}\)\.",
+        said["eagle3 chain of 4"],
+    )
+    assert said["eagle3 tree of 16"].startswith(
+        "eagle3 tree of 16 with synthetic acceptance gains 3.00 tokens per step"
+    )
+    assert re.fullmatch(
+        rf"dflash block of 8 with a random drafter is net-negative here: it gains 1\.\d\d tokens per step and needs "
+        rf"{number} to break even\.",
+        said["dflash block of 8"],
+    )
+
+
+def test_a_speedup_whose_interval_holds_1_is_no_difference(results: Any) -> None:
+    found = results(engines=("autoregressive", "eagle3 chain of 4"))
+    unsure = {"value": 1.05, "low": 0.9, "high": 1.2}
+    rows = [dataclasses.replace(row, **unsure) if row.metric == "speedup" else row for row in found.rows]
+    said = spoken(dataclasses.replace(found, rows=tuple(rows)))["eagle3 chain of 4"]
+    assert said.endswith(": no difference from autoregressive is shown (1.05×, 0.90–1.20).")
+
+
+def test_without_a_baseline_it_is_not_known_what_pays(results: Any) -> None:
+    assert spoken(results(engines=("eagle3 chain of 4",)))["eagle3 chain of 4"].endswith(
+        "whether that pays is not known: no autoregressive baseline was run at this point of the matrix."
+    )
+
+
+def test_synthetic_acceptance_random_drafters_and_net_negative_settings_are_warned_of(results: Any) -> None:
+    found = results(engines=SPECULATIVE)
+    drawn, random, negative = warnings(found)
+    assert drawn.startswith("Synthetic acceptance in eagle3 tree of 16: ")
+    assert random.startswith("Random drafter in eagle3 tree of 16 and dflash block of 8: ")
+    assert negative == spoken(found)["dflash block of 8"]
+
+
+def test_the_answer_names_a_synthetic_engine_as_one(results: Any) -> None:
+    found = results(engines=("autoregressive", "eagle3 tree of 16"))
+    assert "eagle3 tree of 16 with synthetic acceptance is 1." in " ".join(answers(found)[0][1])
+    assert [title(cell) for cell in found.run.cells] == [
+        "autoregressive",
+        "eagle3 tree of 16 with synthetic acceptance",
+    ]
+
+
+def checked(found: Results, check: LosslessCheck) -> Results:
+    """The run again, its transformers requests checked with this result."""
+    requests = found.run.requests
+    checks = [check if cell == "transformers-generate" else None for cell in requests["cell"]]
+    return Results.of(dataclasses.replace(found.run, requests=requests.assign(check=checks)))
+
+
+def test_tokens_that_are_not_the_targets_are_warned_of_once(results: Any) -> None:
+    found = checked(results(divergent=("transformers generate",)), LosslessCheck("near-tie", 1, 24, 0.125))
+    assert warnings(found) == [
+        "The target itself picks every token of transformers generate on 0% of the prompts only; "
+        "the other tokens are off by up to 0.12 logits: within rounding of the target's choice."
+    ]
+
+
+def test_tokens_that_differ_from_the_baselines_are_still_warned_of_where_they_are_the_targets(results: Any) -> None:
+    found = checked(results(divergent=("transformers generate",)), LosslessCheck("exact"))
+    assert [w for w in warnings(found) if "same tokens as autoregressive" in w] == warnings(found)
 
 
 def test_planned_cells_without_trials_make_the_run_incomplete(results: Any, tmp_path: Path) -> None:

@@ -14,11 +14,18 @@ from zbench import metrics
 from zbench.errors import UserError
 from zbench.report import POINTS_DRAWN, headline, render
 
+FIGURES = (
+    "roofline", "steps", "phases", "speedup", "split", "forwards", "acceptance", "conditional", "histogram",
+)  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("full")
-    write_run(folder, engines=tuple(ENGINES), specs=SPECS, divergent=("transformers generate",), name="a <b> & c")
+    write_run(
+        folder, engines=tuple(ENGINES), specs=SPECS, divergent=("transformers generate",), name="a <b> & c", prompts=6,
+        repeats=1,
+    )  # fmt: skip
     return render(folder).parent
 
 
@@ -35,9 +42,9 @@ def test_rendering_twice_gives_identical_bytes(full: Path) -> None:
 
 def test_every_figure_comes_as_svg_and_png_for_light_and_dark_paper(full: Path) -> None:
     names = {path.name for path in (full / "figures").iterdir()}
-    for figure in ("roofline", "steps", "phases", "speedup"):
+    for figure in FIGURES:
         assert {f"{figure}{mode}.{kind}" for mode in ("", "-dark") for kind in ("svg", "png")} <= names
-    assert len(names) == 16
+    assert len(names) == 4 * len(FIGURES)
 
 
 class _Addresses(HTMLParser):
@@ -57,7 +64,7 @@ def test_the_page_loads_nothing_from_outside_and_stays_small(full: Path) -> None
     html = (full / "report.html").read_text()
     page = _Addresses()
     page.feed(html)
-    assert len(page.found) == 2 * 4 + 1
+    assert len(page.found) == 2 * len(FIGURES) + 1
     assert all(address.startswith("data:") for address in page.found)
     assert "script" not in page.tags
     assert "@import" not in html and "url(" not in html
@@ -76,7 +83,7 @@ def test_names_and_errors_are_escaped(full: Path, tmp_path: Path) -> None:
 
 def test_every_figure_has_a_text_that_states_its_finding(full: Path) -> None:
     alts = re.findall(r'alt="([^"]+)"', (full / "report.html").read_text())
-    assert len(alts) == 4
+    assert len(alts) == len(FIGURES)
     assert all(re.search(r"\d", alt) for alt in alts)
 
 
@@ -106,11 +113,36 @@ def test_what_is_not_known_is_empty_with_a_reason_and_never_zero(full: Path) -> 
 def test_the_page_holds_the_table_the_environment_and_the_way_to_reproduce(full: Path) -> None:
     html = (full / "report.html").read_text()
     for label in ENGINES:
-        assert f'<th scope="row">{label}</th>' in html
+        assert f'<th scope="row">{label}<' in html
     for words in ("zbench run scenarios/synthetic.yaml", "5cenar10", "avx512_bf16", "unavailable: not installed"):
         assert words in html
     for definition in metrics.METRICS.values():
         assert f">{definition.name}" in html
+
+
+SYNTHETIC = "eagle3 tree of 16"  # the one engine of the full run whose acceptance is drawn
+
+
+def test_every_row_picture_and_sentence_of_a_synthetic_engines_speed_or_acceptance_says_so(full: Path) -> None:
+    html, content = (full / "report.html").read_text(), json.loads((full / "metrics.json").read_text())
+    mine = [row for row in content["metrics"] if row["cell"] == SYNTHETIC.replace(" ", "-")]
+    assert mine and all(row["caveat"].startswith("synthetic acceptance") for row in mine)
+    heads = re.findall(rf'<th scope="row">{SYNTHETIC}(?!: (?:verify|draft|prefill))[^<]*(.*?)</th>', html)
+    assert len(heads) == 2 + 4  # engines, speculation, and four categories
+    assert all(head == "<small>synthetic acceptance, random drafter</small>" for head in heads)
+    alts = {alt.partition(":")[0]: alt for alt in re.findall(r'alt="([^"]+)"', html)}
+    for title, alt in alts.items():
+        if title not in {"Where each forward stands", "How long a decode step takes"}:
+            assert f"{SYNTHETIC} with synthetic acceptance" in alt, title
+    told = " ".join(sentence for answer in content["answers"] for sentence in answer["sentences"])
+    for place in (told, re.sub(r"<[^>]*>", " ", html.partition("Speculation</h3>")[2].partition("<table")[0])):
+        assert SYNTHETIC in place
+        assert place.count(SYNTHETIC) == place.count(f"{SYNTHETIC} with synthetic acceptance")
+
+
+def test_drafting_engines_have_a_section_of_their_own_and_others_have_none(full: Path, tmp_path: Path) -> None:
+    assert "Speculation</h3>" in (full / "report.html").read_text()
+    assert "Speculation</h3>" not in render(write_run(tmp_path, prompts=2, repeats=1, tokens=8)).read_text()
 
 
 def test_a_run_in_which_everything_failed_still_makes_a_report(tmp_path: Path) -> None:
@@ -137,10 +169,10 @@ def test_a_large_matrix_has_tables_for_all_points_and_figures_for_the_first(tmp_
 
 
 def test_the_headline_is_the_answer_and_the_warnings_of_the_page(full: Path) -> None:
-    lines = headline(full)
+    lines, content = headline(full), json.loads((full / "metrics.json").read_text())
     assert lines[0].startswith("autoregressive decodes ")
-    assert [line for line in lines if line.startswith("warning: ")] == lines[-1:]
-    assert "same tokens as autoregressive on 50%" in lines[-1]
+    assert [line for line in lines if line.startswith("warning: ")] == [f"warning: {w}" for w in content["warnings"]]
+    assert any("same tokens as autoregressive on 50%" in line for line in lines)
 
 
 def test_a_headline_before_the_report_gives_one_clear_line(tmp_path: Path) -> None:

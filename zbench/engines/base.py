@@ -105,8 +105,9 @@ def generate(engine: Stepper[S], prompts: Sequence[Sequence[int]], request: Requ
         with meter.step():
             step = engine.step(state, meter)
             counts = commit(step.tokens, state.outputs, state.active, request, finish)
-            # Drafts beyond EOS or the limit were not gained, so they do not count as accepted either.
-            accepted = tuple(min(pair) for pair in zip(step.accepted, counts, strict=False))
+            # Drafts beyond EOS or the limit do not count as accepted; the token that ends the output counts as the
+            # bonus, so that accepted + 1 is what a step gained, always.
+            accepted = tuple(max(min(a, count - 1), 0) for a, count in zip(step.accepted, counts, strict=False))
             meter.gained(counts, step.drafted, accepted)
     return Generated(state.outputs, finish)
 

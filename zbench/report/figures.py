@@ -200,8 +200,8 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
     axes.minorticks_off()
     for cell in _with_forwards(cells):
         colour, marker = _series(results, cell, theme)
-        axes.plot([], [], marker, ms=6, color=colour, label=cell.record.label)
-    _legend_below(axes, min(2, len(_with_forwards(cells))))
+        axes.plot([], [], marker, ms=6, color=colour, label=_legend_name(cell))
+    _legend_of_engines(axes, _with_forwards(cells))
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
     _name_roofs(axes, theme, roofs, left, right, clear_of=max(y))
     _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind in dots], x, y)
@@ -248,7 +248,10 @@ def _dot_names(cell: Cell) -> dict[str, str]:
 
 
 def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
-    """Write each name where it covers neither a mark nor another name: beside its mark, else ever further away."""
+    """Write each name where it covers neither a mark nor another name: beside its mark, else ever further away.
+
+    Marks of one name that lie close together share it.
+    """
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
@@ -256,9 +259,12 @@ def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.
     taken = [Bbox.from_bounds(at_x - 6, at_y - 6, 12, 12) for at_x, at_y in spots]
     taken += [text.get_window_extent() for text in axes.texts if not text.get_rotation()]
     pixels = axes.figure.dpi / 72
+    named: list[int] = []
     for index in np.argsort(-spots[:, 1], kind="stable"):
-        if not names[index]:
+        alike = [other for other in named if names[other] == names[index]]
+        if not names[index] or any(np.hypot(*(spots[other] - spots[index])) < 40 for other in alike):
             continue
+        named.append(index)
         text = axes.annotate(
             names[index], (x[index], y[index]), (0, 0), textcoords="offset points", va="center", fontsize=7.5,
             bbox={"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85},
@@ -269,7 +275,8 @@ def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.
         for side, down in product((inwards, -inwards), (0, -14, 14, 28, 42, 56, 70)):
             near = spots[index][0] + 14 * side
             box = Bbox.from_bounds(near - (side < 0) * width, spots[index][1] - down - 7, width, 14)
-            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not box.count_overlaps(taken):
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
+            if inside and not box.count_overlaps(taken):
                 break
         text.set(position=(14 * side / pixels, -down / pixels), ha="left" if side > 0 else "right")
         taken.append(box)
@@ -291,8 +298,16 @@ def _rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
     background = {"fc": axes.get_facecolor(), "ec": "none", "pad": 0.8, "alpha": 0.85}
+    room = 55 - max(map(len, values), default=0)
     for row, text in enumerate(names):
-        axes.text(0, row - 0.36, _shortened(text), transform=axes.get_yaxis_transform(), va="center", bbox=background)
+        axes.text(
+            0,
+            row - 0.36,
+            _shortened(text, min(38, room)),
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            bbox=background,
+        )
     for row, text in enumerate(values):
         axes.text(1, row - 0.36, text, transform=axes.get_yaxis_transform(), va="center", ha="right", fontsize=7.5)
 
@@ -304,7 +319,7 @@ def _engine_rows(axes: Axes, theme: Theme, cells: Sequence[Cell], values: Sequen
     for row, cell in enumerate(cells):
         words = ", ".join(caveats(cell.record))
         background = {"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85 * bool(words)}
-        axes.text(0, row + 0.36, words, transform=axes.get_yaxis_transform(), bbox=background, **style)
+        axes.text(0, row + 0.33, words, transform=axes.get_yaxis_transform(), bbox=background, **style)
 
 
 def _legend_name(cell: Cell) -> str:
@@ -313,8 +328,7 @@ def _legend_name(cell: Cell) -> str:
     return f"{_shortened(label, 30)}{title(cell).removeprefix(label)}"
 
 
-def _shortened(text: str, most: int = 38) -> str:
-    """A row is this many characters wide, less what stands at its end."""
+def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -393,12 +407,12 @@ def _legend_below(axes: Axes, entries: int) -> None:
 
 
 def _legend_of_engines(axes: Axes, cells: Sequence[Cell]) -> None:
-    """Two to a line, or one where names are long with what their acceptance is not."""
+    """Two to a line, or one where names are long."""
     _legend_below(axes, min(_legend_columns(cells), len(cells)))
 
 
 def _legend_columns(cells: Sequence[Cell]) -> int:
-    return 1 if any(caveats(cell.record) for cell in cells) else 2
+    return 1 if any(len(_legend_name(cell)) > 26 for cell in cells) else 2
 
 
 def _legend_lines(cells: Sequence[Cell]) -> int:
@@ -534,8 +548,9 @@ def _drafting(results: Results, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _paying(results: Results, cells: Sequence[Cell]) -> list[Cell]:
-    """The drafting engines whose step can be compared with the baseline's."""
-    return [c for c in _drafting(results, cells) if results.value(c, "break_even_acceptance") is not None]
+    """The drafting engines whose steps and forwards are seen, beside an autoregressive baseline."""
+    needed = ("break_even_acceptance", "switching_seconds", "tokens_per_weighted_forward")
+    return [c for c in _drafting(results, cells) if all(results.value(c, name) is not None for name in needed)]
 
 
 def _parts(results: Results, cell: Cell, metric: str) -> dict[int, float]:
@@ -584,8 +599,8 @@ def _histograms(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
         colour, _ = _series(results, cell, theme)
         counts = _parts(results, cell, "acceptance_histogram")
         most = max(counts.values())
-        axes.plot([-0.5, max(counts) + 0.5], [row + 0.3] * 2, color=theme.muted, lw=0.6)
-        axes.bar(list(counts), [-0.5 * count / most for count in counts.values()], 0.8, row + 0.3, color=colour)
+        axes.plot([-0.5, max(counts) + 0.5], [row + 0.24] * 2, color=theme.muted, lw=0.6)
+        axes.bar(list(counts), [-0.46 * count / most for count in counts.values()], 0.8, row + 0.24, color=colour)
     _engine_rows(axes, theme, shown, [f"{_steps_of(results, cell):,.0f} steps" for cell in shown])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="drafts accepted in a step, bonus token excluded")
@@ -670,11 +685,11 @@ def _tokens_per_forward_alt(results: Results, cells: Sequence[Cell]) -> str:
 PLOTS = (
     Plot(
         "roofline", "Where each forward stands",
-        "One mark per kind of forward; open marks are prefills. Below the slope memory limits, below the flat part "
-        "arithmetic; far below both, overhead does. Solid: roofs measured on this device. Dashed: spec sheet. "
-        "A roof that is not known is not drawn.",
+        "One mark per kind of forward; open marks are prefills, and close marks of one kind share a name. Below the "
+        "slope memory limits, below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on "
+        "this device. Dashed: spec sheet. A roof that is not known is not drawn.",
         lambda results, cells: bool(_with_forwards(cells)),
-        lambda results, cells: 3.5 + 0.2 * ((len(_with_forwards(cells)) + 1) // 2), _roofline, _roofline_alt,
+        lambda results, cells: 3.5 + 0.2 * _legend_lines(_with_forwards(cells)), _roofline, _roofline_alt,
     ),
     Plot(
         "steps", "How long a decode step takes",

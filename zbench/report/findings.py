@@ -148,8 +148,11 @@ def speculation(cell: Cell, results: Results) -> str:
     row = results.row(cell, "speedup")
     if not isinstance(row.value, float) or cell.baseline is None:
         return f"{sentence}."
-    around = f" ({interval(row)})" if interval(row) else ""
-    return f"{sentence}: {quantity(row.value, row.unit)} as fast as {cell.baseline.record.label}{around}."
+    speed, theirs = quantity(row.value, row.unit), cell.baseline.record.label
+    if row.low is not None and row.high is not None and row.low <= 1 <= row.high:
+        return f"{sentence}: no difference from {theirs} is shown ({speed}, {interval(row)})."
+    around = interval(row) or _no_interval(cell, row)
+    return f"{sentence}: {speed} as fast as {theirs} ({around})."
 
 
 def clusters(cell: Cell, n: int) -> str:
