@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+USUAL_THREADS = torch.get_num_threads()
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_unless_slow(request: pytest.FixtureRequest) -> Iterator[None]:
-    import torch
-
-    usual = torch.get_num_threads()
-    if request.node.get_closest_marker("slow") is None:
-        torch.set_num_threads(1)
+def _all_threads_for_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    slow = request.node.get_closest_marker("slow") is not None
+    if slow:
+        torch.set_num_threads(USUAL_THREADS)
     yield
-    torch.set_num_threads(usual)
+    if slow:
+        torch.set_num_threads(1)

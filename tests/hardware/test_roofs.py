@@ -109,7 +109,7 @@ def test_a_size_that_would_not_fit_into_the_time_is_not_tried(small_and_quick, m
 
 
 def measure_products(share):
-    return roofs._product_rate(CPU, "float32", share, lambda line: None)
+    return roofs._product_rate(CPU, "float32", share)
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=5, max_size=50), st.floats(1, 1e15))

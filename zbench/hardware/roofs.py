@@ -29,12 +29,14 @@ from zbench.hardware.environment import cache_bytes, device_facts
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHOD_VERSION = 2  # part of the cache key: bump it when a figure would change
+METHOD_VERSION = 3  # part of the cache key: bump it when a figure would change
+ROUNDS = 3
 TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
 DTYPES = ("bfloat16", "float16", "float32")
 
 _METHOD = (
-    "Median of repeated calls, low and high are their quartiles; the best of several implementations, named. "
+    "Median of repeated calls, low and high are their quartiles; the best of several implementations, named, and of "
+    "three rounds: a machine shared with others is slower now and then, never faster than it can be. "
     "Bandwidth: float32 buffers of at least 4x the last-level cache (1 GiB where that is unknown). "
     "Compute: square products of random matrices, best of a sweep of sizes."
 )
@@ -83,9 +85,14 @@ def measure(
     say = progress or (lambda line: None)
     if warning := _disturbance(device):
         say(warning)
-    share = budget_seconds / (len(_CONVENTIONS) + len(dtypes))
-    bandwidth = _bandwidths(device, share, say)
-    flops = {dtype: _product_rate(device, dtype, share, say) for dtype in dtypes}
+    share = budget_seconds / (len(_CONVENTIONS) + len(dtypes)) / ROUNDS
+    rounds = []
+    for index in range(ROUNDS):
+        say(f"roofs of {device.name} ({', '.join([*_CONVENTIONS, *dtypes])}), round {index + 1} of {ROUNDS}")
+        rates = {dtype: _product_rate(device, dtype, share) for dtype in dtypes}
+        rounds.append((_bandwidths(device, share), rates))
+    bandwidth = {kind: max((b[kind] for b, _ in rounds), key=_value) for kind in _CONVENTIONS}
+    flops = {dtype: max((f[dtype] for _, f in rounds), key=_value) for dtype in dtypes}
     facts = conditions(device)
     return {
         "device": device.name,
@@ -201,7 +208,11 @@ def _disturbance(device: Device) -> str | None:
     return f"the CPU is {busy:.0f}% busy with other work: roofs may come out low; measure them again when it is idle"
 
 
-def _bandwidths(device: Device, share: float, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _value(rate: dict[str, Any]) -> float:
+    return rate["value"]
+
+
+def _bandwidths(device: Device, share: float) -> dict[str, dict[str, Any]]:
     """Read, copy and triad over the same three buffers; `share` seconds each."""
     import torch
 
@@ -217,7 +228,6 @@ def _bandwidths(device: Device, share: float, say: Callable[[str], None]) -> dic
     traffic = {"read": b.nbytes, "copy": 2 * b.nbytes, "triad": 3 * b.nbytes}
     roofs = {}
     for kind, convention in _CONVENTIONS.items():
-        say(f"{kind} bandwidth of {device.name}, buffers of {b.nbytes / 2**20:.0f} MiB")
         rates = _rates(device, candidates[kind], traffic[kind], share)
         implementation = max(rates, key=lambda name: rates[name].value)
         roofs[kind] = rates[implementation]._asdict() | {
@@ -236,13 +246,12 @@ def _read_candidates(device: Device, buffer: Tensor) -> list[Candidate]:
     return candidates
 
 
-def _product_rate(device: Device, dtype: str, share: float, say: Callable[[str], None]) -> dict[str, Any]:
+def _product_rate(device: Device, dtype: str, share: float) -> dict[str, Any]:
     """The best rate of square products in `dtype`, in about `share` seconds: sizes grow while they fit.
 
     An implementation at less than half the best rate is dropped before the next size, which has eight times the work:
     bfloat16 without hardware for it can be a hundred times slower than another way to the same product.
     """
-    say(f"{dtype} products on {device.name}")
     sizes = _SIZES[device.type]
     found: list[tuple[_Rate, str, int]] = []
     contenders: list[str] | None = None
