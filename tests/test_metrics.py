@@ -528,3 +528,12 @@ def test_reading_a_run_needs_neither_torch_nor_transformers(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize(("changes", "warned"), [({}, True), ({"sampling": {"temperature": 0.8}}, False)])
+def test_outputs_that_vary_between_repeats_are_noted_only_where_nothing_was_drawn(
+    measure: Any, changes: dict[str, Any], warned: bool
+) -> None:
+    again = dataclasses.replace(trial(), repeat=1, requests=(dataclasses.replace(request(), output_hash="other"),))
+    note = measure([trial(), again], (cell(**changes),))[cell().id, "output_hash", ""].note
+    assert ("different outputs" in note) is warned
