@@ -227,6 +227,16 @@ def test_a_time_budget_stops_the_run_and_says_so(tmp_path: Path) -> None:
     assert "budget" in outcome.summary()
 
 
+def test_the_newest_run_of_a_scenario_is_found_beside_damaged_and_foreign_ones(tmp_path: Path) -> None:
+    chosen, out = wanted(tmp_path, "repeats=1"), tmp_path / "out"
+    run.run(chosen, out, QUIET)
+    newest = run.run(chosen, out, QUIET).folder
+    run.run(wanted(tmp_path), out, QUIET)
+    (out / "damaged").mkdir()
+    (out / "damaged" / run.MANIFEST).write_text("{")
+    assert run.latest(out, chosen) == newest
+
+
 def test_two_processes_do_not_write_one_run_folder(tmp_path: Path) -> None:
     outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
     with run._locked(outcome.folder), pytest.raises(UserError, match="another zbench"):

@@ -352,7 +352,10 @@ def _new_folder(out: Path, name: str) -> Path:
 def latest(out: Path, wanted: scenario.Scenario) -> Path:
     """The newest run folder of this scenario under `out`."""
     digest = scenario.content_hash(wanted)
-    found = [m.parent for m in out.glob(f"*/{MANIFEST}") if read_manifest(m.parent).scenario_hash == digest]
+    found = []
+    for folder in (path.parent for path in out.glob(f"*/{MANIFEST}")):
+        with contextlib.suppress(UserError):  # another run's damaged folder is no obstacle
+            found += [folder] if read_manifest(folder).scenario_hash == digest else []
     if not found:
         raise UserError(f"nothing to resume: no run of scenario {wanted.name} in {out}")
     return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
