@@ -264,3 +264,26 @@ def test_a_record_survives_its_json(tmp_path: Path) -> None:
     outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
     for line in (outcome.folder / run.TRIALS).read_text().splitlines():
         assert json.loads(run.TrialRecord.from_json(line).to_json()) == json.loads(line)
+
+
+def test_points_on_one_model_share_it_and_another_dtype_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zbench import engines
+    from zbench.models import transformer
+
+    alive: list[str] = []
+
+    class Counted(transformer.Transformer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            alive.append(str(self.dtype))
+
+    released: list[int] = []
+    release = engines.Shared.release
+    monkeypatch.setattr(transformer, "Transformer", Counted)
+    monkeypatch.setattr(engines.Shared, "release", lambda self: (released.append(len(alive)), release(self)))
+    matrix = ("matrix={dtype: [float32, bfloat16], batch: [1, 3]}", "engines=[autoregressive]", "repeats=1")
+    assert run.run(wanted(tmp_path, *matrix), tmp_path / "out", QUIET).failed == 0
+    assert alive == ["torch.float32", "torch.bfloat16"]
+    assert released == [1]

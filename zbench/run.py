@@ -65,7 +65,6 @@ class Point:
 
     scenario: scenario.Scenario
     cells: tuple[CellRecord, ...]
-    model: loading.LoadedModel
     tokenizer: Any
     device: Device
     shared: engines.Shared
@@ -101,29 +100,29 @@ def prepare(wanted: scenario.Scenario, say: Callable[[str], None], allow_pickle:
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     device = devices.resolve(wanted.device)
-    models: dict[str, tuple[loading.LoadedModel, Any]] = {}
+    models: dict[str, tuple[engines.Shared, Any]] = {}
     points = []
     for at, cells in scenario.points(wanted):
         key = repr((at.model_spec, at.dtype))
         if key not in models:
             say(f"loading {at.model_name} ({at.dtype})")
             loaded = _load(at)
-            models[key] = (loaded, loading.load_tokenizer(loaded))
-        model, tokenizer = models[key]
+            shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle)
+            models[key] = (shared, loading.load_tokenizer(loaded))
+        shared, tokenizer = models[key]
         chosen = prompts.load(at.prompts)
         encoded = prompts.encode(chosen, tokenizer, at.context)
         longest = max(len(ids) for ids in encoded) + at.output_tokens
-        if longest > model.config.max_positions:
+        if longest > (most := shared.model.config.max_positions):
             raise UserError(
-                f"prompt and output need {longest} tokens, {model.name} takes {model.config.max_positions}:"
+                f"prompt and output need {longest} tokens, {shared.model.name} takes {most}:"
                 " shorten context, prompts or output_tokens"
             )
         pairs = list(zip(chosen, encoded, strict=True))
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
-        shared = engines.Shared(model, getattr(torch, at.dtype), device, allow_pickle)
-        points.append(Point(at, cells, model, tokenizer, device, shared, batches, warmup))
+        points.append(Point(at, cells, tokenizer, device, shared, batches, warmup))
     return tuple(points)
 
 
@@ -204,11 +203,17 @@ class _BudgetSpent(Exception):
 def _measure(
     planned: list[tuple[Point, list[Trial]]], finished: set, budget: float | None, began: float
 ) -> Iterator[TrialRecord]:
+    before: engines.Shared | None = None
+    ready: dict[str, Engine | Exception] = {}
     for point, trials in planned:
+        ready.clear()  # engines hold their model
+        if before is not None and before is not point.shared:
+            before.release()
+        before = point.shared
         open_trials = [trial for trial in trials if trial.key not in finished]
         if not open_trials:
             continue
-        ready = _engines(point)
+        ready |= _engines(point)
         for trial in open_trials:
             if budget is not None and time.monotonic() - began > budget:
                 raise _BudgetSpent
@@ -250,6 +255,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
         begin = time.perf_counter()
         generated = engine.generate([ids for _, ids in batch], request, meter)
         wall = time.perf_counter() - begin
+        peak = point.device.peak_bytes()
         steps, forwards = meter.records()
         ends = meter.step_ends()
         requests = tuple(
@@ -279,7 +285,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
             requests=requests,
             steps=steps,
             forwards=forwards,
-            peak_bytes=point.device.peak_bytes(),
+            peak_bytes=peak,
             kernels=engine.kernels,
         )
     except Exception as error:  # out of memory, a kernel that fails: an error row, and the rest goes on
@@ -318,7 +324,7 @@ def hash_ids(ids: Sequence[int]) -> str:
 def _request(point: Point, seeds: Sequence[int], limit: int) -> Request:
     at = point.scenario
     sampling = Sampling(at.sampling.temperature, at.sampling.top_p, at.sampling.top_k)
-    eos = frozenset() if at.ignore_eos else frozenset(point.model.config.eos_ids)
+    eos = frozenset() if at.ignore_eos else frozenset(point.shared.model.config.eos_ids)
     return Request(limit, sampling, tuple(seeds), eos)
 
 
@@ -455,7 +461,8 @@ def _prompts_hash(points: Sequence[Point]) -> str:
 
 
 def _model_facts(point: Point) -> dict[str, Any]:
-    config, count = point.model.config, parameter_count(point.model.config)
+    model = point.shared.model
+    config, count = model.config, parameter_count(model.config)
     return {
         "parameters": count,
         "bytes": count * point.shared.dtype.itemsize,
@@ -464,6 +471,6 @@ def _model_facts(point: Point) -> dict[str, Any]:
         "heads": config.heads,
         "kv_heads": config.kv_heads,
         "vocab": config.vocab,
-        "hash": point.model.weights_hash,
-        "source": point.model.source,
+        "hash": model.weights_hash,
+        "source": model.source,
     }

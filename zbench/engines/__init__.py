@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """What the engines of one matrix point have in common: the target model, loaded onto the device once."""
+    """What engines on the same model have in common: the target, loaded onto the device once."""
 
     def __init__(self, model: LoadedModel, dtype: torch.dtype, device: Device, allow_pickle: bool = False) -> None:
         self.model, self.dtype, self.device, self.allow_pickle = model, dtype, device, allow_pickle
@@ -31,6 +31,11 @@ class Shared:
                 self.model.config, self.model.tensors, self.dtype, self.device.torch, execution
             )
         return self._targets[execution]
+
+    def release(self) -> None:
+        """Let go of what was loaded onto the device; it is loaded again when asked for."""
+        self._targets.clear()
+        self.__dict__.pop("transformers", None)
 
     @cached_property
     def transformers(self) -> Any:
