@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -274,3 +276,24 @@ def test_the_real_weights_are_those_that_transformers_reads_from_the_gguf(tmp_pa
     theirs = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).state_dict()
     ours = load_file(zoo.fetch("smollm2-135m") / "model.safetensors")
     assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+
+
+def test_counting_a_download_survives_folders_that_pip_removes_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"12345")
+    done = threading.Event()
+
+    def fill_and_empty() -> None:
+        while not done.is_set():
+            for number in range(20):
+                (tmp_path / f"unpack-{number}" / "deep").mkdir(parents=True)
+            for number in range(20):
+                shutil.rmtree(tmp_path / f"unpack-{number}")
+
+    pip = threading.Thread(target=fill_and_empty)
+    pip.start()
+    try:
+        counts = {zoo._bytes_under(tmp_path) for _ in range(300)}
+    finally:
+        done.set()
+        pip.join()
+    assert counts == {5}

@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,11 +218,10 @@ def _download(name: str, downloads: Path, progress: Progress) -> Path:
 def _bytes_under(folder: Path) -> int:
     """Bytes in a folder that another process is filling and emptying."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except OSError:  # moved away since it was listed
-            continue
+    for parent, _, names in os.walk(folder):  # passes over a folder that is gone, which Path.rglob does not
+        for name in names:
+            with suppress(OSError):  # moved away since it was listed
+                total += Path(parent, name).stat().st_size
     return total
 
 
