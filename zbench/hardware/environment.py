@@ -188,7 +188,7 @@ def _torch(threads: int | None) -> dict[str, Any]:
         "interop_threads": torch.get_num_interop_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "build": torch.__config__.show(),
+        "build": torch.__config__.show().partition("  - Build settings")[0].rstrip(),
     }
 
 
