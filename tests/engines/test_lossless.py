@@ -1,0 +1,34 @@
+"""The check beside every run: what it calls exact, a near-tie, and different."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny import runtime
+from zbench.engines import lossless
+from zbench.engines.autoregressive import Autoregressive
+from zbench.engines.base import Meter, Request
+from zbench.engines.sampling import Sampling
+from zbench.hardware import device
+
+PROMPT = [5, 9, 14, 200]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_token_is_a_near_tie_only_within_rounding(
+    dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runtime("smollm", "auto", dtype)
+    request = Request(8, Sampling(temperature), (3,))
+    output = Autoregressive(model).generate([PROMPT], request, Meter(device.resolve("cpu"))).outputs[0]
+    assert lossless.check(model, PROMPT, output, request, 0).verdict == "exact"
+    wrong = [*output[:7], (output[7] + 1) % 300]  # the last token: nothing follows from it
+    found = lossless.check(model, PROMPT, wrong, request, 0)
+    assert (found.verdict, found.mismatches, found.first) == ("different", 1, 7)
+    assert found.gap is not None
+    assert found.gap > 0
+    for rounding in (lossless.LOGIT_ROUNDING, lossless.MASS_ROUNDING):
+        monkeypatch.setitem(rounding, dtype, 10.0)
+    assert lossless.check(model, PROMPT, wrong, request, 0).verdict == "near-tie"
