@@ -16,6 +16,7 @@
 #include <cstring>
 #include <omp.h>
 #include <sched.h>
+#include <utility>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -121,100 +122,135 @@ static inline void put_act(bf16* p, float x, bf16) { *p = narrow(x); }
 static inline void put_act(float* p, float x, bf16) { *p = widen(narrow(x)); }
 static inline void put_act(float* p, float x, float) { *p = x; }
 
-// acc[m][n] = sum_k x[m][k] * w[k][n] for MR rows and NP neighbouring panels.
-template <int NP, int MR>
-INLINE void tile(const float* w, const float* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
-    for (int k = 0; k < K; k++) {
-        vf wv[NP * NV];
-        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
-            wv[p * NV + v] = load(w + ((int64_t)p * K + k) * P + v * VL);
-        UNROLL for (int m = 0; m < MR; m++) {
-            vf xv = splat(x[m * ldx + k]);
-            UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(wv[n], xv, acc[m][n]);
-        }
+// The rows of one input, interleaved within tiles of `height` rows [M/height][K/U][height][U], so that a tile reads all
+// its rows from one stream at constant offsets. U = 2 where the dot product takes pairs.
+template <class W> struct Acts {
+    static constexpr int U = sizeof(act_t<W>) == 2 ? 2 : 1;
+    act_t<W>* a; int64_t K; int height;
+    INLINE_MEMBER act_t<W>* tile(int m) const { return a + (int64_t)(m / height) * height * K; }
+    INLINE_MEMBER void put(int m, int64_t k, float x) const {
+        put_act(tile(m) + (k / U * height + m % height) * U + k % U, x, W{});
     }
+    INLINE_MEMBER void put(int m, int64_t k, vf x) const {  // VL neighbours
+        act_t<W>* to = tile(m) + (k / U * height + m % height) * U;
+#if defined(__AVX512BF16__)
+        if constexpr (U == 2) {
+            alignas(32) int32_t pairs[VL / 2];
+            _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+            UNROLL for (int i = 0; i < VL / 2; i++) memcpy(to + i * U * height, pairs + i, 4);
+            return;
+        }
+#endif
+        for (int i = 0; i < VL; i++) put_act(to + (int64_t)i * height, x[i], W{});
+    }
+};
+
+// f(0), .., f(N - 1) with constants, so that the arrays they index live in registers.
+template <class F, int... I> INLINE void unrolled(F f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+template <int N, class F> INLINE void unrolled(F f) { unrolled(f, std::make_integer_sequence<int, N>{}); }
+#define EACH(i) [&](auto i) __attribute__((always_inline))
+
+// out[m * ld + n] = sum_k x[m][k] * w[k][n] for MR rows of a tile `height` rows tall and NP neighbouring panels.
+template <int NP, int MR>
+INLINE void tile(const float* w, const float* x, int height, int K, vf* out, int ld) {
+    constexpr int N = NP * NV;
+    vf acc[MR * N];
+    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
+    for (int k = 0; k < K; k++, x += height) {
+        vf wv[N];
+        unrolled<N>(EACH(n) { wv[n] = load(w + ((int64_t)(n / NV) * K + k) * P + n % NV * VL); });
+        unrolled<MR>(EACH(m) {
+            vf xv = splat(x[m]);
+            unrolled<N>(EACH(n) { acc[m * N + n] = fma(wv[n], xv, acc[m * N + n]); });
+        });
+    }
+    unrolled<MR * N>(EACH(i) { out[i / N * ld + i % N] = acc[i]; });
 }
 
 #if defined(__AVX512BF16__)
 template <int NP, int MR>
-INLINE void tile(const bf16* w, const bf16* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
-    for (int k = 0; k < K; k += 2) {
+INLINE void tile(const bf16* w, const bf16* x, int height, int K, vf* out, int ld) {
+    vf acc[MR * NP];
+    unrolled<MR * NP>(EACH(i) { acc[i] = vf{}; });
+    for (int k = 0; k < K; k += 2, x += 2 * height) {
         __m512bh wv[NP];
-        UNROLL for (int p = 0; p < NP; p++) wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
-        UNROLL for (int m = 0; m < MR; m++) {
-            int32_t pair; memcpy(&pair, x + m * ldx + k, 4);
+        unrolled<NP>(EACH(p) {
+            wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
+            // The arithmetic of several rows hides the way from memory only if the next panels are on it already.
+            if (MR > 1) _mm_prefetch((const char*)(w + ((int64_t)(NP + p) * K + k) * P), _MM_HINT_T1);
+        });
+        unrolled<MR>(EACH(m) {
+            int32_t pair; memcpy(&pair, x + 2 * m, 4);
             __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
-            UNROLL for (int n = 0; n < NP; n++) acc[m][n] = (vf)_mm512_dpbf16_ps((__m512)acc[m][n], wv[n], xv);
-        }
+            unrolled<NP>(EACH(p) { acc[m * NP + p] = (vf)_mm512_dpbf16_ps((__m512)acc[m * NP + p], wv[p], xv); });
+        });
     }
+    unrolled<MR * NP>(EACH(i) { out[i / NP * ld + i % NP] = acc[i]; });
 }
 #else
 template <int NP, int MR>
-INLINE void tile(const bf16* w, const float* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
+INLINE void tile(const bf16* w, const float* x, int height, int K, vf* out, int ld) {
+    constexpr int N = NP * NV;
     const vu upper = 0xffff0000u - vu{};
-    for (int k = 0; k < K; k += 2) {
-        vf half[NP * NV];
-        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
-            half[p * NV + v] = (vf)(*(const vu_mem*)(w + ((int64_t)p * K + k) * P + v * 2 * VL) << 16);
-        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(half[n], splat(x[m * ldx + k]), acc[m][n]);
-        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
-            half[p * NV + v] = (vf)(*(const vu_mem*)(w + ((int64_t)p * K + k) * P + v * 2 * VL) & upper);
-        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(half[n], splat(x[m * ldx + k + 1]), acc[m][n]);
+    vf acc[MR * N];
+    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
+    for (int k = 0; k < K; k += 2, x += 2 * height) {
+        vf half[N];
+        auto pairs = EACH(n) { return *(const vu_mem*)(w + ((int64_t)(n / NV) * K + k) * P + n % NV * 2 * VL); };
+        unrolled<N>(EACH(n) { half[n] = (vf)(pairs(n) << 16); });
+        unrolled<MR>(EACH(m) { unrolled<N>(EACH(n) { acc[m * N + n] = fma(half[n], splat(x[m]), acc[m * N + n]); }); });
+        unrolled<N>(EACH(n) { half[n] = (vf)(pairs(n) & upper); });
+        unrolled<MR>(EACH(m) { unrolled<N>(EACH(n) { acc[m * N + n] = fma(half[n], splat(x[height + m]), acc[m * N + n]); }); });
     }
+    unrolled<MR * N>(EACH(i) { out[i / N * ld + i % N] = acc[i]; });
 }
 #endif
 
 // Panels per tile for MR rows: as many accumulators as the register file holds (16 registers with AVX, 32 with AVX512).
-template <int MR> constexpr int panels() { return WIDE ? (MR == 1 ? 8 : 4) : MR == 1 ? 4 : MR == 2 ? 2 : 1; }
-constexpr int TALL = WIDE ? 6 : 5;
+// Tall tiles read each weight once for all their rows, so that memory streams while the arithmetic runs.
+template <int MR> constexpr int panels() {
+    if (!WIDE) return MR == 1 ? 4 : MR == 2 ? 2 : 1;
+    return MR == 1 ? 8 : MR <= 6 ? 4 : MR <= 12 ? 2 : 1;
+}
+constexpr int TALL = WIDE ? 16 : 5;
+constexpr int SLICE = 4;  // panels
 
 // Hands `out` the finished rows m0..m0+MR of max(NP, STEP) panels.
 template <int NP, int MR, int STEP, class W, class Out>
-INLINE void emit(const W* w, const act_t<W>* x, int64_t ldx, int K, int m0, int panel, Out& out) {
+INLINE void emit(const W* w, const Acts<W>& x, int m0, int panel, Out& out) {
     constexpr int Q = NP > STEP ? NP : STEP;
-    vf done[MR][Q * NV];
-    for (int q = 0; q < Q; q += NP) {
-        vf acc[MR][NP * NV];
-        tile<NP, MR>(w + (int64_t)(panel + q) * K * P, x + m0 * ldx, ldx, K, acc);
-        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) done[m][q * NV + n] = acc[m][n];
-    }
-    UNROLL for (int m = 0; m < MR; m++) out.template panels<Q>(m0 + m, panel, done[m]);
+    vf done[MR * Q * NV];
+    for (int q = 0; q < Q; q += NP)
+        tile<NP, MR>(w + (panel + q) * x.K * P, x.tile(m0), x.height, (int)x.K, done + q * NV, Q * NV);
+    for (int m = 0; m < MR; m++) out.template panels<Q>(m0 + m, panel, done + m * Q * NV);
 }
 
-// Panels [p0, p1) for rows m0..m0+MR.
+// Panels [p0, p1) for the tile of `rows` rows that begins at row m0.
 template <int MR, int STEP, class W, class Out>
-static inline void sweep(const W* w, const act_t<W>* x, int64_t ldx, int K, int m0, int p0, int p1, Out& out) {
-    constexpr int NP = panels<MR>(), Q = NP > STEP ? NP : STEP;
-    int p = p0;
-    for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(w, x, ldx, K, m0, p, out);
-    for (; p < p1; p += STEP) emit<1, MR, STEP>(w, x, ldx, K, m0, p, out);
+static inline void sweep(int rows, const W* w, const Acts<W>& x, int m0, int p0, int p1, Out& out) {
+    if (rows == MR) {
+        constexpr int NP = panels<MR>(), Q = NP > STEP ? NP : STEP;
+        int p = p0;
+        for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(w, x, m0, p, out);
+        for (; p < p1; p += STEP) emit<1, MR, STEP>(w, x, m0, p, out);
+    } else if constexpr (MR > 1) {
+        sweep<MR - 1, STEP>(rows, w, x, m0, p0, p1, out);
+    }
 }
+
+// Rows of a tile for M rows in all: as few tiles as can be, equally tall.
+static inline int height(int M) { int tiles = M ? (M + TALL - 1) / TALL : 1; return (M + tiles - 1) / tiles; }
 
 // One thread's share of out(m, n) = x[M,K] . w[N,K]^T. STEP = 2 hands over (gate, up) panel pairs together.
 template <int STEP, class W, class Out>
-static void project(const W* w, const act_t<W>* x, int64_t ldx, int M, int N, int K, int thread, int threads, Out out) {
+static void project(const W* w, const Acts<W>& x, int M, int N, int thread, int threads, Out out) {
     int groups = (N + P * STEP - 1) / (P * STEP);
     int first = (int)((int64_t)groups * thread / threads) * STEP, last = (int)((int64_t)groups * (thread + 1) / threads) * STEP;
     // Rows outermost only within a slice of panels that stays in the cache, so that weights leave memory once.
-    int slice = M <= TALL ? last - first : panels<TALL>() * STEP;
+    int slice = M <= TALL ? last - first : SLICE * STEP;
     for (int p0 = first; p0 < last; p0 += slice) {
         int p1 = p0 + slice < last ? p0 + slice : last;
-        for (int m = 0, left = M; left > 0;) {
-            int tiles = (left + TALL - 1) / TALL, rows = (left + tiles - 1) / tiles;  // 16 rows: 4+4+4+4, not 5+5+5+1
-            switch (rows) {
-                case 6: if constexpr (TALL >= 6) sweep<6, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 5: sweep<5, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 4: sweep<4, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 3: sweep<3, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 2: sweep<2, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                default: sweep<1, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-            }
-            m += rows;
-            left -= rows;
-        }
+        for (int m = 0; m < M; m += x.height) sweep<TALL, STEP>(M - m < x.height ? M - m : x.height, w, x, m, p0, p1, out);
     }
 }
 
@@ -245,14 +281,14 @@ struct Accumulate {  // y += x W^T + b   (N is a multiple of VL: the model's wid
 };
 
 template <class W> struct Gate {  // a = silu(gate) * up; panels alternate gate, up
-    act_t<W>* a; int64_t lda; const float* bias;
+    Acts<W> a; const float* bias;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         for (int p = 0; p < NP; p += 2) for (int v = 0; v < NV; v++) {
             vf g = acc[p * NV + v], u = acc[(p + 1) * NV + v];
             int n = (panel + p) / 2 * P + v * VL;
             if (bias) { g += load(bias + (panel + p) * P + v * VL); u += load(bias + (panel + p + 1) * P + v * VL); }
             vf y = g / (1.0f + vexp(-g)) * u;
-            for (int i = 0; i < VL; i++) put_act(a + m * lda + n + i, y[i], W{});
+            a.put(m, n, y);
         }
     }
 };
@@ -306,9 +342,9 @@ static float mean_square(const float* x, int n) {
 }
 
 template <class W>
-static void normalise(const float* x, const float* weight, float eps, int n, act_t<W>* y) {
+static void normalise(const float* x, const float* weight, float eps, int n, const Acts<W>& y, int m) {
     float scale = 1.0f / sqrtf(mean_square(x, n) + eps);
-    for (int i = 0; i < n; i++) put_act(y + i, x[i] * scale * weight[i], W{});
+    for (int i = 0; i < n; i += VL) y.put(m, i, load(x + i) * scale * load(weight + i));
 }
 
 static void rotate(float* x, const float* cosine, const float* sine, int d, const float* norm, float eps) {
@@ -400,8 +436,11 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     float* residual = space.take<float>((int64_t)M * D);
     float* qkv = space.take<float>((int64_t)M * QKV);
     float* mixed = space.take<float>((int64_t)M * H * d);
-    A* act = space.take<A>((int64_t)M * (D > H * d ? D : H * d));
-    A* hidden = space.take<A>((int64_t)M * F);
+    // The last tile may be only partly filled.
+    A* act = space.take<A>((int64_t)(M + TALL) * (D > H * d ? D : H * d));
+    A* hidden = space.take<A>((int64_t)(M + TALL) * F);
+    const int tall = height(M);
+    const Acts<W> normed{act, D, tall}, attended{act, H * d, tall}, gated{hidden, F, tall};
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
     float* scores = space.take<float>((int64_t)threads * 4 * ld);
@@ -437,9 +476,9 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             W* keys = (W*)batch.keys + (int64_t)l * B * G * S * d;
             W* values = (W*)batch.values + (int64_t)l * B * G * S * d;
 
-            for (int m = m0; m < m1; m++) normalise<W>(residual + (int64_t)m * D, layer.attention_norm, eps, D, act + (int64_t)m * D);
+            for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.attention_norm, eps, D, normed, m);
             team.wait(n);
-            project<1>((const W*)layer.qkv, act, D, M, QKV, D, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
+            project<1>((const W*)layer.qkv, normed, M, QKV, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
             team.wait(n);
             for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
                 int m = (int)(i / (H + G)), h = (int)(i % (H + G));
@@ -476,26 +515,27 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 else for (int c = 0; c < count; c++)
                     attend<1>(q + c, seen + c, oldest + c, positions, prefix, R, k, v, d, scale, s, ld, out + c);
                 for (int c = 0; c < count; c++) {
-                    A* a = act + (out[c] - mixed);
-                    for (int e = 0; e < d; e++) put_act(a + e, out[c][e], W{});
+                    int64_t at = out[c] - mixed;
+                    for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
                 }
             }
             team.wait(n);
-            project<1>((const W*)layer.out, act, (int64_t)H * d, M, D, H * d, t, n, Accumulate{residual, D, layer.out_bias});
+            project<1>((const W*)layer.out, attended, M, D, t, n, Accumulate{residual, D, layer.out_bias});
             team.wait(n);
-            for (int m = m0; m < m1; m++) normalise<W>(residual + (int64_t)m * D, layer.mlp_norm, eps, D, act + (int64_t)m * D);
+            for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.mlp_norm, eps, D, normed, m);
             team.wait(n);
-            project<2>((const W*)layer.gate_up, act, D, M, 2 * F, D, t, n, Gate<W>{hidden, F, layer.gate_up_bias});
+            project<2>((const W*)layer.gate_up, normed, M, 2 * F, t, n, Gate<W>{gated, layer.gate_up_bias});
             team.wait(n);
-            project<1>((const W*)layer.down, hidden, F, M, D, F, t, n, Accumulate{residual, D, layer.down_bias});
+            project<1>((const W*)layer.down, gated, M, D, t, n, Accumulate{residual, D, layer.down_bias});
             team.wait(n);
         }
         // Only the rows that ask for logits pass the final norm and the head.
+        const Acts<W> asking{act, D, height(wanted)};
         for (int w = (int)((int64_t)wanted * t / n); w < (int)((int64_t)wanted * (t + 1) / n); w++)
-            normalise<W>(residual + batch.logit_rows[w] * D, model.norm, eps, D, act + (int64_t)w * D);
+            normalise(residual + batch.logit_rows[w] * D, model.norm, eps, D, asking, w);
         team.wait(n);
         if (wanted)
-            project<1>((const W*)model.head, act, D, wanted, (int)model.vocab, D, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, nullptr});
+            project<1>((const W*)model.head, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, nullptr});
     }
     return 0;
 }
@@ -506,22 +546,27 @@ int zb_forward(const zb_model* model, const zb_batch* batch) {
     return model->bf16_weights ? forward<bf16>(*model, *batch) : forward<float>(*model, *batch);
 }
 
-// y[M,N] = x[M,K] . w[N,K]^T with w packed; x float32 [M,K]. scratch holds M*K floats.
-void zb_linear(const void* w, int64_t is_bf16, const float* x, float* scratch, float* y, int64_t M, int64_t N, int64_t K, int64_t threads) {
+}
+
+template <class W>
+static void linear(const W* w, const float* x, void* scratch, float* y, int M, int N, int K, int threads) {
+    const Acts<W> acts{(act_t<W>*)scratch, K, height(M)};
     Barrier team;
-#pragma omp parallel num_threads((int)threads)
+#pragma omp parallel num_threads(threads)
     {
         int t = omp_get_thread_num(), n = omp_get_num_threads();
-        Assign out{y, N, (int)N, nullptr};
-        if (is_bf16) {
-            auto* a = (act_t<bf16>*)scratch;
-            for (int64_t i = M * K * t / n; i < M * K * (t + 1) / n; i++) put_act(a + i, x[i], bf16{});
-            team.wait(n);
-            project<1>((const bf16*)w, a, K, (int)M, (int)N, (int)K, t, n, out);
-        } else {
-            project<1>((const float*)w, x, K, (int)M, (int)N, (int)K, t, n, out);
-        }
+        for (int m = (int)((int64_t)M * t / n); m < (int)((int64_t)M * (t + 1) / n); m++)
+            for (int k = 0; k < K; k++) acts.put(m, k, x[(int64_t)m * K + k]);
+        team.wait(n);
+        project<1>(w, acts, M, N, t, n, Assign{y, N, N, nullptr});
     }
+}
+
+extern "C" {
+// y[M,N] = x[M,K] . w[N,K]^T with w packed; x float32 [M,K]. scratch holds (M + TALL) * K floats.
+void zb_linear(const void* w, int64_t is_bf16, const float* x, void* scratch, float* y, int64_t M, int64_t N, int64_t K, int64_t threads) {
+    if (is_bf16) linear((const bf16*)w, x, scratch, y, (int)M, (int)N, (int)K, (int)threads);
+    else linear((const float*)w, x, scratch, y, (int)M, (int)N, (int)K, (int)threads);
 }
 
 // Moves cached rows so that the kept ones directly follow the committed prefix: slots[b][i] -> lengths[b] + i.

@@ -26,6 +26,7 @@ from torch import Tensor
 from zbench.cache import cache_dir
 
 PANEL = 16
+TALL = 16  # rows that the tallest tile of a projection may have
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-fopenmp")
 
@@ -181,7 +182,7 @@ def linear(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
 def _linear(library: ctypes.CDLL, x: Tensor, packed: Tensor, outputs: int) -> Tensor:
     m, k = x.shape
     x = x.contiguous()
-    y, scratch = torch.empty(m, outputs), torch.empty(m * k)
+    y, scratch = torch.empty(m, outputs), torch.empty((m + TALL) * k)
     library.zb_linear(
         ctypes.c_void_p(packed.data_ptr()),
         ctypes.c_int64(packed.dtype == torch.bfloat16),
@@ -302,7 +303,7 @@ class Decoder:
     def _reserve(self, rows: int, capacity: int, threads: int) -> None:
         c = self.config
         qkv, mixed = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
-        floats = rows * (c.width + qkv + mixed + max(c.width, mixed) + c.ffn + c.head_dim)
+        floats = rows * (c.width + qkv + mixed + c.head_dim) + (rows + TALL) * (max(c.width, mixed) + c.ffn)
         needed = 4 * (floats + threads * 4 * (capacity + 2 * PANEL)) + 1024
         if self._workspace.numel() < needed:
             self._workspace = torch.empty(needed, dtype=torch.uint8)
