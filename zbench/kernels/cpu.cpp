@@ -6,7 +6,7 @@
 // verified among others, which is what makes "lossless" checkable to the bit, in bfloat16 too.
 //
 // Weights and keys are stored in panels of 16 outputs (keys) so that one cache line feeds 16 lanes without any
-// horizontal sum:   bfloat16 [N/16][K/2][16][2]   float32 [N/16][K][16]   keys [.., S/16, d, 16].
+// horizontal sum:   bfloat16 [N/16][K/2][16][2]   float32 [N/16][K][16]   keys [.., S/16, d/U, 16, U], U as in Acts.
 // Written with the compiler's vector extensions; intrinsics only for what they cannot say: a fused multiply-add that
 // is fused everywhere alike (the build forbids the compiler to contract on its own), and AVX512-BF16's dot product.
 
@@ -360,67 +360,116 @@ static void rotate(float* x, const float* cosine, const float* sine, int d, cons
     }
 }
 
-// Attention of M query vectors that share one KV head and one cache: scores by key panels, then values by key.
-template <int M, class W>
-static void attend(const float* const* q, const uint8_t* const* seen, const int64_t* oldest, const int64_t* positions,
-                   int64_t prefix, int rows, const W* keys, const W* values, int d, float scale, float* scores, int64_t ld, float* const* out) {
-    // A committed key's slot is its position; `oldest` is the first position inside the sliding window.
-    int64_t total = prefix + rows, start = prefix;
-    for (int m = 0; m < M; m++) if (oldest[m] < start) start = oldest[m];
-    start = start < 0 ? 0 : start / P * P;
-    float top[M];
-    for (int m = 0; m < M; m++) top[m] = -INFINITY;
+// ---------------------------------------------------------------------------------------------------------------
+// Attention of up to 16 query vectors, the lanes, that share a KV head and a cache. Scores and weights lie as
+// [key][lane]: a key is masked, raised to e and summed for all lanes at once, in the order of the keys.
+
+template <class W> constexpr int key_unit() { return Acts<W>::U; }  // keys: panels [S/16][d/U][16][U]
+
+// Scores of KEYS neighbouring keys of a panel against the panel of queries [d/U][16][U].
+template <int KEYS, class W>
+INLINE void dots(const act_t<W>* q, const W* keys, int d, vf* out) {
+    constexpr int U = key_unit<W>();
+    vf acc[KEYS * NV];
+    unrolled<KEYS * NV>(EACH(i) { acc[i] = vf{}; });
+    for (int e = 0; e < d; e += U, q += U * P, keys += U * P) {
+#if defined(__AVX512BF16__)
+        if constexpr (U == 2) {
+            __m512bh qv = (__m512bh)_mm512_loadu_si512(q);
+            unrolled<KEYS>(EACH(j) {
+                int32_t pair; memcpy(&pair, keys + U * j, 4);
+                acc[j] = (vf)_mm512_dpbf16_ps((__m512)acc[j], qv, (__m512bh)_mm512_set1_epi32(pair));
+            });
+            continue;
+        }
+#endif
+        unrolled<KEYS * NV>(EACH(i) { acc[i] = fma(load((const float*)q + i % NV * VL), splat(widen(keys[i / NV])), acc[i]); });
+    }
+    unrolled<KEYS * NV>(EACH(i) { out[i] = acc[i]; });
+}
+
+// out[m] = sum_t weights[t][m] values[t] / sum for MR lanes and CH vectors of the head size.
+template <int MR, int CH, class W>
+INLINE void mix(const float* weights, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+    vf acc[MR * CH];
+    unrolled<MR * CH>(EACH(i) { acc[i] = vf{}; });
+    for (int64_t t = 0; t < count; t++, weights += P, values += d) {
+        vf v[CH];
+        unrolled<CH>(EACH(c) { v[c] = load_wide(values + c * VL); });
+        unrolled<MR>(EACH(m) {
+            vf x = splat(weights[m]);
+            unrolled<CH>(EACH(c) { acc[m * CH + c] = fma(v[c], x, acc[m * CH + c]); });
+        });
+    }
+    unrolled<MR * CH>(EACH(i) { store(out[i / CH] + i % CH * VL, acc[i] * splat(inverse[i / CH])); });
+}
+
+template <int MR, class W>
+static void mix_lanes(int lanes, const float* weights, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+    constexpr int CH = WIDE ? 4 : 2;
+    if (lanes < MR) {
+        if constexpr (MR > 1) mix_lanes<MR - 1>(lanes, weights, values, count, d, inverse, out);
+        return;
+    }
+    for (int c = 0; c < d;) {
+        float* at[MR];
+        for (int m = 0; m < MR; m++) at[m] = out[m] + c;
+        if (d - c >= CH * VL) { mix<MR, CH>(weights, values + c, count, d, inverse, at); c += CH * VL; }
+        else { mix<MR, 1>(weights, values + c, count, d, inverse, at); c += VL; }
+    }
+}
+
+// seen[j] has a bit per lane: who sees new row j. `oldest` [16] is the first position inside each lane's sliding window,
+// null without one. Unused lanes cost little and are never read.
+template <class W>
+static void attend(const act_t<W>* q, int lanes, const uint16_t* seen, const int64_t* oldest, const int64_t* positions,
+                   int64_t prefix, int rows, const W* keys, const W* values, int d, float scale, vf* scores, float* const* out) {
+    constexpr int KEYS = WIDE ? 16 : 4;
+    // A committed key's slot is its position.
+    int64_t total = prefix + rows, start = 0;
+    if (oldest) {
+        start = prefix;
+        for (int m = 0; m < lanes; m++) if (oldest[m] < start) start = oldest[m];
+        start = start < 0 ? 0 : start / P * P;
+    }
+    const int64_t count = total - start;
+    vu lane_bit[NV];
+    for (int v = 0; v < NV; v++) for (int l = 0; l < VL; l++) lane_bit[v][l] = 1u << (v * VL + l);
+    const vf hidden = splat(-INFINITY);
+    vf top[NV];
+    for (int v = 0; v < NV; v++) top[v] = hidden;
     for (int64_t j = start; j < total; j += P) {
-        vf acc[M][NV];
-        for (int m = 0; m < M; m++) for (int v = 0; v < NV; v++) acc[m][v] = vf{};
-        const W* k = keys + j * d;
-        for (int i = 0; i < d; i++) for (int v = 0; v < NV; v++) {
-            vf kv = load_wide(k + i * P + v * VL);
-            for (int m = 0; m < M; m++) acc[m][v] = fma(kv, splat(q[m][i]), acc[m][v]);
-        }
-        for (int m = 0; m < M; m++) {
-            float* s = scores + m * ld + (j - start);
-            for (int v = 0; v < NV; v++) store(s + v * VL, acc[m][v] * scale);
-            for (int p = 0; p < P; p++) {
-                int64_t t = j + p;
-                bool hidden = t < prefix ? t < oldest[m]
-                              : t >= total || !seen[m][t - prefix] || positions[t - prefix] < oldest[m];
-                if (hidden) s[p] = -INFINITY;
-                else if (s[p] > top[m]) top[m] = s[p];
+        vf* s = scores + (j - start) * NV;
+        for (int m = 0; m < P; m += KEYS) dots<KEYS, W>(q, keys + j * d + m * key_unit<W>(), d, s + m * NV);
+        int64_t end = total - j < P ? total - j : P;
+        for (int64_t i = 0; i < end; i++) {
+            int64_t t = j + i;
+            uint32_t bits = t < prefix ? 0xffffu : seen[t - prefix];
+            if (oldest) {
+                int64_t position = t < prefix ? t : positions[t - prefix];
+                for (int m = 0; m < lanes; m++) if (position < oldest[m]) bits &= ~(1u << m);
+            }
+            for (int v = 0; v < NV; v++) {
+                vf x = s[i * NV + v] * scale;
+                if (bits != 0xffffu) x = (vu)((bits - vu{}) & lane_bit[v]) != vu{} ? x : hidden;
+                s[i * NV + v] = x;
+                top[v] = x > top[v] ? x : top[v];
             }
         }
     }
-    int64_t span = (total - start + P - 1) / P * P;
-    for (int m = 0; m < M; m++) {
-        float* s = scores + m * ld;
-        float sum = 0;
-        for (int64_t j = 0; j < span; j += VL) {
-            vf x = load(s + j);
-            vf e = vexp(x - top[m]);
-            e = x == splat(-INFINITY) ? vf{} : e;
-            store(s + j, e);
-        }
-        for (int64_t j = 0; j < span; j++) sum += s[j];
-        top[m] = 1.0f / sum;
+    vf sum[NV] = {};
+    for (int64_t i = 0; i < count; i++) for (int v = 0; v < NV; v++) {
+        vf x = scores[i * NV + v];
+        vf e = x == hidden ? vf{} : vexp(x - top[v]);
+        scores[i * NV + v] = e;
+        sum[v] += e;
     }
-    constexpr int CH = M == 1 ? 8 : 2;  // vectors of the head size held at once
-    for (int c = 0; c < d; c += CH * VL) {
-        int nv = (d - c) / VL < CH ? (d - c) / VL : CH;
-        vf acc[M][CH];
-        for (int m = 0; m < M; m++) for (int v = 0; v < CH; v++) acc[m][v] = vf{};
-        if (nv == CH) {
-            for (int64_t t = start; t < total; t++) for (int v = 0; v < CH; v++) {
-                vf x = load_wide(values + t * d + c + v * VL);
-                for (int m = 0; m < M; m++) acc[m][v] = fma(x, splat(scores[m * ld + t - start]), acc[m][v]);
-            }
-        } else {
-            for (int64_t t = start; t < total; t++) for (int v = 0; v < nv; v++) {
-                vf x = load_wide(values + t * d + c + v * VL);
-                for (int m = 0; m < M; m++) acc[m][v] = fma(x, splat(scores[m * ld + t - start]), acc[m][v]);
-            }
-        }
-        for (int m = 0; m < M; m++) for (int v = 0; v < nv; v++) store(out[m] + c + v * VL, acc[m][v] * top[m]);
-    }
+    float inverse[P];
+    for (int v = 0; v < NV; v++) store(inverse + v * VL, 1.0f / sum[v]);
+    constexpr int MR = WIDE ? 6 : 4;
+    const int passes = (lanes + MR - 1) / MR, height = (lanes + passes - 1) / passes;
+    for (int m = 0; m < lanes; m += height)
+        mix_lanes<MR>(lanes - m < height ? lanes - m : height, (const float*)scores + m, values + start * d, count, d, inverse + m, out + m);
 }
 
 template <class W>
@@ -443,12 +492,16 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     const Acts<W> normed{act, D, tall}, attended{act, H * d, tall}, gated{hidden, F, tall};
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
-    float* scores = space.take<float>((int64_t)threads * 4 * ld);
+    // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
+    int tasks_per_head = (R * group + P - 1) / P;
+    while (B * G * tasks_per_head < 2 * threads && tasks_per_head < R * group) tasks_per_head++;
+    const int per_task = (R * group + tasks_per_head - 1) / tasks_per_head;
+    tasks_per_head = (R * group + per_task - 1) / per_task;
+    vf* scores = space.take<vf>((int64_t)threads * NV * ld);
+    A* queries = space.take<A>((int64_t)threads * P * d);
+    uint16_t* seen = space.take<uint16_t>((int64_t)B * tasks_per_head * R);
     if (!space.ok) return 1;
     const int wanted = (int)batch.wanted;
-    // Enough attention tasks for every thread first, then as many query vectors per key load as registers hold.
-    const int per_task = (int64_t)B * G * R * group >= 32 * threads ? 4 : 1;
-    const int tasks_per_head = (R * group + per_task - 1) / per_task;
 
     Barrier team;
 #pragma omp parallel num_threads(threads)
@@ -463,6 +516,18 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 float angle = (float)batch.positions[m] * model.inv_freq[i];
                 cosine[(int64_t)m * (d / 2) + i] = cosf(angle);
                 sine[(int64_t)m * (d / 2) + i] = sinf(angle);
+            }
+        }
+        for (int64_t i = (int64_t)B * tasks_per_head * t / n; i < (int64_t)B * tasks_per_head * (t + 1) / n; i++) {
+            const uint8_t* visible = batch.visible + i / tasks_per_head * R * R;
+            for (int j = 0; j < R; j++) {
+                uint32_t bits = 0;
+                for (int c = 0; c < P; c++) {
+                    int lane = (int)(i % tasks_per_head) * per_task + c;
+                    // An unused lane sees all: it must not divide by zero.
+                    if (c >= per_task || lane >= R * group || visible[lane / group * R + j]) bits |= 1u << c;
+                }
+                seen[i * R + j] = (uint16_t)bits;
             }
         }
         for (int l = 0; l <= model.layers; l++) {
@@ -487,8 +552,9 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 if (h < H) continue;
                 int b = m / R;
                 int64_t slot = batch.lengths[b] + m % R, head = (int64_t)b * G + h - H;
-                W* k = keys + head * S * d + slot / P * P * d + slot % P;
-                for (int e = 0; e < d; e++) put(k + e * P, x[e]);
+                constexpr int U = key_unit<W>();
+                W* k = keys + head * S * d + slot / P * P * d + slot % P * U;
+                for (int e = 0; e < d; e++) put(k + e / U * U * P + e % U, x[e]);
                 W* v = values + (head * S + slot) * d;
                 for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
             }
@@ -498,22 +564,19 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 int b = head / G, g = head % G;
                 int64_t prefix = batch.lengths[b];
                 int count = R * group - first < per_task ? R * group - first : per_task;
-                const float* q[4]; const uint8_t* seen[4]; float* out[4]; int64_t oldest[4];
-                for (int c = 0; c < count; c++) {
+                float* out[P]; int64_t oldest[P];
+                const Acts<W> q{queries + (int64_t)t * P * d, d, P};
+                for (int c = 0; c < P; c++) {
+                    if (c >= count) { for (int e = 0; e < d; e += VL) q.put(c, e, vf{}); continue; }
                     int r = (first + c) / group, h = g * group + (first + c) % group;
                     int64_t m = (int64_t)b * R + r;
-                    q[c] = qkv + m * QKV + (int64_t)h * d;
-                    seen[c] = batch.visible + m * R;
+                    for (int e = 0; e < d; e += VL) q.put(c, e, load(qkv + m * QKV + (int64_t)h * d + e));
                     out[c] = mixed + m * H * d + (int64_t)h * d;
-                    oldest[c] = layer.window ? batch.positions[m] - layer.window + 1 : 0;
+                    oldest[c] = batch.positions[m] - layer.window + 1;
                 }
-                const W* k = keys + (int64_t)head * S * d;
-                const W* v = values + (int64_t)head * S * d;
-                const int64_t* positions = batch.positions + (int64_t)b * R;
-                float* s = scores + (int64_t)t * 4 * ld;
-                if (count == 4) attend<4>(q, seen, oldest, positions, prefix, R, k, v, d, scale, s, ld, out);
-                else for (int c = 0; c < count; c++)
-                    attend<1>(q + c, seen + c, oldest + c, positions, prefix, R, k, v, d, scale, s, ld, out + c);
+                attend<W>(q.a, count, seen + ((int64_t)b * tasks_per_head + task % tasks_per_head) * R, layer.window ? oldest : nullptr,
+                          batch.positions + (int64_t)b * R, prefix, R, keys + (int64_t)head * S * d, values + (int64_t)head * S * d,
+                          d, scale, scores + (int64_t)t * NV * ld, out);
                 for (int c = 0; c < count; c++) {
                     int64_t at = out[c] - mixed;
                     for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
@@ -569,10 +632,14 @@ void zb_linear(const void* w, int64_t is_bf16, const float* x, void* scratch, fl
     else linear((const float*)w, x, scratch, y, (int)M, (int)N, (int)K, (int)threads);
 }
 
+// Neighbouring elements of a key that lie together in its panel, for elements of 2 or 4 bytes.
+int64_t zb_key_unit(int64_t element) { return element == 2 ? key_unit<bf16>() : key_unit<float>(); }
+
 // Moves cached rows so that the kept ones directly follow the committed prefix: slots[b][i] -> lengths[b] + i.
 // slots are absolute, ascending per sequence, -1 ends the list; element is 2 or 4 bytes.
 void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, int64_t G, int64_t S, int64_t d,
                const int64_t* lengths, const int64_t* slots, int64_t most) {
+    const int64_t unit = zb_key_unit(element);
     for (int64_t l = 0; l < L; l++) for (int64_t b = 0; b < B; b++) for (int64_t g = 0; g < G; g++) {
         char* k = (char*)keys + ((l * B + b) * G + g) * S * d * element;
         char* v = (char*)values + ((l * B + b) * G + g) * S * d * element;
@@ -580,8 +647,8 @@ void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, 
             int64_t from = slots[b * most + i], to = lengths[b] + i;
             if (from < 0) break;
             if (from == to) continue;
-            for (int64_t e = 0; e < d; e++)
-                memcpy(k + (to / P * P * d + e * P + to % P) * element, k + (from / P * P * d + e * P + from % P) * element, element);
+            for (int64_t e = 0; e < d; e += unit)
+                memcpy(k + (to / P * P * d + e * P + to % P * unit) * element, k + (from / P * P * d + e * P + from % P * unit) * element, unit * element);
             memcpy(v + to * d * element, v + from * d * element, d * element);
         }
     }

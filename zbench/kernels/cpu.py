@@ -92,6 +92,7 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_commit.restype = None
         library.zb_read_sum.restype = ctypes.c_float
         library.zb_instruction_set.restype = ctypes.c_char_p
+        library.zb_key_unit.restype = ctypes.c_int64
         _check(library)
         return library
     except (NativeUnavailable, OSError) as error:
@@ -304,9 +305,16 @@ class Decoder:
         c = self.config
         qkv, mixed = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
         floats = rows * (c.width + qkv + mixed + c.head_dim) + (rows + TALL) * (max(c.width, mixed) + c.ffn)
-        needed = 4 * (floats + threads * 4 * (capacity + 2 * PANEL)) + 1024
+        lanes = rows * rows * c.heads // c.kv_heads  # of the visibility, two bytes for each 16 at least
+        needed = 4 * (floats + threads * PANEL * (capacity + 2 * PANEL + c.head_dim)) + 2 * lanes + 2048
         if self._workspace.numel() < needed:
             self._workspace = torch.empty(needed, dtype=torch.uint8)
+
+
+def key_panels(keys: Tensor) -> Tensor:
+    """Cached keys [.., S, d] as they lie: [.., S/16, d/U, 16, U]."""
+    unit = _library().zb_key_unit(ctypes.c_int64(keys.element_size()))
+    return keys.view(*keys.shape[:-2], -1, keys.shape[-1] // unit, PANEL, unit)
 
 
 def commit(keys: Tensor, values: Tensor, capacity: int, lengths: Tensor, slots: Tensor) -> None:
