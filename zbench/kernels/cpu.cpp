@@ -259,36 +259,51 @@ static inline void put_lanes(float* row, int n, int N, vf v) {
     else for (int i = 0; n + i < N; i++) row[n + i] = v[i];
 }
 
-struct Assign {  // y = x W^T + b
-    float* y; int64_t ldy; int N; const float* bias;
+// What a bias and, for mask rows, a low-rank adapter add to a product; either may be absent. A row that is no mask gets
+// nothing from the adapter, not even a zero, so its result is that of the bare model bit by bit.
+struct Plus {
+    const float *bias, *delta; int64_t ld; const int64_t* masks;
+    INLINE_MEMBER vf to(vf x, int m, int n) const {
+        if (bias) x += load(bias + n);
+        return delta && masks[m] >= 0 ? x + load(delta + m * ld + n) : x;
+    }
+};
+
+struct Assign {  // y = x W^T + ..
+    float* y; int64_t ldy; int N; Plus plus;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         UNROLL for (int v = 0; v < NP * NV; v++) {
             int n = panel * P + v * VL;
-            put_lanes(y + m * ldy, n, N, bias ? acc[v] + load(bias + n) : acc[v]);
+            put_lanes(y + m * ldy, n, N, plus.to(acc[v], m, n));
         }
     }
 };
 
-struct Accumulate {  // y += x W^T + b   (N is a multiple of VL: the model's width)
-    float* y; int64_t ldy; const float* bias;
+struct Accumulate {  // y += x W^T + ..   (N is a multiple of VL: the model's width)
+    float* y; int64_t ldy; Plus plus;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         UNROLL for (int v = 0; v < NP * NV; v++) {
             int n = panel * P + v * VL;
             float* out = y + m * ldy + n;
-            store(out, load(out) + (bias ? acc[v] + load(bias + n) : acc[v]));
+            store(out, load(out) + plus.to(acc[v], m, n));
         }
     }
 };
 
+template <class W> struct Feed {  // x W^T as the input of a further product
+    Acts<W> a;
+    template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
+        UNROLL for (int v = 0; v < NP * NV; v++) a.put(m, panel * P + v * VL, acc[v]);
+    }
+};
+
 template <class W> struct Gate {  // a = silu(gate) * up; panels alternate gate, up
-    Acts<W> a; const float* bias;
+    Acts<W> a; Plus plus;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         for (int p = 0; p < NP; p += 2) for (int v = 0; v < NV; v++) {
-            vf g = acc[p * NV + v], u = acc[(p + 1) * NV + v];
-            int n = (panel + p) / 2 * P + v * VL;
-            if (bias) { g += load(bias + (panel + p) * P + v * VL); u += load(bias + (panel + p + 1) * P + v * VL); }
-            vf y = g / (1.0f + vexp(-g)) * u;
-            a.put(m, n, y);
+            int n = (panel + p) * P + v * VL;
+            vf g = plus.to(acc[p * NV + v], m, n), u = plus.to(acc[(p + 1) * NV + v], m, n + P);
+            a.put(m, (panel + p) / 2 * P + v * VL, g / (1.0f + vexp(-g)) * u);
         }
     }
 };
@@ -310,10 +325,18 @@ struct zb_model {
     const void *embedding, *head;  // embedding [V, D] plain; head packed
     const float *norm, *inv_freq;
 };
+struct zb_low_rank { const void *a, *b; int64_t rank; };  // packed [rank, K] and [N, rank]; null: none
+struct zb_adapter {  // acts on mask rows only
+    const zb_low_rank *qkv, *out, *gate_up, *down;  // per layer
+    const float* mask_embedding;                    // [masks, D]; the last serves all further ones
+    int64_t masks;
+};
 struct zb_batch {
     int64_t batch, rows, capacity, wanted, captures, threads;
     const int64_t *ids, *positions, *lengths;   // [B,R] [B,R] [B]
     const uint8_t* visible;                     // [B,R,R]
+    const int64_t* masks;                       // [B,R]: which mask of its block a row is, -1 for a token; or null
+    const zb_adapter* adapter;                  // or null
     void *keys, *values;                        // [L,B,kv,S/16,d,16] and [L,B,kv,S,d]
     const int64_t *logit_rows, *capture_layers; // flat row indices; hidden-state indices, ascending
     float *logits, *captured;                   // [wanted,V], [captures,B*R,D]
@@ -472,6 +495,19 @@ static void attend(const act_t<W>* q, int lanes, const uint16_t* seen, const int
         mix_lanes<MR>(lanes - m < height ? lanes - m : height, (const float*)scores + m, values + start * d, count, d, inverse + m, out + m);
 }
 
+// delta[M,N] = B (A x) of one projection's low-rank adapter, in the panels and threads of the projection itself, so that
+// each thread reads back what it wrote. Nothing where there is no adapter.
+template <int STEP, class W>
+static Plus adapt(const zb_low_rank* low, const Acts<W>& x, act_t<W>* between, float* delta, const float* bias, const int64_t* masks,
+                  int M, int N, int thread, int threads, Barrier& team) {
+    if (!low || !low->a) return {bias, nullptr, 0, nullptr};
+    const Acts<W> inner{between, low->rank, x.height};
+    project<1>((const W*)low->a, x, M, (int)low->rank, thread, threads, Feed<W>{inner});
+    team.wait(threads);
+    project<STEP>((const W*)low->b, inner, M, N, thread, threads, Assign{delta, N, N, {}});
+    return {bias, delta, N, masks};
+}
+
 template <class W>
 static int forward(const zb_model& model, const zb_batch& batch) {
     const int D = (int)model.width, F = (int)model.ffn, H = (int)model.heads, G = (int)model.kv_heads, d = (int)model.head_dim;
@@ -490,6 +526,13 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     A* hidden = space.take<A>((int64_t)(M + TALL) * F);
     const int tall = height(M);
     const Acts<W> normed{act, D, tall}, attended{act, H * d, tall}, gated{hidden, F, tall};
+    int64_t rank = 0;
+    if (batch.adapter) for (int l = 0; l < model.layers; l++)
+        for (const zb_low_rank* low : {batch.adapter->qkv, batch.adapter->out, batch.adapter->gate_up, batch.adapter->down})
+            if (low[l].rank > rank) rank = low[l].rank;
+    A* between = space.take<A>((int64_t)(M + TALL) * rank);
+    const int widest = QKV > 2 * F ? QKV : 2 * F;
+    float* delta = space.take<float>(rank ? (int64_t)M * (widest > D ? widest : D) : 0);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
     // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
@@ -510,8 +553,15 @@ static int forward(const zb_model& model, const zb_batch& batch) {
         const int m0 = (int)((int64_t)M * t / n), m1 = (int)((int64_t)M * (t + 1) / n);
         int capture = 0;
         for (int m = m0; m < m1; m++) {
-            const W* row = (const W*)model.embedding + batch.ids[m] * D;
-            for (int i = 0; i < D; i++) residual[(int64_t)m * D + i] = widen(row[i]);
+            float* to = residual + (int64_t)m * D;
+            int64_t mask = batch.masks ? batch.masks[m] : -1;
+            if (mask >= 0 && batch.adapter) {
+                mask = mask < batch.adapter->masks ? mask : batch.adapter->masks - 1;
+                memcpy(to, batch.adapter->mask_embedding + mask * D, D * 4);
+            } else {
+                const W* row = (const W*)model.embedding + batch.ids[m] * D;
+                for (int i = 0; i < D; i++) to[i] = widen(row[i]);
+            }
             for (int i = 0; i < d / 2; i++) {
                 float angle = (float)batch.positions[m] * model.inv_freq[i];
                 cosine[(int64_t)m * (d / 2) + i] = cosf(angle);
@@ -538,12 +588,14 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             }
             if (l == model.layers) break;
             const zb_layer& layer = model.layer[l];
+            const zb_adapter* low = batch.masks ? batch.adapter : nullptr;
             W* keys = (W*)batch.keys + (int64_t)l * B * G * S * d;
             W* values = (W*)batch.values + (int64_t)l * B * G * S * d;
 
             for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.attention_norm, eps, D, normed, m);
             team.wait(n);
-            project<1>((const W*)layer.qkv, normed, M, QKV, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
+            Plus plus = adapt<1>(low ? low->qkv + l : nullptr, normed, between, delta, layer.qkv_bias, batch.masks, M, QKV, t, n, team);
+            project<1>((const W*)layer.qkv, normed, M, QKV, t, n, Assign{qkv, QKV, QKV, plus});
             team.wait(n);
             for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
                 int m = (int)(i / (H + G)), h = (int)(i % (H + G));
@@ -583,13 +635,16 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 }
             }
             team.wait(n);
-            project<1>((const W*)layer.out, attended, M, D, t, n, Accumulate{residual, D, layer.out_bias});
+            plus = adapt<1>(low ? low->out + l : nullptr, attended, between, delta, layer.out_bias, batch.masks, M, D, t, n, team);
+            project<1>((const W*)layer.out, attended, M, D, t, n, Accumulate{residual, D, plus});
             team.wait(n);
             for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.mlp_norm, eps, D, normed, m);
             team.wait(n);
-            project<2>((const W*)layer.gate_up, normed, M, 2 * F, t, n, Gate<W>{gated, layer.gate_up_bias});
+            plus = adapt<2>(low ? low->gate_up + l : nullptr, normed, between, delta, layer.gate_up_bias, batch.masks, M, 2 * F, t, n, team);
+            project<2>((const W*)layer.gate_up, normed, M, 2 * F, t, n, Gate<W>{gated, plus});
             team.wait(n);
-            project<1>((const W*)layer.down, gated, M, D, t, n, Accumulate{residual, D, layer.down_bias});
+            plus = adapt<1>(low ? low->down + l : nullptr, gated, between, delta, layer.down_bias, batch.masks, M, D, t, n, team);
+            project<1>((const W*)layer.down, gated, M, D, t, n, Accumulate{residual, D, plus});
             team.wait(n);
         }
         // Only the rows that ask for logits pass the final norm and the head.
@@ -598,7 +653,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             normalise(residual + batch.logit_rows[w] * D, model.norm, eps, D, asking, w);
         team.wait(n);
         if (wanted)
-            project<1>((const W*)model.head, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, nullptr});
+            project<1>((const W*)model.head, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, {}});
     }
     return 0;
 }
@@ -621,7 +676,7 @@ static void linear(const W* w, const float* x, void* scratch, float* y, int M, i
         for (int m = (int)((int64_t)M * t / n); m < (int)((int64_t)M * (t + 1) / n); m++)
             for (int k = 0; k < K; k++) acts.put(m, k, x[(int64_t)m * K + k]);
         team.wait(n);
-        project<1>(w, acts, M, N, t, n, Assign{y, N, N, nullptr});
+        project<1>(w, acts, M, N, t, n, Assign{y, N, N, {}});
     }
 }
 
