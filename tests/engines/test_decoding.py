@@ -19,7 +19,7 @@ from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.hardware import device
 from zbench.kernels import cpu
-from zbench.models.config import ModelConfig
+from zbench.models import families
 
 CPU = device.resolve("cpu")
 GREEDY = Sampling()
@@ -36,7 +36,7 @@ def reference(family: str, assisted: str | None = None) -> Reference:
     model = oracle(family)
     shared: Any = SimpleNamespace(
         transformers=model,
-        model=SimpleNamespace(config=ModelConfig.from_hf(model.config.to_dict())),
+        model=SimpleNamespace(config=families.from_hf(model.config.to_dict())),
         dtype=torch.float32,
     )
     return Reference(shared, assisted)
