@@ -36,6 +36,8 @@ from zbench.models.cache import Cache
 from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import LOGIT_BYTES, Cost
+from zbench.models.families import AnyConfig
+from zbench.models.model import Model
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, inverse_frequencies, rms_norm, rotate
@@ -83,7 +85,7 @@ def default_taps(layers: int, count: int) -> tuple[int, ...]:
     return tuple(index + 1 for index in ids)
 
 
-def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = False) -> DFlashCheckpoint:
+def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> DFlashCheckpoint:
     """A drafter for `target` from a folder in the released (z-lab) or the speculators layout.
 
     Raises UserError, one line, where the folder is damaged, the drafter does not fit the target, or it is of a variant
@@ -99,7 +101,7 @@ def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = Fal
     return DFlashCheckpoint(config, tensors, stored.hash, f"folder {stored.path}")
 
 
-def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: ModelConfig) -> None:
+def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: AnyConfig) -> None:
     """Write `drafter` in the released layout, which has no head of its own; `load_drafter` reads it back.
 
     Raises UserError for a drafter that has one.
@@ -119,25 +121,20 @@ def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: ModelCon
 
 
 def random_drafter(
-    target: ModelConfig, seed: int = 0, layers: int = 5, block: int = 16, dtype: torch.dtype = torch.float32
+    target: AnyConfig, seed: int = 0, layers: int = 5, block: int = 16, dtype: torch.dtype = torch.float32
 ) -> DFlashCheckpoint:
     """A drafter that fits `target` and knows nothing: for the speed of drafting, with synthetic acceptance.
 
     As many hidden states are read as there are layers, as released, or as many as the target has. The mask is the last
     token of the vocabulary: released drafters use an id that no text has, but nothing tells which that is.
     """
-    body = replace(
-        target,
+    shared = ("width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_positions", "rope_theta", "rope_scaling")
+    body = ModelConfig(
         family="qwen3",
         layers=layers,
+        **{name: getattr(target, name) for name in (*shared, "rms_eps")},
         tied=False,
         qk_norm=True,
-        qkv_bias=False,
-        out_bias=False,
-        mlp_bias=False,
-        windows=None,
-        eos_ids=(),
-        bos_id=None,
     )
     taps = default_taps(target.layers, min(layers, max(target.layers - 3, 1)))
     config = DFlashConfig(body, taps, target.vocab - 1, block)
@@ -164,7 +161,7 @@ def tensor_shapes(config: DFlashConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _parse(config: Mapping[str, Any], own_head: bool, target: ModelConfig) -> DFlashConfig:
+def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFlashConfig:
     speculators = "speculators_model_type" in config
     if speculators and config["speculators_model_type"] != "dflash":
         raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not dflash")
@@ -205,7 +202,7 @@ def _refuse_variants(config: Mapping[str, Any], inner: Mapping[str, Any], settin
 
 
 def _taps(
-    config: Mapping[str, Any], settings: Mapping[str, Any], target: ModelConfig, speculators: bool
+    config: Mapping[str, Any], settings: Mapping[str, Any], target: AnyConfig, speculators: bool
 ) -> tuple[int, ...]:
     # speculators counts layer inputs as we do; the released layout names the layer whose output is meant.
     key = "aux_hidden_state_layer_ids" if speculators else "target_layer_ids"
@@ -225,7 +222,7 @@ def _whole(config: Mapping[str, Any], settings: Mapping[str, Any], key: str, all
     return value
 
 
-def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: ModelConfig) -> None:
+def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: AnyConfig) -> None:
     shapes = tensor_shapes(config)
     if config.own_head and config.body.vocab < target.vocab:
         shapes["d2t"] = (config.body.vocab,)
@@ -238,7 +235,7 @@ class DFlashDrafter:
     Its cache holds keys and values of the context only: of every token before the anchor.
     """
 
-    def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Transformer) -> None:
+    def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Model) -> None:
         """`tensors` as in a DFlashCheckpoint."""
         self.config, self.device, self._target_vocab = config, target.device, target.config.vocab
         weights = {

@@ -29,6 +29,7 @@ from zbench.errors import UserError
 from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import LOGIT_BYTES, Cost
+from zbench.models.families import AnyConfig
 from zbench.models.projection import Projection
 from zbench.models.transformer import inverse_frequencies, rotate
 
@@ -78,7 +79,7 @@ def default_taps(layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(2, layers), layers // 2, max(layers - 3, 0)}))
 
 
-def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = False) -> Eagle3Checkpoint:
+def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> Eagle3Checkpoint:
     """A drafter for `target` from a folder in the original, the SpecForge or the speculators layout.
 
     Raises UserError, one line, where the folder is damaged, the drafter does not fit the target, or it is of a variant
@@ -121,7 +122,7 @@ def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
 
 
 def random_drafter(
-    target: ModelConfig, seed: int = 0, draft_vocab: int = _RANDOM_VOCAB, dtype: torch.dtype = torch.float32
+    target: AnyConfig, seed: int = 0, draft_vocab: int = _RANDOM_VOCAB, dtype: torch.dtype = torch.float32
 ) -> Eagle3Checkpoint:
     """A drafter that fits `target` and knows nothing: for the speed of drafting, with synthetic acceptance."""
     layer = ModelConfig(
@@ -182,7 +183,7 @@ def _original_name(name: str) -> str:
     return _RENAMES.get(prefix, "") + name.removeprefix(prefix)
 
 
-def _parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ModelConfig) -> Eagle3Config:
+def _parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: AnyConfig) -> Eagle3Config:
     speculators = "speculators_model_type" in config
     if speculators and config["speculators_model_type"] != "eagle3":
         raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not eagle3")
@@ -239,7 +240,7 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
         raise UserError("norm_output means two things in this layout; remove it, or convert the drafter to speculators")
 
 
-def _taps(config: Mapping[str, Any], target: ModelConfig, speculators: bool) -> tuple[int, ...]:
+def _taps(config: Mapping[str, Any], target: AnyConfig, speculators: bool) -> tuple[int, ...]:
     source = config if speculators else config.get("eagle_config") or {}
     ids = source.get("eagle_aux_hidden_state_layer_ids")
     if ids is not None and not (isinstance(ids, list) and all(isinstance(index, int) for index in ids)):
