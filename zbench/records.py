@@ -17,7 +17,7 @@ from zbench.errors import UserError
 SCHEMA_VERSION = 1
 MANIFEST, TRIALS = "run.json", "trials.jsonl"
 
-Role = Literal["prefill", "decode", "draft", "verify", "draft+verify"]
+Role = Literal["prefill", "decode", "draft", "verify", "draft+verify", "denoise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class StepRecord:
 
     `seconds` is the wall time of the whole step; what forwards, accept and commit leave over is the host gap.
     `committed` counts the tokens each sequence gained (0 for a sequence that had finished);
-    `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded).
+    `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded), `covered`
+    whether the next draft had been prepared for just that outcome (engines that draft and verify in one forward).
     """
 
     seconds: float
@@ -57,6 +58,7 @@ class StepRecord:
     committed: tuple[int, ...]
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    covered: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

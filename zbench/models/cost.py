@@ -137,3 +137,13 @@ def _zaya_cost(
         ),
         experts=routing.hit if routing else None,
     )
+
+
+def head_cost(config: ModelConfig | ZayaConfig, wanted: int, itemsize: int) -> Cost:
+    """Cost of the final norm and the head alone, on `wanted` rows."""
+    return Cost(
+        flops=float(2 * wanted * config.width * config.vocab),
+        weight_bytes=float((config.vocab + 1) * config.width * itemsize),
+        kv_bytes=0.0,
+        bytes_written=float(wanted * config.vocab * LOGIT_BYTES),
+    )

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import cpu
+from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing, forward_cost
 from zbench.models.model import Output, wanted_rows
@@ -292,9 +293,24 @@ class Zaya:
         return self._head(hidden.float())
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        return self.head(self._normed(hidden, self._norm))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        rows: Rows,
+        cache: Cache,
+        *,
+        logits: Tensor | None = None,
+        capture: Sequence[int] = (),
+        adapter: MaskAdapter | None = None,
+    ) -> Output:
         """See `Model.forward`; the cache is one of `new_cache`."""
         assert isinstance(cache, ZayaCache)
+        if adapter is not None:
+            raise ValueError("mask adapters fit dense transformers only")
         c, batch = self.config, len(rows.ids)
         wanted = wanted_rows(rows, cache, logits)
         step = _Step(self, rows, cache)
@@ -315,7 +331,7 @@ class Zaya:
             hidden[c.layers] = x
         chosen = torch.stack(choices)
         routed = chosen.new_zeros(c.layers, c.experts + 1).scatter_add_(1, chosen, torch.ones_like(chosen))
-        found = self.head(self._normed(x.flatten(0, 1)[wanted], self._norm))
+        found = self.logits(x.flatten(0, 1)[wanted])
         return Output(found.view(batch, -1, c.vocab), hidden, routed)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
