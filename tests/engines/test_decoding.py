@@ -146,10 +146,11 @@ def test_every_token_is_credited_to_one_step_and_one_forward(engine: str) -> Non
         assert inside[index] + step.accept_seconds + step.commit_seconds <= step.seconds
 
 
-def test_random_weights_load_into_transformers_unchanged() -> None:
+@pytest.mark.parametrize("own", [{"family": "llama"}, {"family": "zaya", "kv_heads": 2, "head_dim": 8, "experts": 4}])
+def test_random_weights_load_into_transformers_unchanged(own: dict[str, Any]) -> None:
     from zbench.models import loading
 
-    shape = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 128}
+    shape = {"layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 128, **own}
     model = loading.load({"config": shape, "weights": "random", "seed": 1}, dtype="float32")
     shared = Shared(model, torch.float32, CPU)
     request = Request(8, GREEDY, (0,))
