@@ -26,7 +26,8 @@ class ForwardRecord:
 
     `rows` is per sequence, `batch` the sequences in the forward, `context` the mean committed tokens
     per sequence before it. `flops`, `bytes_read` and `bytes_written` are counted from shapes for the
-    whole forward (all sequences). `committed` is summed over the batch.
+    whole forward (all sequences). `committed` is summed over the batch. `experts` is the mean over layers of
+    the distinct experts that the router sent a row to; None for a dense model.
     """
 
     step: int  # index of the step it belongs to; step 0 is the prefill
@@ -40,6 +41,7 @@ class ForwardRecord:
     bytes_written: float
     seconds: float
     committed: int
+    experts: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from zbench.hardware.device import Device, Mark
 from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost
-from zbench.models.model import Model, Output
+from zbench.models.model import Model, Output, routing
 from zbench.models.rows import Rows
 from zbench.records import ForwardRecord, Role, StepRecord
 
@@ -263,10 +263,13 @@ class Meter:
         out = model.forward(rows, cache, logits=logits, capture=capture, adapter=adapter)
         end = self.device.mark()
 
+        # Kept until the trial is over, so without the logits.
+        wanted, routed = out.logits.shape[0] * out.logits.shape[1], out.routed
+
         def cost() -> Cost:
             pairs = None if rows.causal else int(rows.visible[0].sum())
-            wanted = out.logits.shape[0] * out.logits.shape[1]
-            bare = model.cost(rows.ids.shape[1], contexts, wanted, pairs)
+            seen = None if routed is None else routing(routed)
+            bare = model.cost(rows.ids.shape[1], contexts, wanted, pairs, seen)
             if adapter is None or rows.masks is None:
                 return bare
             return adapter.added(bare, int((rows.masks >= 0).sum()))
@@ -324,6 +327,7 @@ class Meter:
                     bytes_written=cost.bytes_written,
                     seconds=seconds(f.start, f.end),
                     committed=sum(steps[f.step].committed) if decided else 0,
+                    experts=cost.experts,
                 )
             )
         return steps, tuple(forwards)

@@ -44,7 +44,7 @@ class Cost:
         return self.flops / (self.bytes_read + self.bytes_written)
 
 
-def expected_experts(experts: int, rows: int) -> float:
+def expected_experts(experts: int, rows: float) -> float:
     """Distinct experts that `rows` rows hit if each is sent to one of them, all equally likely, on its own:
     E (1 - (1 - 1/E)^rows). A prediction: real routers are neither uniform nor independent from row to row."""
     return experts * (1 - (1 - 1 / experts) ** rows)

@@ -100,6 +100,12 @@ def wanted_rows(rows: Rows, cache: Cache, logits: Tensor | None) -> Tensor:
     return (logits + offsets).reshape(-1)
 
 
+def count_choices(choices: Sequence[Tensor], experts: int) -> Tensor:
+    """`Output.routed` from each layer's choices [N], of which E skips."""
+    chosen = torch.stack(list(choices))
+    return chosen.new_zeros(len(chosen), experts + 1).scatter_add_(1, chosen, torch.ones_like(chosen))
+
+
 def routing(routed: Tensor) -> Routing:
     """What `Output.routed` says about a forward's cost. Waits for the device."""
     experts = routed[:, :-1]
