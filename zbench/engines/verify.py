@@ -121,7 +121,7 @@ def _reject(
     q_x = draft_probs.gather(2, drafts[..., None]).squeeze(2)
     accepted = _leading(sampler.uniforms(positions, Purpose.ACCEPT) * q_x < p_x)
     accepted = accepted if offered is None else torch.minimum(accepted, offered)
-    q = torch.cat([draft_probs, torch.zeros_like(draft_probs[:, :1])], 1)  # nothing was drafted after the last
+    q = torch.cat([draft_probs, torch.zeros_like(p[:, :1])], 1)  # nothing was drafted after the last
     p_next = _row(p, accepted)
     residual = (p_next - _row(q, accepted)).clamp(min=0)
     # Where p = q up to rounding a draft can be rejected with nothing left over.
