@@ -8,6 +8,7 @@ import sys
 import pytest
 
 LIGHT = ["records", "scenario", "metrics", "stats", "report", "report.html", "report.figures", "report.export", "cli"]
+LIGHT += ["report.attention", "models.attention"]
 HEAVY = ("torch", "transformers")
 
 

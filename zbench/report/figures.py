@@ -103,7 +103,7 @@ def figure(plot: Plot, theme: Theme, results: Results, cells: Sequence[Cell]) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_style(theme)):
+    with rc_context(style(theme)):
         drawn = Figure(figsize=(WIDTH, plot.height(results, cells)), layout="constrained")
         FigureCanvasAgg(drawn)
         plot.draw(drawn.subplots(), theme, results, cells)
@@ -118,7 +118,7 @@ def _drawn(plot: Plot, results: Results, cells: Sequence[Cell], label: str) -> D
     svg, png = {}, {}
     for theme in (LIGHT, DARK):
         drawn = figure(plot, theme, results, cells)
-        with rc_context(_style(theme)):
+        with rc_context(style(theme)):
             svg[theme.name] = _saved(drawn, "svg", metadata={"Date": None, "Creator": None})
             png[theme.name] = _saved(drawn, "png", dpi=200, metadata={"Software": None})
     slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
@@ -134,7 +134,7 @@ def _saved(drawn: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _style(theme: Theme) -> Any:
+def style(theme: Theme) -> Any:
     return {
         "figure.facecolor": theme.paper,
         "axes.facecolor": theme.paper,
@@ -327,7 +327,7 @@ def _experts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) 
     for cell in _with_experts(results, cells):
         colour, marker = _series(results, cell, theme)
         axes.plot([], [], marker, ms=6, color=colour, label=_legend_name(cell))
-    axes.set(xscale="log", xlim=(0.7, edge), ylim=(0, count * 1.15))
+    axes.set(xscale="log", xlim=(0.7, edge), ylim=(0, count * 1.08))
     axes.set(xlabel="rows in the forward, of all sequences", ylabel=f"distinct experts per layer, of {count}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
