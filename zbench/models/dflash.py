@@ -33,7 +33,7 @@ from zbench.kernels import cpu
 from zbench.models import config as model_config
 from zbench.models import loading
 from zbench.models.cache import Cache
-from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
+from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
@@ -76,6 +76,15 @@ def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = Fal
     except UserError as error:
         raise UserError(f"drafter {stored.path}: {error}") from error
     return DFlashCheckpoint(config, tensors, stored.hash, f"folder {stored.path}")
+
+
+def read_config(path: str | Path, target: ModelConfig) -> DFlashConfig:
+    """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
+    config, names = read_shape(path)
+    try:
+        return _parse(config, "lm_head.weight" in names, target)
+    except UserError as error:
+        raise UserError(f"drafter {path}: {error}") from error
 
 
 def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: ModelConfig) -> None:

@@ -15,7 +15,7 @@ A *pair* t is (feature of token t, token t + 1); its rotary position is t. It pr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zbench.errors import UserError
-from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
+from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
@@ -69,11 +69,20 @@ def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = Fal
     tensors = {_original_name(name): tensor for name, tensor in stored.tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _REDUNDANT}
     try:
-        config = _parse(stored.config, tensors, target)
+        config = _parse(stored.config, tensors.keys(), target)
         _check_tensors(config, tensors)
     except UserError as error:
         raise UserError(f"drafter {stored.path}: {error}") from error
     return Eagle3Checkpoint(config, tensors, stored.hash, f"folder {stored.path}")
+
+
+def read_config(path: str | Path, target: ModelConfig) -> Eagle3Config:
+    """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
+    config, names = read_shape(path)
+    try:
+        return _parse(config, {_original_name(name) for name in names}, target)
+    except UserError as error:
+        raise UserError(f"drafter {path}: {error}") from error
 
 
 def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
@@ -153,7 +162,7 @@ def _original_name(name: str) -> str:
     return _RENAMES.get(prefix, "") + name.removeprefix(prefix)
 
 
-def _parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ModelConfig) -> Eagle3Config:
+def _parse(config: Mapping[str, Any], tensors: Collection[str], target: ModelConfig) -> Eagle3Config:
     speculators = "speculators_model_type" in config
     if speculators and config["speculators_model_type"] != "eagle3":
         raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not eagle3")
