@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zbench import prompts, scenario
-from zbench.models import zoo
-from zbench.models.config import ModelConfig
+from zbench.models import families, zoo
 from zbench.models.cost import forward_cost
 
 CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only this estimate uses it
@@ -43,8 +42,7 @@ def estimate(wanted: scenario.Scenario) -> list[Estimate]:
         memory = seconds = None
         if config is not None:
             full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize)
-            table = 0 if config.tied else config.vocab * config.width * itemsize
-            memory = full.bytes_read + table
+            memory = families.parameter_count(config) * itemsize + full.kv_bytes
             if roofs is not None:
                 middle = forward_cost(config, 1, [context + at.output_tokens // 2] * at.batch, at.batch, itemsize)
                 traffic = middle.bytes_read + middle.bytes_written
@@ -71,16 +69,15 @@ def table(cells: list[Estimate]) -> str:
     return "\n".join(lines)
 
 
-def _config(spec: str | Mapping[str, Any]) -> ModelConfig | None:
+def _config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
     if isinstance(spec, str):
         folder = zoo.path(spec)
     elif spec.get("config"):
-        shape = spec["config"]
-        return ModelConfig.from_hf(shape) if "model_type" in shape else ModelConfig.from_fields(shape)
+        return families.from_fields(spec["config"])
     else:
         folder = Path(spec["path"]) if spec.get("path") else None
     file = folder / "config.json" if folder else None
-    return ModelConfig.from_hf(json.loads(file.read_text())) if file and file.is_file() else None
+    return families.from_hf(json.loads(file.read_text())) if file and file.is_file() else None
 
 
 def _cached_roofs(wanted: scenario.Scenario) -> dict[str, Any] | None:

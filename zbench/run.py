@@ -27,7 +27,8 @@ from zbench.hardware import device as devices
 from zbench.hardware import environment, roofs, specs
 from zbench.hardware.device import Device
 from zbench.models import loading, zoo
-from zbench.models.config import parameter_count
+from zbench.models.families import parameter_count
+from zbench.models.zaya_config import ZayaConfig
 from zbench.progress import track
 from zbench.records import (
     MANIFEST,
@@ -471,6 +472,7 @@ def _model_facts(point: Point) -> dict[str, Any]:
         "heads": config.heads,
         "kv_heads": config.kv_heads,
         "vocab": config.vocab,
+        **({"experts": config.experts} if isinstance(config, ZayaConfig) else {}),
         "hash": model.weights_hash,
         "source": model.source,
     }

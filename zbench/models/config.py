@@ -26,6 +26,8 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+_REQUIRED = ("family", "layers", "width", "ffn", "heads", "vocab", "max_positions")
+FAMILIES = tuple(_FAMILY_DEFAULTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.family not in _FAMILY_DEFAULTS:
-            raise UserError(f"model family {self.family!r} is not supported; supported: {_listed(_FAMILY_DEFAULTS)}")
+            raise UserError(f"model family {self.family!r} is not supported; supported: {listed(_FAMILY_DEFAULTS)}")
         for name in ("layers", "width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_positions"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("rope_theta", "rms_eps"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in ("tied", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"model config: {name} must be true or false, not {getattr(self, name)!r}")
@@ -76,10 +78,8 @@ class ModelConfig:
             raise UserError(f"model config: {len(self.windows)} sliding windows for {self.layers} layers")
         for window in self.windows or ():
             if window is not None:
-                _check_count("a sliding window", window)
-        for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
-            if not isinstance(token, int) or not 0 <= token < self.vocab:
-                raise UserError(f"model config: token id {token!r} is not in the vocabulary of {self.vocab}")
+                check_count("a sliding window", window)
+        check_tokens((*self.eos_ids, self.bos_id), self.vocab)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -90,10 +90,10 @@ class ModelConfig:
         """
         family = config.get("model_type")
         if family not in _FAMILY_DEFAULTS:
-            raise UserError(f"model_type {family!r} is not supported; supported: {_listed(_FAMILY_DEFAULTS)}")
+            raise UserError(f"model_type {family!r} is not supported; supported: {listed(_FAMILY_DEFAULTS)}")
         config = {**_FAMILY_DEFAULTS[family], **config}
-        _refuse_unsupported(config)
-        layers, width, heads = (_size(config, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+        refuse_unsupported(config)
+        layers, width, heads = (size(config, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
         head_dim = config.get("head_dim")
         if head_dim is None and width % heads:
             raise UserError(f"config.json: hidden_size {width} is not a multiple of num_attention_heads {heads}")
@@ -104,12 +104,12 @@ class ModelConfig:
             family=family,
             layers=layers,
             width=width,
-            ffn=_size(config, "intermediate_size"),
+            ffn=size(config, "intermediate_size"),
             heads=heads,
             kv_heads=heads if kv_heads is None else kv_heads,
             head_dim=width // heads if head_dim is None else head_dim,
-            vocab=_size(config, "vocab_size"),
-            max_positions=_size(config, "max_position_embeddings"),
+            vocab=size(config, "vocab_size"),
+            max_positions=size(config, "max_position_embeddings"),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             rms_eps=config.get("rms_norm_eps", 1e-6),
@@ -130,12 +130,7 @@ class ModelConfig:
 
         Raises UserError for a name that is unknown or missing.
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"model config: unknown {_listed(unknown)}; known: {_listed(sorted(known))}")
-        required = ("family", "layers", "width", "ffn", "heads", "vocab", "max_positions")
-        if missing := [name for name in required if name not in values]:
-            raise UserError(f"model config: {_listed(missing)} missing")
+        check_names(values, [f.name for f in fields(cls)], _REQUIRED)
         family, width, heads = values["family"], values["width"], values["heads"]
         derived: dict[str, Any] = {"kv_heads": heads, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
         if "head_dim" not in values:
@@ -228,7 +223,7 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in tensor_shapes(config).values())
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def refuse_unsupported(config: Mapping[str, Any]) -> None:
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UserError(f"config.json: hidden_act {activation!r} is not supported; supported: silu")
     if config.get("quantization_config"):
@@ -265,36 +260,51 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...] |
         types = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
     by_type = {"full_attention": None, "sliding_attention": window}
     if unknown := sorted(set(types) - set(by_type)):
-        raise UserError(f"config.json: layer_types {_listed(unknown)} not supported; supported: {_listed(by_type)}")
+        raise UserError(f"config.json: layer_types {listed(unknown)} not supported; supported: {listed(by_type)}")
     return tuple(by_type[kind] for kind in types) if "sliding_attention" in types else None
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
+def size(config: Mapping[str, Any], key: str) -> int:
     if key not in config:
         raise UserError(f"config.json: {key} is missing")
-    return _check_count(key, config[key])
+    return check_count(key, config[key])
 
 
 def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type")
     if kind not in _ROPE_KEYS:
-        raise UserError(f"rope type {kind!r} is not supported; supported: default, {_listed(_ROPE_KEYS)}")
+        raise UserError(f"rope type {kind!r} is not supported; supported: default, {listed(_ROPE_KEYS)}")
     if missing := [key for key in _ROPE_KEYS[kind] if key not in scaling]:
-        raise UserError(f"model config: rope type {kind} needs {_listed(missing)}")
+        raise UserError(f"model config: rope type {kind} needs {listed(missing)}")
     for key in _ROPE_KEYS[kind]:
-        _check_positive(key, scaling[key])
+        check_positive(key, scaling[key])
 
 
-def _check_count(name: str, value: Any) -> int:
+def check_count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"model config: {name} must be a positive whole number, not {value!r}")
     return value
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"model config: {name} must be a positive number, not {value!r}")
 
 
-def _listed(names: Iterable[Any]) -> str:
+def check_names(values: Mapping[str, Any], known: Iterable[str], required: Iterable[str]) -> None:
+    """Raises UserError for a name that is unknown or missing."""
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"model config: unknown {listed(unknown)}; known: {listed(sorted(known))}")
+    if missing := [name for name in required if name not in values]:
+        raise UserError(f"model config: {listed(missing)} missing")
+
+
+def check_tokens(tokens: Iterable[Any], vocab: int) -> None:
+    """Raises UserError for a token that is neither None nor in the vocabulary."""
+    for token in tokens:
+        if token is not None and (not isinstance(token, int) or not 0 <= token < vocab):
+            raise UserError(f"model config: token id {token!r} is not in the vocabulary of {vocab}")
+
+
+def listed(names: Iterable[Any]) -> str:
     return ", ".join(map(str, names))

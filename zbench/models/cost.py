@@ -2,7 +2,8 @@
 
 Traffic is the least a forward can do: each weight once, each sequence's cached keys and values once, the new keys
 and values and the logits written once. Activations between operators are left out, they stay in cache at decode
-sizes; so a byte count never exceeds the real traffic and `floor_seconds` is a floor.
+sizes; so a byte count never exceeds the real traffic and `floor_seconds` is a floor. Of a mixture of experts only the
+experts that the router hit are read.
 """
 
 from __future__ import annotations
@@ -11,8 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zbench.models.config import ModelConfig
+from zbench.models.zaya_config import CONV_TAPS, ZayaConfig
 
 LOGIT_BYTES = 4  # logits are float32 whatever the weights are
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What the routers of a mixture of experts did in one forward; means over layers."""
+
+    hit: float  # distinct experts that some row was sent to
+    rows: float  # rows that an expert computed; the others skipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +31,9 @@ class Cost:
 
     flops: float
     weight_bytes: float
-    kv_bytes: float
+    kv_bytes: float  # the convolutions' state included, where there is one
     bytes_written: float
+    experts: float | None = None  # distinct experts per layer, where a router was seen; never an expectation
 
     @property
     def bytes_read(self) -> float:
@@ -33,16 +44,34 @@ class Cost:
         return self.flops / (self.bytes_read + self.bytes_written)
 
 
+def expected_experts(experts: int, rows: int) -> float:
+    """Distinct experts that `rows` rows hit if each is sent to one of them, all equally likely, on its own:
+    E (1 - (1 - 1/E)^rows). A prediction: real routers are neither uniform nor independent from row to row."""
+    return experts * (1 - (1 - 1 / experts) ** rows)
+
+
 def forward_cost(
-    config: ModelConfig, rows: int, contexts: Sequence[int], wanted: int, itemsize: int, pairs: int | None = None
+    config: ModelConfig | ZayaConfig,
+    rows: int,
+    contexts: Sequence[int],
+    wanted: int,
+    itemsize: int,
+    pairs: int | None = None,
+    routing: Routing | None = None,
 ) -> Cost:
     """Cost of a forward of `rows` rows for each of len(contexts) sequences with that many committed tokens.
 
     `wanted` rows over the whole batch ask for logits. `pairs` counts the (row, visible new row) pairs of one
-    sequence; None is the causal triangle rows (rows + 1) / 2. Per layer, with R = rows and C = context:
-    qkv 2 R D (q + 2 kv) d, scores and values 4 q d (R C + pairs), output 2 R q d D, gated MLP 6 R D F;
-    then the head 2 wanted D V.
+    sequence; None is the causal triangle rows (rows + 1) / 2. `routing` is what the routers of a mixture of experts
+    did; None predicts it: `expected_experts` under uniform routing, and no row that skips.
+
+    Per layer, with R = rows and C = context: qkv 2 R D (q + 2 kv) d, scores and values 4 q d (R C + pairs), output
+    2 R q d D, gated MLP 6 R D F; then the head 2 wanted D V. ZAYA's layers have further, with z = (q + kv) d channels,
+    W the router's width and E experts: convolutions 4 R z (1 + d), router 2 R (D W + 2 W² + W (E + 1)); the MLP
+    counts for the rows that an expert computes.
     """
+    if isinstance(config, ZayaConfig):
+        return _zaya_cost(config, rows, contexts, wanted, itemsize, pairs, routing)
     c = config
     batch, total_rows = len(contexts), rows * len(contexts)
     pairs = rows * (rows + 1) // 2 if pairs is None else pairs
@@ -65,4 +94,46 @@ def forward_cost(
         weight_bytes=float(weights * itemsize),
         kv_bytes=float(tokens * per_token * itemsize),
         bytes_written=float(batch * rows * c.layers * per_token * itemsize + wanted * c.vocab * LOGIT_BYTES),
+    )
+
+
+def _zaya_cost(
+    config: ZayaConfig,
+    rows: int,
+    contexts: Sequence[int],
+    wanted: int,
+    itemsize: int,
+    pairs: int | None,
+    routing: Routing | None,
+) -> Cost:
+    c = config
+    batch, total_rows = len(contexts), rows * len(contexts)
+    pairs = rows * (rows + 1) // 2 if pairs is None else pairs
+    used = routing or Routing(expected_experts(c.experts, total_rows), total_rows)
+    q_width, router, expert = c.heads * c.head_dim, c.router_width, 3 * c.width * c.ffn
+    projections = c.width * (c.mixed + 2 * c.delayed) + q_width * c.width
+    convolutions = CONV_TAPS * c.mixed * (1 + c.head_dim)
+    gate = c.width * router + 2 * router**2 + router * (c.experts + 1)
+    products = projections + convolutions + gate
+    attended = rows * sum(contexts) + batch * pairs
+    per_layer = 2 * total_rows * products + 2 * used.rows * expert + 4 * q_width * attended
+
+    norms_and_scales = 2 * c.width + 8 * c.width + c.kv_heads
+    biases = 2 * c.mixed + 3 * router + c.experts + 1
+    small = norms_and_scales + biases + router  # the last: the router's norm
+    states = (c.layers - 1) * router
+    head = (c.vocab + 1) * c.width if wanted else 0
+    outside = states + head + (total_rows + 2) * c.width  # embedding rows looked up, their scale and bias
+    weights = c.layers * (products + small + used.hit * expert) + outside
+    per_token = 2 * c.kv_heads * c.head_dim
+    state = CONV_TAPS * c.mixed + c.delayed  # of a sequence: the last inputs of the convolutions, the delayed value
+    begun = sum(context > 0 for context in contexts)
+    return Cost(
+        flops=float(c.layers * per_layer + 2 * wanted * c.width * c.vocab),
+        weight_bytes=float(weights * itemsize),
+        kv_bytes=float(c.layers * (sum(contexts) * per_token + begun * state) * itemsize),
+        bytes_written=float(
+            c.layers * (total_rows * per_token + batch * state) * itemsize + wanted * c.vocab * LOGIT_BYTES
+        ),
+        experts=routing.hit if routing else None,
     )

@@ -20,14 +20,16 @@ from torch import Tensor
 
 from zbench.cache import atomic_write, cache_dir
 from zbench.errors import UserError
-from zbench.models import zoo
-from zbench.models.config import ModelConfig, tensor_shapes, token_ids
+from zbench.models import families, zoo
+from zbench.models.config import token_ids
+from zbench.models.families import AnyConfig, tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _RANDOM_STD = 0.02  # GPT-2's initialisation: keeps logits finite at any depth behind the norms
+_KEPT = ".balancing_biases"  # decide between near-equal experts: rounding them would send rows elsewhere
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
 
@@ -36,7 +38,7 @@ _INDEX = "model.safetensors.index.json"
 class LoadedModel:
     name: str
     path: Path | None  # the folder; None for random weights
-    config: ModelConfig
+    config: AnyConfig
     tensors: dict[str, Tensor]  # Hugging Face names, on the CPU; a tied head is not listed
     weights_hash: str  # sha256 of the weight files; for random weights, of what determines them
     tokenizer_path: Path | None  # None where there is no tokenizer
@@ -48,8 +50,8 @@ def load(
 ) -> LoadedModel:
     """Load a model: a zoo name (fetched if need be), `{path}`, `{hub, revision}` or `{config, weights: random, seed}`.
 
-    `config` is a Hugging Face config (it has `model_type`) or ModelConfig's fields. `dtype` None keeps weights as they
-    are stored, and makes random ones in float32. Keys of `spec` that are None count as absent.
+    `config` is a Hugging Face config (it has `model_type`) or the fields of the family's config. `dtype` None keeps weights
+    as they are stored, and makes random ones in float32. Keys of `spec` that are None count as absent.
     Raises UserError, one line, for whatever is missing, malformed, corrupt or not supported.
     """
     chosen = _dtype(dtype)
@@ -94,18 +96,26 @@ def load_tokenizer(model: LoadedModel) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot read the tokenizer in {model.tokenizer_path}: {_first_line(error)}") from error
 
 
-def random_tensors(config: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights drawn from N(0, 0.02²), norms at 1, made straight in `dtype`.
+def random_tensors(config: AnyConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights drawn from N(0, 0.02²), norms and scales at 1, made straight in `dtype`.
 
-    A tensor's values follow from the seed and its name alone, so that the tensors can be drawn in parallel.
+    A router is drawn wide enough that rows spread over the experts, and starts as published: without a bias towards
+    an expert, and with one against skipping. A tensor's values follow from the seed and its name alone, so that the
+    tensors can be drawn in parallel.
     """
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name.endswith("norm.weight"):
+        if name.endswith(_KEPT):
+            return torch.tensor([0.0] * (shape[0] - 1) + [-1.0])
+        if name.endswith(("norm.weight", "_scale", ".temp")):
             return torch.ones(shape, dtype=dtype)
+        router = ".router_mlp." in name
+        if router and name.endswith(".bias"):
+            return torch.zeros(shape, dtype=dtype)
         own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
         generator = torch.Generator().manual_seed(own_seed)
-        return torch.empty(shape, dtype=dtype).normal_(0.0, _RANDOM_STD, generator=generator)
+        std = shape[-1] ** -0.5 if router else _RANDOM_STD
+        return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
 
     shapes = tensor_shapes(config)
     with ThreadPoolExecutor() as pool:
@@ -124,7 +134,7 @@ def weights_hash(files: Iterable[Path]) -> str:
 def _load_folder(folder: Path, name: str, source: str, dtype: torch.dtype | None) -> LoadedModel:
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    config = families.from_hf(read_json(folder / "config.json"))
     # Generation stops where generation_config.json says: chat models list end-of-turn tokens only there.
     if (folder / "generation_config.json").is_file():
         stops = token_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
@@ -185,7 +195,7 @@ def opened(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
         yield where
 
 
-def _read_tensors(files: list[Path], config: ModelConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_tensors(files: list[Path], config: AnyConfig, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Map every tensor that the config calls for; others (a stored copy of a tied head, say) are left alone."""
     shapes = tensor_shapes(config)
     with opened(files) as where:
@@ -200,7 +210,9 @@ def _read_tensors(files: list[Path], config: ModelConfig, dtype: torch.dtype | N
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES.values():
             raise UserError(f"{files[0].parent}: {name} is stored as {tensor.dtype}; supported: {', '.join(_DTYPES)}")
-    return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if dtype is None:
+        return tensors
+    return {name: tensor if name.endswith(_KEPT) else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def snapshot(repository: str, revision: str) -> Path:
@@ -235,7 +247,7 @@ def snapshot(repository: str, revision: str) -> Path:
 
 
 def _random_model(shape: Mapping[str, Any], seed: int, dtype: torch.dtype) -> LoadedModel:
-    config = ModelConfig.from_hf(shape) if "model_type" in shape else ModelConfig.from_fields(shape)
+    config = families.from_hf(shape) if "model_type" in shape else families.from_fields(shape)
     identity = json.dumps([asdict(config), seed, str(dtype)], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
     tensors = random_tensors(config, seed, dtype)

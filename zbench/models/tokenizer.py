@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zbench.errors import UserError
-from zbench.models.config import ModelConfig
+from zbench.models.families import AnyConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +44,7 @@ def save_gguf_tokenizer(metadata: Mapping[str, Any], folder: Path, max_positions
     ).save_pretrained(folder)
 
 
-def byte_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+def byte_tokenizer(config: AnyConfig) -> PreTrainedTokenizerFast:
     """A stand-in for a model with random weights: one token per UTF-8 byte, and the config's first eos id.
 
     Ids beyond the bytes decode to nothing, so that text made by random weights is short and strange; it means nothing
