@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from zbench.errors import UserError
-from zbench.models.config import ModelConfig
+from zbench.models import families
 from zbench.records import CellRecord
 
 # --- The YAML, as models. The descriptions are the user's reference: `zbench schema` publishes them. ---
@@ -290,17 +290,63 @@ class ModelShape(_Strict):
 
     @model_validator(mode="after")
     def _is_possible(self) -> ModelShape:
-        try:
-            ModelConfig.from_fields(self.model_dump(exclude_none=True))
-        except UserError as error:
-            raise ValueError(str(error).removeprefix("model config: ")) from error
+        _check_shape(self)
         return self
+
+
+class ZayaShape(_Strict):
+    """The shape of a ZAYA1: compressed convolutional attention, and experts of which each token takes one."""
+
+    family: Literal["zaya"] = Field(description="Architecture family.")
+    layers: Count = Field(description="Layers, each of attention and experts.")
+    width: Count = Field(description="Size of the residual stream.")
+    ffn: Count = Field(description="Inner size of one expert.")
+    heads: Count = Field(description="Query heads.")
+    kv_heads: Count = Field(description="Key and value heads.")
+    head_dim: Count = Field(description="Size of a head.")
+    vocab: Count = Field(description="Tokens in the vocabulary.")
+    max_positions: Count = Field(description="Longest prompt and output together, in tokens.")
+    experts: Count = Field(description="Experts of a layer.")
+    router_width: Count = Field(default=256, description="Inner size of the router.")
+    rope_theta: float = Field(default=5_000_000.0, gt=0, description="Base of the rotary position embedding.")
+    rotary_fraction: float = Field(default=0.5, gt=0, le=1, description="Share of a head that is rotated.")
+    rms_eps: float = Field(default=1e-5, gt=0, description="Epsilon of the RMS norms.")
+    tied: bool = Field(default=True, description="Whether the output head shares the embedding's weight.")
+    eos_ids: Annotated[tuple[int, ...], Items] = Field(default=(), description="Token ids that end an output.")
+    bos_id: int | None = Field(default=None, description="Token id that begins a sequence.")
+    mask_id: int | None = Field(default=None, description="Token id that stands for a position to be filled in.")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ZayaShape:
+        _check_shape(self)
+        return self
+
+
+def _check_shape(shape: BaseModel) -> None:
+    try:
+        families.from_fields(shape.model_dump(exclude_none=True))
+    except UserError as error:
+        raise ValueError(str(error).removeprefix("model config: ")) from error
+
+
+_SHAPES: dict[str, type[_Strict]] = {"dense": ModelShape, "zaya": ZayaShape}
+
+
+def _shape_branch(value: Any) -> str:
+    family = value.get("family") if isinstance(value, dict) else getattr(value, "family", None)
+    return f"{_BRANCH}{'zaya' if family == 'zaya' else 'dense'}"
+
+
+_Shape = Annotated[
+    Annotated[ModelShape, Tag(f"{_BRANCH}dense")] | Annotated[ZayaShape, Tag(f"{_BRANCH}zaya")],
+    Discriminator(_shape_branch),
+]
 
 
 class ModelRandom(_Strict):
     """A shape with random weights: its speed is real, its text means nothing."""
 
-    config: ModelShape = Field(description="The shape.")
+    config: _Shape = Field(description="The shape.")
     weights: Literal["random"] = Field(default="random", description="Where the weights come from.")
     seed: int = Field(default=0, ge=0, description="Seed of the weights.")
 
@@ -376,7 +422,8 @@ def _engine_branch(value: Any) -> str | None:
 _MODELS: dict[str, type[_Strict]] = {"path": ModelFolder, "hub": ModelHub, "config": ModelRandom}
 _PROMPTS: dict[str, type[_Strict]] = {"set": PromptSet, "file": PromptFile, "dataset": PromptDataset}
 _BRANCHES = {
-    f"{_BRANCH}{key}": model for key, model in (_MODELS | _PROMPTS | _DRAFTERS | _SYNTHETICS | ENGINES).items()
+    f"{_BRANCH}{key}": model
+    for key, model in (_MODELS | _SHAPES | _PROMPTS | _DRAFTERS | _SYNTHETICS | ENGINES).items()
 }
 
 _UNIONS = {"model": _MODELS, "prompts": _PROMPTS, "drafter": _DRAFTERS, "synthetic": _SYNTHETICS}
@@ -427,6 +474,12 @@ class Scenario(_Strict):
         description="auto (first GPU, else CPU), cpu, cuda, cuda:N, rocm or rocm:N.",
         examples=["auto", "cuda:1"],
     )
+    hardware: str | None = Field(
+        default=None,
+        description="GPU that this scenario is about, by its name in hardware/specs.yaml. `zbench run` measures there;"
+        " elsewhere it projects from the spec sheet. null means whatever device it runs on.",
+        examples=["MI300X", "H100 SXM"],
+    )
     engines: Annotated[tuple[_Engine, ...], Field(strict=False, min_length=1)] = Field(
         description="Engines to compare: a name, or a mapping of name, label and options.",
         examples=[["autoregressive", {"name": "reference", "assisted": "prompt_lookup"}]],
@@ -476,6 +529,18 @@ class Scenario(_Strict):
         description="Points of the matrix to leave out: all that agree with every axis named here.",
         examples=[[{"batch": 4, "dtype": "float32"}]],
     )
+
+    @field_validator("hardware")
+    @classmethod
+    def _is_known_hardware(cls, hardware: str | None) -> str | None:
+        from zbench.hardware import specs
+
+        if hardware is None:
+            return None
+        try:
+            return specs.named(hardware).name
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("engines")
     @classmethod
@@ -671,8 +736,9 @@ def json_schema() -> dict[str, Any]:
 
 
 def content_hash(scenario: Scenario) -> str:
-    """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter."""
-    content = scenario.model_dump(mode="json", exclude={"name", "description"})
+    """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter. Nor
+    does the hardware that it is about: on which device something was measured, the environment says."""
+    content = scenario.model_dump(mode="json", exclude={"name", "description", "hardware"})
     labels = [
         {**engine, "label": spec.title} for engine, spec in zip(content["engines"], scenario.engines, strict=True)
     ]
@@ -828,7 +894,7 @@ def cells(scenario: Scenario) -> tuple[CellRecord, ...]:
 
 
 # What the runner takes once for all points of a run.
-_WHOLE_RUN = ("name", "description", "device", "engines", "baseline", "threads", "budget")
+_WHOLE_RUN = ("name", "description", "device", "hardware", "engines", "baseline", "threads", "budget")
 _MATRIX = ("matrix", "include", "exclude")
 
 _Setting = dict[str, tuple[Any, _Origin]]  # axis -> its value at one point, and where that was written

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from zbench.engines.synthetic import Synthetic
 from zbench.errors import UserError
-from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost, forward_cost
 from zbench.models.drafters import DFlashConfig, Eagle3Config
+from zbench.models.families import AnyConfig
 from zbench.records import Role
 
 
@@ -40,12 +40,12 @@ class Plan:
     notes: tuple[str, ...] = ()  # what was assumed
 
 
-def plan(engine: str, options: Mapping[str, Any], target: ModelConfig) -> Plan:
+def plan(engine: str, options: Mapping[str, Any], target: AnyConfig) -> Plan:
     """The decode step of an engine. Raises UserError for settings that the engine refuses, or an unknown shape."""
     return _PLANS[engine](options, target)
 
 
-def on_target(target: ModelConfig, role: Role, rows: int, pairs: int, logits: int, heads: int = 1) -> Forward:
+def on_target(target: AnyConfig, role: Role, rows: int, pairs: int, logits: int, heads: int = 1) -> Forward:
     """A forward of the target; its output head is read `heads` times, once for each time that logits are asked."""
 
     def cost(contexts: Sequence[int], itemsize: int) -> Cost:
@@ -60,11 +60,11 @@ def causal_pairs(rows: int) -> int:
     return rows * (rows + 1) // 2
 
 
-def autoregressive(options: Mapping[str, Any], target: ModelConfig) -> Plan:
+def autoregressive(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     return Plan((on_target(target, "decode", 1, 1, 1),))
 
 
-def reference(options: Mapping[str, Any], target: ModelConfig) -> Plan:
+def reference(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     """`generate` of transformers: what it computes, at the roofs; prompt lookup drafts without a model."""
     if options["assisted"] is None:
         return autoregressive(options, target)
@@ -73,7 +73,7 @@ def reference(options: Mapping[str, Any], target: ModelConfig) -> Plan:
     return Plan((verify,), rows - 1, notes=("prompt lookup is taken to find as many tokens as it may draft",))
 
 
-def eagle3(options: Mapping[str, Any], target: ModelConfig) -> Plan:
+def eagle3(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     """`depth` drafter forwards one after another, then one verify of a chain or a tree."""
     drafter = _eagle3_drafter(options["drafter"], target)
     depth, k = options["depth"], options["top_k"]
@@ -110,7 +110,7 @@ def eagle3_tokens(depth: int, top_k: int, tokens: int | None, draft_vocab: int) 
     return tokens
 
 
-def dflash(options: Mapping[str, Any], target: ModelConfig) -> Plan:
+def dflash(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     """One drafter forward over a block of masks, then one verify of the block as a chain."""
     drafter = _dflash_drafter(options["drafter"], target)
     block = options["block"] or drafter.block
@@ -123,7 +123,7 @@ def dflash(options: Mapping[str, Any], target: ModelConfig) -> Plan:
     return Plan((draft, on_target(target, "verify", block, causal_pairs(block), block)), block - 1)
 
 
-def diffusion(options: Mapping[str, Any], target: ModelConfig) -> Plan:
+def diffusion(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     """TiDAR (arXiv 2511.08923): verify a block and draft the next ones in one forward of one model.
 
     Rows: `block_size` = B draft rows, causal, the first of which is the token that the step before chose; then a block
@@ -145,7 +145,7 @@ def prepared(block: int, proposals: int | Literal["all"]) -> tuple[int, ...]:
     return tuple(range(1, count + 1))
 
 
-def diffusion_forward(target: ModelConfig, block: int, outcomes: Sequence[int]) -> Forward:
+def diffusion_forward(target: AnyConfig, block: int, outcomes: Sequence[int]) -> Forward:
     """The forward of `diffusion` with a block of masks for each of `outcomes`."""
     pairs = causal_pairs(block) + sum(block * (kept + block) for kept in outcomes)
     heads = 2 if outcomes else 1
@@ -177,7 +177,7 @@ def likeliest(found: Synthetic, count: int) -> tuple[int, ...]:
     return tuple(sorted(accepted + 1 for accepted in ranked[:count]))
 
 
-def _eagle3_drafter(chosen: Mapping[str, Any], target: ModelConfig) -> Eagle3Config:
+def _eagle3_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> Eagle3Config:
     if chosen.get("random"):
         return Eagle3Config.of_target(target, **_given(draft_vocab=chosen.get("vocab")))
     from zbench.models import eagle3
@@ -185,7 +185,7 @@ def _eagle3_drafter(chosen: Mapping[str, Any], target: ModelConfig) -> Eagle3Con
     return eagle3.read_config(_folder(chosen), target)
 
 
-def _dflash_drafter(chosen: Mapping[str, Any], target: ModelConfig) -> DFlashConfig:
+def _dflash_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> DFlashConfig:
     if chosen.get("random"):
         return DFlashConfig.of_target(target, **_given(layers=chosen.get("layers")))
     from zbench.models import dflash
@@ -205,7 +205,7 @@ def _given(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-_PLANS: dict[str, Callable[[Mapping[str, Any], ModelConfig], Plan]] = {
+_PLANS: dict[str, Callable[[Mapping[str, Any], AnyConfig], Plan]] = {
     "autoregressive": autoregressive,
     "reference": reference,
     "eagle3": eagle3,

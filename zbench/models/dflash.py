@@ -37,6 +37,7 @@ from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape,
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
+from zbench.models.families import AnyConfig
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, inverse_frequencies, rms_norm, rotate
@@ -78,7 +79,7 @@ def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = Fal
     return DFlashCheckpoint(config, tensors, stored.hash, f"folder {stored.path}")
 
 
-def read_config(path: str | Path, target: ModelConfig) -> DFlashConfig:
+def read_config(path: str | Path, target: AnyConfig) -> DFlashConfig:
     """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
     config, names = read_shape(path)
     try:
@@ -142,7 +143,7 @@ def tensor_shapes(config: DFlashConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _parse(config: Mapping[str, Any], own_head: bool, target: ModelConfig) -> DFlashConfig:
+def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFlashConfig:
     speculators = "speculators_model_type" in config
     if speculators and config["speculators_model_type"] != "dflash":
         raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not dflash")
@@ -183,7 +184,7 @@ def _refuse_variants(config: Mapping[str, Any], inner: Mapping[str, Any], settin
 
 
 def _taps(
-    config: Mapping[str, Any], settings: Mapping[str, Any], target: ModelConfig, speculators: bool
+    config: Mapping[str, Any], settings: Mapping[str, Any], target: AnyConfig, speculators: bool
 ) -> tuple[int, ...]:
     # speculators counts layer inputs as we do; the released layout names the layer whose output is meant.
     key = "aux_hidden_state_layer_ids" if speculators else "target_layer_ids"

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from zbench.errors import UserError
 from zbench.models.config import ModelConfig
 from zbench.models.cost import LOGIT_BYTES, Cost, forward_cost
+from zbench.models.families import AnyConfig
 
 EAGLE3_VOCAB = 8192  # draft vocabulary of a drafter that nobody trained
 DFLASH_LAYERS, DFLASH_BLOCK = 5, 16  # as released
@@ -30,7 +31,7 @@ class Eagle3Config:
     norm_output: bool = False  # the next feature is norm(h2), not h2 ("EAGLE 3.1")
 
     @classmethod
-    def of_target(cls, target: ModelConfig, draft_vocab: int = EAGLE3_VOCAB) -> Eagle3Config:
+    def of_target(cls, target: AnyConfig, draft_vocab: int = EAGLE3_VOCAB) -> Eagle3Config:
         """The shape of a released drafter for such a target."""
         layer = ModelConfig(
             family="llama",
@@ -90,24 +91,20 @@ class DFlashConfig:
     own_head: bool = False  # a head of its own, over a reduced vocabulary perhaps
 
     @classmethod
-    def of_target(cls, target: ModelConfig, layers: int = DFLASH_LAYERS, block: int = DFLASH_BLOCK) -> DFlashConfig:
+    def of_target(cls, target: AnyConfig, layers: int = DFLASH_LAYERS, block: int = DFLASH_BLOCK) -> DFlashConfig:
         """The shape of a released drafter for such a target. Raises UserError for a target with too few layers.
 
         As many hidden states are read as there are layers, as released, or as many as the target has. The mask is the
         last token of the vocabulary: released drafters use an id that no text has, but nothing tells which that is.
         """
-        body = replace(
-            target,
+        shared = ("width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_positions")
+        rotary = ("rope_theta", "rope_scaling", "rms_eps")
+        body = ModelConfig(
             family="qwen3",
             layers=layers,
+            **{name: getattr(target, name) for name in (*shared, *rotary)},
             tied=False,
             qk_norm=True,
-            qkv_bias=False,
-            out_bias=False,
-            mlp_bias=False,
-            windows=None,
-            eos_ids=(),
-            bos_id=None,
         )
         taps = dflash_taps(target.layers, min(layers, max(target.layers - 3, 1)))
         return cls(body, taps, target.vocab - 1, block)

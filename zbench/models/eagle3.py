@@ -30,6 +30,7 @@ from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape,
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
+from zbench.models.families import AnyConfig
 from zbench.models.projection import Projection
 from zbench.models.transformer import inverse_frequencies, rotate
 
@@ -76,7 +77,7 @@ def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = Fal
     return Eagle3Checkpoint(config, tensors, stored.hash, f"folder {stored.path}")
 
 
-def read_config(path: str | Path, target: ModelConfig) -> Eagle3Config:
+def read_config(path: str | Path, target: AnyConfig) -> Eagle3Config:
     """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
     config, names = read_shape(path)
     try:
@@ -162,7 +163,7 @@ def _original_name(name: str) -> str:
     return _RENAMES.get(prefix, "") + name.removeprefix(prefix)
 
 
-def _parse(config: Mapping[str, Any], tensors: Collection[str], target: ModelConfig) -> Eagle3Config:
+def _parse(config: Mapping[str, Any], tensors: Collection[str], target: AnyConfig) -> Eagle3Config:
     speculators = "speculators_model_type" in config
     if speculators and config["speculators_model_type"] != "eagle3":
         raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not eagle3")
@@ -219,7 +220,7 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
         raise UserError("norm_output means two things in this layout; remove it, or convert the drafter to speculators")
 
 
-def _taps(config: Mapping[str, Any], target: ModelConfig, speculators: bool) -> tuple[int, ...]:
+def _taps(config: Mapping[str, Any], target: AnyConfig, speculators: bool) -> tuple[int, ...]:
     source = config if speculators else config.get("eagle_config") or {}
     ids = source.get("eagle_aux_hidden_state_layer_ids")
     if ids is not None and not (isinstance(ids, list) and all(isinstance(index, int) for index in ids)):
