@@ -15,10 +15,13 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ZayaConfig,
+    ZayaForCausalLM,
 )
 
-from zbench.models.config import ModelConfig
-from zbench.models.transformer import Transformer
+from zbench.models import families
+from zbench.models.loading import LoadedModel
+from zbench.models.model import Model, build
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -49,6 +52,11 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": 7}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
+    "zaya": (
+        ZayaConfig,
+        ZayaForCausalLM,
+        {"head_dim": 16, "moe_intermediate_size": 48, "num_experts": 5, "router_hidden_size": 24},
+    ),
 }
 
 
@@ -57,19 +65,30 @@ def oracle(family: str) -> Any:
     """A `transformers` model with weights wide enough that a wrong mask or rotation moves the logits."""
     config_type, model_type, extra = FAMILIES[family]
     torch.manual_seed(7)
-    model = model_type(config_type(**{**SHAPE, **extra}, attn_implementation="eager")).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.25 if parameter.dim() > 1 else 0.1)
-            if "norm" in name:
-                parameter.add_(1.0)
-    return model
+    return widened(model_type(config_type(**{**SHAPE, **extra}, attn_implementation="eager")))
 
 
-def runtime(family: str, execution: str, dtype: torch.dtype = torch.float32) -> Transformer:
-    model = oracle(family)
-    config = ModelConfig.from_hf(model.config.to_dict())
-    return Transformer(config, model.state_dict(), dtype, execution=execution)
+@torch.no_grad()
+def widened(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.25 if parameter.dim() > 1 else 0.1)
+        if "norm" in name or name.endswith("_scale"):
+            parameter.add_(1.0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("balancing_biases"):  # as made, nothing is ever skipped
+            buffer.normal_(std=0.1)
+    return model.eval()
+
+
+def runtime(family: str, execution: str, dtype: torch.dtype = torch.float32) -> Any:
+    return built(oracle(family), execution, dtype)
+
+
+def built(model: Any, execution: str = "auto", dtype: torch.dtype = torch.float32) -> Model:
+    """Our model with the weights of a `transformers` one."""
+    config = families.from_hf(model.config.to_dict())
+    loaded = LoadedModel("tiny", None, config, model.state_dict(), "", None, "")
+    return build(loaded, dtype, torch.device("cpu"), execution)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

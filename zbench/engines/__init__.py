@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from zbench.engines.base import Engine
     from zbench.hardware.device import Device
     from zbench.models.loading import LoadedModel
-    from zbench.models.transformer import Transformer
+    from zbench.models.model import Model
 
 
 class Shared:
@@ -21,15 +21,13 @@ class Shared:
 
     def __init__(self, model: LoadedModel, dtype: torch.dtype, device: Device, allow_pickle: bool = False) -> None:
         self.model, self.dtype, self.device, self.allow_pickle = model, dtype, device, allow_pickle
-        self._targets: dict[str, Transformer] = {}
+        self._targets: dict[str, Model] = {}
 
-    def target(self, execution: str) -> Transformer:
-        from zbench.models.transformer import Transformer
+    def target(self, execution: str) -> Model:
+        from zbench.models.model import build
 
         if execution not in self._targets:
-            self._targets[execution] = Transformer(
-                self.model.config, self.model.tensors, self.dtype, self.device.torch, execution
-            )
+            self._targets[execution] = build(self.model, self.dtype, self.device.torch, execution)
         return self._targets[execution]
 
     def release(self) -> None:

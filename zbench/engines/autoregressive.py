@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
+from zbench.models.model import Model
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer
 
 
 class Autoregressive:
     exact = True
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.kernels = model.kernels
 

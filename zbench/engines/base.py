@@ -22,8 +22,8 @@ from zbench.engines.sampling import Sampler, Sampling
 from zbench.hardware.device import Device, Mark
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost
+from zbench.models.model import Model, Output
 from zbench.models.rows import Rows
-from zbench.models.transformer import Output, Transformer
 from zbench.records import ForwardRecord, Role, StepRecord
 
 Finish = Literal["eos", "length"]
@@ -131,7 +131,7 @@ def commit(
 
 
 def prefill(
-    model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], meter: Meter, capture: Sequence[int] = ()
+    model: Model, cache: Cache, prompts: Sequence[Sequence[int]], meter: Meter, capture: Sequence[int] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Fill the cache with ragged prompts, PREFILL_ROWS at a time.
 
@@ -217,7 +217,7 @@ class Meter:
 
     def forward(
         self,
-        model: Transformer,
+        model: Model,
         role: Role,
         rows: Rows,
         cache: Cache,
@@ -298,7 +298,7 @@ class Meter:
         return [self.device.seconds(self._steps[0].start, step.end) for step in self._steps]
 
 
-def new_state(model: Transformer, prompts: Sequence[Sequence[int]], request: Request, headroom: int = 0) -> State:
+def new_state(model: Model, prompts: Sequence[Sequence[int]], request: Request, headroom: int = 0) -> State:
     """An empty decode state whose cache holds the longest prompt, the output, and `headroom` uncommitted rows."""
     capacity = max(len(prompt) for prompt in prompts) + request.limit + headroom
     batch = len(prompts)

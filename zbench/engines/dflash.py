@@ -16,8 +16,8 @@ from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.cache import Cache
 from zbench.models.dflash import BLOCK_SIZES, DFlashDrafter
+from zbench.models.model import Model
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class DFlash:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         drafter: DFlashDrafter,
         block: int | None = None,
         draft_sampling: bool = False,

@@ -19,8 +19,8 @@ from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, verify_chain, verify_tree
 from zbench.hardware.device import Mark
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
+from zbench.models.model import Model
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Eagle3:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         drafter: Eagle3Drafter,
         depth: int = 4,
         top_k: int = 1,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from zbench.engines.base import PREFILL_ROWS, Request
 from zbench.engines.sampling import Purpose, Sampler, probabilities
+from zbench.models.model import Model
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer
 from zbench.records import LosslessCheck
 
 # How far two orders of summation may move a logit, as a share of the largest one (a few units of last place), and a
@@ -26,9 +26,7 @@ MASS_ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-
 
 
 @torch.inference_mode()
-def check(
-    model: Transformer, prompt: Sequence[int], output: Sequence[int], request: Request, row: int
-) -> LosslessCheck:
+def check(model: Model, prompt: Sequence[int], output: Sequence[int], request: Request, row: int) -> LosslessCheck:
     """`row` is the request's place in `request.seeds`. Gaps are in logits (greedy) or probability mass (sampled)."""
     ids = torch.tensor([[*prompt, *output[:-1]]], device=model.device)
     cache = model.new_cache(1, ids.shape[1])

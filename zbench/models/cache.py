@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zbench.kernels import cpu
-from zbench.models.config import ModelConfig
+from zbench.models.families import AnyConfig
 
 
 class Cache:
@@ -21,7 +21,7 @@ class Cache:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: AnyConfig,
         batch: int,
         capacity: int,
         dtype: torch.dtype,
@@ -39,8 +39,7 @@ class Cache:
 
     def extend(self, counts: Sequence[int]) -> None:
         """Commit the first counts[b] rows of the last forward: nothing moves."""
-        self.sizes = [size + count for size, count in zip(self.sizes, counts, strict=True)]
-        self.lengths += torch.tensor(counts, device=self.lengths.device)
+        self._grow(counts)
 
     def commit(self, kept: Tensor, counts: Sequence[int]) -> None:
         """Commit rows `kept` [B, K] of the last forward, ascending, -1 padded after counts[b] of them."""
@@ -55,7 +54,7 @@ class Cache:
             sequence = torch.arange(kept.shape[0], device=kept.device)[:, None]
             for store in (self.keys, self.values):
                 store[:, sequence, :, target] = store[:, sequence, :, source]
-        self.extend(counts)
+        self._grow(counts)
 
     def truncate(self, sizes: Sequence[int]) -> None:
         """Forget committed tokens beyond sizes[b]."""
@@ -63,3 +62,7 @@ class Cache:
             raise ValueError(f"cannot truncate {self.sizes} to {list(sizes)}")
         self.sizes = list(sizes)
         self.lengths.copy_(torch.tensor(self.sizes))
+
+    def _grow(self, counts: Sequence[int]) -> None:
+        self.sizes = [size + count for size, count in zip(self.sizes, counts, strict=True)]
+        self.lengths += torch.tensor(counts, device=self.lengths.device)

@@ -38,6 +38,7 @@ from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
 from zbench.models.families import AnyConfig
+from zbench.models.model import Model
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, inverse_frequencies, rms_norm, rotate
@@ -63,7 +64,7 @@ class DFlashCheckpoint:
     source: str  # where it came from, in words
 
 
-def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = False) -> DFlashCheckpoint:
+def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> DFlashCheckpoint:
     """A drafter for `target` from a folder in the released (z-lab) or the speculators layout.
 
     Raises UserError, one line, where the folder is damaged, the drafter does not fit the target, or it is of a variant
@@ -88,7 +89,7 @@ def read_config(path: str | Path, target: AnyConfig) -> DFlashConfig:
         raise UserError(f"drafter {path}: {error}") from error
 
 
-def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: ModelConfig) -> None:
+def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: AnyConfig) -> None:
     """Write `drafter` in the released layout, which has no head of its own; `load_drafter` reads it back.
 
     Raises UserError for a drafter that has one.
@@ -108,7 +109,7 @@ def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: ModelCon
 
 
 def random_drafter(
-    target: ModelConfig,
+    target: AnyConfig,
     seed: int = 0,
     layers: int = DFLASH_LAYERS,
     block: int = DFLASH_BLOCK,
@@ -204,7 +205,7 @@ def _whole(config: Mapping[str, Any], settings: Mapping[str, Any], key: str, all
     return value
 
 
-def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: ModelConfig) -> None:
+def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: AnyConfig) -> None:
     shapes = tensor_shapes(config)
     if config.own_head and config.body.vocab < target.vocab:
         shapes["d2t"] = (config.body.vocab,)
@@ -217,7 +218,7 @@ class DFlashDrafter:
     Its cache holds keys and values of the context only: of every token before the anchor.
     """
 
-    def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Transformer) -> None:
+    def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Model) -> None:
         """`tensors` as in a DFlashCheckpoint."""
         self.config, self.device, self._target_vocab = config, target.device, target.config.vocab
         weights = {

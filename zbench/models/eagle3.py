@@ -60,7 +60,7 @@ class Eagle3Checkpoint:
     source: str  # where it came from, in words
 
 
-def load_drafter(path: str | Path, target: ModelConfig, allow_pickle: bool = False) -> Eagle3Checkpoint:
+def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> Eagle3Checkpoint:
     """A drafter for `target` from a folder in the original, the SpecForge or the speculators layout.
 
     Raises UserError, one line, where the folder is damaged, the drafter does not fit the target, or it is of a variant
@@ -112,7 +112,7 @@ def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
 
 
 def random_drafter(
-    target: ModelConfig, seed: int = 0, draft_vocab: int = EAGLE3_VOCAB, dtype: torch.dtype = torch.float32
+    target: AnyConfig, seed: int = 0, draft_vocab: int = EAGLE3_VOCAB, dtype: torch.dtype = torch.float32
 ) -> Eagle3Checkpoint:
     """A drafter that fits `target` and knows nothing: for the speed of drafting, with synthetic acceptance."""
     config = Eagle3Config.of_target(target, draft_vocab)

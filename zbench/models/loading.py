@@ -50,8 +50,8 @@ def load(
 ) -> LoadedModel:
     """Load a model: a zoo name (fetched if need be), `{path}`, `{hub, revision}` or `{config, weights: random, seed}`.
 
-    `config` is a Hugging Face config (it has `model_type`) or the fields of the family's config. `dtype` None keeps weights
-    as they are stored, and makes random ones in float32. Keys of `spec` that are None count as absent.
+    `config` is a Hugging Face config (it has `model_type`) or the fields of the family's config. `dtype` None keeps
+    weights as they are stored, and makes random ones in float32. Keys of `spec` that are None count as absent.
     Raises UserError, one line, for whatever is missing, malformed, corrupt or not supported.
     """
     chosen = _dtype(dtype)

@@ -13,13 +13,14 @@ class Projection:
     """y = x W^T for a weight [N, K]: x [..., K] of any float type -> y [..., N] of the same type.
 
     Native, the weight is kept packed only, and a row's result does not depend on the rows beside it, bit by bit.
+    `native` False takes torch where the kernel could run too.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, native: bool = True) -> None:
         self.outputs, inputs = weight.shape
         self.dtype = weight.dtype
         packable = weight.dtype in (torch.float32, torch.bfloat16) and inputs % 2 == 0  # bfloat16 goes in pairs
-        self.native = weight.device.type == "cpu" and packable and cpu.available()
+        self.native = native and weight.device.type == "cpu" and packable and cpu.available()
         self._weight = cpu.pack(weight) if self.native else weight
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 from zbench.kernels import cpu
 from zbench.models.cache import Cache
 from zbench.models.config import ModelConfig
-from zbench.models.cost import Cost, forward_cost
+from zbench.models.cost import Cost, Routing, forward_cost
+from zbench.models.model import Output, wanted_rows
 from zbench.models.rows import Rows
 
 
@@ -98,12 +99,6 @@ class Weights:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    logits: Tensor  # [B, n, V] float32, for the rows that asked
-    hidden: dict[int, Tensor]  # captured hidden states [B, R, D] by index
-
-
 class Transformer:
     """A loaded model on one device.
 
@@ -146,27 +141,23 @@ class Transformer:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return Cache(self.config, batch, capacity, self.dtype, self.device, panels=self._native is not None)
 
-    def cost(self, rows: int, contexts: Sequence[int], wanted: int, pairs: int | None = None) -> Cost:
-        """What a forward of `rows` rows per sequence after prefixes `contexts` costs; see `cost.forward_cost`."""
+    def cost(
+        self,
+        rows: int,
+        contexts: Sequence[int],
+        wanted: int,
+        pairs: int | None = None,
+        routing: Routing | None = None,
+    ) -> Cost:
+        """See `Model.cost`; a dense model has no routing."""
         return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs)
 
     @torch.inference_mode()
     def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
-        """Run `rows`, writing their keys and values behind the committed prefix (commit decides what stays).
-
-        `logits` [B, n] names the rows of each sequence that need logits (None: all rows; [B, 0]: none).
-        `capture` lists hidden states to return, ascending: index i is the input of layer i (0 the embedding,
-        `config.layers` the output of the last layer before the final norm).
-        """
-        batch, count = rows.ids.shape
-        if max(cache.sizes) + count > cache.capacity:
-            raise ValueError(f"{count} rows after {max(cache.sizes)} tokens exceed the cache's {cache.capacity}")
-        offsets = torch.arange(batch, device=self.device)[:, None] * count
-        if logits is None:
-            logits = torch.arange(count, device=self.device).expand(batch, count)
-        if self.headless and logits.numel():
+        """See `Model.forward`."""
+        wanted = wanted_rows(rows, cache, logits)
+        if self.headless and wanted.numel():
             raise ValueError("this model has no head: ask for hidden states only (logits [B, 0])")
-        wanted = (logits + offsets).reshape(-1)
         if self._native is not None:
             flat, captured = self._native.forward(
                 rows.ids.contiguous(),
@@ -182,7 +173,7 @@ class Transformer:
             hidden = dict(zip(capture, captured, strict=True))
         else:
             flat, hidden = self._torch_forward(rows, cache, wanted, capture)
-        return Output(flat.view(batch, -1, self.config.vocab), hidden)
+        return Output(flat.view(rows.ids.shape[0], -1, self.config.vocab), hidden)
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""What every target model is to the engines: one forward over rows, whatever the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from zbench.models.cache import Cache
+from zbench.models.cost import Cost, Routing
+from zbench.models.families import AnyConfig
+from zbench.models.rows import Rows
+from zbench.models.zaya_config import ZayaConfig
+
+if TYPE_CHECKING:
+    from zbench.models.loading import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    logits: Tensor  # [B, n, V] float32, for the rows that asked
+    hidden: dict[int, Tensor]  # captured hidden states [B, R, D] by index
+    routed: Tensor | None = None  # [L, E + 1] int64: rows that each expert got, those that skip last; None where dense
+
+
+class Model(Protocol):
+    """`embedding` [V, D] and `head` may be shared by a drafter; `kernels` says what runs each operator."""
+
+    kernels: dict[str, str]
+    execution: str
+    dtype: torch.dtype
+    device: torch.device
+    embedding: Tensor
+
+    @property
+    def config(self) -> AnyConfig: ...
+
+    def new_cache(self, batch: int, capacity: int) -> Cache: ...
+
+    def cost(
+        self,
+        rows: int,
+        contexts: Sequence[int],
+        wanted: int,
+        pairs: int | None = None,
+        routing: Routing | None = None,
+    ) -> Cost:
+        """What a forward of `rows` rows per sequence after prefixes `contexts` costs; see `cost.forward_cost`."""
+        ...
+
+    def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
+        """Run `rows`, writing what they leave behind the committed prefix (commit decides what stays).
+
+        `logits` [B, n] names the rows of each sequence that need logits (None: all rows; [B, 0]: none).
+        `capture` lists hidden states to return, ascending: index i is the input of layer i (0 the embedding,
+        `config.layers` the output of the last layer before the final norm).
+        """
+        ...
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] that passed a final norm -> logits [..., V] float32."""
+        ...
+
+
+def build(model: LoadedModel, dtype: torch.dtype, device: torch.device, execution: str) -> Model:
+    """The loaded model on a device, by its architecture. Raises NativeUnavailable as the architectures do."""
+    from zbench.models import transformer, zaya
+
+    if isinstance(model.config, ZayaConfig):
+        return zaya.Zaya(model.config, model.tensors, dtype, device, execution)
+    return transformer.Transformer(model.config, model.tensors, dtype, device, execution)
+
+
+def wanted_rows(rows: Rows, cache: Cache, logits: Tensor | None) -> Tensor:
+    """[n] flat indices of the rows that ask for logits. Raises ValueError where the rows do not fit the cache."""
+    batch, count = rows.ids.shape
+    if max(cache.sizes) + count > cache.capacity:
+        raise ValueError(f"{count} rows after {max(cache.sizes)} tokens exceed the cache's {cache.capacity}")
+    offsets = torch.arange(batch, device=rows.ids.device)[:, None] * count
+    if logits is None:
+        logits = torch.arange(count, device=rows.ids.device).expand(batch, count)
+    return (logits + offsets).reshape(-1)
+
+
+def routing(routed: Tensor) -> Routing:
+    """What `Output.routed` says about a forward's cost. Waits for the device."""
+    experts = routed[:, :-1]
+    return Routing(
+        hit=float((experts > 0).sum(1, dtype=torch.float64).mean()),
+        rows=float(experts.sum(1, dtype=torch.float64).mean()),
+    )

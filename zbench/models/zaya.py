@@ -1,0 +1,385 @@
+"""ZAYA1 over Rows: compressed convolutional attention and one expert per row (formulas and names: `zaya_config.py`).
+
+Per layer, with r the residual stream (float32 throughout), and prev(x) the value of x at the row's parent:
+
+    h    = RMSNorm(r);  z = [q~, k~] = [Wq h, Wk h]
+    y1   = wd0 prev(z) + wd1 z + bd;  y2 = Wg0 prev(y1) + Wg1 y1 + bg     depthwise, then one matrix per head
+    q, k = y2 + [(q~ + k~)/2, mean of those of a group]                    per head; k~ shared by its group of heads
+    v    = [Wc h, prev(Wd h)]                                              half of the values are a token late
+    q, k = sqrt(d) q/|q|, temp sqrt(d) k/|k|;  rotary positions on the first dimensions of each head
+    r    = scale(Wo attention(q, k, v), r)
+    h    = RMSNorm(r);  s = Wr h + br + scale_r s'                         s' is the router's state in the layer before
+    p    = softmax(MLP(RMSNorm(s)));  e = argmax(p + balance);  m = p[e] expert_e(h), or 0 where e is the last class
+    r    = scale(m, r)                          scale(x, r) = (x + b) s + (r + b') s', learned vectors
+
+A parent may be a row of this forward or the end of the committed prefix, so that chains, trees and masked blocks are
+the same to the convolutions. What they need of the prefix is the state that `ZayaCache` carries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zbench.kernels import cpu
+from zbench.models.cache import Cache
+from zbench.models.cost import Cost, Routing, forward_cost
+from zbench.models.model import Output, wanted_rows
+from zbench.models.projection import Projection
+from zbench.models.rows import Rows
+from zbench.models.transformer import attention_mask, rms_norm, rotate
+from zbench.models.zaya_config import CONV_TAPS, ZayaConfig
+
+
+class ZayaCache(Cache):
+    """Keys and values, and per sequence and layer what a next row needs of the last two committed tokens.
+
+    `mixed` [L, B, 2, z]: the convolutions' input at each; `delayed` [L, B, 1, kv d / 2]: the late half of the values
+    at the last. Zeros before the first token.
+    """
+
+    def __init__(
+        self, config: ZayaConfig, batch: int, capacity: int, dtype: torch.dtype, state: torch.dtype, device
+    ) -> None:
+        super().__init__(config, batch, capacity, dtype, device)
+        shape = (config.layers, batch)
+        self.mixed = torch.zeros(*shape, CONV_TAPS, config.mixed, dtype=state, device=device)
+        self.delayed = torch.zeros(*shape, 1, config.delayed, dtype=state, device=device)
+        self._sequence = torch.arange(batch, device=device)[:, None]
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # parents, mixed and delayed of the last forward
+
+    def begin(self, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for the rows of a forward behind the state: mixed [L, B, 2 + R, z], delayed [L, B, 1 + R, kv d / 2]."""
+        rows = parents.shape[1]
+        mixed, delayed = (F.pad(state, (0, 0, 0, rows)) for state in (self.mixed, self.delayed))
+        self._last = (parents, mixed, delayed)
+        return mixed, delayed
+
+    def extend(self, counts: Sequence[int]) -> None:
+        self._keep(torch.tensor(counts, device=self.lengths.device) - 1)
+        super().extend(counts)
+
+    def commit(self, kept: Tensor, counts: Sequence[int]) -> None:
+        ends = torch.tensor(counts, device=self.lengths.device)[:, None] - 1
+        last = kept.gather(1, ends.clamp(min=0))
+        self._keep(torch.where(ends < 0, ends, last)[:, 0])
+        super().commit(kept, counts)
+
+    def truncate(self, sizes: Sequence[int]) -> None:
+        """Raises ValueError for a prefix other than all of it or none: the state of tokens in between is not kept."""
+        if any(new not in (0, old) for new, old in zip(sizes, self.sizes, strict=True)):
+            raise ValueError(f"cannot truncate {self.sizes} to {list(sizes)}: the state there is not kept")
+        emptied = [sequence for sequence, size in enumerate(sizes) if size == 0]
+        self.mixed[:, emptied] = 0
+        self.delayed[:, emptied] = 0
+        super().truncate(sizes)
+
+    def _keep(self, last: Tensor) -> None:
+        """Move the state on to row last[b] of the last forward; -1 leaves it where it is."""
+        if self._last is None:
+            raise ValueError("nothing to commit: every forward is committed once")
+        parents, mixed, delayed = self._last
+        last = last[:, None]
+        before = torch.where(last < 0, -CONV_TAPS, parents.gather(1, last.clamp(min=0)))
+        self.mixed.copy_(mixed[:, self._sequence, CONV_TAPS + torch.cat([before, last], 1)])
+        self.delayed.copy_(delayed[:, self._sequence, 1 + last])
+        self._last = None  # of a long prefill this is larger than its keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """(x + bias) scale + (r + residual_bias) residual_scale, all vectors [D] float32."""
+
+    scale: Tensor
+    bias: Tensor
+    residual_scale: Tensor
+    residual_bias: Tensor
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return (x + self.bias) * self.scale + (residual + self.residual_bias) * self.residual_scale
+
+
+class Router:
+    """Sends each row to one expert, or to none."""
+
+    def __init__(self, weights: _Layer, eps: float) -> None:
+        self.eps = eps
+        self.down, self.down_bias = weights.linear("gate.down_proj"), weights.vector("gate.down_proj.bias")
+        self.carried = weights.optional("gate.router_states_scale")
+        self.norm = weights.vector("gate.router_mlp.norm.weight")
+        self.hidden = [
+            (weights.linear(f"gate.router_mlp.{fc}"), weights.vector(f"gate.router_mlp.{fc}.bias"))
+            for fc in ("fc1", "fc2")
+        ]
+        self.out = weights.linear("gate.router_mlp.out_proj")
+        self.balance = weights.exact("gate.balancing_biases")
+
+    def __call__(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, D] and the state [N, W] of the layer before -> choice [N], its probability [N, 1], state [N, W]."""
+        own = self.down(x) + self.down_bias
+        if state is not None and self.carried is not None:
+            own = own + state * self.carried
+        inner = rms_norm(own, self.norm, self.eps)
+        for linear, bias in self.hidden:
+            inner = F.gelu(linear(inner) + bias)
+        probs = self.out(inner).float().softmax(-1)
+        choice = (probs + self.balance).argmax(-1)
+        return choice, probs.gather(1, choice[:, None]), own
+
+
+class Experts:
+    """The gated MLPs of one layer, of which each row is computed by one. A row's sums do not depend on other rows."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, native: bool) -> None:
+        """gate_up [E, 2 F, D], down [E, D, F]."""
+        self.count = len(down)
+        self._native = [(Projection(a), Projection(b)) for a, b in zip(gate_up, down, strict=True)] if native else []
+        self._stacked = None if native else (gate_up.transpose(1, 2), down.transpose(1, 2))
+
+    def __call__(self, x: Tensor, choice: Tensor) -> Tensor:
+        """x [N, D], choice [N] in 0 .. E -> [N, D]; choice E skips and gives zeros."""
+        return self._one_by_one(x, choice) if self._stacked is None else self._grouped(x, choice, *self._stacked)
+
+    def _one_by_one(self, x: Tensor, choice: Tensor) -> Tensor:
+        """On the CPU, where asking which experts were hit waits for nothing."""
+        out = torch.zeros_like(x)
+        for expert in choice.unique().tolist():
+            if expert < self.count:
+                gate_up, down = self._native[expert]
+                rows = (choice == expert).nonzero()[:, 0]
+                gate, up = gate_up(x[rows]).chunk(2, -1)
+                out[rows] = down(F.silu(gate) * up)
+        return out
+
+    def _grouped(self, x: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """All experts in two grouped products over rows in the order of their experts: the host never waits."""
+        order = choice.argsort()
+        ends = (choice <= torch.arange(self.count, device=x.device)[:, None]).sum(1, dtype=torch.int32)
+        gate, up = F.grouped_mm(x[order], gate_up, offs=ends).chunk(2, -1)
+        sorted_rows = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
+        out = torch.empty_like(x).index_copy_(0, order, sorted_rows)
+        return out.masked_fill((choice == self.count)[:, None], 0.0)  # no group: what is there was never written
+
+
+class _Layer:
+    """Names of one layer's tensors to what runs them."""
+
+    def __init__(self, model: Zaya, tensors: Mapping[str, Tensor], prefix: str) -> None:
+        self._model, self._tensors, self._prefix = model, tensors, prefix
+
+    def stored(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """On the device, in the model's dtype."""
+        if self._prefix + name not in self._tensors:
+            raise KeyError(f"tensor {self._prefix}{name} is missing")
+        return self._tensors[self._prefix + name].to(device=self._model.device, dtype=dtype or self._model.dtype)
+
+    def linear(self, *names: str) -> Projection:
+        """One projection for weights that read the same input."""
+        return Projection(torch.cat([self.stored(f"{name}.weight") for name in names]), self._model.native)
+
+    def vector(self, name: str) -> Tensor:
+        return self.stored(name).to(self._model.activations)
+
+    def exact(self, name: str) -> Tensor:
+        """In float32: rounding it would send rows elsewhere, or the residual stream is float32 too."""
+        return self.stored(name, torch.float32)
+
+    def optional(self, name: str) -> Tensor | None:
+        return self.vector(name) if self._prefix + name in self._tensors else None
+
+
+class Block:
+    """One layer: attention, then experts."""
+
+    def __init__(self, model: Zaya, tensors: Mapping[str, Tensor], index: int) -> None:
+        c = model.config
+        layer, mlp = (_Layer(model, tensors, f"model.layers.{index}.{part}") for part in ("", "mlp."))
+        qkv = "self_attn.qkv_proj."
+        self.attention_norm, self.mlp_norm = (
+            layer.vector(f"{name}_layernorm.weight") for name in ("input", "post_attention")
+        )
+        self.qkv = layer.linear(*(f"{qkv}{part}" for part in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")))
+        self.out = layer.linear("self_attn.o_proj")
+        self.depthwise = layer.vector(f"{qkv}conv_qk_depthwise.weight")[:, 0].unbind(1)  # of the parent, of the row
+        self.depthwise_bias = layer.vector(f"{qkv}conv_qk_depthwise.bias")
+        grouped = layer.vector(f"{qkv}conv_qk_grouped.weight").view(-1, c.head_dim, c.head_dim, CONV_TAPS)
+        self.grouped = grouped.permute(0, 3, 2, 1).flatten(1, 2).contiguous()  # [heads, 2 d (parent, row), d]
+        self.grouped_bias = layer.vector(f"{qkv}conv_qk_grouped.bias").view(-1, c.head_dim)
+        self.temp = layer.vector("self_attn.qk_norm.temp")[:, None]
+        self.after_attention, self.after_mlp = (
+            Scaling(
+                *(
+                    layer.exact(f"post_{part}_residual_scale.{name}")
+                    for name in ("hidden_states_scale", "hidden_states_bias", "residual_scale", "residual_bias")
+                )
+            )
+            for part in ("attention", "mlp")
+        )
+        self.router = Router(mlp, c.rms_eps)
+        self.experts = Experts(mlp.stored("experts.gate_up_proj"), mlp.stored("experts.down_proj"), model.native)
+
+
+class Zaya:
+    """A loaded model on one device; a `Model`.
+
+    `execution` "auto" takes the native CPU kernel for the projections where it can run, and torch for all else;
+    "native" insists on it, "torch" does without.
+    """
+
+    def __init__(
+        self,
+        config: ZayaConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        execution: str = "auto",
+    ) -> None:
+        """`tensors` by their Hugging Face names. Raises KeyError on missing ones, NativeUnavailable when native was
+        asked for and cannot be had."""
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        reason = self._why_not_native() if execution != "torch" else "torch was asked for"
+        if execution == "native" and reason:
+            raise cpu.NativeUnavailable(reason)
+        self.native = not reason
+        self.execution = "native" if self.native else "torch"
+        # The native kernel takes and gives float32, so that is what flows between projections there.
+        self.activations = torch.float32 if self.native else dtype
+        self.kernels = {"forward": "torch", "experts": "grouped matrix products"}
+        if self.native:
+            name = f"native ({cpu.instruction_set()})"
+            self.kernels |= {"projections": name, "experts": f"{name}, one after another"}
+        elif execution != "torch" and self.device.type == "cpu":
+            self.kernels["why_not_native"] = reason
+        outer = _Layer(self, tensors, "model.")
+        self.embedding = outer.stored("embed_tokens.weight")
+        self._scale, self._bias = (outer.exact(f"input_hidden_states_{name}") for name in ("scale", "bias"))
+        self._blocks = [Block(self, tensors, index) for index in range(config.layers)]
+        self._norm = outer.vector("norm.weight")
+        head = self.embedding if config.tied else _Layer(self, tensors, "").stored("lm_head.weight")
+        self._head = Projection(head, self.native)
+        pairs = torch.arange(0, config.rotary_dim, 2, device=self.device).float() / config.rotary_dim
+        self._inv_freq = 1.0 / config.rope_theta**pairs
+
+    def _why_not_native(self) -> str:
+        if self.device.type != "cpu":
+            return f"device is {self.device.type}"
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            return f"{self.dtype} is not supported by the native CPU kernels"
+        return cpu.unavailable_reason() or ""
+
+    def new_cache(self, batch: int, capacity: int) -> ZayaCache:
+        return ZayaCache(self.config, batch, capacity, self.dtype, self.activations, self.device)
+
+    def cost(
+        self,
+        rows: int,
+        contexts: Sequence[int],
+        wanted: int,
+        pairs: int | None = None,
+        routing: Routing | None = None,
+    ) -> Cost:
+        """See `Model.cost`."""
+        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, routing)
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] that passed a final norm -> logits [..., V] float32."""
+        return self._head(hidden.float())
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
+        """See `Model.forward`; the cache is one of `new_cache`."""
+        assert isinstance(cache, ZayaCache)
+        c, batch = self.config, len(rows.ids)
+        wanted = wanted_rows(rows, cache, logits)
+        step = _Step(self, rows, cache)
+        x = (self.embedding[rows.ids].float() + self._bias) * self._scale
+        state: Tensor | None = None
+        choices: list[Tensor] = []
+        hidden: dict[int, Tensor] = {}
+        for index, block in enumerate(self._blocks):
+            if index in capture:
+                hidden[index] = x
+            mixed = step.attend(index, block, self._normed(x, block.attention_norm))
+            x = block.after_attention(block.out(mixed), x)
+            flat = self._normed(x, block.mlp_norm).flatten(0, 1)
+            choice, weight, state = block.router(flat, state)
+            choices.append(choice)
+            x = block.after_mlp((block.experts(flat, choice) * weight).view_as(x), x)
+        if c.layers in capture:
+            hidden[c.layers] = x
+        chosen = torch.stack(choices)
+        routed = chosen.new_zeros(c.layers, c.experts + 1).scatter_add_(1, chosen, torch.ones_like(chosen))
+        found = self.head(self._normed(x.flatten(0, 1)[wanted], self._norm))
+        return Output(found.view(batch, -1, c.vocab), hidden, routed)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x.to(self.activations), weight, self.config.rms_eps)
+
+
+class _Step:
+    """What the attention of all layers shares in one forward."""
+
+    def __init__(self, model: Zaya, rows: Rows, cache: ZayaCache) -> None:
+        batch, count = rows.ids.shape
+        self.config, self.dtype, self.cache = model.config, model.dtype, cache
+        self.total = max(cache.sizes) + count
+        self.slots = cache.lengths[:, None] + torch.arange(count, device=model.device)
+        self.sequence = torch.arange(batch, device=model.device)[:, None]
+        self.mask = attention_mask(rows, cache, self.total)
+        angles = rows.positions[..., None].float() * model._inv_freq
+        self.cos, self.sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # [B, R, 1, rotary / 2]
+        self.mixed, self.delayed = cache.begin(rows.parents)
+        # Where the parent of the prefix's last token and of each row stands in `mixed`, and a row's in what has one
+        # entry before the rows.
+        self.parents = rows.parents + 1
+        self.before = F.pad(self.parents + 1, (1, 0))
+
+    def attend(self, index: int, block: Block, h: Tensor) -> Tensor:
+        """h [B, R, D] -> what the heads mixed [B, R, H d]."""
+        c, cache = self.config, self.cache
+        q, k, v = self._project(block, h, self.mixed[index], self.delayed[index])
+        cache.keys[index, self.sequence, :, self.slots] = self._rotated(k * block.temp).to(self.dtype)
+        cache.values[index, self.sequence, :, self.slots] = v.to(self.dtype)
+        mixed = F.scaled_dot_product_attention(
+            self._rotated(q).to(self.dtype).transpose(1, 2),
+            cache.keys[index, :, :, : self.total],
+            cache.values[index, :, :, : self.total],
+            attn_mask=self.mask,
+            enable_gqa=True,
+        )
+        return mixed.transpose(1, 2).reshape(*h.shape[:2], c.heads * c.head_dim).to(h.dtype)
+
+    def _project(self, block: Block, h: Tensor, mixed: Tensor, delayed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, R, D] -> q [B, R, H, d], k and v [B, R, kv, d], normalised; rows go into `mixed` and `delayed`."""
+        c, (batch, count, _) = self.config, h.shape
+        z, v, late = block.qkv(h).split((c.mixed, c.delayed, c.delayed), -1)
+        mixed[:, CONV_TAPS:], delayed[:, 1:] = z, late
+        of_parent, of_row = block.depthwise
+        y = mixed[self.sequence, self.before] * of_parent + mixed[:, 1:] * of_row + block.depthwise_bias
+        heads = c.heads + c.kv_heads
+        pairs = torch.stack([y[self.sequence, self.parents], y[:, 1:]], 2)  # [B, R, 2, z]
+        pairs = pairs.view(batch * count, CONV_TAPS, heads, c.head_dim).permute(2, 0, 1, 3).flatten(2)
+        y = torch.bmm(pairs, block.grouped).transpose(0, 1) + block.grouped_bias  # [B R, H + kv, d]
+
+        raw_q, raw_k = z.view(batch, count, heads, c.head_dim).split((c.heads, c.kv_heads), 2)
+        grouped = raw_q.reshape(batch, count, c.kv_heads, -1, c.head_dim)
+        coupled = (grouped + raw_k[:, :, :, None]) / 2
+        q, k = y.view(batch, count, heads, c.head_dim).split((c.heads, c.kv_heads), 2)
+        q, k = q + coupled.flatten(2, 3), k + coupled.mean(3)
+        values = torch.cat([v, delayed[self.sequence, self.parents]], -1).view(batch, count, c.kv_heads, c.head_dim)
+        return self._unit(q), self._unit(k), values
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """Each head scaled to length sqrt(d); float32."""
+        eps = torch.finfo(self.dtype).eps
+        return F.normalize(x.float(), dim=-1, eps=eps) * math.sqrt(self.config.head_dim)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        turning, still = x.split((self.config.rotary_dim, self.config.head_dim - self.config.rotary_dim), -1)
+        return torch.cat([rotate(turning, self.cos, self.sin), still], -1)
