@@ -172,7 +172,7 @@ class Projection:
 # --- Devices ---
 
 
-def on_paper(name: str, memory_fraction: float = 1.0, compute_fraction: float = 1.0) -> Peaks:
+def on_paper(name: str) -> Peaks:
     """The spec sheet of a device of `specs.yaml`. Raises UserError for an unknown name, with the nearest ones."""
     spec = specs.named(name)
     return Peaks(
@@ -182,12 +182,10 @@ def on_paper(name: str, memory_fraction: float = 1.0, compute_fraction: float = 
         dict(spec.flops),
         dict(spec.sources),
         spec.memory_bytes,
-        memory_fraction,
-        compute_fraction,
     )
 
 
-def measured_here(wanted: scenario.Scenario, memory_fraction: float = 1.0, compute_fraction: float = 1.0) -> Peaks:
+def measured_here(wanted: scenario.Scenario) -> Peaks:
     """The roofs kept for the scenario's device on this machine. Raises UserError where none are."""
     import torch
 
@@ -206,9 +204,6 @@ def measured_here(wanted: scenario.Scenario, memory_fraction: float = 1.0, compu
         kept["bandwidth"]["read"]["value"],
         {dtype: rate["value"] for dtype, rate in kept["flops"].items()},
         {"bandwidth": f"read, measured {kept['measured']}", "flops": f"measured {kept['measured']}"},
-        None,
-        memory_fraction,
-        compute_fraction,
     )
 
 
