@@ -124,12 +124,12 @@ def _point_sentences(point: Data) -> list[str]:
     ridge, attention = point["predicted_ridge_rows"], point["predicted_attention_ridge_rows"]
     memory = f"memory up to {ridge - 1:,} rows, arithmetic from there on" if ridge else "memory at any number of rows"
     return [
-        f"Batch {point['batch']}, {point['context']:,} committed tokens in each sequence (from {point['context_from']}): "
-        f"an autoregressive step takes {quantity(point['predicted_autoregressive_seconds'], 's')} and is "
+        f"Batch {point['batch']}, {point['context']:,} committed tokens in each sequence (from "
+        f"{point['context_from']}): an autoregressive step takes {quantity(point['predicted_autoregressive_seconds'], 's')} and is "
         f"{point['predicted_autoregressive_bound']}-bound.",
         f"Free rows: {point['predicted_free_token_slots']:,}. What limits a forward is "
-        f"{'arithmetic at any number of rows' if ridge == 1 else memory}; attention over the cache by itself is limited "
-        f"by arithmetic from {attention:.1f} rows on, at any batch and context.",
+        f"{'arithmetic at any number of rows' if ridge == 1 else memory}; attention over the cache by itself is "
+        f"limited by arithmetic from {attention:.1f} rows on, at any batch and context.",
     ]
 
 
