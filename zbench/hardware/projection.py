@@ -292,10 +292,10 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
             f"prompt and output need {context + at.output_tokens} tokens, {at.model_name} takes"
             f" {target.max_positions}: shorten context, prompts or output_tokens"
         )
-    where = _Where(target, [context] * at.batch, at.dtype, peaks)
+    where = Where(target, [context] * at.batch, at.dtype, peaks)
     memory = estimate.memory_bytes(target, at, context)
     one = where.chain_seconds(1)
-    steps = [_engine(cell, where, one) for cell in cells]
+    steps = [engine_step(cell, where, one) for cell in cells]
     ridge = _smallest(where.is_compute_bound)
     group = target.heads / target.kv_heads
     return PointProjection(
@@ -315,7 +315,7 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
         predicted_attention_ridge_rows=peaks.ridge(at.dtype) * estimate.ITEMSIZE[at.dtype] / (2 * group),
         predicted_row_curve=tuple((rows, where.chain_seconds(rows) / one) for rows in _CURVE),
         engines=tuple(steps),
-        blocks=tuple(_block_count(cell, where, one) for cell in cells if cell.engine == "diffusion"),
+        blocks=tuple(block_count(cell, where, one) for cell in cells if cell.engine == "diffusion"),
     )
 
 
@@ -323,7 +323,7 @@ _CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 272, 384, 512)
 
 
 @dataclass(frozen=True, slots=True)
-class _Where:
+class Where:
     """A target on a device, with the committed tokens of each sequence."""
 
     target: AnyConfig
@@ -367,7 +367,7 @@ class _Where:
         )
 
 
-def _engine(cell: CellRecord, where: _Where, one: float) -> EngineStep:
+def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
     """`one` is the time of an autoregressive step."""
     try:
         plan = plans.plan(cell.engine, cell.options, where.target)
@@ -402,7 +402,7 @@ def _acceptance(cell: CellRecord, drafts: int) -> synthetic.Synthetic | None:
     return synthetic.parse(asked, drafts) if asked else None
 
 
-def _block_count(cell: CellRecord, where: _Where, one: float) -> BlockCount:
+def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount:
     """The table of a diffusion engine. Its outcomes are the tokens kept of a block, so there are as many as rows."""
     block = cell.options["block_size"]
     asked = cell.options.get("synthetic") or {}
@@ -436,7 +436,7 @@ def _block_count(cell: CellRecord, where: _Where, one: float) -> BlockCount:
 
 
 def _gains(
-    found: synthetic.Synthetic, where: _Where, block: int, outcomes: tuple[int, ...], seconds: float
+    found: synthetic.Synthetic, where: Where, block: int, outcomes: tuple[int, ...], seconds: float
 ) -> dict[str, float]:
     chosen = plans.likeliest(found, len(outcomes))
     seconds_of_chosen = where.seconds(plans.diffusion_forward(where.target, block, chosen))

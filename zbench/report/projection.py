@@ -79,7 +79,6 @@ def _answers(projection: Data) -> list[str]:
         for step in point["engines"]
         if step["predicted_speedup"] is not None and step["acceptance"]
     ]
-    first = projection["points"][0]
     steps = [point["predicted_autoregressive_seconds"] for point in projection["points"]]
     said = []
     if gains:
@@ -90,10 +89,7 @@ def _answers(projection: Data) -> list[str]:
             f" per forward, if it gains {step['predicted_tokens_per_step']:.2f} tokens per step ({step['acceptance']})."
         )
     low, high = (quantity(value, "s") for value in (min(steps), max(steps)))
-    said.append(
-        f"Predicted on {device}: an autoregressive step takes {low if low == high else f'{low} to {high}'}"
-        f" ({first['dtype']}), {'at least' if projection['hardware']['kind'] == 'measured' else 'on paper'}."
-    )
+    said.append(f"Predicted on {device}: an autoregressive step takes {low if low == high else f'{low} to {high}'}.")
     return said
 
 
@@ -124,12 +120,11 @@ def _point_sentences(point: Data) -> list[str]:
     ridge, attention = point["predicted_ridge_rows"], point["predicted_attention_ridge_rows"]
     memory = f"memory up to {ridge - 1:,} rows, arithmetic from there on" if ridge else "memory at any number of rows"
     return [
-        f"Batch {point['batch']}, {point['context']:,} committed tokens in each sequence (from "
-        f"{point['context_from']}): an autoregressive step takes {quantity(point['predicted_autoregressive_seconds'], 's')} and is "
-        f"{point['predicted_autoregressive_bound']}-bound.",
-        f"Free rows: {point['predicted_free_token_slots']:,}. What limits a forward is "
-        f"{'arithmetic at any number of rows' if ridge == 1 else memory}; attention over the cache by itself is "
-        f"limited by arithmetic from {attention:.1f} rows on, at any batch and context.",
+        f"Batch {point['batch']}, {point['context']:,} committed tokens per sequence (from {point['context_from']}).",
+        f"An autoregressive step takes {quantity(point['predicted_autoregressive_seconds'], 's')} and is "
+        f"{point['predicted_autoregressive_bound']}-bound; free rows: {point['predicted_free_token_slots']:,}. What "
+        f"limits a forward is {'arithmetic at any number of rows' if ridge == 1 else memory}; attention over the cache "
+        f"by itself is limited by arithmetic from {attention:.1f} rows on, at any batch and context.",
     ]
 
 
