@@ -7,7 +7,19 @@ import sys
 
 import pytest
 
-LIGHT = ["records", "scenario", "metrics", "stats", "report", "report.html", "report.figures", "report.export", "cli"]
+LIGHT = [
+    "records",
+    "scenario",
+    "metrics",
+    "stats",
+    "report",
+    "report.html",
+    "report.figures",
+    "report.export",
+    "report.projection",
+    "cli",
+]
+LIGHT += ["engines.plans", "hardware.projection", "models.drafters"]
 HEAVY = ("torch", "transformers")
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from zbench import scenario
 from zbench.errors import UserError
 from zbench.models.config import ModelConfig
+from zbench.models.zaya_config import ZayaConfig
 
 SHIPPED = sorted((Path(__file__).parents[1] / "scenarios").glob("*.yaml"))
 MINIMAL = {"name": "mini", "model": "smollm2-135m", "engines": ["autoregressive"], "prompts": {"set": "quickstart"}}
@@ -389,6 +390,28 @@ def shuffled_keys(value, random):
     if isinstance(value, dict):
         return {key: shuffled_keys(inner, random) for key, inner in random.sample(list(value.items()), len(value))}
     return value
+
+
+def test_a_zaya_shape_has_the_fields_and_defaults_of_the_runtime(folder):
+    own, runtime = scenario.ZayaShape.model_fields, {field.name: field for field in fields(ZayaConfig)}
+    assert set(own) == set(runtime)
+    assert all(own[name].default == runtime[name].default for name in own if not own[name].is_required())
+    shape = {"family": "zaya", "layers": 2, "width": 32, "ffn": 16, "heads": 2, "kv_heads": 1, "head_dim": 8,
+             "vocab": 99, "max_positions": 64, "experts": 4}  # fmt: skip
+    loaded = load(folder, MINIMAL | {"model": {"config": shape}})
+    assert ZayaConfig.from_fields(loaded.model_spec["config"]).experts == 4
+    wrong = complaint(folder, MINIMAL | {"model": {"config": shape | {"expert": 3}}})
+    assert "unknown key 'expert' in model.config; did you mean 'experts'?" in wrong
+    impossible = complaint(folder, MINIMAL | {"model": {"config": shape | {"kv_heads": 3}}})
+    assert "2 heads cannot share 3 key/value heads evenly" in impossible
+
+
+def test_hardware_is_called_as_in_the_spec_sheets_and_is_no_part_of_what_is_measured(folder):
+    named = load(folder, TEXT, "hardware=mi300x")
+    assert named.hardware == "MI300X"
+    assert load(folder, TEXT, "hardware=h100 sxm").hardware == "H100 SXM"
+    assert scenario.content_hash(named) == scenario.content_hash(load(folder, TEXT))
+    assert "hardware cannot be an axis of the matrix" in complaint(folder, TEXT, "matrix.hardware=[MI300X]")
 
 
 @few

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zbench import scenario
+from zbench import estimate, scenario
 from zbench.errors import UserError
 from zbench.hardware import device as devices
 from zbench.hardware import projection, roofs, specs
@@ -30,6 +31,7 @@ DENSE = ModelConfig(
     tied=False, qk_norm=True,
 )  # fmt: skip
 ZAYA = ZayaConfig.from_hf({"model_type": "zaya"})  # the defaults are ZAYA1-8B
+SCENARIOS = Path(__file__).parents[2] / "scenarios" / "drafts"
 SLOW = Peaks("toy", "spec sheet", 1e6, {"bfloat16": 1e9}, {})
 TEXT = """
 name: tiny
@@ -357,3 +359,19 @@ def test_projecting_to_a_named_device_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["mi300x", "mi355x"])
+def test_the_zaya_scenarios_project_the_published_shape_on_their_own_device(tmp_path: Path, name: str) -> None:
+    content = yaml.safe_load((SCENARIOS / f"zaya1_8b_{name}.yaml").read_text())
+    [draft] = [engine for engine in content["engines"] if engine != "autoregressive" and engine["name"] == "diffusion"]
+    content["engines"].remove(draft)  # scenarios cannot name it yet
+    wanted = scenario.Scenario.model_validate(content)
+    assert estimate.model_config(wanted.model_spec) == ZAYA
+    found = projection.project(wanted, projection.on_paper(str(wanted.hardware)))
+    assert found.hardware.device == name.upper()
+    assert len(found.points) == 5
+    assert all(point.fits for point in found.points)
+    at = where(ZAYA, 16, 130000, found.hardware)
+    blocks = projection.block_count(diffusion(**{key: draft[key] for key in ("proposals", "synthetic")}), at, 1.0)
+    assert blocks.predicted_best == {"mi300x": 3, "mi355x": 4}[name]
