@@ -263,6 +263,7 @@ _MOE = (
     "Experts: every router sends each row to one expert, all equally likely and independently, so a forward reads the "
     "expected number of distinct experts; real routers are neither, and neighbouring tokens agree more."
 )
+_ALL_OR_NOTHING = "a mean length is drawn with the least variance, so prepared outcomes cover all steps or none"
 _DIFFUSION = (
     "Diffusion: P proposals prepare the outcomes 1 to P. A step that ends in another outcome is followed by one "
     "without drafts, which takes as long and gains one token."
@@ -379,6 +380,9 @@ def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
     gained: float | None = 1.0  # without drafts exactly one token
     if plan.drafts:
         gained = plans.tokens_per_step(found, plan.outcomes) if found else None
+    notes = plan.notes
+    if plan.outcomes is not None and "length" in (cell.options.get("synthetic") or {}):
+        notes = (*notes, _ALL_OR_NOTHING)
     rate = gained / step if gained else None
     return EngineStep(
         cell=cell.id,
@@ -393,7 +397,7 @@ def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
         predicted_throughput=rate * len(where.contexts) if rate else None,
         predicted_speedup=rate * one if rate else None,
         unavailable=None if rate else NO_ACCEPTANCE,
-        notes=plan.notes,
+        notes=notes,
     )
 
 
@@ -406,7 +410,6 @@ def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount:
     """The table of a diffusion engine. Its outcomes are the tokens kept of a block, so there are as many as rows."""
     block = cell.options["block_size"]
     asked = cell.options.get("synthetic") or {}
-    # A mean length is drawn with the least variance: all steps but a few end alike, and coverage is all or nothing.
     found = _acceptance(cell, block - 1) if asked.keys() & {"rates", "histogram"} else None
     counts = []
     for proposals in range(block + 1):

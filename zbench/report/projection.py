@@ -174,7 +174,7 @@ def _engine_table(point: Data) -> Table:
             "Bound by": ", ".join(dict.fromkeys(f["predicted_bound"] for f in step["forwards"])) or None,
         }
         entries = [_cell(notes, heading, text, why) for heading, text in values.items()]
-        caveat = ", ".join(filter(None, [step["acceptance"], *step["notes"]]))
+        caveat = ", ".join(filter(None, [figures.shortened(step["acceptance"] or "", 60), *step["notes"]]))
         rows.append(Line(step["label"], entries, caveat))
     return Table([entry.heading for entry in rows[0].entries], rows, notes.listed())
 
@@ -374,7 +374,7 @@ def _steps(point: Data) -> Drawn:
         "steps", _label(point), "What a step costs and gains",
         "Bar: time of a step in autoregressive steps, which is its break-even acceptance. Mark: tokens per step under "
         "the synthetic acceptance given. It pays where the mark is right of the bar.",
-        alt, figures.row_height(len(steps), legend_lines=1), paint,
+        alt, figures.row_height(len(steps), legend_lines=-(-(len(roles) + 1) // 4)), paint,
     )  # fmt: skip
 
 
