@@ -19,6 +19,10 @@ from zbench.models.zaya_config import ZayaConfig
 
 SHIPPED = sorted((Path(__file__).parents[1] / "scenarios").glob("*.yaml"))
 MINIMAL = {"name": "mini", "model": "smollm2-135m", "engines": ["autoregressive"], "prompts": {"set": "quickstart"}}
+ZAYA = {
+    "family": "zaya", "layers": 2, "width": 64, "ffn": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 300,
+    "max_positions": 128, "experts": 8,
+}  # fmt: skip
 TEXT = """\
 name: mini
 model: smollm2-135m
@@ -103,6 +107,42 @@ def test_a_shape_has_the_fields_and_defaults_of_the_runtime_and_is_checked_by_it
     assert loaded.model_name.startswith("random-llama-2x64-")
     wrong = complaint(folder, MINIMAL | {"model": {"config": shape | {"heads": 3}}})
     assert wrong == "s.yaml:3: model.config: width 64 is not a multiple of heads 3; give head_dim"
+
+
+def test_a_zaya_shape_has_its_own_fields_and_is_checked_by_the_runtime_too(folder):
+    own, runtime = scenario.ZayaShape.model_fields, {field.name: field for field in fields(ZayaConfig)}
+    assert set(own) == set(runtime)
+    for name in (name for name in own if not own[name].is_required()):
+        assert own[name].default == runtime[name].default
+    loaded = load(folder, MINIMAL | {"model": {"config": ZAYA | {"mask_id": 7, "eos_ids": [3]}}})
+    config = ZayaConfig.from_fields(loaded.model_spec["config"])
+    assert (config.experts, config.mask_id, config.eos_ids) == (8, 7, (3,))
+    assert loaded.model_name.startswith("random-zaya-2x64-")
+    axes = {"model.config.experts": [4, 8]}
+    points = scenario.points(load(folder, MINIMAL | {"model": {"config": ZAYA}, "matrix": axes}))
+    assert [at.model_spec["config"]["experts"] for at, _ in points] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ZAYA | {"expert": 3}, "s.yaml:14: unknown key 'expert' in model.config; did you mean 'experts'?"),
+        (ZAYA | {"qk_norm": True}, "s.yaml:14: unknown key 'qk_norm' in model.config; known: family, layers"),
+        (ZAYA | {"experts": 0}, "s.yaml:13: model.config.experts: expected greater than or equal to 1, found 0"),
+        (ZAYA | {"heads": 3}, "s.yaml:3: model.config: 3 heads cannot share 2 key/value heads evenly"),
+        ({k: v for k, v in ZAYA.items() if k != "experts"}, "s.yaml:3: missing key 'experts' in model.config"),
+        (
+            ZAYA | {"family": "mamba"},
+            "s.yaml:4: model.config.family: expected one of llama, mistral, qwen2, qwen3, zaya, found 'mamba'",
+        ),
+        ({"layers": 2}, "s.yaml:3: missing key 'family' in model.config"),
+        (["zaya"], 's.yaml:3: model.config: expected a mapping, found ["zaya"]'),
+    ],
+)
+def test_a_bad_zaya_shape_gets_one_line(folder, config, message):
+    found = complaint(folder, MINIMAL | {"model": {"config": config}})
+    assert found.startswith(message)
+    assert "\n" not in found
 
 
 def test_different_shapes_have_different_names(folder):
@@ -390,20 +430,6 @@ def shuffled_keys(value, random):
     if isinstance(value, dict):
         return {key: shuffled_keys(inner, random) for key, inner in random.sample(list(value.items()), len(value))}
     return value
-
-
-def test_a_zaya_shape_has_the_fields_and_defaults_of_the_runtime(folder):
-    own, runtime = scenario.ZayaShape.model_fields, {field.name: field for field in fields(ZayaConfig)}
-    assert set(own) == set(runtime)
-    assert all(own[name].default == runtime[name].default for name in own if not own[name].is_required())
-    shape = {"family": "zaya", "layers": 2, "width": 32, "ffn": 16, "heads": 2, "kv_heads": 1, "head_dim": 8,
-             "vocab": 99, "max_positions": 64, "experts": 4}  # fmt: skip
-    loaded = load(folder, MINIMAL | {"model": {"config": shape}})
-    assert ZayaConfig.from_fields(loaded.model_spec["config"]).experts == 4
-    wrong = complaint(folder, MINIMAL | {"model": {"config": shape | {"expert": 3}}})
-    assert "unknown key 'expert' in model.config; did you mean 'experts'?" in wrong
-    impossible = complaint(folder, MINIMAL | {"model": {"config": shape | {"kv_heads": 3}}})
-    assert "2 heads cannot share 3 key/value heads evenly" in impossible
 
 
 def test_hardware_is_called_as_in_the_spec_sheets_and_is_no_part_of_what_is_measured(folder):

@@ -295,26 +295,28 @@ class ModelShape(_Strict):
 
 
 class ZayaShape(_Strict):
-    """The shape of a ZAYA1: compressed convolutional attention, and experts of which each token takes one."""
+    """The shape of ZAYA1: compressed convolutional attention and a mixture of experts, one per token."""
 
     family: Literal["zaya"] = Field(description="Architecture family.")
-    layers: Count = Field(description="Layers, each of attention and experts.")
+    layers: Count = Field(description="Blocks: attention, then experts.")
     width: Count = Field(description="Size of the residual stream.")
-    ffn: Count = Field(description="Inner size of one expert.")
-    heads: Count = Field(description="Query heads.")
-    kv_heads: Count = Field(description="Key and value heads.")
+    ffn: Count = Field(description="Inner size of one expert's gated MLP.")
+    heads: Count = Field(description="Query heads, in the compressed space.")
+    kv_heads: Count = Field(description="Key and value heads, in the compressed space.")
     head_dim: Count = Field(description="Size of a head.")
     vocab: Count = Field(description="Tokens in the vocabulary.")
     max_positions: Count = Field(description="Longest prompt and output together, in tokens.")
-    experts: Count = Field(description="Experts of a layer.")
-    router_width: Count = Field(default=256, description="Inner size of the router.")
+    experts: Count = Field(description="Experts of a layer; the router can also skip them all.")
+    router_width: Count = Field(default=256, description="Size of the router's state.")
     rope_theta: float = Field(default=5_000_000.0, gt=0, description="Base of the rotary position embedding.")
-    rotary_fraction: float = Field(default=0.5, gt=0, le=1, description="Share of a head that is rotated.")
+    rotary_fraction: float = Field(default=0.5, gt=0, le=1, description="Share of a head's dimensions that is rotated.")
     rms_eps: float = Field(default=1e-5, gt=0, description="Epsilon of the RMS norms.")
     tied: bool = Field(default=True, description="Whether the output head shares the embedding's weight.")
     eos_ids: Annotated[tuple[int, ...], Items] = Field(default=(), description="Token ids that end an output.")
     bos_id: int | None = Field(default=None, description="Token id that begins a sequence.")
-    mask_id: int | None = Field(default=None, description="Token id that stands for a position to be filled in.")
+    mask_id: int | None = Field(
+        default=None, description="Token id that stands for a position to fill in (diffusion); null means none."
+    )
 
     @model_validator(mode="after")
     def _is_possible(self) -> ZayaShape:
@@ -322,31 +324,31 @@ class ZayaShape(_Strict):
         return self
 
 
-def _check_shape(shape: BaseModel) -> None:
+def _check_shape(shape: _Strict) -> None:
     try:
         families.from_fields(shape.model_dump(exclude_none=True))
     except UserError as error:
         raise ValueError(str(error).removeprefix("model config: ")) from error
 
 
-_SHAPES: dict[str, type[_Strict]] = {"dense": ModelShape, "zaya": ZayaShape}
+_SHAPES: dict[str, type[_Strict]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ModelShape),
+    "zaya": ZayaShape,
+}
 
 
-def _shape_branch(value: Any) -> str:
+def _shape_branch(value: Any) -> str | None:
     family = value.get("family") if isinstance(value, dict) else getattr(value, "family", None)
-    return f"{_BRANCH}{'zaya' if family == 'zaya' else 'dense'}"
-
-
-_Shape = Annotated[
-    Annotated[ModelShape, Tag(f"{_BRANCH}dense")] | Annotated[ZayaShape, Tag(f"{_BRANCH}zaya")],
-    Discriminator(_shape_branch),
-]
+    return f"{_BRANCH}{_SHAPES[family].__name__}" if isinstance(family, str) and family in _SHAPES else None
 
 
 class ModelRandom(_Strict):
     """A shape with random weights: its speed is real, its text means nothing."""
 
-    config: _Shape = Field(description="The shape.")
+    config: Annotated[
+        Annotated[ModelShape, Tag(f"{_BRANCH}ModelShape")] | Annotated[ZayaShape, Tag(f"{_BRANCH}ZayaShape")],
+        Discriminator(_shape_branch),
+    ] = Field(description="The shape.")
     weights: Literal["random"] = Field(default="random", description="Where the weights come from.")
     seed: int = Field(default=0, ge=0, description="Seed of the weights.")
 
@@ -422,9 +424,8 @@ def _engine_branch(value: Any) -> str | None:
 _MODELS: dict[str, type[_Strict]] = {"path": ModelFolder, "hub": ModelHub, "config": ModelRandom}
 _PROMPTS: dict[str, type[_Strict]] = {"set": PromptSet, "file": PromptFile, "dataset": PromptDataset}
 _BRANCHES = {
-    f"{_BRANCH}{key}": model
-    for key, model in (_MODELS | _SHAPES | _PROMPTS | _DRAFTERS | _SYNTHETICS | ENGINES).items()
-}
+    f"{_BRANCH}{key}": model for key, model in (_MODELS | _PROMPTS | _DRAFTERS | _SYNTHETICS | ENGINES).items()
+} | {f"{_BRANCH}{shape.__name__}": shape for shape in _SHAPES.values()}
 
 _UNIONS = {"model": _MODELS, "prompts": _PROMPTS, "drafter": _DRAFTERS, "synthetic": _SYNTHETICS}
 
@@ -811,6 +812,8 @@ def _problem(document: _Document, error: Any) -> _Problem:
         text = f"missing key {path[-1]!r} in {around}"
     elif kind.startswith("union_tag") and path[-1] in _UNIONS:
         text = _no_branch(where, _UNIONS[path[-1]], value)
+    elif kind.startswith("union_tag") and path[-1] == "config":
+        path, text = (*path, "family"), _no_family(where, value)
     elif kind == "union_tag_not_found":
         path, text = (*path, "name"), _no_engine(where, value)
     elif kind == "value_error":
@@ -831,6 +834,14 @@ def _no_engine(where: str, value: Any) -> str:
     if isinstance(name, str):
         return f"unknown engine {name!r}; {_nearest(name, ENGINES)}"
     return f"{where}: expected the name of an engine or a mapping with its name, found {_found(value)}"
+
+
+def _no_family(where: str, value: Any) -> str:
+    if not isinstance(value, dict):
+        return f"{where}: expected a mapping, found {_found(value)}"
+    if "family" not in value:
+        return f"missing key 'family' in {where}"
+    return f"{where}.family: expected one of {', '.join(_SHAPES)}, found {_found(value['family'])}"
 
 
 def _no_branch(where: str, branches: Collection[str], value: Any) -> str:

@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.tiny import SHAPE
+from tests.tiny import FAMILIES, SHAPE, built
 from zbench.engines import base
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Generated, Meter, Request, State, Step, Stepper, new_state, prefill
@@ -25,9 +24,8 @@ from zbench.engines.sampling import Sampler, Sampling, draw, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, verify_chain, verify_tree
 from zbench.hardware import device
-from zbench.models.config import ModelConfig
+from zbench.models.model import Model
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer
 
 CPU = device.resolve("cpu")
 # Fixed in advance. All seeds are fixed too, so a test at this level fails with the code, not with the day.
@@ -36,24 +34,23 @@ SEEDS = 4000
 
 
 @functools.cache
-def small_model(vocab: int = 6, execution: str = "auto") -> Transformer:
-    """A random Llama whose vocabulary is small enough to enumerate every continuation."""
+def small_model(family: str = "smollm") -> Model:
+    """A random model whose vocabulary of six is small enough to enumerate every continuation."""
+    config_type, model_type, extra = FAMILIES[family]
     torch.manual_seed(11)
-    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": vocab, "num_hidden_layers": 2}))
+    small = {"vocab_size": 6, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    model = model_type(config_type(**{**SHAPE, **extra, **small}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(std=0.15).add_(1.0 if "norm" in name else 0.0)
-    config = ModelConfig.from_hf(model.config.to_dict())
-    return Transformer(config, model.state_dict(), torch.float32, execution=execution)
+            parameter.normal_(std=0.15).add_(1.0 if "norm" in name or name.endswith("_scale") else 0.0)
+    return built(model)
 
 
 def decode(engine: Stepper, prompts: Sequence[Sequence[int]], request: Request) -> Generated:
     return base.generate(engine, prompts, request, Meter(CPU))
 
 
-def assert_same_tokens(
-    engine: Stepper, model: Transformer, prompts: Sequence[Sequence[int]], request: Request
-) -> Generated:
+def assert_same_tokens(engine: Stepper, model: Model, prompts: Sequence[Sequence[int]], request: Request) -> Generated:
     """The engine's output is plain decoding's, token by token, and ends for the same reason."""
     want = decode(Autoregressive(model), prompts, request)
     got = decode(engine, prompts, request)
@@ -63,7 +60,7 @@ def assert_same_tokens(
 
 
 def assert_cache_is_fresh(
-    engine: Stepper, model: Transformer, prompts: Sequence[Sequence[int]], request: Request, steps: int
+    engine: Stepper, model: Model, prompts: Sequence[Sequence[int]], request: Request, steps: int
 ) -> None:
     """After `steps` steps the cache holds what a prefill of the committed tokens would have put there."""
     meter = Meter(CPU)
@@ -83,7 +80,7 @@ def assert_cache_is_fresh(
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def joint(model: Transformer, prompt: Sequence[int], sampling: Sampling, length: int) -> Tensor:
+def joint(model: Model, prompt: Sequence[int], sampling: Sampling, length: int) -> Tensor:
     """Exact probabilities [V] * length of the first `length` tokens, every continuation enumerated."""
     vocab = model.config.vocab
     mass = torch.ones((), dtype=torch.float64)
@@ -196,7 +193,7 @@ class Scripted:
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         parents: Sequence[int],
         propose: Callable[[int, int], Sequence[int]],
         as_chain: bool = False,

@@ -19,7 +19,7 @@ from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.hardware import device
 from zbench.kernels import cpu
-from zbench.models.config import ModelConfig
+from zbench.models import families
 
 CPU = device.resolve("cpu")
 GREEDY = Sampling()
@@ -36,7 +36,7 @@ def reference(family: str, assisted: str | None = None) -> Reference:
     model = oracle(family)
     shared: Any = SimpleNamespace(
         transformers=model,
-        model=SimpleNamespace(config=ModelConfig.from_hf(model.config.to_dict())),
+        model=SimpleNamespace(config=families.from_hf(model.config.to_dict())),
         dtype=torch.float32,
     )
     return Reference(shared, assisted)
@@ -114,10 +114,11 @@ def test_tokens_gained_after_eos_or_beyond_the_limit_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("family", ["mistral", "zaya"])
 def test_a_prompt_longer_than_one_prefill_forward_decodes_the_same(
-    execution: str, monkeypatch: pytest.MonkeyPatch
+    family: str, execution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, ids = Autoregressive(runtime("mistral", execution)), prompts(40, 17, 8)
+    engine, ids = Autoregressive(runtime(family, execution)), prompts(40, 17, 8)
     request = Request(6, GREEDY, (0, 0, 0))
     whole, _ = decode(engine, ids, request)
     monkeypatch.setattr(base, "PREFILL_ROWS", 8)
@@ -145,10 +146,11 @@ def test_every_token_is_credited_to_one_step_and_one_forward(engine: str) -> Non
         assert inside[index] + step.accept_seconds + step.commit_seconds <= step.seconds
 
 
-def test_random_weights_load_into_transformers_unchanged() -> None:
+@pytest.mark.parametrize("own", [{"family": "llama"}, {"family": "zaya", "kv_heads": 2, "head_dim": 8, "experts": 4}])
+def test_random_weights_load_into_transformers_unchanged(own: dict[str, Any]) -> None:
     from zbench.models import loading
 
-    shape = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 128}
+    shape = {"layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 128, **own}
     model = loading.load({"config": shape, "weights": "random", "seed": 1}, dtype="float32")
     shared = Shared(model, torch.float32, CPU)
     request = Request(8, GREEDY, (0,))

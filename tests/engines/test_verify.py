@@ -293,31 +293,36 @@ def depths(parents: tuple[int, ...]) -> list[int]:
     return found
 
 
-def scripted(parents: tuple[int, ...], truth: list[list[int]], script: Callable, as_chain: bool = False) -> Scripted:
+def scripted(
+    parents: tuple[int, ...], truth: list[list[int]], script: Callable, as_chain: bool = False, family: str = "smollm"
+) -> Scripted:
     """Each row drafts what `script` makes of the token that plain decoding puts there (0 beyond its end)."""
 
     def propose(sequence: int, position: int) -> list[int]:
         known = [*truth[sequence], *[0] * len(parents)]
         return [script(position, depth, known[position + depth - 1]) for depth in depths(parents)[1:]]
 
-    return Scripted(small_model(), parents, propose, as_chain)
+    return Scripted(small_model(family), parents, propose, as_chain)
 
 
+ARCHITECTURES = ["smollm", "zaya"]
 PROMPTS = [[1, 3, 4], [5], [3, 3, 4, 5, 1, 0, 4, 4, 3], [4, 0]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("as_chain", [True, False], ids=["chain", "tree"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_adversarial_drafter_changes_no_token(script: str, as_chain: bool, temperature: float) -> None:
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_an_adversarial_drafter_changes_no_token(family: str, script: str, as_chain: bool, temperature: float) -> None:
     parents = (-1, 0, 1, 2, 3) if as_chain else (-1, 0, 0, 1, 2, 2, 4)
     request = Request(LIMIT, Sampling(temperature), (0, 1, 2, 3), frozenset({EOS}))
-    truth = decode(Autoregressive(small_model()), PROMPTS, request).outputs
-    assert_same_tokens(scripted(parents, truth, SCRIPTS[script], as_chain), small_model(), PROMPTS, request)
+    model = small_model(family)
+    truth = decode(Autoregressive(model), PROMPTS, request).outputs
+    assert_same_tokens(scripted(parents, truth, SCRIPTS[script], as_chain, family), model, PROMPTS, request)
 
 
 def assert_any_drafts_leave_the_output_alone(data: st.DataObject) -> None:
-    parents = data.draw(trees())
+    parents, family = data.draw(trees()), data.draw(st.sampled_from(ARCHITECTURES))
     as_chain = parents == tuple(chain_parents(len(parents)).tolist())
     prompts = data.draw(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=12), min_size=1, max_size=4))
     sampling = data.draw(st.sampled_from([Sampling(), *SAMPLINGS]))
@@ -325,11 +330,11 @@ def assert_any_drafts_leave_the_output_alone(data: st.DataObject) -> None:
     noise = data.draw(st.randoms(use_true_random=False))
     skill = data.draw(st.floats(0, 1))
     request = Request(data.draw(st.integers(1, LIMIT)), sampling, tuple(range(len(prompts))), eos)
-    truth = decode(Autoregressive(small_model()), prompts, request).outputs
+    truth = decode(Autoregressive(small_model(family)), prompts, request).outputs
     engine = scripted(
-        parents, truth, lambda s, d, right: right if noise.random() < skill else noise.randrange(6), as_chain
+        parents, truth, lambda s, d, right: right if noise.random() < skill else noise.randrange(6), as_chain, family
     )
-    assert_same_tokens(engine, small_model(), prompts, request)
+    assert_same_tokens(engine, small_model(family), prompts, request)
 
 
 @settings(max_examples=40, deadline=None)
@@ -346,9 +351,12 @@ def test_no_draft_changes_any_token_in_thousands_of_cases(data: st.DataObject) -
 
 
 @pytest.mark.parametrize("parents", [(-1, 0, 1, 2, 3), (-1, 0, 0, 1, 2, 2, 4)], ids=["chain", "tree"])
-def test_right_drafts_are_accepted_whole_and_the_cache_is_that_of_a_fresh_prefill(parents: tuple[int, ...]) -> None:
-    request = Request(LIMIT, Sampling(), (0, 0, 0, 0))
-    truth = decode(Autoregressive(small_model()), PROMPTS, request).outputs
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_right_drafts_are_accepted_whole_and_the_cache_is_that_of_a_fresh_prefill(
+    family: str, parents: tuple[int, ...]
+) -> None:
+    request, model = Request(LIMIT, Sampling(), (0, 0, 0, 0)), small_model(family)
+    truth = decode(Autoregressive(model), PROMPTS, request).outputs
     # Along a tree only the last leaf's path is right, so that accepted rows have to move in the cache.
     path = {len(parents) - 1}
     while 0 not in path:
@@ -360,8 +368,8 @@ def test_right_drafts_are_accepted_whole_and_the_cache_is_that_of_a_fresh_prefil
         return [right[row] if row in path else (right[row] + 1) % 6 for row in range(1, len(parents))]
 
     for as_chain in (True, False) if len(path) == len(parents) else (False,):
-        engine = Scripted(small_model(), parents, propose, as_chain)
-        assert_cache_is_fresh(engine, small_model(), PROMPTS, request, steps=2)
+        engine = Scripted(model, parents, propose, as_chain)
+        assert_cache_is_fresh(engine, model, PROMPTS, request, steps=2)
 
 
 @pytest.mark.parametrize("as_chain", [True, False], ids=["chain", "tree"])

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.tiny import FAMILIES, oracle, runtime
 from zbench.models.rows import Rows
 
+DENSE = [family for family in FAMILIES if family != "zaya"]  # its costs follow from its router: test_zaya.py
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mistral"}))
+
+@pytest.mark.parametrize("family", sorted(set(DENSE) - {"mistral"}))
 @pytest.mark.parametrize(("rows", "context"), [(1, 40), (5, 17), (32, 0)])
 def test_flops_equal_torchs_counter_under_math_attention(family: str, rows: int, context: int) -> None:
     model = runtime(family, "torch")
@@ -28,7 +30,7 @@ def test_flops_equal_torchs_counter_under_math_attention(family: str, rows: int,
     assert model.cost(rows, [context] * 2, 2 * rows, pairs=rows * rows).flops == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_one_decoded_row_reads_every_stored_parameter_once(family: str) -> None:
     model = runtime(family, "torch")
     stored = sum(parameter.numel() for parameter in oracle(family).parameters())

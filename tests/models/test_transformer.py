@@ -67,7 +67,7 @@ trees = st.integers(1, 14).flatmap(lambda n: st.tuples(*(st.integers(-1, i - 1) 
 
 
 @everywhere
-@pytest.mark.parametrize("family", ["smollm", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["smollm", "mistral", "qwen3", "zaya"])
 @settings(max_examples=15, deadline=None)
 @given(parents=trees, seed=st.integers(0, 1000))
 def test_tree_rows_match_their_unrolled_sequences(family: str, execution: str, parents: list[int], seed: int) -> None:
@@ -83,12 +83,13 @@ def test_tree_rows_match_their_unrolled_sequences(family: str, execution: str, p
 
 
 @everywhere
+@pytest.mark.parametrize("family", ["qwen3", "zaya"])
 @settings(max_examples=15, deadline=None)
 @given(parents=trees, seed=st.integers(0, 1000), pick=st.integers(0, 13))
 def test_committed_tree_path_leaves_the_cache_a_fresh_prefill_would(
-    execution: str, parents: list[int], seed: int, pick: int
+    family: str, execution: str, parents: list[int], seed: int, pick: int
 ) -> None:
-    model, prompt, drafts = runtime("qwen3", execution), tokens(2, 5, seed=seed), tokens(2, len(parents), seed=seed + 1)
+    model, prompt, drafts = runtime(family, execution), tokens(2, 5, seed=seed), tokens(2, len(parents), seed=seed + 1)
     paths = [path_to(parents, pick % len(parents)), path_to(parents, 0)]
     cache = model.new_cache(2, 40)
     model.forward(Rows.chain(prompt, cache.lengths), cache)
@@ -101,7 +102,7 @@ def test_committed_tree_path_leaves_the_cache_a_fresh_prefill_would(
     logits = model.forward(Rows.chain(after, cache.lengths), cache).logits
     for row, path in enumerate(paths):
         unrolled = torch.cat([prompt[row], drafts[row, path], after[row]])[None]
-        assert relative_error(logits[row], expected("qwen3", unrolled)[0, -1:]) < TOLERANCE
+        assert relative_error(logits[row], expected(family, unrolled)[0, -1:]) < TOLERANCE
 
 
 @needs_native
@@ -138,10 +139,11 @@ def test_logits_are_computed_for_the_rows_that_ask_only(execution: str) -> None:
 
 
 @everywhere
-def test_captured_hidden_states_are_the_layers_inputs(execution: str) -> None:
-    model, ids = runtime("qwen3", execution), tokens(2, 9)
+@pytest.mark.parametrize("family", ["qwen3", "zaya"])
+def test_captured_hidden_states_are_the_layers_inputs(family: str, execution: str) -> None:
+    model, ids = runtime(family, execution), tokens(2, 9)
     with torch.no_grad():
-        want = oracle("qwen3")(ids, output_hidden_states=True).hidden_states
+        want = oracle(family)(ids, output_hidden_states=True).hidden_states
     cache = model.new_cache(2, 16)
     hidden = model.forward(Rows.chain(ids, cache.lengths), cache, capture=(0, 2)).hidden
     assert set(hidden) == {0, 2}
@@ -158,11 +160,12 @@ def test_rows_beyond_the_caches_capacity_are_refused(execution: str) -> None:
 
 
 @everywhere
-def test_bfloat16_rounds_no_worse_than_transformers_does(execution: str) -> None:
-    ids, model = tokens(1, 20), runtime("smollm", execution, torch.bfloat16)
-    exact = expected("smollm", ids)
+@pytest.mark.parametrize("family", ["smollm", "zaya"])
+def test_bfloat16_rounds_no_worse_than_transformers_does(family: str, execution: str) -> None:
+    ids, model = tokens(1, 20), runtime(family, execution, torch.bfloat16)
+    exact = expected(family, ids)
     with torch.no_grad():
-        peer = copy.deepcopy(oracle("smollm")).bfloat16()(ids).logits.float()
+        peer = copy.deepcopy(oracle(family)).bfloat16()(ids).logits.float()
     got = model.forward(Rows.chain(ids, torch.zeros(1, dtype=torch.int64)), model.new_cache(1, 32)).logits
     assert (got - exact).norm() < 1.5 * (peer - exact).norm()
 

@@ -78,7 +78,7 @@ class _Watch:
             self.meter.end_step()  # what generate did after its last token
 
     def _before(self, model: Any, args: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # as it is called up to transformers 5.23, and since
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # renamed in transformers 5.24
         self.context = cache.get_seq_length() if cache is not None else 0
         self.start = self.meter.device.mark()
 

@@ -99,9 +99,9 @@ def load_tokenizer(model: LoadedModel) -> PreTrainedTokenizerBase:
 def random_tensors(config: AnyConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights drawn from N(0, 0.02²), norms and scales at 1, made straight in `dtype`.
 
-    A router is drawn wide enough that rows spread over the experts, and starts as published: without a bias towards
-    an expert, and with one against skipping. A tensor's values follow from the seed and its name alone, so that the
-    tensors can be drawn in parallel.
+    A router's are wider, so that rows spread over the experts, and nothing that all rows share is added to the
+    residual stream or on the way to the choice; skipping is biased against, as in a model that starts training.
+    A tensor's values follow from the seed and its name alone, so that the tensors can be drawn in parallel.
     """
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -110,12 +110,14 @@ def random_tensors(config: AnyConfig, seed: int, dtype: torch.dtype) -> dict[str
         if name.endswith(("norm.weight", "_scale", ".temp")):
             return torch.ones(shape, dtype=dtype)
         router = ".router_mlp." in name
-        if router and name.endswith(".bias"):
+        if name.endswith("_bias") or (router and name.endswith(".bias")):
             return torch.zeros(shape, dtype=dtype)
         own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
         generator = torch.Generator().manual_seed(own_seed)
         std = shape[-1] ** -0.5 if router else _RANDOM_STD
-        return torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
+        drawn = torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
+        # GELU's mean, the same in every channel, must not send all rows to one expert.
+        return drawn - drawn.mean(-1, keepdim=True) if router else drawn
 
     shapes = tensor_shapes(config)
     with ThreadPoolExecutor() as pool:
