@@ -135,7 +135,7 @@ def committed(cache: Cache, index: int) -> Tensor:
     """Keys and values of one sequence [2, L, kv_heads, size, d]."""
     keys = cache.keys
     if cache.panels:
-        keys = keys.view(*keys.shape[:3], -1, keys.shape[4], cpu.PANEL).transpose(-1, -2).reshape(keys.shape)
+        keys = cpu.key_panels(keys).transpose(-2, -3).reshape(keys.shape)
     return torch.stack([keys, cache.values])[:, :, index, :, : cache.sizes[index]]
 
 

@@ -6,7 +6,7 @@
 // verified among others, which is what makes "lossless" checkable to the bit, in bfloat16 too.
 //
 // Weights and keys are stored in panels of 16 outputs (keys) so that one cache line feeds 16 lanes without any
-// horizontal sum:   bfloat16 [N/16][K/2][16][2]   float32 [N/16][K][16]   keys [.., S/16, d, 16].
+// horizontal sum:   bfloat16 [N/16][K/2][16][2]   float32 [N/16][K][16]   keys [.., S/16, d/U, 16, U], U as in Acts.
 // Written with the compiler's vector extensions; intrinsics only for what they cannot say: a fused multiply-add that
 // is fused everywhere alike (the build forbids the compiler to contract on its own), and AVX512-BF16's dot product.
 
@@ -16,6 +16,7 @@
 #include <cstring>
 #include <omp.h>
 #include <sched.h>
+#include <utility>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -121,100 +122,135 @@ static inline void put_act(bf16* p, float x, bf16) { *p = narrow(x); }
 static inline void put_act(float* p, float x, bf16) { *p = widen(narrow(x)); }
 static inline void put_act(float* p, float x, float) { *p = x; }
 
-// acc[m][n] = sum_k x[m][k] * w[k][n] for MR rows and NP neighbouring panels.
-template <int NP, int MR>
-INLINE void tile(const float* w, const float* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
-    for (int k = 0; k < K; k++) {
-        vf wv[NP * NV];
-        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
-            wv[p * NV + v] = load(w + ((int64_t)p * K + k) * P + v * VL);
-        UNROLL for (int m = 0; m < MR; m++) {
-            vf xv = splat(x[m * ldx + k]);
-            UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(wv[n], xv, acc[m][n]);
-        }
+// The rows of one input, interleaved within tiles of `height` rows [M/height][K/U][height][U], so that a tile reads all
+// its rows from one stream at constant offsets. U = 2 where the dot product takes pairs.
+template <class W> struct Acts {
+    static constexpr int U = sizeof(act_t<W>) == 2 ? 2 : 1;
+    act_t<W>* a; int64_t K; int height;
+    INLINE_MEMBER act_t<W>* tile(int m) const { return a + (int64_t)(m / height) * height * K; }
+    INLINE_MEMBER void put(int m, int64_t k, float x) const {
+        put_act(tile(m) + (k / U * height + m % height) * U + k % U, x, W{});
     }
+    INLINE_MEMBER void put(int m, int64_t k, vf x) const {  // VL neighbours
+        act_t<W>* to = tile(m) + (k / U * height + m % height) * U;
+#if defined(__AVX512BF16__)
+        if constexpr (U == 2) {
+            alignas(32) int32_t pairs[VL / 2];
+            _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+            UNROLL for (int i = 0; i < VL / 2; i++) memcpy(to + i * U * height, pairs + i, 4);
+            return;
+        }
+#endif
+        for (int i = 0; i < VL; i++) put_act(to + (int64_t)i * height, x[i], W{});
+    }
+};
+
+// f(0), .., f(N - 1) with constants, so that the arrays they index live in registers.
+template <class F, int... I> INLINE void unrolled(F f, std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+template <int N, class F> INLINE void unrolled(F f) { unrolled(f, std::make_integer_sequence<int, N>{}); }
+#define EACH(i) [&](auto i) __attribute__((always_inline))
+
+// out[m * ld + n] = sum_k x[m][k] * w[k][n] for MR rows of a tile `height` rows tall and NP neighbouring panels.
+template <int NP, int MR>
+INLINE void tile(const float* w, const float* x, int height, int K, vf* out, int ld) {
+    constexpr int N = NP * NV;
+    vf acc[MR * N];
+    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
+    for (int k = 0; k < K; k++, x += height) {
+        vf wv[N];
+        unrolled<N>(EACH(n) { wv[n] = load(w + ((int64_t)(n / NV) * K + k) * P + n % NV * VL); });
+        unrolled<MR>(EACH(m) {
+            vf xv = splat(x[m]);
+            unrolled<N>(EACH(n) { acc[m * N + n] = fma(wv[n], xv, acc[m * N + n]); });
+        });
+    }
+    unrolled<MR * N>(EACH(i) { out[i / N * ld + i % N] = acc[i]; });
 }
 
 #if defined(__AVX512BF16__)
 template <int NP, int MR>
-INLINE void tile(const bf16* w, const bf16* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
-    for (int k = 0; k < K; k += 2) {
+INLINE void tile(const bf16* w, const bf16* x, int height, int K, vf* out, int ld) {
+    vf acc[MR * NP];
+    unrolled<MR * NP>(EACH(i) { acc[i] = vf{}; });
+    for (int k = 0; k < K; k += 2, x += 2 * height) {
         __m512bh wv[NP];
-        UNROLL for (int p = 0; p < NP; p++) wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
-        UNROLL for (int m = 0; m < MR; m++) {
-            int32_t pair; memcpy(&pair, x + m * ldx + k, 4);
+        unrolled<NP>(EACH(p) {
+            wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
+            // The arithmetic of several rows hides the way from memory only if the next panels are on it already.
+            if (MR > 1) _mm_prefetch((const char*)(w + ((int64_t)(NP + p) * K + k) * P), _MM_HINT_T1);
+        });
+        unrolled<MR>(EACH(m) {
+            int32_t pair; memcpy(&pair, x + 2 * m, 4);
             __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
-            UNROLL for (int n = 0; n < NP; n++) acc[m][n] = (vf)_mm512_dpbf16_ps((__m512)acc[m][n], wv[n], xv);
-        }
+            unrolled<NP>(EACH(p) { acc[m * NP + p] = (vf)_mm512_dpbf16_ps((__m512)acc[m * NP + p], wv[p], xv); });
+        });
     }
+    unrolled<MR * NP>(EACH(i) { out[i / NP * ld + i % NP] = acc[i]; });
 }
 #else
 template <int NP, int MR>
-INLINE void tile(const bf16* w, const float* x, int64_t ldx, int K, vf (&acc)[MR][NP * NV]) {
-    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = vf{};
+INLINE void tile(const bf16* w, const float* x, int height, int K, vf* out, int ld) {
+    constexpr int N = NP * NV;
     const vu upper = 0xffff0000u - vu{};
-    for (int k = 0; k < K; k += 2) {
-        vf half[NP * NV];
-        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
-            half[p * NV + v] = (vf)(*(const vu_mem*)(w + ((int64_t)p * K + k) * P + v * 2 * VL) << 16);
-        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(half[n], splat(x[m * ldx + k]), acc[m][n]);
-        UNROLL for (int p = 0; p < NP; p++) UNROLL for (int v = 0; v < NV; v++)
-            half[p * NV + v] = (vf)(*(const vu_mem*)(w + ((int64_t)p * K + k) * P + v * 2 * VL) & upper);
-        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) acc[m][n] = fma(half[n], splat(x[m * ldx + k + 1]), acc[m][n]);
+    vf acc[MR * N];
+    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
+    for (int k = 0; k < K; k += 2, x += 2 * height) {
+        vf half[N];
+        auto pairs = EACH(n) { return *(const vu_mem*)(w + ((int64_t)(n / NV) * K + k) * P + n % NV * 2 * VL); };
+        unrolled<N>(EACH(n) { half[n] = (vf)(pairs(n) << 16); });
+        unrolled<MR>(EACH(m) { unrolled<N>(EACH(n) { acc[m * N + n] = fma(half[n], splat(x[m]), acc[m * N + n]); }); });
+        unrolled<N>(EACH(n) { half[n] = (vf)(pairs(n) & upper); });
+        unrolled<MR>(EACH(m) { unrolled<N>(EACH(n) { acc[m * N + n] = fma(half[n], splat(x[height + m]), acc[m * N + n]); }); });
     }
+    unrolled<MR * N>(EACH(i) { out[i / N * ld + i % N] = acc[i]; });
 }
 #endif
 
 // Panels per tile for MR rows: as many accumulators as the register file holds (16 registers with AVX, 32 with AVX512).
-template <int MR> constexpr int panels() { return WIDE ? (MR == 1 ? 8 : 4) : MR == 1 ? 4 : MR == 2 ? 2 : 1; }
-constexpr int TALL = WIDE ? 6 : 5;
+// Tall tiles read each weight once for all their rows, so that memory streams while the arithmetic runs.
+template <int MR> constexpr int panels() {
+    if (!WIDE) return MR == 1 ? 4 : MR == 2 ? 2 : 1;
+    return MR == 1 ? 8 : MR <= 6 ? 4 : MR <= 12 ? 2 : 1;
+}
+constexpr int TALL = WIDE ? 16 : 5;
+constexpr int SLICE = 4;  // panels
 
 // Hands `out` the finished rows m0..m0+MR of max(NP, STEP) panels.
 template <int NP, int MR, int STEP, class W, class Out>
-INLINE void emit(const W* w, const act_t<W>* x, int64_t ldx, int K, int m0, int panel, Out& out) {
+INLINE void emit(const W* w, const Acts<W>& x, int m0, int panel, Out& out) {
     constexpr int Q = NP > STEP ? NP : STEP;
-    vf done[MR][Q * NV];
-    for (int q = 0; q < Q; q += NP) {
-        vf acc[MR][NP * NV];
-        tile<NP, MR>(w + (int64_t)(panel + q) * K * P, x + m0 * ldx, ldx, K, acc);
-        UNROLL for (int m = 0; m < MR; m++) UNROLL for (int n = 0; n < NP * NV; n++) done[m][q * NV + n] = acc[m][n];
-    }
-    UNROLL for (int m = 0; m < MR; m++) out.template panels<Q>(m0 + m, panel, done[m]);
+    vf done[MR * Q * NV];
+    for (int q = 0; q < Q; q += NP)
+        tile<NP, MR>(w + (panel + q) * x.K * P, x.tile(m0), x.height, (int)x.K, done + q * NV, Q * NV);
+    for (int m = 0; m < MR; m++) out.template panels<Q>(m0 + m, panel, done + m * Q * NV);
 }
 
-// Panels [p0, p1) for rows m0..m0+MR.
+// Panels [p0, p1) for the tile of `rows` rows that begins at row m0.
 template <int MR, int STEP, class W, class Out>
-static inline void sweep(const W* w, const act_t<W>* x, int64_t ldx, int K, int m0, int p0, int p1, Out& out) {
-    constexpr int NP = panels<MR>(), Q = NP > STEP ? NP : STEP;
-    int p = p0;
-    for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(w, x, ldx, K, m0, p, out);
-    for (; p < p1; p += STEP) emit<1, MR, STEP>(w, x, ldx, K, m0, p, out);
+static inline void sweep(int rows, const W* w, const Acts<W>& x, int m0, int p0, int p1, Out& out) {
+    if (rows == MR) {
+        constexpr int NP = panels<MR>(), Q = NP > STEP ? NP : STEP;
+        int p = p0;
+        for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(w, x, m0, p, out);
+        for (; p < p1; p += STEP) emit<1, MR, STEP>(w, x, m0, p, out);
+    } else if constexpr (MR > 1) {
+        sweep<MR - 1, STEP>(rows, w, x, m0, p0, p1, out);
+    }
 }
+
+// Rows of a tile for M rows in all: as few tiles as can be, equally tall.
+static inline int height(int M) { int tiles = M ? (M + TALL - 1) / TALL : 1; return (M + tiles - 1) / tiles; }
 
 // One thread's share of out(m, n) = x[M,K] . w[N,K]^T. STEP = 2 hands over (gate, up) panel pairs together.
 template <int STEP, class W, class Out>
-static void project(const W* w, const act_t<W>* x, int64_t ldx, int M, int N, int K, int thread, int threads, Out out) {
+static void project(const W* w, const Acts<W>& x, int M, int N, int thread, int threads, Out out) {
     int groups = (N + P * STEP - 1) / (P * STEP);
     int first = (int)((int64_t)groups * thread / threads) * STEP, last = (int)((int64_t)groups * (thread + 1) / threads) * STEP;
     // Rows outermost only within a slice of panels that stays in the cache, so that weights leave memory once.
-    int slice = M <= TALL ? last - first : panels<TALL>() * STEP;
+    int slice = M <= TALL ? last - first : SLICE * STEP;
     for (int p0 = first; p0 < last; p0 += slice) {
         int p1 = p0 + slice < last ? p0 + slice : last;
-        for (int m = 0, left = M; left > 0;) {
-            int tiles = (left + TALL - 1) / TALL, rows = (left + tiles - 1) / tiles;  // 16 rows: 4+4+4+4, not 5+5+5+1
-            switch (rows) {
-                case 6: if constexpr (TALL >= 6) sweep<6, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 5: sweep<5, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 4: sweep<4, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 3: sweep<3, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                case 2: sweep<2, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-                default: sweep<1, STEP>(w, x, ldx, K, m, p0, p1, out); break;
-            }
-            m += rows;
-            left -= rows;
-        }
+        for (int m = 0; m < M; m += x.height) sweep<TALL, STEP>(M - m < x.height ? M - m : x.height, w, x, m, p0, p1, out);
     }
 }
 
@@ -223,36 +259,51 @@ static inline void put_lanes(float* row, int n, int N, vf v) {
     else for (int i = 0; n + i < N; i++) row[n + i] = v[i];
 }
 
-struct Assign {  // y = x W^T + b
-    float* y; int64_t ldy; int N; const float* bias;
+// What a bias and, for mask rows, a low-rank adapter add to a product; either may be absent. A row that is no mask gets
+// nothing from the adapter, not even a zero, so its result is that of the bare model bit by bit.
+struct Plus {
+    const float *bias, *delta; int64_t ld; const int64_t* masks;
+    INLINE_MEMBER vf to(vf x, int m, int n) const {
+        if (bias) x += load(bias + n);
+        return delta && masks[m] >= 0 ? x + load(delta + m * ld + n) : x;
+    }
+};
+
+struct Assign {  // y = x W^T + ..
+    float* y; int64_t ldy; int N; Plus plus;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         UNROLL for (int v = 0; v < NP * NV; v++) {
             int n = panel * P + v * VL;
-            put_lanes(y + m * ldy, n, N, bias ? acc[v] + load(bias + n) : acc[v]);
+            put_lanes(y + m * ldy, n, N, plus.to(acc[v], m, n));
         }
     }
 };
 
-struct Accumulate {  // y += x W^T + b   (N is a multiple of VL: the model's width)
-    float* y; int64_t ldy; const float* bias;
+struct Accumulate {  // y += x W^T + ..   (N is a multiple of VL: the model's width)
+    float* y; int64_t ldy; Plus plus;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         UNROLL for (int v = 0; v < NP * NV; v++) {
             int n = panel * P + v * VL;
             float* out = y + m * ldy + n;
-            store(out, load(out) + (bias ? acc[v] + load(bias + n) : acc[v]));
+            store(out, load(out) + plus.to(acc[v], m, n));
         }
     }
 };
 
+template <class W> struct Feed {  // x W^T as the input of a further product
+    Acts<W> a;
+    template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
+        UNROLL for (int v = 0; v < NP * NV; v++) a.put(m, panel * P + v * VL, acc[v]);
+    }
+};
+
 template <class W> struct Gate {  // a = silu(gate) * up; panels alternate gate, up
-    act_t<W>* a; int64_t lda; const float* bias;
+    Acts<W> a; Plus plus;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         for (int p = 0; p < NP; p += 2) for (int v = 0; v < NV; v++) {
-            vf g = acc[p * NV + v], u = acc[(p + 1) * NV + v];
-            int n = (panel + p) / 2 * P + v * VL;
-            if (bias) { g += load(bias + (panel + p) * P + v * VL); u += load(bias + (panel + p + 1) * P + v * VL); }
-            vf y = g / (1.0f + vexp(-g)) * u;
-            for (int i = 0; i < VL; i++) put_act(a + m * lda + n + i, y[i], W{});
+            int n = (panel + p) * P + v * VL;
+            vf g = plus.to(acc[p * NV + v], m, n), u = plus.to(acc[(p + 1) * NV + v], m, n + P);
+            a.put(m, (panel + p) / 2 * P + v * VL, g / (1.0f + vexp(-g)) * u);
         }
     }
 };
@@ -274,10 +325,18 @@ struct zb_model {
     const void *embedding, *head;  // embedding [V, D] plain; head packed
     const float *norm, *inv_freq;
 };
+struct zb_low_rank { const void *a, *b; int64_t rank; };  // packed [rank, K] and [N, rank]; null: none
+struct zb_adapter {  // acts on mask rows only
+    const zb_low_rank *qkv, *out, *gate_up, *down;  // per layer
+    const float* mask_embedding;                    // [masks, D]; the last serves all further ones
+    int64_t masks;
+};
 struct zb_batch {
     int64_t batch, rows, capacity, wanted, captures, threads;
     const int64_t *ids, *positions, *lengths;   // [B,R] [B,R] [B]
     const uint8_t* visible;                     // [B,R,R]
+    const int64_t* masks;                       // [B,R]: which mask of its block a row is, -1 for a token; or null
+    const zb_adapter* adapter;                  // or null
     void *keys, *values;                        // [L,B,kv,S/16,d,16] and [L,B,kv,S,d]
     const int64_t *logit_rows, *capture_layers; // flat row indices; hidden-state indices, ascending
     float *logits, *captured;                   // [wanted,V], [captures,B*R,D]
@@ -306,9 +365,9 @@ static float mean_square(const float* x, int n) {
 }
 
 template <class W>
-static void normalise(const float* x, const float* weight, float eps, int n, act_t<W>* y) {
+static void normalise(const float* x, const float* weight, float eps, int n, const Acts<W>& y, int m) {
     float scale = 1.0f / sqrtf(mean_square(x, n) + eps);
-    for (int i = 0; i < n; i++) put_act(y + i, x[i] * scale * weight[i], W{});
+    for (int i = 0; i < n; i += VL) y.put(m, i, load(x + i) * scale * load(weight + i));
 }
 
 static void rotate(float* x, const float* cosine, const float* sine, int d, const float* norm, float eps) {
@@ -324,67 +383,129 @@ static void rotate(float* x, const float* cosine, const float* sine, int d, cons
     }
 }
 
-// Attention of M query vectors that share one KV head and one cache: scores by key panels, then values by key.
-template <int M, class W>
-static void attend(const float* const* q, const uint8_t* const* seen, const int64_t* oldest, const int64_t* positions,
-                   int64_t prefix, int rows, const W* keys, const W* values, int d, float scale, float* scores, int64_t ld, float* const* out) {
-    // A committed key's slot is its position; `oldest` is the first position inside the sliding window.
-    int64_t total = prefix + rows, start = prefix;
-    for (int m = 0; m < M; m++) if (oldest[m] < start) start = oldest[m];
-    start = start < 0 ? 0 : start / P * P;
-    float top[M];
-    for (int m = 0; m < M; m++) top[m] = -INFINITY;
+// ---------------------------------------------------------------------------------------------------------------
+// Attention of up to 16 query vectors, the lanes, that share a KV head and a cache. Scores and weights lie as
+// [key][lane]: a key is masked, raised to e and summed for all lanes at once, in the order of the keys.
+
+template <class W> constexpr int key_unit() { return Acts<W>::U; }  // keys: panels [S/16][d/U][16][U]
+
+// Scores of KEYS neighbouring keys of a panel against the panel of queries [d/U][16][U].
+template <int KEYS, class W>
+INLINE void dots(const act_t<W>* q, const W* keys, int d, vf* out) {
+    constexpr int U = key_unit<W>();
+    vf acc[KEYS * NV];
+    unrolled<KEYS * NV>(EACH(i) { acc[i] = vf{}; });
+    for (int e = 0; e < d; e += U, q += U * P, keys += U * P) {
+#if defined(__AVX512BF16__)
+        if constexpr (U == 2) {
+            __m512bh qv = (__m512bh)_mm512_loadu_si512(q);
+            unrolled<KEYS>(EACH(j) {
+                int32_t pair; memcpy(&pair, keys + U * j, 4);
+                acc[j] = (vf)_mm512_dpbf16_ps((__m512)acc[j], qv, (__m512bh)_mm512_set1_epi32(pair));
+            });
+            continue;
+        }
+#endif
+        unrolled<KEYS * NV>(EACH(i) { acc[i] = fma(load((const float*)q + i % NV * VL), splat(widen(keys[i / NV])), acc[i]); });
+    }
+    unrolled<KEYS * NV>(EACH(i) { out[i] = acc[i]; });
+}
+
+// out[m] = sum_t weights[t][m] values[t] / sum for MR lanes and CH vectors of the head size.
+template <int MR, int CH, class W>
+INLINE void mix(const float* weights, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+    vf acc[MR * CH];
+    unrolled<MR * CH>(EACH(i) { acc[i] = vf{}; });
+    for (int64_t t = 0; t < count; t++, weights += P, values += d) {
+        vf v[CH];
+        unrolled<CH>(EACH(c) { v[c] = load_wide(values + c * VL); });
+        unrolled<MR>(EACH(m) {
+            vf x = splat(weights[m]);
+            unrolled<CH>(EACH(c) { acc[m * CH + c] = fma(v[c], x, acc[m * CH + c]); });
+        });
+    }
+    unrolled<MR * CH>(EACH(i) { store(out[i / CH] + i % CH * VL, acc[i] * splat(inverse[i / CH])); });
+}
+
+template <int MR, class W>
+static void mix_lanes(int lanes, const float* weights, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+    constexpr int CH = WIDE ? 4 : 2;
+    if (lanes < MR) {
+        if constexpr (MR > 1) mix_lanes<MR - 1>(lanes, weights, values, count, d, inverse, out);
+        return;
+    }
+    for (int c = 0; c < d;) {
+        float* at[MR];
+        for (int m = 0; m < MR; m++) at[m] = out[m] + c;
+        if (d - c >= CH * VL) { mix<MR, CH>(weights, values + c, count, d, inverse, at); c += CH * VL; }
+        else { mix<MR, 1>(weights, values + c, count, d, inverse, at); c += VL; }
+    }
+}
+
+// seen[j] has a bit per lane: who sees new row j. `oldest` [16] is the first position inside each lane's sliding window,
+// null without one. Unused lanes cost little and are never read.
+template <class W>
+static void attend(const act_t<W>* q, int lanes, const uint16_t* seen, const int64_t* oldest, const int64_t* positions,
+                   int64_t prefix, int rows, const W* keys, const W* values, int d, float scale, vf* scores, float* const* out) {
+    constexpr int KEYS = WIDE ? 16 : 4;
+    // A committed key's slot is its position.
+    int64_t total = prefix + rows, start = 0;
+    if (oldest) {
+        start = prefix;
+        for (int m = 0; m < lanes; m++) if (oldest[m] < start) start = oldest[m];
+        start = start < 0 ? 0 : start / P * P;
+    }
+    const int64_t count = total - start;
+    vu lane_bit[NV];
+    for (int v = 0; v < NV; v++) for (int l = 0; l < VL; l++) lane_bit[v][l] = 1u << (v * VL + l);
+    const vf hidden = splat(-INFINITY);
+    vf top[NV];
+    for (int v = 0; v < NV; v++) top[v] = hidden;
     for (int64_t j = start; j < total; j += P) {
-        vf acc[M][NV];
-        for (int m = 0; m < M; m++) for (int v = 0; v < NV; v++) acc[m][v] = vf{};
-        const W* k = keys + j * d;
-        for (int i = 0; i < d; i++) for (int v = 0; v < NV; v++) {
-            vf kv = load_wide(k + i * P + v * VL);
-            for (int m = 0; m < M; m++) acc[m][v] = fma(kv, splat(q[m][i]), acc[m][v]);
-        }
-        for (int m = 0; m < M; m++) {
-            float* s = scores + m * ld + (j - start);
-            for (int v = 0; v < NV; v++) store(s + v * VL, acc[m][v] * scale);
-            for (int p = 0; p < P; p++) {
-                int64_t t = j + p;
-                bool hidden = t < prefix ? t < oldest[m]
-                              : t >= total || !seen[m][t - prefix] || positions[t - prefix] < oldest[m];
-                if (hidden) s[p] = -INFINITY;
-                else if (s[p] > top[m]) top[m] = s[p];
+        vf* s = scores + (j - start) * NV;
+        for (int m = 0; m < P; m += KEYS) dots<KEYS, W>(q, keys + j * d + m * key_unit<W>(), d, s + m * NV);
+        int64_t end = total - j < P ? total - j : P;
+        for (int64_t i = 0; i < end; i++) {
+            int64_t t = j + i;
+            uint32_t bits = t < prefix ? 0xffffu : seen[t - prefix];
+            if (oldest) {
+                int64_t position = t < prefix ? t : positions[t - prefix];
+                for (int m = 0; m < lanes; m++) if (position < oldest[m]) bits &= ~(1u << m);
+            }
+            for (int v = 0; v < NV; v++) {
+                vf x = s[i * NV + v] * scale;
+                if (bits != 0xffffu) x = (vu)((bits - vu{}) & lane_bit[v]) != vu{} ? x : hidden;
+                s[i * NV + v] = x;
+                top[v] = x > top[v] ? x : top[v];
             }
         }
     }
-    int64_t span = (total - start + P - 1) / P * P;
-    for (int m = 0; m < M; m++) {
-        float* s = scores + m * ld;
-        float sum = 0;
-        for (int64_t j = 0; j < span; j += VL) {
-            vf x = load(s + j);
-            vf e = vexp(x - top[m]);
-            e = x == splat(-INFINITY) ? vf{} : e;
-            store(s + j, e);
-        }
-        for (int64_t j = 0; j < span; j++) sum += s[j];
-        top[m] = 1.0f / sum;
+    vf sum[NV] = {};
+    for (int64_t i = 0; i < count; i++) for (int v = 0; v < NV; v++) {
+        vf x = scores[i * NV + v];
+        vf e = x == hidden ? vf{} : vexp(x - top[v]);
+        scores[i * NV + v] = e;
+        sum[v] += e;
     }
-    constexpr int CH = M == 1 ? 8 : 2;  // vectors of the head size held at once
-    for (int c = 0; c < d; c += CH * VL) {
-        int nv = (d - c) / VL < CH ? (d - c) / VL : CH;
-        vf acc[M][CH];
-        for (int m = 0; m < M; m++) for (int v = 0; v < CH; v++) acc[m][v] = vf{};
-        if (nv == CH) {
-            for (int64_t t = start; t < total; t++) for (int v = 0; v < CH; v++) {
-                vf x = load_wide(values + t * d + c + v * VL);
-                for (int m = 0; m < M; m++) acc[m][v] = fma(x, splat(scores[m * ld + t - start]), acc[m][v]);
-            }
-        } else {
-            for (int64_t t = start; t < total; t++) for (int v = 0; v < nv; v++) {
-                vf x = load_wide(values + t * d + c + v * VL);
-                for (int m = 0; m < M; m++) acc[m][v] = fma(x, splat(scores[m * ld + t - start]), acc[m][v]);
-            }
-        }
-        for (int m = 0; m < M; m++) for (int v = 0; v < nv; v++) store(out[m] + c + v * VL, acc[m][v] * top[m]);
-    }
+    float inverse[P];
+    for (int v = 0; v < NV; v++) store(inverse + v * VL, 1.0f / sum[v]);
+    constexpr int MR = WIDE ? 6 : 4;
+    const int passes = (lanes + MR - 1) / MR, height = (lanes + passes - 1) / passes;
+    for (int m = 0; m < lanes; m += height)
+        mix_lanes<MR>(lanes - m < height ? lanes - m : height, (const float*)scores + m, values + start * d, count, d, inverse + m, out + m);
+}
+
+// delta[M,N] = B (A x) of one projection's low-rank adapter, in the panels and threads of the projection itself, so that
+// each thread reads back what it wrote. Nothing where there is no adapter.
+template <int STEP, class W>
+static Plus adapt(const zb_low_rank* low, const Acts<W>& x, act_t<W>* between, float* delta, const float* bias, const int64_t* masks,
+                  int M, int N, int thread, int threads, Barrier& team) {
+    if (!low || !low->a) return {bias, nullptr, 0, nullptr};
+    const Acts<W> inner{between, low->rank, x.height};
+    project<1>((const W*)low->a, x, M, (int)low->rank, thread, threads, Feed<W>{inner});
+    team.wait(threads);
+    project<STEP>((const W*)low->b, inner, M, N, thread, threads, Assign{delta, N, N, {}});
+    return {bias, delta, N, masks};
 }
 
 template <class W>
@@ -400,16 +521,30 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     float* residual = space.take<float>((int64_t)M * D);
     float* qkv = space.take<float>((int64_t)M * QKV);
     float* mixed = space.take<float>((int64_t)M * H * d);
-    A* act = space.take<A>((int64_t)M * (D > H * d ? D : H * d));
-    A* hidden = space.take<A>((int64_t)M * F);
+    // The last tile may be only partly filled.
+    A* act = space.take<A>((int64_t)(M + TALL) * (D > H * d ? D : H * d));
+    A* hidden = space.take<A>((int64_t)(M + TALL) * F);
+    const int tall = height(M);
+    const Acts<W> normed{act, D, tall}, attended{act, H * d, tall}, gated{hidden, F, tall};
+    int64_t rank = 0;
+    if (batch.adapter) for (int l = 0; l < model.layers; l++)
+        for (const zb_low_rank* low : {batch.adapter->qkv, batch.adapter->out, batch.adapter->gate_up, batch.adapter->down})
+            if (low[l].rank > rank) rank = low[l].rank;
+    A* between = space.take<A>((int64_t)(M + TALL) * rank);
+    const int widest = QKV > 2 * F ? QKV : 2 * F;
+    float* delta = space.take<float>(rank ? (int64_t)M * (widest > D ? widest : D) : 0);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
-    float* scores = space.take<float>((int64_t)threads * 4 * ld);
+    // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
+    int tasks_per_head = (R * group + P - 1) / P;
+    while (B * G * tasks_per_head < 2 * threads && tasks_per_head < R * group) tasks_per_head++;
+    const int per_task = (R * group + tasks_per_head - 1) / tasks_per_head;
+    tasks_per_head = (R * group + per_task - 1) / per_task;
+    vf* scores = space.take<vf>((int64_t)threads * NV * ld);
+    A* queries = space.take<A>((int64_t)threads * P * d);
+    uint16_t* seen = space.take<uint16_t>((int64_t)B * tasks_per_head * R);
     if (!space.ok) return 1;
     const int wanted = (int)batch.wanted;
-    // Enough attention tasks for every thread first, then as many query vectors per key load as registers hold.
-    const int per_task = (int64_t)B * G * R * group >= 32 * threads ? 4 : 1;
-    const int tasks_per_head = (R * group + per_task - 1) / per_task;
 
     Barrier team;
 #pragma omp parallel num_threads(threads)
@@ -418,12 +553,31 @@ static int forward(const zb_model& model, const zb_batch& batch) {
         const int m0 = (int)((int64_t)M * t / n), m1 = (int)((int64_t)M * (t + 1) / n);
         int capture = 0;
         for (int m = m0; m < m1; m++) {
-            const W* row = (const W*)model.embedding + batch.ids[m] * D;
-            for (int i = 0; i < D; i++) residual[(int64_t)m * D + i] = widen(row[i]);
+            float* to = residual + (int64_t)m * D;
+            int64_t mask = batch.masks ? batch.masks[m] : -1;
+            if (mask >= 0 && batch.adapter) {
+                mask = mask < batch.adapter->masks ? mask : batch.adapter->masks - 1;
+                memcpy(to, batch.adapter->mask_embedding + mask * D, D * 4);
+            } else {
+                const W* row = (const W*)model.embedding + batch.ids[m] * D;
+                for (int i = 0; i < D; i++) to[i] = widen(row[i]);
+            }
             for (int i = 0; i < d / 2; i++) {
                 float angle = (float)batch.positions[m] * model.inv_freq[i];
                 cosine[(int64_t)m * (d / 2) + i] = cosf(angle);
                 sine[(int64_t)m * (d / 2) + i] = sinf(angle);
+            }
+        }
+        for (int64_t i = (int64_t)B * tasks_per_head * t / n; i < (int64_t)B * tasks_per_head * (t + 1) / n; i++) {
+            const uint8_t* visible = batch.visible + i / tasks_per_head * R * R;
+            for (int j = 0; j < R; j++) {
+                uint32_t bits = 0;
+                for (int c = 0; c < P; c++) {
+                    int lane = (int)(i % tasks_per_head) * per_task + c;
+                    // An unused lane sees all: it must not divide by zero.
+                    if (c >= per_task || lane >= R * group || visible[lane / group * R + j]) bits |= 1u << c;
+                }
+                seen[i * R + j] = (uint16_t)bits;
             }
         }
         for (int l = 0; l <= model.layers; l++) {
@@ -434,12 +588,14 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             }
             if (l == model.layers) break;
             const zb_layer& layer = model.layer[l];
+            const zb_adapter* low = batch.masks ? batch.adapter : nullptr;
             W* keys = (W*)batch.keys + (int64_t)l * B * G * S * d;
             W* values = (W*)batch.values + (int64_t)l * B * G * S * d;
 
-            for (int m = m0; m < m1; m++) normalise<W>(residual + (int64_t)m * D, layer.attention_norm, eps, D, act + (int64_t)m * D);
+            for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.attention_norm, eps, D, normed, m);
             team.wait(n);
-            project<1>((const W*)layer.qkv, act, D, M, QKV, D, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
+            Plus plus = adapt<1>(low ? low->qkv + l : nullptr, normed, between, delta, layer.qkv_bias, batch.masks, M, QKV, t, n, team);
+            project<1>((const W*)layer.qkv, normed, M, QKV, t, n, Assign{qkv, QKV, QKV, plus});
             team.wait(n);
             for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
                 int m = (int)(i / (H + G)), h = (int)(i % (H + G));
@@ -448,8 +604,9 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 if (h < H) continue;
                 int b = m / R;
                 int64_t slot = batch.lengths[b] + m % R, head = (int64_t)b * G + h - H;
-                W* k = keys + head * S * d + slot / P * P * d + slot % P;
-                for (int e = 0; e < d; e++) put(k + e * P, x[e]);
+                constexpr int U = key_unit<W>();
+                W* k = keys + head * S * d + slot / P * P * d + slot % P * U;
+                for (int e = 0; e < d; e++) put(k + e / U * U * P + e % U, x[e]);
                 W* v = values + (head * S + slot) * d;
                 for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
             }
@@ -459,43 +616,44 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 int b = head / G, g = head % G;
                 int64_t prefix = batch.lengths[b];
                 int count = R * group - first < per_task ? R * group - first : per_task;
-                const float* q[4]; const uint8_t* seen[4]; float* out[4]; int64_t oldest[4];
-                for (int c = 0; c < count; c++) {
+                float* out[P]; int64_t oldest[P];
+                const Acts<W> q{queries + (int64_t)t * P * d, d, P};
+                for (int c = 0; c < P; c++) {
+                    if (c >= count) { for (int e = 0; e < d; e += VL) q.put(c, e, vf{}); continue; }
                     int r = (first + c) / group, h = g * group + (first + c) % group;
                     int64_t m = (int64_t)b * R + r;
-                    q[c] = qkv + m * QKV + (int64_t)h * d;
-                    seen[c] = batch.visible + m * R;
+                    for (int e = 0; e < d; e += VL) q.put(c, e, load(qkv + m * QKV + (int64_t)h * d + e));
                     out[c] = mixed + m * H * d + (int64_t)h * d;
-                    oldest[c] = layer.window ? batch.positions[m] - layer.window + 1 : 0;
+                    oldest[c] = batch.positions[m] - layer.window + 1;
                 }
-                const W* k = keys + (int64_t)head * S * d;
-                const W* v = values + (int64_t)head * S * d;
-                const int64_t* positions = batch.positions + (int64_t)b * R;
-                float* s = scores + (int64_t)t * 4 * ld;
-                if (count == 4) attend<4>(q, seen, oldest, positions, prefix, R, k, v, d, scale, s, ld, out);
-                else for (int c = 0; c < count; c++)
-                    attend<1>(q + c, seen + c, oldest + c, positions, prefix, R, k, v, d, scale, s, ld, out + c);
+                attend<W>(q.a, count, seen + ((int64_t)b * tasks_per_head + task % tasks_per_head) * R, layer.window ? oldest : nullptr,
+                          batch.positions + (int64_t)b * R, prefix, R, keys + (int64_t)head * S * d, values + (int64_t)head * S * d,
+                          d, scale, scores + (int64_t)t * NV * ld, out);
                 for (int c = 0; c < count; c++) {
-                    A* a = act + (out[c] - mixed);
-                    for (int e = 0; e < d; e++) put_act(a + e, out[c][e], W{});
+                    int64_t at = out[c] - mixed;
+                    for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
                 }
             }
             team.wait(n);
-            project<1>((const W*)layer.out, act, (int64_t)H * d, M, D, H * d, t, n, Accumulate{residual, D, layer.out_bias});
+            plus = adapt<1>(low ? low->out + l : nullptr, attended, between, delta, layer.out_bias, batch.masks, M, D, t, n, team);
+            project<1>((const W*)layer.out, attended, M, D, t, n, Accumulate{residual, D, plus});
             team.wait(n);
-            for (int m = m0; m < m1; m++) normalise<W>(residual + (int64_t)m * D, layer.mlp_norm, eps, D, act + (int64_t)m * D);
+            for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.mlp_norm, eps, D, normed, m);
             team.wait(n);
-            project<2>((const W*)layer.gate_up, act, D, M, 2 * F, D, t, n, Gate<W>{hidden, F, layer.gate_up_bias});
+            plus = adapt<2>(low ? low->gate_up + l : nullptr, normed, between, delta, layer.gate_up_bias, batch.masks, M, 2 * F, t, n, team);
+            project<2>((const W*)layer.gate_up, normed, M, 2 * F, t, n, Gate<W>{gated, plus});
             team.wait(n);
-            project<1>((const W*)layer.down, hidden, F, M, D, F, t, n, Accumulate{residual, D, layer.down_bias});
+            plus = adapt<1>(low ? low->down + l : nullptr, gated, between, delta, layer.down_bias, batch.masks, M, D, t, n, team);
+            project<1>((const W*)layer.down, gated, M, D, t, n, Accumulate{residual, D, plus});
             team.wait(n);
         }
         // Only the rows that ask for logits pass the final norm and the head.
+        const Acts<W> asking{act, D, height(wanted)};
         for (int w = (int)((int64_t)wanted * t / n); w < (int)((int64_t)wanted * (t + 1) / n); w++)
-            normalise<W>(residual + batch.logit_rows[w] * D, model.norm, eps, D, act + (int64_t)w * D);
+            normalise(residual + batch.logit_rows[w] * D, model.norm, eps, D, asking, w);
         team.wait(n);
         if (wanted)
-            project<1>((const W*)model.head, act, D, wanted, (int)model.vocab, D, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, nullptr});
+            project<1>((const W*)model.head, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, {}});
     }
     return 0;
 }
@@ -506,28 +664,37 @@ int zb_forward(const zb_model* model, const zb_batch* batch) {
     return model->bf16_weights ? forward<bf16>(*model, *batch) : forward<float>(*model, *batch);
 }
 
-// y[M,N] = x[M,K] . w[N,K]^T with w packed; x float32 [M,K]. scratch holds M*K floats.
-void zb_linear(const void* w, int64_t is_bf16, const float* x, float* scratch, float* y, int64_t M, int64_t N, int64_t K, int64_t threads) {
+}
+
+template <class W>
+static void linear(const W* w, const float* x, void* scratch, float* y, int M, int N, int K, int threads) {
+    const Acts<W> acts{(act_t<W>*)scratch, K, height(M)};
     Barrier team;
-#pragma omp parallel num_threads((int)threads)
+#pragma omp parallel num_threads(threads)
     {
         int t = omp_get_thread_num(), n = omp_get_num_threads();
-        Assign out{y, N, (int)N, nullptr};
-        if (is_bf16) {
-            auto* a = (act_t<bf16>*)scratch;
-            for (int64_t i = M * K * t / n; i < M * K * (t + 1) / n; i++) put_act(a + i, x[i], bf16{});
-            team.wait(n);
-            project<1>((const bf16*)w, a, K, (int)M, (int)N, (int)K, t, n, out);
-        } else {
-            project<1>((const float*)w, x, K, (int)M, (int)N, (int)K, t, n, out);
-        }
+        for (int m = (int)((int64_t)M * t / n); m < (int)((int64_t)M * (t + 1) / n); m++)
+            for (int k = 0; k < K; k++) acts.put(m, k, x[(int64_t)m * K + k]);
+        team.wait(n);
+        project<1>(w, acts, M, N, t, n, Assign{y, N, N, {}});
     }
 }
+
+extern "C" {
+// y[M,N] = x[M,K] . w[N,K]^T with w packed; x float32 [M,K]. scratch holds (M + TALL) * K floats.
+void zb_linear(const void* w, int64_t is_bf16, const float* x, void* scratch, float* y, int64_t M, int64_t N, int64_t K, int64_t threads) {
+    if (is_bf16) linear((const bf16*)w, x, scratch, y, (int)M, (int)N, (int)K, (int)threads);
+    else linear((const float*)w, x, scratch, y, (int)M, (int)N, (int)K, (int)threads);
+}
+
+// Neighbouring elements of a key that lie together in its panel, for elements of 2 or 4 bytes.
+int64_t zb_key_unit(int64_t element) { return element == 2 ? key_unit<bf16>() : key_unit<float>(); }
 
 // Moves cached rows so that the kept ones directly follow the committed prefix: slots[b][i] -> lengths[b] + i.
 // slots are absolute, ascending per sequence, -1 ends the list; element is 2 or 4 bytes.
 void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, int64_t G, int64_t S, int64_t d,
                const int64_t* lengths, const int64_t* slots, int64_t most) {
+    const int64_t unit = zb_key_unit(element);
     for (int64_t l = 0; l < L; l++) for (int64_t b = 0; b < B; b++) for (int64_t g = 0; g < G; g++) {
         char* k = (char*)keys + ((l * B + b) * G + g) * S * d * element;
         char* v = (char*)values + ((l * B + b) * G + g) * S * d * element;
@@ -535,8 +702,8 @@ void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, 
             int64_t from = slots[b * most + i], to = lengths[b] + i;
             if (from < 0) break;
             if (from == to) continue;
-            for (int64_t e = 0; e < d; e++)
-                memcpy(k + (to / P * P * d + e * P + to % P) * element, k + (from / P * P * d + e * P + from % P) * element, element);
+            for (int64_t e = 0; e < d; e += unit)
+                memcpy(k + (to / P * P * d + e * P + to % P * unit) * element, k + (from / P * P * d + e * P + from % P * unit) * element, unit * element);
             memcpy(v + to * d * element, v + from * d * element, d * element);
         }
     }

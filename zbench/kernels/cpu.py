@@ -26,6 +26,7 @@ from torch import Tensor
 from zbench.cache import cache_dir
 
 PANEL = 16
+TALL = 16  # rows that the tallest tile of a projection may have
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-fopenmp")
 
@@ -55,10 +56,24 @@ class _Model(ctypes.Structure):
     ]
 
 
+class _LowRank(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+
+
+class _Adapter(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.POINTER(_LowRank)) for name in ("qkv", "out", "gate_up", "down")),
+        ("mask_embedding", ctypes.c_void_p),
+        ("masks", ctypes.c_int64),
+    ]
+
+
 class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "rows", "capacity", "wanted", "captures", "threads")),
-        *((name, ctypes.c_void_p) for name in ("ids", "positions", "lengths", "visible", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("ids", "positions", "lengths", "visible", "masks")),
+        ("adapter", ctypes.POINTER(_Adapter)),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
         *((name, ctypes.c_void_p) for name in ("logit_rows", "capture_layers", "logits", "captured", "workspace")),
         ("workspace_bytes", ctypes.c_int64),
     ]
@@ -91,6 +106,7 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_commit.restype = None
         library.zb_read_sum.restype = ctypes.c_float
         library.zb_instruction_set.restype = ctypes.c_char_p
+        library.zb_key_unit.restype = ctypes.c_int64
         _check(library)
         return library
     except (NativeUnavailable, OSError) as error:
@@ -181,7 +197,7 @@ def linear(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
 def _linear(library: ctypes.CDLL, x: Tensor, packed: Tensor, outputs: int) -> Tensor:
     m, k = x.shape
     x = x.contiguous()
-    y, scratch = torch.empty(m, outputs), torch.empty(m * k)
+    y, scratch = torch.empty(m, outputs), torch.empty((m + TALL) * k)
     library.zb_linear(
         ctypes.c_void_p(packed.data_ptr()),
         ctypes.c_int64(packed.dtype == torch.bfloat16),
@@ -198,6 +214,33 @@ def read_sum(x: Tensor) -> float:
     return _library().zb_read_sum(
         ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), ctypes.c_int64(torch.get_num_threads())
     )
+
+
+class Adapter:
+    """Packed low-rank matrices and mask embeddings (a `models.adapter.MaskAdapter`), for mask rows of a `Decoder`."""
+
+    def __init__(self, adapter, dtype: torch.dtype) -> None:
+        self._keep: list[Tensor] = []
+        self.rank = 0
+        self.argument = _Adapter()
+        for name in ("qkv", "out", "gate_up", "down"):
+            pairs = [getattr(layer, name) for layer in adapter.layers]
+            low = (_LowRank * len(pairs))()
+            for entry, pair in zip(low, pairs, strict=True):
+                if pair is not None:
+                    self._pack(entry, *(side.to(dtype) for side in pair), interleaved=name == "gate_up")
+            setattr(self.argument, name, low)
+        embedding = adapter.mask_embedding.float().contiguous()
+        self._keep.append(embedding)
+        self.argument.mask_embedding, self.argument.masks = embedding.data_ptr(), len(embedding)
+
+    def _pack(self, entry: _LowRank, a: Tensor, b: Tensor, interleaved: bool) -> None:
+        padded = -a.shape[0] % PANEL  # the rank is the inner size of the second product: whole panels, zeros at the end
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, padded)), torch.nn.functional.pad(b, (0, padded))
+        packed = pack(a), pack_gate_up(*b.chunk(2)) if interleaved else pack(b)
+        self._keep += packed
+        entry.a, entry.b, entry.rank = packed[0].data_ptr(), packed[1].data_ptr(), a.shape[0]
+        self.rank = max(self.rank, a.shape[0])
 
 
 class Decoder:
@@ -273,8 +316,10 @@ class Decoder:
         capacity: int,
         logit_rows: Tensor,
         capture: Sequence[int],
+        masks: Tensor | None = None,
+        adapter: Adapter | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """ids, positions [B, R] int64; visible [B, R, R] bool; logit_rows [n] flat row indices.
+        """ids, positions, masks [B, R] int64; visible [B, R, R] bool; logit_rows [n] flat row indices.
 
         Returns float32 logits [n, V] and captured hidden states [len(capture), B, R, D].
         """
@@ -283,7 +328,7 @@ class Decoder:
         captured = torch.empty(len(capture), batch, rows, self.config.width)
         layers = torch.tensor(capture, dtype=torch.int64)
         threads = torch.get_num_threads()
-        self._reserve(batch * rows, capacity, threads)
+        self._reserve(batch, rows, capacity, threads, adapter.rank if adapter else 0)
         arguments = _Batch(
             batch,
             rows,
@@ -291,7 +336,11 @@ class Decoder:
             logit_rows.numel(),
             len(capture),
             threads,
-            *(t.data_ptr() for t in (ids, positions, lengths, visible, keys, values)),
+            *(t.data_ptr() for t in (ids, positions, lengths, visible)),
+            None if masks is None else masks.data_ptr(),
+            ctypes.pointer(adapter.argument) if adapter else None,
+            keys.data_ptr(),
+            values.data_ptr(),
             *(t.data_ptr() for t in (logit_rows, layers, logits, captured, self._workspace)),
             self._workspace.numel(),
         )
@@ -299,13 +348,22 @@ class Decoder:
             raise RuntimeError("native forward: workspace too small")
         return logits, captured
 
-    def _reserve(self, rows: int, capacity: int, threads: int) -> None:
-        c = self.config
+    def _reserve(self, batch: int, rows: int, capacity: int, threads: int, rank: int) -> None:
+        c, m = self.config, batch * rows
         qkv, mixed = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
-        floats = rows * (c.width + qkv + mixed + max(c.width, mixed) + c.ffn + c.head_dim)
-        needed = 4 * (floats + threads * 4 * (capacity + 2 * PANEL)) + 1024
+        floats = m * (c.width + qkv + mixed + c.head_dim) + (m + TALL) * (max(c.width, mixed) + c.ffn)
+        floats += threads * PANEL * (capacity + 2 * PANEL + c.head_dim)
+        floats += (m + TALL) * rank + (m * max(qkv, 2 * c.ffn, c.width) if rank else 0)
+        seen = 2 * m * rows * c.heads // c.kv_heads  # two bytes per key and panel of lanes; a panel holds one at least
+        needed = 4 * floats + seen + 64 * 20
         if self._workspace.numel() < needed:
             self._workspace = torch.empty(needed, dtype=torch.uint8)
+
+
+def key_panels(keys: Tensor) -> Tensor:
+    """Cached keys [.., S, d] as they lie: [.., S/16, d/U, 16, U]."""
+    unit = _library().zb_key_unit(ctypes.c_int64(keys.element_size()))
+    return keys.view(*keys.shape[:-2], -1, keys.shape[-1] // unit, PANEL, unit)
 
 
 def commit(keys: Tensor, values: Tensor, capacity: int, lengths: Tensor, slots: Tensor) -> None:

@@ -15,8 +15,8 @@ class Cache:
     """Keys and values of B sequences of up to `capacity` tokens each, allocated once.
 
     `lengths` [B] lives on the device, `sizes` mirrors it on the host so that no forward has to ask the device.
-    Values are [L, B, kv_heads, S, d]; keys likewise, or in panels of 16 positions [L, B, kv_heads, S/16, d, 16]
-    for the native CPU decoder.
+    Values are [L, B, kv_heads, S, d]; keys likewise, or in panels of 16 positions for the native CPU
+    decoder (`cpu.key_panels`).
     """
 
     def __init__(

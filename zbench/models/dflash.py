@@ -300,8 +300,9 @@ def _store(cache: Cache, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Write keys and values [B, R, L, kv_heads, d] at slots [B, R] of all layers."""
     sequence = torch.arange(len(slots), device=slots.device)[:, None]
     if cache.panels:
-        panels = cache.keys.view(*cache.keys.shape[:3], -1, keys.shape[-1], cpu.PANEL)
-        panels[:, sequence, :, slots // cpu.PANEL, :, slots % cpu.PANEL] = keys.to(cache.keys.dtype)
+        panels = cpu.key_panels(cache.keys)
+        units = keys.to(cache.keys.dtype).unflatten(-1, (-1, panels.shape[-1]))
+        panels[:, sequence, :, slots // cpu.PANEL, :, slots % cpu.PANEL] = units
     else:
         cache.keys[:, sequence, :, slots] = keys.to(cache.keys.dtype)
     cache.values[:, sequence, :, slots] = values.to(cache.values.dtype)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class Rows:
     parents: Tensor  # [B, R] int64: the row (>= 0) that precedes it, or -1 for the end of the committed prefix
     visible: Tensor  # [B, R, R] bool: row i sees row j
     causal: bool = False  # visible is the plain lower triangle and positions are consecutive
+    masks: Tensor | None = None  # [B, R] int64: which mask of its block a row is (0 first), -1 for a token; None: none is
 
     @classmethod
     def chain(cls, ids: Tensor, lengths: Tensor) -> Rows:
@@ -44,6 +47,78 @@ class Rows:
         """A tree per sequence: parents [B, R] with parents[b, i] < i (or -1); a row sees its ancestors and itself."""
         visible = ancestors(parents)
         return cls(ids, lengths[:, None] + visible.sum(-1) - 1, parents, visible)
+
+    @classmethod
+    def draft_and_verify(cls, drafts: Tensor, lengths: Tensor, block: int, outcomes: Sequence[int], mask: int) -> Rows:
+        """A TiDAR step (arXiv 2511.08923, figure 3): drafts [B, n] as a chain, then a block of masks per outcome.
+
+        Outcome r says that the first r drafts are kept; its block stands where r kept drafts end, sees them, the
+        prefix and itself in both directions, and nothing else. Rows: n + len(outcomes) * block.
+        """
+        batch, count = drafts.shape
+        offsets, parents, visible, masks = (
+            part.to(drafts.device) for part in _draft_and_verify(count, block, tuple(outcomes))
+        )
+        total = len(offsets)
+        ids = drafts.new_full((batch, total), mask)
+        ids[:, :count] = drafts
+        return cls(
+            ids=ids,
+            positions=lengths[:, None] + offsets,
+            parents=parents.expand(batch, total),
+            visible=visible.expand(batch, total, total),
+            causal=not outcomes,
+            masks=masks.expand(batch, total) if outcomes else None,
+        )
+
+    @classmethod
+    def prompt_and_block(cls, ids: Tensor, lengths: Tensor, counts: Tensor, block: int, mask: int) -> Rows:
+        """Prompts ids [B, R], of which counts [B] are real, then a block of masks that stands at each prompt's end."""
+        batch, count = ids.shape
+        steps = torch.arange(count + block, device=ids.device)
+        place = steps - count  # of a mask in its block
+        is_mask = (place >= 0).expand(batch, -1)
+        own = (steps < counts[:, None]) | is_mask  # a padding row is seen by no block
+        visible = (steps[:, None] >= steps) | (is_mask[:, :, None] & is_mask[:, None])
+        return cls(
+            ids=torch.cat([ids, ids.new_full((batch, block), mask)], 1),
+            positions=lengths[:, None] + torch.where(is_mask, counts[:, None] + place, steps),
+            parents=torch.where(is_mask & (place == 0), counts[:, None] - 1, steps - 1),
+            visible=torch.where(is_mask[:, :, None], visible & own[:, None], visible),
+            masks=place.clamp(min=-1).expand(batch, -1),
+        )
+
+    @classmethod
+    def canvas(cls, ids: Tensor, lengths: Tensor, mask: int) -> Rows:
+        """A block ids [B, n] after each prefix, partly masks, whose rows all see each other."""
+        batch, count = ids.shape
+        chain = cls.chain(ids, lengths)
+        places = torch.arange(count, device=ids.device).expand(batch, count)
+        return replace(
+            chain,
+            visible=torch.ones_like(chain.visible),
+            causal=False,
+            masks=torch.where(ids == mask, places, -1),
+        )
+
+
+@functools.lru_cache(maxsize=512)
+def _draft_and_verify(drafts: int, block: int, outcomes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(positions after the prefix [R], parents [R], visible [R, R], masks [R]) of `Rows.draft_and_verify`."""
+    if not all(1 <= kept <= drafts for kept in outcomes):
+        raise ValueError(f"outcomes {outcomes} of {drafts} drafts")
+    total = drafts + len(outcomes) * block
+    offsets, parents = torch.arange(total), torch.arange(total) - 1
+    visible, masks = torch.zeros(total, total, dtype=torch.bool), torch.full((total,), -1)
+    visible[:drafts, :drafts] = torch.ones(drafts, drafts, dtype=torch.bool).tril()
+    for index, kept in enumerate(outcomes):
+        own = slice(drafts + index * block, drafts + (index + 1) * block)
+        offsets[own] = kept + torch.arange(block)
+        parents[own.start] = kept - 1
+        visible[own, :kept] = True
+        visible[own, own] = True
+        masks[own] = torch.arange(block)
+    return offsets, parents, visible, masks
 
 
 def ancestors(parents: Tensor) -> Tensor:

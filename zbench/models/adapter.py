@@ -1,0 +1,210 @@
+"""Parameters that act on mask rows only: what turns a frozen autoregressive model into one that drafts in place.
+
+A mask row enters as a learned embedding (one per place in the block) instead of a token's, and every projection adds a
+low-rank product for it (LoRA, Hu et al. 2021, arXiv 2106.09685):
+
+    y = W x + (alpha / r) B A x        on mask rows
+    y = W x                            on all others, bit by bit what the bare model computes
+
+so the model's own distribution, which verifies the drafts, is untouched. The folder is PEFT's layout:
+`adapter_config.json` (r, lora_alpha, target_modules) and `adapter_model.safetensors` with
+`base_model.model.model.layers.{i}.{module}.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]; beside these,
+`mask_embedding.weight` [masks, D] and the key `block_size`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from zbench.errors import UserError
+from zbench.kernels import cpu
+from zbench.models import loading
+from zbench.models.checkpoint import check_tensors
+from zbench.models.config import ModelConfig, tensor_shapes
+
+LowRank = tuple[Tensor, Tensor]  # A [r, in], B [out, r]; the scale alpha / r is in B
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX, _EMBEDDING = "base_model.model.", "mask_embedding.weight"
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_RANDOM_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    rank: int
+    alpha: float
+    block: int  # tokens of a block in training, and so how many masks were seen together
+    masks: int  # mask embeddings; the last serves every later place
+    modules: tuple[str, ...] = MODULES
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCheckpoint:
+    config: AdapterConfig
+    tensors: dict[str, Tensor]  # names of the layout, on the CPU
+    hash: str  # sha256 of the weight file; "" for random weights
+    source: str  # where it came from, in words
+
+
+def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:
+    """Raises UserError, one line, where the folder is damaged or the adapter does not fit `target`."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"adapter folder {folder} does not exist")
+    stored, file = loading.read_json(folder / _CONFIG), folder / _WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{folder} has no {_WEIGHTS}; only safetensors are read")
+    with loading.opened([file]) as where:
+        tensors = {name: reader.get_tensor(name) for name, reader in where.items()}
+    try:
+        config = AdapterConfig(
+            rank=_positive(stored, "r"),
+            alpha=float(_positive(stored, "lora_alpha")),
+            block=_positive(stored, "block_size"),
+            masks=len(tensors.get(_EMBEDDING, ())),
+            modules=tuple(stored.get("target_modules") or ()),
+        )
+        if unknown := sorted(set(config.modules) - set(MODULES)):
+            raise UserError(f"target_modules {', '.join(unknown)} are not supported; supported: {', '.join(MODULES)}")
+        check_tensors(tensors, adapter_shapes(config, target), target.vocab)
+    except UserError as error:
+        raise UserError(f"adapter {folder}: {error}") from error
+    return AdapterCheckpoint(config, tensors, loading.weights_hash([file]), f"folder {folder}")
+
+
+def save_adapter(folder: str | Path, adapter: AdapterCheckpoint) -> None:
+    """Write `adapter` so that `load_adapter` reads it back."""
+    folder, config = Path(folder), adapter.config
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": list(config.modules),
+        "bias": "none",
+        "block_size": config.block,
+    }
+    (folder / _CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, folder / _WEIGHTS)
+
+
+def random_adapter(
+    target: ModelConfig, seed: int = 0, rank: int = 16, block: int = 8, dtype: torch.dtype = torch.float32
+) -> AdapterCheckpoint:
+    """An adapter that fits `target` and knows nothing: its cost is real, its drafts are noise."""
+    config = AdapterConfig(rank, float(rank), block, block)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: torch.empty(shape, dtype=dtype).normal_(0.0, _RANDOM_STD, generator=generator)
+        for name, shape in adapter_shapes(config, target).items()
+    }
+    return AdapterCheckpoint(config, tensors, "", f"random weights, seed {seed}")
+
+
+def adapter_shapes(config: AdapterConfig, target: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape: A and B for every adapted projection of the target, and the mask embeddings."""
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.masks, target.width)}
+    for name, shape in tensor_shapes(target).items():
+        stem, _, kind = name.rpartition(".")
+        if kind == "weight" and stem.rpartition(".")[2] in config.modules:
+            shapes[f"{_PREFIX}{stem}.lora_A.weight"] = (config.rank, shape[1])
+            shapes[f"{_PREFIX}{stem}.lora_B.weight"] = (shape[0], config.rank)
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedLayer:
+    """Fused as `transformer.Layer` is; None where a projection is not adapted."""
+
+    qkv: LowRank | None
+    out: LowRank | None
+    gate_up: LowRank | None
+    down: LowRank | None
+
+
+class MaskAdapter:
+    """An adapter on its target's device, in its dtype; `Transformer.forward` takes it."""
+
+    def __init__(
+        self, checkpoint: AdapterCheckpoint, target: ModelConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config, self.dtype = checkpoint.config, dtype
+        self.mask_embedding = checkpoint.tensors[_EMBEDDING].to(device=device, dtype=dtype)  # [masks, D]
+        scale = self.config.alpha / self.config.rank
+
+        def fused(layer: int, part: str, names: Sequence[str]) -> LowRank | None:
+            stems = [f"{_PREFIX}model.layers.{layer}.{part}.{name}" for name in names]
+            if not any(name in self.config.modules for name in names):
+                return None
+            a = [_side(checkpoint.tensors, f"{stem}.lora_A.weight") for stem in stems]
+            b = [_side(checkpoint.tensors, f"{stem}.lora_B.weight") for stem in stems]
+            missing = next(side for side in a if side is not None)
+            outputs = _outputs(target, names)
+            both = [
+                (missing.new_zeros(0, missing.shape[1]), missing.new_zeros(out, 0)) if x is None or y is None else (x, y)
+                for x, y, out in zip(a, b, outputs, strict=True)
+            ]
+            first, second = torch.cat([x for x, _ in both]), torch.block_diag(*(y for _, y in both)) * scale
+            return first.to(device=device, dtype=dtype), second.to(device=device, dtype=dtype)
+
+        self.layers = tuple(
+            AdaptedLayer(
+                qkv=fused(layer, "self_attn", ("q_proj", "k_proj", "v_proj")),
+                out=fused(layer, "self_attn", ("o_proj",)),
+                gate_up=fused(layer, "mlp", ("gate_proj", "up_proj")),
+                down=fused(layer, "mlp", ("down_proj",)),
+            )
+            for layer in range(target.layers)
+        )
+
+    @cached_property
+    def native(self) -> cpu.Adapter:
+        """Packed for the native CPU decoder."""
+        return cpu.Adapter(self, self.dtype)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of one forward with mask rows: the fused low-rank matrices (their zero blocks left out) and the
+        mask embeddings."""
+        pairs = (pair for layer in self.layers for pair in (layer.qkv, layer.out, layer.gate_up, layer.down) if pair)
+        return self.mask_embedding.numel() + sum(a.numel() + b.shape[0] * self.config.rank for a, b in pairs)
+
+
+def add_low_rank(y: Tensor, x: Tensor, pair: LowRank | None, masked: Tensor) -> Tensor:
+    """y [B, R, out] plus B A x on the rows `masked` (flat indices); rows of x [B, R, in] that are no masks add nothing."""
+    if pair is None:
+        return y
+    a, b = pair
+    extra = F.linear(F.linear(x.flatten(0, 1)[masked], a), b)
+    return y.flatten(0, 1).index_add(0, masked, extra).view_as(y)
+
+
+def _side(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    return tensors[name].float() if name in tensors else None
+
+
+def _outputs(target: ModelConfig, names: Sequence[str]) -> list[int]:
+    shapes = tensor_shapes(target)
+    return [
+        next(shape[0] for name, shape in shapes.items() if name.endswith(f"layers.0.self_attn.{wanted}.weight")
+             or name.endswith(f"layers.0.mlp.{wanted}.weight"))
+        for wanted in names
+    ]  # fmt: skip
+
+
+def _positive(stored: Mapping[str, object], key: str) -> int:
+    value = stored.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0 or value != int(value):
+        raise UserError(f"{_CONFIG}: {key} must be a positive whole number, not {value!r}")
+    return int(value)
