@@ -63,7 +63,9 @@ def table(cells: list[Estimate]) -> str:
     if any(cell.memory_bytes is None for cell in cells):
         lines.append("unknown memory: the model is not on this machine yet (zbench models fetch NAME)")
     elif len(known) < len(cells):
-        lines.append("unknown time: this device's roofs are not measured yet (zbench roofs)")
+        lines.append(
+            "unknown time: this device's roofs are not measured yet (zbench roofs), or it is not here (zbench project)"
+        )
     return "\n".join(lines)
 
 

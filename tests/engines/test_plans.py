@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from zbench.errors import UserError
 from zbench.hardware import device
 from zbench.models import dflash, eagle3, loading
 from zbench.models.config import ModelConfig
+from zbench.models.rows import Rows
 
 SHAPE = {
     "family": "llama", "layers": 5, "width": 64, "ffn": 96, "heads": 4, "kv_heads": 2, "vocab": 300,
@@ -41,8 +43,6 @@ def options(engine: str, **given: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def shared() -> Shared:
-    import torch
-
     loaded = loading.load({"config": SHAPE, "weights": "random"}, "float32")
     return Shared(loaded, torch.float32, device.resolve("cpu"))
 
@@ -122,6 +122,14 @@ def test_tidar_with_two_proposals_in_numbers() -> None:
     cost = forward.cost([100], 2)
     assert cost.flops == once.flops
     assert cost.weight_bytes - once.weight_bytes == 300 * 64 * 2  # the head is read for the drafts, then for a block
+
+
+@given(block=st.integers(1, 9), count=st.integers(0, 9))
+def test_tidars_pairs_are_those_of_the_rows_that_the_model_is_fed(block: int, count: int) -> None:
+    outcomes = plans.prepared(block, min(count, block))
+    rows = Rows.draft_and_verify(torch.zeros(1, block).long(), torch.tensor([7]), block, outcomes, mask=0)
+    planned = plans.diffusion_forward(TARGET, block, outcomes)
+    assert (planned.rows, planned.pairs) == (rows.ids.shape[1], int(rows.visible.sum()))
 
 
 def test_tidar_without_a_proposal_only_verifies() -> None:
