@@ -55,6 +55,7 @@ def yaml(tmp_path: Path) -> Path:
         ("prompts={set: quickstrat}", ["quickstrat", "quickstart"]),
         ("batch=0", ["batch"]),
         ("output_tokens=many", ["output_tokens", "whole number"]),
+        ("hardware=MI300", ["hardware: unknown hardware 'MI300'", "'MI300X'", "'MI350X'"]),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(
@@ -173,8 +174,71 @@ def test_attention_prints_a_table_or_json_and_draws_a_figure(tmp_path: Path) -> 
 
 
 def test_every_command_shows_an_example_in_its_help() -> None:
-    for command in ("run", "report", "validate", "schema", "roofs", "attention"):
+    for command in ("run", "project", "report", "validate", "schema", "roofs", "attention"):
         assert "zbench " + command in zbench(command, "--help").output.split("Usage", 1)[1].split("\n", 1)[1]
+
+
+# --- Projection ---
+
+ELSEWHERE = SCENARIO.replace("device: cpu", "device: auto").replace(
+    "dtype: float32", "dtype: bfloat16\nhardware: mi300x"
+)
+
+
+def test_hardware_that_nobody_knows_is_named_with_its_line(yaml: Path) -> None:
+    yaml.write_text(f"{SCENARIO}hardware: Mi-355\n")
+    line = 1 + SCENARIO.count("\n")
+    refused(zbench("validate", yaml), f"tiny.yaml:{line}: hardware: unknown hardware 'Mi-355'", "did you mean 'MI355X'")
+
+
+def test_a_scenario_about_another_device_is_projected_instead_of_measured(yaml: Path, tmp_path: Path) -> None:
+    yaml.write_text(ELSEWHERE)
+    result = zbench("run", yaml, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    said = [line for line in result.stderr.splitlines() if line]
+    assert len(said) == 1 and said[0].startswith("tiny is about MI300X, this machine has ")
+    [folder] = (tmp_path / "out").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"projection.json", "projection.html", "figures"}
+    assert json.loads((folder / "projection.json").read_text())["hardware"]["device"] == "MI300X"
+    assert result.stdout.splitlines()[-1] == f"projection: {folder / 'projection.html'}"
+    assert "Predicted on MI300X" in result.stdout
+    refused(zbench("run", yaml, "--resume"), "nothing to resume")
+
+
+def test_a_scenario_about_another_device_can_be_checked_and_estimated(yaml: Path, tmp_path: Path) -> None:
+    yaml.write_text(ELSEWHERE)
+    assert zbench("validate", yaml, "-o", "device=cuda:7").exit_code == 0
+    result = zbench("run", yaml, "--dry-run", "--json", "-o", "device=cuda:7")
+    assert result.exit_code == 0, result.output
+    cells = json.loads(result.stdout)
+    assert all(cell["memory_bytes"] > 0 and cell["seconds"] is None for cell in cells)
+
+
+def test_project_takes_any_scenario_to_any_known_device(yaml: Path, tmp_path: Path) -> None:
+    told = ("--device", "b200", "--memory-fraction", "0.5", "--json", "--no-report", "--out", tmp_path / "out")
+    result = zbench("project", yaml, "-o", "dtype=bfloat16", *told)
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert (content["label"], content["hardware"]["device"]) == ("predicted", "B200")
+    assert content["hardware"]["memory_fraction"] == 0.5
+    [folder] = (tmp_path / "out").iterdir()
+    assert json.loads((folder / "projection.json").read_text()) == content
+    assert zbench("report", folder).output.strip() == str(folder / "projection.html")
+
+
+def test_project_needs_to_be_told_a_device_that_is_known(yaml: Path, tmp_path: Path) -> None:
+    refused(zbench("project", yaml), "no device to project to", "--device NAME", "hardware: NAME")
+    refused(zbench("project", yaml, "--device", "TPU9"), "unknown hardware 'TPU9'", "known: MI300X, MI325X")
+    refused(zbench("project", yaml, "--device", "h100"), "did you mean 'H100 SXM'")
+    refused(zbench("project", yaml, "--device", "MI300X", "--out", tmp_path), "no float32 rate of MI300X is known")
+    assert zbench("project", yaml, "--device", "MI300X", "--memory-fraction", "0").exit_code == 2
+
+
+def test_projecting_to_this_machine_needs_its_roofs(
+    yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path / "cache"))
+    refused(zbench("project", yaml, "--device", "here"), "not measured", "zbench roofs")
 
 
 @pytest.mark.slow

@@ -7,8 +7,19 @@ import sys
 
 import pytest
 
-LIGHT = ["records", "scenario", "metrics", "stats", "report", "report.html", "report.figures", "report.export", "cli"]
-LIGHT += ["report.attention", "models.attention"]
+LIGHT = [
+    "records",
+    "scenario",
+    "metrics",
+    "stats",
+    "report",
+    "report.html",
+    "report.figures",
+    "report.export",
+    "report.projection",
+    "cli",
+]
+LIGHT += ["engines.plans", "hardware.projection", "models.drafters", "report.attention", "models.attention"]
 HEAVY = ("torch", "transformers")
 
 

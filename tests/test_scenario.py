@@ -432,6 +432,14 @@ def shuffled_keys(value, random):
     return value
 
 
+def test_hardware_is_called_as_in_the_spec_sheets_and_is_no_part_of_what_is_measured(folder):
+    named = load(folder, TEXT, "hardware=mi300x")
+    assert named.hardware == "MI300X"
+    assert load(folder, TEXT, "hardware=h100 sxm").hardware == "H100 SXM"
+    assert scenario.content_hash(named) == scenario.content_hash(load(folder, TEXT))
+    assert "hardware cannot be an axis of the matrix" in complaint(folder, TEXT, "matrix.hardware=[MI300X]")
+
+
 @few
 @given(settings, matrices, st.randoms())
 def test_the_hash_does_not_see_names_defaults_spelling_or_the_order_of_keys(changes, matrix, random):

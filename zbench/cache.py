@@ -1,10 +1,14 @@
-"""Where zbench keeps what is expensive to make again, and how it writes a file that is whole or absent."""
+"""Where zbench keeps what is expensive to make again, where runs go, and how a file is written whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from datetime import datetime
 from pathlib import Path
+
+from zbench.errors import UserError
 
 
 def cache_dir() -> Path:
@@ -36,6 +40,21 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def new_folder(out: Path, name: str) -> Path:
+    """A folder for a run under `out`, called after it and the time. Raises UserError where it cannot be made."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
+            with contextlib.suppress(FileExistsError):
+                folder = out / f"{name}-{stamp}{suffix}"
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+    raise UserError(f"{out} already holds a hundred runs named {name}-{stamp}")
 
 
 def _umask() -> int:

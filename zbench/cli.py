@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from zbench import __version__
 from zbench.errors import UserError
 
+if TYPE_CHECKING:
+    from zbench.hardware.projection import Peaks
+    from zbench.scenario import Scenario
+
 FAILED_CELLS, INTERRUPTED = 5, 130
+FRACTION = click.FloatRange(min=0, min_open=True, max=1)
 OVERRIDE_HELP = "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8. Repeatable."
 
 
@@ -82,7 +88,9 @@ def run(
       zbench run scenarios/quickstart.yaml -o model=smollm2-135m -o batch=4 --out /tmp/runs
       zbench run scenarios/random_1b.yaml --dry-run
 
-    Exit codes: 0 measured, 2 bad input, 5 some cells failed, 130 interrupted (continue with --resume).
+    A scenario about other hardware than this machine's is projected instead of measured (see `zbench project`).
+
+    Exit codes: 0 measured or projected, 2 bad input, 5 some cells failed, 130 interrupted (continue with --resume).
     """
     import signal
 
@@ -95,6 +103,15 @@ def run(
         cells = estimate.estimate(wanted)
         click.echo(json.dumps([c.to_dict() for c in cells], indent=1) if as_json else estimate.table(cells))
         return
+    if wanted.hardware:
+        from zbench.hardware import projection
+
+        if why := projection.elsewhere(wanted):
+            if resume:
+                raise UserError(f"{why}, so there is nothing to resume")
+            click.echo(why, err=True)
+            _project(wanted, projection.on_paper(wanted.hardware), out, report, as_json)
+            return
     from rich.console import Console
 
     from zbench import run as runner
@@ -123,6 +140,73 @@ def run(
         sys.exit(INTERRUPTED)
     if outcome.failed:
         sys.exit(FAILED_CELLS)
+
+
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@click.option("--device", help="A name of specs.yaml, or `here` for this machine's roofs; default: the scenario's.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
+)
+@click.option(
+    "--memory-fraction", type=FRACTION, default=1.0, help="Share of the bandwidth that is reached; default 1."
+)
+@click.option(
+    "--compute-fraction", type=FRACTION, default=1.0, help="Share of the FLOP rate that is reached; default 1."
+)
+@click.option("--report/--no-report", default=True, show_default=True, help="Render projection.html.")
+@click.option("--json", "as_json", is_flag=True, help="Print the projection as JSON on stdout too.")
+def project(
+    scenario: Path,
+    overrides: tuple[str, ...],
+    device: str | None,
+    out: Path,
+    memory_fraction: float,
+    compute_fraction: float,
+    report: bool,
+    as_json: bool,
+) -> None:
+    """Predict a scenario's step times on a device that need not be here. Nothing is loaded or measured.
+
+    \b
+    Examples:
+      zbench project scenarios/random_1b.yaml --device MI300X
+      zbench project scenarios/speculative.yaml --device here
+      zbench project mine.yaml --device mi355x --memory-fraction 0.8 --compute-fraction 0.6
+    """
+    from zbench import scenario as scenarios
+    from zbench.hardware import projection
+
+    wanted = scenarios.load(scenario, overrides)
+    name = device or wanted.hardware
+    if name is None:
+        raise UserError("no device to project to: give --device NAME, or the scenario a key hardware: NAME")
+    of = projection.measured_here(wanted) if name == projection.HERE else projection.on_paper(name)
+    peaks = replace(of, memory_fraction=memory_fraction, compute_fraction=compute_fraction)
+    _project(wanted, peaks, out, report, as_json)
+
+
+def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: bool) -> None:
+    """Write a projection's folder, and say what it comes to."""
+    from zbench.cache import atomic_write, new_folder
+    from zbench.hardware import projection
+    from zbench.report import projection as pages
+
+    found = projection.project(wanted, peaks).to_dict()
+    folder = new_folder(out, f"{wanted.name}-projected")
+    try:
+        atomic_write(folder / pages.PROJECTION, json.dumps(found, indent=1, allow_nan=False))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    page = pages.render(folder) if report else folder / pages.PROJECTION
+    if as_json:
+        click.echo(json.dumps(found, indent=1, allow_nan=False))
+        click.echo(f"projection: {page}", err=True)
+        return
+    for line in pages.headline(folder):
+        click.echo(line)
+    click.echo(f"projection: {page}")
 
 
 @main.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from zbench.models import families, zoo
 from zbench.models.cost import forward_cost
 
 CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only this estimate uses it
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,11 @@ def estimate(wanted: scenario.Scenario) -> list[Estimate]:
     for at, cells in scenario.points(wanted):
         chosen = prompts.load(at.prompts)
         trials = at.repeats * -(-len(chosen) // at.batch)
-        config, itemsize = _config(at.model_spec), _ITEMSIZE[at.dtype]
-        lengths = [sum(map(len, prompt.turns[:1])) // CHARACTERS_PER_TOKEN for prompt in chosen]
-        context = at.context or max(lengths)
+        config, itemsize = model_config(at.model_spec), ITEMSIZE[at.dtype]
+        context = at.context or longest_prompt(chosen)
         memory = seconds = None
         if config is not None:
-            full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize)
-            memory = families.parameter_count(config) * itemsize + full.kv_bytes
+            memory = memory_bytes(config, at, context)
             if roofs is not None:
                 middle = forward_cost(config, 1, [context + at.output_tokens // 2] * at.batch, at.batch, itemsize)
                 traffic = middle.bytes_read + middle.bytes_written
@@ -65,11 +63,26 @@ def table(cells: list[Estimate]) -> str:
     if any(cell.memory_bytes is None for cell in cells):
         lines.append("unknown memory: the model is not on this machine yet (zbench models fetch NAME)")
     elif len(known) < len(cells):
-        lines.append("unknown time: this device's roofs are not measured yet (zbench roofs)")
+        lines.append(
+            "unknown time: this device's roofs are not measured yet (zbench roofs), or it is not here (zbench project)"
+        )
     return "\n".join(lines)
 
 
-def _config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
+def longest_prompt(chosen: Sequence[prompts.Prompt]) -> int:
+    """Tokens of the longest of these prompts, by its characters."""
+    return max(sum(map(len, prompt.turns[:1])) // CHARACTERS_PER_TOKEN for prompt in chosen)
+
+
+def memory_bytes(config: families.AnyConfig, at: scenario.Scenario, context: int) -> float:
+    """Weights of the target, and the cache of a batch at its fullest."""
+    itemsize = ITEMSIZE[at.dtype]
+    full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize)
+    return families.parameter_count(config) * itemsize + full.kv_bytes
+
+
+def model_config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
+    """The shape of a scenario's model; None while it is not on this machine."""
     if isinstance(spec, str):
         folder = zoo.path(spec)
     elif spec.get("config"):
@@ -81,6 +94,8 @@ def _config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
 
 
 def _cached_roofs(wanted: scenario.Scenario) -> dict[str, Any] | None:
-    from zbench.hardware import device, roofs
+    from zbench.hardware import device, projection, roofs
 
+    if projection.elsewhere(wanted):
+        return None
     return roofs.cached(device.resolve(wanted.device))

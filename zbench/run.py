@@ -18,7 +18,7 @@ from rich.console import Console
 
 import zbench
 from zbench import engines, prompts, scenario
-from zbench.cache import atomic_write
+from zbench.cache import atomic_write, new_folder
 from zbench.engines import lossless
 from zbench.engines.base import Engine, Meter, Request
 from zbench.engines.sampling import Sampling
@@ -169,7 +169,7 @@ def run(
     planned = plan(points)
     total = sum(len(trials) for _, trials in planned)
     if resume is None:
-        folder = _new_folder(out, wanted.name)
+        folder = new_folder(out, wanted.name)
         dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
         measured = roofs.load_or_measure(device, dtypes, progress=say)
         manifest = _manifest(wanted, points, snapshot, measured)
@@ -340,20 +340,6 @@ def _headline(record: TrialRecord) -> str:
         return f"{record.cell} failed: {record.error}"
     tokens = sum(len(request.output_ids) for request in record.requests)
     return f"{record.cell} {tokens / record.wall_seconds:.1f} tokens/s"
-
-
-def _new_folder(out: Path, name: str) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            with contextlib.suppress(FileExistsError):
-                folder = out / f"{name}-{stamp}{suffix}"
-                folder.mkdir()
-                return folder
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
-    raise UserError(f"{out} already holds a hundred runs named {name}-{stamp}")
 
 
 def latest(out: Path, wanted: scenario.Scenario) -> Path:

@@ -579,6 +579,12 @@ class Scenario(_Strict):
         description="auto (first GPU, else CPU), cpu, cuda, cuda:N, rocm or rocm:N.",
         examples=["auto", "cuda:1"],
     )
+    hardware: str | None = Field(
+        default=None,
+        description="GPU that this scenario is about, by its name in hardware/specs.yaml. `zbench run` measures there;"
+        " elsewhere it projects from the spec sheet. null means whatever device it runs on.",
+        examples=["MI300X", "H100 SXM"],
+    )
     engines: Annotated[tuple[_Engine, ...], Field(strict=False, min_length=1)] = Field(
         description="Engines to compare: a name, or a mapping of name, label and options.",
         examples=[["autoregressive", {"name": "reference", "assisted": "prompt_lookup"}]],
@@ -628,6 +634,18 @@ class Scenario(_Strict):
         description="Points of the matrix to leave out: all that agree with every axis named here.",
         examples=[[{"batch": 4, "dtype": "float32"}]],
     )
+
+    @field_validator("hardware")
+    @classmethod
+    def _is_known_hardware(cls, hardware: str | None) -> str | None:
+        from zbench.hardware import specs
+
+        if hardware is None:
+            return None
+        try:
+            return specs.named(hardware).name
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("engines")
     @classmethod
@@ -823,8 +841,9 @@ def json_schema() -> dict[str, Any]:
 
 
 def content_hash(scenario: Scenario) -> str:
-    """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter."""
-    content = scenario.model_dump(mode="json", exclude={"name", "description"})
+    """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter. Nor
+    does the hardware that it is about: on which device something was measured, the environment says."""
+    content = scenario.model_dump(mode="json", exclude={"name", "description", "hardware"})
     labels = [
         {**engine, "label": spec.title} for engine, spec in zip(content["engines"], scenario.engines, strict=True)
     ]
@@ -990,7 +1009,7 @@ def cells(scenario: Scenario) -> tuple[CellRecord, ...]:
 
 
 # What the runner takes once for all points of a run.
-_WHOLE_RUN = ("name", "description", "device", "engines", "baseline", "threads", "budget")
+_WHOLE_RUN = ("name", "description", "device", "hardware", "engines", "baseline", "threads", "budget")
 _MATRIX = ("matrix", "include", "exclude")
 
 _Setting = dict[str, tuple[Any, _Origin]]  # axis -> its value at one point, and where that was written

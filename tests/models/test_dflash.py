@@ -22,7 +22,8 @@ from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import dflash
 from zbench.models.config import ModelConfig
-from zbench.models.dflash import DFlashCheckpoint, DFlashConfig, DFlashDrafter
+from zbench.models.dflash import DFlashCheckpoint, DFlashDrafter
+from zbench.models.drafters import DFlashConfig, dflash_taps
 from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, rms_norm
 
@@ -169,7 +170,7 @@ def test_the_released_qwen3_8b_drafter_has_58_tensors() -> None:
         tied=False,
         qk_norm=True,
     )
-    shapes = dflash.tensor_shapes(DFlashConfig(body, dflash.default_taps(36, 5), 151669, 16))
+    shapes = dflash.tensor_shapes(DFlashConfig(body, dflash_taps(36, 5), 151669, 16))
     assert len(shapes) == 58
     assert shapes["fc.weight"] == (4096, 5 * 4096)
     assert shapes["layers.4.self_attn.k_norm.weight"] == (128,)
@@ -177,14 +178,14 @@ def test_the_released_qwen3_8b_drafter_has_58_tensors() -> None:
 
 
 def test_default_taps_are_those_of_the_released_checkpoints() -> None:
-    assert dflash.default_taps(36, 5) == (2, 10, 18, 26, 34)  # Qwen3-8B
-    assert dflash.default_taps(30, 1) == (16,)
+    assert dflash_taps(36, 5) == (2, 10, 18, 26, 34)  # Qwen3-8B
+    assert dflash_taps(30, 1) == (16,)
 
 
 @given(layers=st.integers(1, 80), count=st.integers(1, 8))
 def test_default_taps_are_distinct_hidden_states_of_the_target_or_refused(layers: int, count: int) -> None:
     try:
-        taps = dflash.default_taps(layers, count)
+        taps = dflash_taps(layers, count)
     except UserError:
         assert count > layers - 3
     else:

@@ -20,10 +20,10 @@ from tests.tiny import relative_error
 from zbench.errors import UserError
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
+from zbench.models.drafters import eagle3_taps
 from zbench.models.eagle3 import (
     Eagle3Checkpoint,
     Eagle3Drafter,
-    default_taps,
     load_drafter,
     random_drafter,
     save_drafter,
@@ -262,9 +262,9 @@ def test_tap_ids_mean_layer_outputs_in_specforge_and_layer_inputs_in_speculators
     assert load_drafter(tmp_path / "v", TARGET).config.taps == (1, 4, 8)
 
 
-def test_default_taps_are_the_released_ones() -> None:
-    assert default_taps(32) == (2, 16, 29)
-    assert default_taps(36) == (2, 18, 33)
+def test_eagle3_taps_are_the_released_ones() -> None:
+    assert eagle3_taps(32) == (2, 16, 29)
+    assert eagle3_taps(36) == (2, 18, 33)
 
 
 def test_older_norm_names_and_rotary_tables_are_understood(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
+from zbench.engines.plans import eagle3_tokens
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, verify_chain, verify_tree
-from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
 from zbench.models.model import Model
@@ -48,16 +48,7 @@ class Eagle3:
     ) -> None:
         """`tokens` None drafts a whole chain, or the best 4 x depth nodes of a tree. Raises UserError for a setting
         that cannot be."""
-        candidates = top_k + (depth - 1) * top_k**2
-        tokens = min(candidates, depth * (4 if top_k > 1 else 1)) if tokens is None else tokens
-        if depth < 1 or not 1 <= top_k <= drafter.config.draft_vocab:
-            raise UserError(
-                f"eagle3: depth {depth} and top_k {top_k} must be positive, top_k within the draft vocabulary"
-            )
-        if not depth <= tokens <= candidates:
-            raise UserError(
-                f"eagle3: depth {depth} with top_k {top_k} drafts {depth} to {candidates} tokens, not {tokens}"
-            )
+        tokens = eagle3_tokens(depth, top_k, tokens, drafter.config.draft_vocab)
         self.model, self.drafter = model, drafter
         self.depth, self.top_k, self.tokens, self.synthetic = depth, top_k, tokens, synthetic
         self.kernels = {**model.kernels, **drafter.kernels}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from zbench.errors import UserError
 
 if TYPE_CHECKING:
     from zbench.hardware.device import Device
@@ -33,6 +36,19 @@ def lookup(device_name: str) -> Spec | None:
     """The spec of the GPU that torch or the driver calls `device_name`; None when none or more than one matches."""
     found = [spec for spec in known() if any(re.fullmatch(p, device_name, re.IGNORECASE) for p in spec.patterns)]
     return found[0] if len(found) == 1 else None
+
+
+def named(name: str) -> Spec:
+    """The spec that `specs.yaml` calls `name`, in capitals or not. Raises UserError with the nearest names."""
+    by_name = {spec.name.casefold(): spec for spec in known()}
+    if found := by_name.get(name.casefold()):
+        return found
+    close = difflib.get_close_matches(name.casefold(), by_name, n=3, cutoff=0.5)
+    near = " or ".join(repr(by_name[key].name) for key in close)
+    raise UserError(
+        f"unknown hardware {name!r}; "
+        + (f"did you mean {near}?" if near else f"known: {', '.join(spec.name for spec in known())}")
+    )
 
 
 def of_device(device: Device) -> Spec | None:

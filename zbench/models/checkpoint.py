@@ -43,6 +43,19 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(folder, config, tensors, loading.weights_hash(files))
 
 
+def read_shape(path: str | Path) -> tuple[dict[str, Any], frozenset[str]]:
+    """The config.json of a folder of safetensors and the names of its tensors; no weight is read.
+
+    Raises UserError, one line, for what is missing or corrupt.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"drafter folder {folder} does not exist")
+    config = loading.read_json(folder / "config.json")
+    with loading.opened(loading.weight_files(folder)) as where:
+        return config, frozenset(where)
+
+
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], target_vocab: int) -> None:
     """Raises UserError unless the tensors are those of `shapes`, no more, and a reduced vocabulary maps into the
     target's."""

@@ -33,9 +33,10 @@ from zbench.kernels import cpu
 from zbench.models import config as model_config
 from zbench.models import loading
 from zbench.models.cache import Cache
-from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
+from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
 from zbench.models.config import ModelConfig
-from zbench.models.cost import LOGIT_BYTES, Cost
+from zbench.models.cost import Cost
+from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
 from zbench.models.families import AnyConfig
 from zbench.models.model import Model
 from zbench.models.projection import Projection
@@ -56,33 +57,11 @@ _VARIANTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class DFlashConfig:
-    """One drafter's shape. `body` are its layers; body.vocab is the vocabulary its logits are over."""
-
-    body: ModelConfig
-    taps: tuple[int, ...]  # target hidden states it reads: i is the input of layer i, or the output of layer i - 1
-    mask_id: int
-    block: int  # tokens of a block in training, anchor included
-    own_head: bool = False  # a head of its own, over a reduced vocabulary perhaps
-
-
-@dataclass(frozen=True, slots=True)
 class DFlashCheckpoint:
     config: DFlashConfig
     tensors: dict[str, Tensor]  # names of the released layout, on the CPU
     hash: str  # sha256 of the weight files; "" for random weights
     source: str  # where it came from, in words
-
-
-def default_taps(layers: int, count: int) -> tuple[int, ...]:
-    """`count` hidden states spread from the output of layer 1 to that of layer L - 3, as released.
-
-    Raises UserError for a target with too few layers to have that many different ones there.
-    """
-    ids = [layers // 2] if count == 1 else [round(1 + i * (layers - 4) / (count - 1)) for i in range(count)]
-    if len(set(ids)) != count or not all(0 <= index < layers for index in ids):
-        raise UserError(f"dflash: a target of {layers} layers has no {count} different layers to read; ask for fewer")
-    return tuple(index + 1 for index in ids)
 
 
 def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> DFlashCheckpoint:
@@ -99,6 +78,15 @@ def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False
     except UserError as error:
         raise UserError(f"drafter {stored.path}: {error}") from error
     return DFlashCheckpoint(config, tensors, stored.hash, f"folder {stored.path}")
+
+
+def read_config(path: str | Path, target: AnyConfig) -> DFlashConfig:
+    """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
+    config, names = read_shape(path)
+    try:
+        return _parse(config, "lm_head.weight" in names, target)
+    except UserError as error:
+        raise UserError(f"drafter {path}: {error}") from error
 
 
 def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: AnyConfig) -> None:
@@ -121,23 +109,18 @@ def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: AnyConfi
 
 
 def random_drafter(
-    target: AnyConfig, seed: int = 0, layers: int = 5, block: int = 16, dtype: torch.dtype = torch.float32
+    target: AnyConfig,
+    seed: int = 0,
+    layers: int = DFLASH_LAYERS,
+    block: int = DFLASH_BLOCK,
+    dtype: torch.dtype = torch.float32,
 ) -> DFlashCheckpoint:
     """A drafter that fits `target` and knows nothing: for the speed of drafting, with synthetic acceptance.
 
     As many hidden states are read as there are layers, as released, or as many as the target has. The mask is the last
     token of the vocabulary: released drafters use an id that no text has, but nothing tells which that is.
     """
-    shared = ("width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "max_positions", "rope_theta", "rope_scaling")
-    body = ModelConfig(
-        family="qwen3",
-        layers=layers,
-        **{name: getattr(target, name) for name in (*shared, "rms_eps")},
-        tied=False,
-        qk_norm=True,
-    )
-    taps = default_taps(target.layers, min(layers, max(target.layers - 3, 1)))
-    config = DFlashConfig(body, taps, target.vocab - 1, block)
+    config = DFlashConfig.of_target(target, layers, block)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.ones(shape, dtype=dtype)
@@ -309,27 +292,8 @@ class DFlashDrafter:
         return full.index_copy_(-1, self._ids, logits)
 
     def cost(self, read: int, block: int, contexts: Sequence[int]) -> Cost:
-        """Of reading `read` new tokens per sequence, then drafting a block (0: none) after contexts[b] tokens."""
-        body, itemsize, batch = self.config.body, self._body.dtype.itemsize, len(contexts)
-        kv = body.layers * 2 * body.kv_heads * body.head_dim
-        fusing = body.width * (len(self.config.taps) * body.width + kv) if read else 0
-        norms = body.width + body.layers * body.head_dim if read else 0
-        reading = Cost(
-            flops=2.0 * batch * read * fusing,
-            weight_bytes=float(itemsize * (fusing + norms)),
-            kv_bytes=0.0,
-            bytes_written=float(itemsize * batch * read * kv),
-        )
-        if not block:
-            return reading
-        layers = self._body.cost(block, contexts, 0, block * block)
-        logits, head = batch * (block - 1), body.width * body.vocab
-        return Cost(
-            flops=reading.flops + layers.flops + 2 * logits * head,
-            weight_bytes=reading.weight_bytes + layers.weight_bytes + itemsize * (head + body.width),
-            kv_bytes=layers.kv_bytes,
-            bytes_written=reading.bytes_written + layers.bytes_written + LOGIT_BYTES * logits * body.vocab,
-        )
+        """Of reading `read` new tokens per sequence, then drafting a block; see `DFlashConfig.cost`."""
+        return self.config.cost(read, block, contexts, self._body.dtype.itemsize)
 
 
 def _store(cache: Cache, slots: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -15,7 +15,7 @@ A *pair* t is (feature of token t, token t + 1); its rotary position is t. It pr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zbench.errors import UserError
-from zbench.models.checkpoint import check_tensors, read_checkpoint, target_ids
+from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
 from zbench.models.config import ModelConfig
-from zbench.models.cost import LOGIT_BYTES, Cost
+from zbench.models.cost import Cost
+from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
 from zbench.models.families import AnyConfig
 from zbench.models.projection import Projection
 from zbench.models.transformer import inverse_frequencies, rotate
 
 _MAX_POSITIONS = 2048  # the released configs' training length, where a config does not say
 _RANDOM_STD = 0.02
-_RANDOM_VOCAB = 8192
 
 # What other trainers call the same tensor, by prefix.
 _RENAMES = {
@@ -53,30 +53,11 @@ _LAYER_KEYS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Eagle3Config:
-    """One drafter's shape. `layer` is its decoder layer; layer.vocab is the target's vocabulary."""
-
-    layer: ModelConfig
-    draft_vocab: int  # equal to layer.vocab: no reduction
-    taps: tuple[int, ...]  # target hidden states it reads: i is the input of layer i
-    target_width: int
-    norm_before_residual: bool = False  # the residual is hidden_norm(feature), not the feature
-    norm_before_fc: bool = False  # an RMSNorm over the concatenated taps
-    fc_norm: bool = False  # an RMSNorm per tap
-    norm_output: bool = False  # the next feature is norm(h2), not h2 ("EAGLE 3.1")
-
-
-@dataclass(frozen=True, slots=True)
 class Eagle3Checkpoint:
     config: Eagle3Config
     tensors: dict[str, Tensor]  # names of the original layout, on the CPU
     hash: str  # sha256 of the weight files; "" for random weights
     source: str  # where it came from, in words
-
-
-def default_taps(layers: int) -> tuple[int, ...]:
-    """Inputs of layers 2, L/2 and L-3, as released; a target under seven layers has what there is of them."""
-    return tuple(sorted({min(2, layers), layers // 2, max(layers - 3, 0)}))
 
 
 def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> Eagle3Checkpoint:
@@ -89,11 +70,20 @@ def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False
     tensors = {_original_name(name): tensor for name, tensor in stored.tensors.items()}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in _REDUNDANT}
     try:
-        config = _parse(stored.config, tensors, target)
+        config = _parse(stored.config, tensors.keys(), target)
         _check_tensors(config, tensors)
     except UserError as error:
         raise UserError(f"drafter {stored.path}: {error}") from error
     return Eagle3Checkpoint(config, tensors, stored.hash, f"folder {stored.path}")
+
+
+def read_config(path: str | Path, target: AnyConfig) -> Eagle3Config:
+    """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
+    config, names = read_shape(path)
+    try:
+        return _parse(config, {_original_name(name) for name in names}, target)
+    except UserError as error:
+        raise UserError(f"drafter {path}: {error}") from error
 
 
 def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
@@ -122,20 +112,10 @@ def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
 
 
 def random_drafter(
-    target: AnyConfig, seed: int = 0, draft_vocab: int = _RANDOM_VOCAB, dtype: torch.dtype = torch.float32
+    target: AnyConfig, seed: int = 0, draft_vocab: int = EAGLE3_VOCAB, dtype: torch.dtype = torch.float32
 ) -> Eagle3Checkpoint:
     """A drafter that fits `target` and knows nothing: for the speed of drafting, with synthetic acceptance."""
-    layer = ModelConfig(
-        family="llama",
-        layers=1,
-        **{
-            name: getattr(target, name)
-            for name in ("width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "rms_eps")
-        },
-        max_positions=target.max_positions,
-        tied=False,
-    )
-    config = Eagle3Config(layer, min(draft_vocab, target.vocab), default_taps(target.layers), target.width)
+    config = Eagle3Config.of_target(target, draft_vocab)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: torch.ones(shape, dtype=dtype)
@@ -183,7 +163,7 @@ def _original_name(name: str) -> str:
     return _RENAMES.get(prefix, "") + name.removeprefix(prefix)
 
 
-def _parse(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: AnyConfig) -> Eagle3Config:
+def _parse(config: Mapping[str, Any], tensors: Collection[str], target: AnyConfig) -> Eagle3Config:
     speculators = "speculators_model_type" in config
     if speculators and config["speculators_model_type"] != "eagle3":
         raise UserError(f"speculators_model_type {config['speculators_model_type']!r} is not eagle3")
@@ -246,7 +226,7 @@ def _taps(config: Mapping[str, Any], target: AnyConfig, speculators: bool) -> tu
     if ids is not None and not (isinstance(ids, list) and all(isinstance(index, int) for index in ids)):
         raise UserError(f"eagle_aux_hidden_state_layer_ids must be a list of layer numbers, not {ids!r}")
     # speculators counts layer inputs as we do; the other layouts name the layer whose output is meant.
-    taps = default_taps(target.layers) if ids is None else tuple(index + (not speculators) for index in ids)
+    taps = eagle3_taps(target.layers) if ids is None else tuple(index + (not speculators) for index in ids)
     if len(set(taps)) != len(taps) or not all(0 <= tap <= target.layers for tap in taps):
         raise UserError(f"reads hidden states {list(taps)}, which a target of {target.layers} layers has not")
     return taps
@@ -367,27 +347,9 @@ class Eagle3Drafter:
         return ids if self._target_ids is None else self._target_ids[ids]
 
     def cost(self, rows: int, contexts: Sequence[int], wanted: int, pairs: int, fused: bool) -> Cost:
-        """Cost of reading `rows` tokens per sequence, as `cost.forward_cost` counts it.
-
-        `wanted` rows over the whole batch ask for logits, `pairs` counts the (row, visible new row) pairs of one
-        sequence, `fused` says whether the rows' features come from the target through `fc`.
-        """
-        c, layer, size = self.config, self.config.layer, self.dtype.itemsize
-        total = rows * len(contexts)
-        q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        projections = layer.width * (2 * (q + 2 * kv) + q + 3 * layer.ffn)
-        projections += len(c.taps) * c.target_width * layer.width if fused else 0
-        head = layer.width * c.draft_vocab
-        attended = rows * sum(contexts) + len(contexts) * pairs
-        norms = 3 * layer.width + (len(c.taps) * c.target_width * (c.norm_before_fc + c.fc_norm) if fused else 0)
-        weights = projections + norms + total * layer.width + (head + layer.width if wanted else 0)
-        kv_bytes = 2 * kv * self.activations.itemsize
-        return Cost(
-            flops=float(2 * total * projections + 4 * q * attended + 2 * wanted * head),
-            weight_bytes=float(weights * size),
-            kv_bytes=float(sum(contexts) * kv_bytes),
-            bytes_written=float(total * kv_bytes + wanted * c.draft_vocab * LOGIT_BYTES),
-        )
+        """Cost of reading `rows` tokens per sequence; see `Eagle3Config.cost`."""
+        itemsize, kv_itemsize = self.dtype.itemsize, self.activations.itemsize
+        return self.config.cost(rows, contexts, wanted, pairs, fused, itemsize, kv_itemsize)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self._norms[name], self.config.layer.rms_eps)

@@ -13,9 +13,13 @@ POINTS_DRAWN = 6  # points of the matrix that get figures of their own; a page o
 def render(run_folder: Path) -> Path:
     """Write `report.html`, `metrics.csv`, `metrics.json` and `figures/` into the run folder; return the HTML's path.
 
-    The HTML is self-contained. Rendering a run twice gives identical bytes. Raises UserError when the folder is not
-    a run or cannot be written.
+    The folder of a projection gets `projection.html` and its figures instead. The HTML is self-contained. Rendering
+    twice gives identical bytes. Raises UserError when the folder is neither, or cannot be written.
     """
+    from zbench.report import projection
+
+    if (Path(run_folder) / projection.PROJECTION).exists():
+        return projection.render(Path(run_folder))
     from zbench.cache import atomic_write
     from zbench.metrics import load_run
     from zbench.report import export, figures, html

@@ -8,7 +8,7 @@ Rendering is deterministic: the same run gives the same bytes.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,33 +99,47 @@ def draw_overview(results: Results) -> Drawn | None:
 
 def figure(plot: Plot, theme: Theme, results: Results, cells: Sequence[Cell]) -> Figure:
     """The matplotlib figure itself. Raises nothing that the data could cause once `plot.applies`."""
+    return painted(theme, plot.height(results, cells), lambda axes, theme: plot.draw(axes, theme, results, cells))
+
+
+def painted(theme: Theme, height: float, paint: Callable[[Axes, Theme], None]) -> Figure:
+    """A figure of this height in inches, on the theme's paper."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context(style(theme)):
-        drawn = Figure(figsize=(WIDTH, plot.height(results, cells)), layout="constrained")
+        drawn = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(drawn)
-        plot.draw(drawn.subplots(), theme, results, cells)
+        paint(drawn.subplots(), theme)
         drawn.draw_without_rendering()
         drawn.set_layout_engine("none")  # the layout is settled; saving would work it out again each time
     return drawn
 
 
-def _drawn(plot: Plot, results: Results, cells: Sequence[Cell], label: str) -> Drawn:
+def saved(figures: Mapping[str, Figure]) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """SVG and PNG of a figure by theme, from the figure in each theme."""
     from matplotlib import rc_context
 
     svg, png = {}, {}
     for theme in (LIGHT, DARK):
-        drawn = figure(plot, theme, results, cells)
         with rc_context(style(theme)):
-            svg[theme.name] = _saved(drawn, "svg", metadata={"Date": None, "Creator": None})
-            png[theme.name] = _saved(drawn, "png", dpi=200, metadata={"Software": None})
+            svg[theme.name] = _saved(figures[theme.name], "svg", metadata={"Date": None, "Creator": None})
+            png[theme.name] = _saved(figures[theme.name], "png", dpi=200, metadata={"Software": None})
+    return svg, png
+
+
+def file_name(name: str, label: str) -> str:
+    """Of a kind of figure at one point of the matrix, or at none."""
     slug = "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
+    return f"{name}-{slug}" if slug else name
+
+
+def _drawn(plot: Plot, results: Results, cells: Sequence[Cell], label: str) -> Drawn:
+    svg, png = saved({theme.name: figure(plot, theme, results, cells) for theme in (LIGHT, DARK)})
     where = f" at {label}" if label else ""
-    name = f"{plot.name}-{slug}" if slug else plot.name
     alt = f"{plot.title}{where}: {plot.alt(results, cells)}"
-    return Drawn(name, plot.title, plot.caption, alt, plot.section, svg, png)
+    return Drawn(file_name(plot.name, label), plot.title, plot.caption, alt, plot.section, svg, png)
 
 
 def _saved(drawn: Figure, kind: str, **options: Any) -> bytes:
@@ -359,7 +373,7 @@ def _experts_alt(results: Results, cells: Sequence[Cell]) -> str:
 # Rows with their names above them ------------------------------------------------------------------------------------
 
 
-def _rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
+def named_rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
     """One horizontal row per name, from the top; `values` stand at the right end of the name's line."""
     axes.set(ylim=(len(names) - 0.35, -0.6), yticks=[])
     axes.spines["left"].set_visible(False)
@@ -370,7 +384,7 @@ def _rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
         axes.text(
             0,
             row - 0.36,
-            _shortened(text, min(38, room)),
+            shortened(text, min(38, room)),
             transform=axes.get_yaxis_transform(),
             va="center",
             bbox=background,
@@ -381,7 +395,7 @@ def _rows(axes: Axes, names: Sequence[str], values: Sequence[str] = ()) -> None:
 
 def _engine_rows(axes: Axes, theme: Theme, cells: Sequence[Cell], values: Sequence[str] = ()) -> None:
     """One row per engine; what its acceptance is not stands below its row, where no name can push it out."""
-    _rows(axes, [cell.record.label for cell in cells], values)
+    named_rows(axes, [cell.record.label for cell in cells], values)
     style: dict[str, Any] = {"fontsize": 7, "style": "italic", "color": theme.muted, "va": "center"}
     for row, cell in enumerate(cells):
         words = ", ".join(caveats(cell.record))
@@ -392,21 +406,21 @@ def _engine_rows(axes: Axes, theme: Theme, cells: Sequence[Cell], values: Sequen
 def _legend_name(cell: Cell) -> str:
     """As `title`, shortened in the engine's label only."""
     label = cell.record.label
-    return f"{_shortened(label, 30)}{title(cell).removeprefix(label)}"
+    return f"{shortened(label, 30)}{title(cell).removeprefix(label)}"
 
 
-def _shortened(text: str, most: int) -> str:
+def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _row_height(rows: int, legend_lines: int = 0) -> float:
+def row_height(rows: int, legend_lines: int = 0) -> float:
     return 0.55 + 0.5 * rows + 0.2 * legend_lines
 
 
 def _engine_row_height(cells: Sequence[Cell], legend_lines: int = 0) -> float:
     """Taller where something stands below a row."""
     taller = 0.14 * len(cells) if any(caveats(cell.record) for cell in cells) else 0.0
-    return _row_height(len(cells), legend_lines) + taller
+    return row_height(len(cells), legend_lines) + taller
 
 
 def _with_steps(cells: Sequence[Cell]) -> list[Cell]:
@@ -460,7 +474,7 @@ def _phases(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -
         )
     _engine_rows(axes, theme, shown, [quantity(sum(m.values()), "s") for m in means])
     axes.set(xlabel="milliseconds per trial, mean")
-    _legend_below(axes, len(names))
+    legend_below(axes, len(names))
 
 
 def _phase_style(theme: Theme, phase: str) -> tuple[str, str]:
@@ -469,13 +483,13 @@ def _phase_style(theme: Theme, phase: str) -> tuple[str, str]:
     return theme.series[PHASES.index(phase)], HATCHES[PHASES.index(phase)]
 
 
-def _legend_below(axes: Axes, entries: int) -> None:
+def legend_below(axes: Axes, entries: int) -> None:
     axes.figure.legend(loc="outside lower center", ncol=min(4, entries), handlelength=1.6, columnspacing=1.2)
 
 
 def _legend_of_engines(axes: Axes, cells: Sequence[Cell]) -> None:
     """Two to a line, or one where names are long."""
-    _legend_below(axes, min(_legend_columns(cells), len(cells)))
+    legend_below(axes, min(_legend_columns(cells), len(cells)))
 
 
 def _legend_columns(cells: Sequence[Cell]) -> int:
@@ -531,7 +545,7 @@ def _speedups(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
         heights = [categories.index(category) + lane for category in ratios["category"]]
         axes.plot(ratios["speedup"], heights, marker, ms=5, color=colour, alpha=0.8, mew=0, label=_legend_name(cell))
     axes.axvline(1, color=theme.ink, lw=1.2, ls=(0, (4, 3)))
-    _rows(axes, categories)
+    named_rows(axes, categories)
     axes.margins(x=0.08)
     axes.set(xscale="log", xlabel=f"times as fast as {shown[0].baseline.record.label}")  # type: ignore[union-attr]
     _plain_log_ticks(axes)
@@ -556,7 +570,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 def _speedups_height(results: Results, cells: Sequence[Cell]) -> float:
     shown = _compared(results, cells)
-    return _row_height(len(_categories(shown)), legend_lines=_legend_lines(shown))
+    return row_height(len(_categories(shown)), legend_lines=_legend_lines(shown))
 
 
 def _speedups_alt(results: Results, cells: Sequence[Cell]) -> str:
@@ -587,7 +601,7 @@ def _speeds(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -
             label = None if cell.record.label in named else _legend_name(cell)
             axes.plot(row.value, at, marker, ms=5.5, color=colour, mew=0, label=label)
             named.add(cell.record.label)
-    _rows(axes, [point.label for point in results.points])
+    named_rows(axes, [point.label for point in results.points])
     axes.set(xlabel="tokens per second and sequence, decode")
     axes.set_xlim(left=0)
     _legend_of_engines(axes, _one_of_each(cells))
@@ -598,7 +612,7 @@ def _one_of_each(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _speeds_height(results: Results, cells: Sequence[Cell]) -> float:
-    return _row_height(len(results.points), legend_lines=_legend_lines(_one_of_each(cells)))
+    return row_height(len(results.points), legend_lines=_legend_lines(_one_of_each(cells)))
 
 
 def _speeds_alt(results: Results, cells: Sequence[Cell]) -> str:
@@ -706,7 +720,7 @@ def _step_parts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
         )  # fmt: skip
     _engine_rows(axes, theme, shown, [_break_even_words(results, cell) for cell in shown])
     axes.set(xlabel="milliseconds per decode step, mean")
-    _legend_below(axes, len(parts))
+    legend_below(axes, len(parts))
 
 
 def _break_even_words(results: Results, cell: Cell) -> str:
@@ -736,7 +750,7 @@ def _tokens_per_forward(axes: Axes, theme: Theme, results: Results, cells: Seque
     _engine_rows(axes, theme, shown, [f"{weighted:.2f} of {plain:.2f}" for plain, weighted in pairs])
     axes.set(xlabel="tokens")
     axes.set_xlim(0, max(1.0, *(max(pair) for pair in pairs)) * 1.08)
-    _legend_below(axes, 2)
+    legend_below(axes, 2)
 
 
 def _forward_pair(results: Results, cell: Cell) -> tuple[float, float]:

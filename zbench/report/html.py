@@ -85,7 +85,7 @@ class Table:
 
 
 @dataclass
-class _Notes:
+class Notes:
     """Footnotes in order of first use: equal texts share a mark."""
 
     marks: dict[str, str] = field(default_factory=dict)
@@ -99,30 +99,24 @@ class _Notes:
 
 def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Drawn]]) -> str:
     """The HTML. `drawn` holds the figures of the first points; further points are shown as tables only."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     manifest = results.run.manifest
     figures = [*drawn, *([] for _ in results.points[len(drawn) :])]
-    return environment.get_template("report.html").render(
+    template = templates().get_template("report.html")
+    return template.render(
         manifest=manifest,
         facts=_facts(results),
         answers=answers(results),
         warnings=warnings(results),
-        overview=_image(overview) if overview else None,
+        overview=image(overview) if overview else None,
         points=[
             {
                 "label": point.label,
                 "engines": _engine_table(results, point),
                 "forwards": _forward_table(results, point),
-                "figures": [_image(figure) for figure in mine if figure.section == "results"],
+                "figures": [image(figure) for figure in mine if figure.section == "results"],
                 "speculation_table": _speculation_table(results, point),
                 "speculation": [sentence for cell in point.cells if (sentence := speculation(cell, results))],
-                "speculation_figures": [_image(figure) for figure in mine if figure.section == "speculation"],
+                "speculation_figures": [image(figure) for figure in mine if figure.section == "speculation"],
                 "categories": _category_table(results, point),
             }
             for point, mine in zip(results.points, figures, strict=True)
@@ -135,6 +129,17 @@ def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Draw
         definitions=list(METRICS.values()),
         definitions_version=DEFINITIONS_VERSION,
         definitions_hash=definitions_hash(),
+    )
+
+
+def templates() -> Environment:
+    """Whatever a page is given is text, never markup."""
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
@@ -195,7 +200,7 @@ def _speculation_table(results: Results, point: Point) -> Table:
 
 def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[str, str, str]]) -> Table:
     """One row per engine; `columns` as in ENGINE_COLUMNS."""
-    notes = _Notes()
+    notes = Notes()
     rows = []
     for cell in cells:
         kind = main_kind(cell)
@@ -210,7 +215,7 @@ def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[
 def _forward_table(results: Results, point: Point) -> Table | None:
     """One row per kind of forward; None where no engine's forwards are seen."""
     columns = [c for c in FORWARD_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
-    notes = _Notes()
+    notes = Notes()
     rows = [
         Line(f"{cell.record.label}: {kind}", [_entry(h, results.row(cell, m, kind), notes) for h, m in columns])
         for cell in point.cells
@@ -221,7 +226,7 @@ def _forward_table(results: Results, point: Point) -> Table | None:
 
 def _category_table(results: Results, point: Point) -> Table | None:
     """One row per drafting engine and category; None where prompts are of one category."""
-    notes = _Notes()
+    notes = Notes()
     rows = [
         Line(
             f"{cell.record.label}: {category}",
@@ -240,7 +245,7 @@ def _known(results: Results, cells: Sequence[Cell], metric: str) -> bool:
     return any(row.value is not None for row in results.rows if row.metric == metric and row.cell in ids)
 
 
-def _entry(heading: str, row: MetricRow, notes: _Notes) -> Entry:
+def _entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
     reason = row.note.removeprefix("unavailable: ")
     if row.value is None:
         if reason == "this is the baseline":
@@ -303,7 +308,7 @@ def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _image(figure: Drawn) -> dict[str, str]:
+def image(figure: Drawn) -> dict[str, str]:
     sources = {
         theme: f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for theme, svg in figure.svg.items()
     }

@@ -1,0 +1,470 @@
+"""Predicted step time of every engine of a scenario on a device that need not be here. Nothing is loaded or timed.
+
+A forward takes as long as the slower of its memory traffic and its arithmetic:
+
+    t = max(bytes / (memory_fraction x bandwidth), FLOPs / (compute_fraction x rate))
+
+with bytes and FLOPs of `models/cost.py` and the peaks of a spec sheet or the measured roofs of this machine. A step is
+the sum of its forwards (`engines/plans.py`). Everything of this module is a prediction, and its fields say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import zbench
+from zbench import estimate, prompts, scenario
+from zbench.engines import plans, synthetic
+from zbench.errors import UserError
+from zbench.hardware import specs
+from zbench.models.cost import Cost
+from zbench.models.families import AnyConfig
+from zbench.models.zaya_config import ZayaConfig
+from zbench.records import CellRecord
+
+SCHEMA_VERSION = 1
+HERE = "here"  # the name under which `zbench project` takes this machine's measured roofs
+SLACK = 1.1  # a row is free while the forward takes at most this many times that of one row
+NO_ACCEPTANCE = "unavailable: no synthetic acceptance given"
+_MOST_ROWS = 2**24
+
+Bound = Literal["memory", "compute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """What a device gives at most. The fractions are one assumption for each roof: how much of it is reached."""
+
+    device: str
+    kind: Literal["spec sheet", "measured"]
+    bandwidth: float  # B/s
+    flops: Mapping[str, float]  # dtype -> FLOP/s, dense
+    sources: Mapping[str, str]
+    memory_bytes: int | None = None  # None: not known
+    memory_fraction: float = 1.0
+    compute_fraction: float = 1.0
+
+    def memory_seconds(self, cost: Cost) -> float:
+        return (cost.bytes_read + cost.bytes_written) / (self.memory_fraction * self.bandwidth)
+
+    def compute_seconds(self, cost: Cost, dtype: str) -> float:
+        return cost.flops / (self.compute_fraction * self.flops[dtype])
+
+    def seconds(self, cost: Cost, dtype: str) -> float:
+        return max(self.memory_seconds(cost), self.compute_seconds(cost, dtype))
+
+    def ridge(self, dtype: str) -> float:
+        """FLOP per byte from which on arithmetic is the slower one."""
+        return self.compute_fraction * self.flops[dtype] / (self.memory_fraction * self.bandwidth)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardTime:
+    """One forward of a step; rows, pairs and logit rows are counted per sequence, the rest for the whole batch."""
+
+    model: str
+    role: str
+    rows: int
+    pairs: int
+    logit_rows: int
+    flops: float
+    bytes_read: float
+    bytes_written: float
+    predicted_memory_seconds: float
+    predicted_compute_seconds: float
+    predicted_seconds: float
+    predicted_bound: Bound
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStep:
+    """One engine's decode step at one point. None where `unavailable` says why."""
+
+    cell: str
+    label: str
+    engine: str
+    forwards: tuple[ForwardTime, ...] = ()
+    predicted_step_seconds: float | None = None
+    predicted_ratio: float | None = None  # to an autoregressive step: the acceptance length that breaks even
+    acceptance: str | None = None  # what was asked for, in words: "synthetic (length 3.2)"
+    predicted_tokens_per_step: float | None = None
+    predicted_tokens_per_second: float | None = None  # of one sequence
+    predicted_throughput: float | None = None  # tokens/s of the whole batch
+    predicted_speedup: float | None = None  # over an autoregressive step
+    unavailable: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """TiDAR with this many proposed blocks. The last fields need an acceptance of known distribution."""
+
+    proposals: int
+    rows: int
+    predicted_step_seconds: float
+    predicted_ratio: float  # to an autoregressive step
+    within_slack: bool  # at most SLACK autoregressive steps
+    predicted_coverage: float | None = None  # of the first outcomes, as the engine prepares them
+    predicted_tokens_per_second: float | None = None
+    predicted_coverage_of_likeliest: float | None = None  # if the likeliest outcomes were prepared instead
+    predicted_tokens_per_second_of_likeliest: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCount:
+    """How many blocks are worth proposing: one row for each number of proposals from none to all outcomes."""
+
+    cell: str
+    label: str
+    block_size: int
+    counts: tuple[Proposals, ...]
+    predicted_most_within_slack: int | None  # None: not even a block without a proposal is
+    predicted_best: int | None  # proposals of the most tokens/s
+    predicted_best_of_likeliest: int | None
+    unavailable: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PointProjection:
+    """All engines at one point of the matrix."""
+
+    point: Mapping[str, Any]
+    model: str
+    dtype: str
+    batch: int
+    context: int  # committed tokens of each sequence
+    context_from: Literal["the scenario", "the longest prompt, by its characters"]
+    memory_bytes: float  # weights of the target and a full cache
+    fits: bool | None  # None: the device's memory is not known
+    predicted_autoregressive_seconds: float
+    predicted_autoregressive_bound: Bound
+    predicted_free_token_slots: int
+    predicted_ridge_rows: int | None  # rows from which on arithmetic is the slower one; None: beyond any number
+    predicted_attention_ridge_rows: float  # the same of attention over the cache alone, at any context and batch
+    predicted_row_curve: tuple[tuple[int, float], ...]  # (rows, time over that of one row)
+    engines: tuple[EngineStep, ...]
+    blocks: tuple[BlockCount, ...]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{axis} {value}" for axis, value in self.point.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    schema_version: int
+    label: Literal["predicted"]
+    zbench_version: str
+    name: str
+    description: str
+    scenario: Mapping[str, Any]
+    scenario_hash: str
+    hardware: Peaks
+    assumptions: tuple[str, ...]
+    points: tuple[PointProjection, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# --- Devices ---
+
+
+def on_paper(name: str) -> Peaks:
+    """The spec sheet of a device of `specs.yaml`. Raises UserError for an unknown name, with the nearest ones."""
+    spec = specs.named(name)
+    return Peaks(
+        spec.name,
+        "spec sheet",
+        spec.bandwidth,
+        dict(spec.flops),
+        dict(spec.sources),
+        spec.memory_bytes,
+    )
+
+
+def measured_here(wanted: scenario.Scenario) -> Peaks:
+    """The roofs kept for the scenario's device on this machine. Raises UserError where none are."""
+    import torch
+
+    from zbench.hardware import device as devices
+    from zbench.hardware import roofs
+
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    device = devices.resolve(wanted.device)
+    kept = roofs.cached(device)
+    if kept is None:
+        raise UserError(f"the roofs of {device.name} are not measured under the present conditions; run: zbench roofs")
+    return Peaks(
+        device.name,
+        "measured",
+        kept["bandwidth"]["read"]["value"],
+        {dtype: rate["value"] for dtype, rate in kept["flops"].items()},
+        {"bandwidth": f"read, measured {kept['measured']}", "flops": f"measured {kept['measured']}"},
+    )
+
+
+def elsewhere(wanted: scenario.Scenario) -> str | None:
+    """Why a scenario cannot be measured here, in one line; None where it can, or names no hardware."""
+    if wanted.hardware is None:
+        return None
+    from zbench.hardware import device as devices
+
+    try:
+        device = devices.resolve(wanted.device)
+    except UserError:
+        found = f"has no device {wanted.device}"
+    else:
+        spec = specs.of_device(device)
+        if spec and spec.name == wanted.hardware:
+            return None
+        partition = spec is None and specs.lookup(device.name) is not None
+        found = f"has {'a partition of ' * partition}{device.name}"
+    return f"{wanted.name} is about {wanted.hardware}, this machine {found}: projected, nothing is measured"
+
+
+# --- Prediction ---
+
+
+def project(wanted: scenario.Scenario, peaks: Peaks) -> Projection:
+    """Every engine at every point of the scenario's matrix. Raises UserError where the model's shape or the device's
+    rate in the scenario's dtype is not known, or a prompt does not fit the model."""
+    points, assumptions = [], [*_assumptions(peaks)]
+    for at, cells in scenario.points(wanted):
+        if at.dtype not in peaks.flops:
+            known = ", ".join(peaks.flops)
+            raise UserError(f"no {at.dtype} rate of {peaks.device} is known (known: {known}); choose another dtype")
+        target = estimate.model_config(at.model_spec)
+        if target is None:
+            raise UserError(f"the shape of {at.model_name} is not on this machine; give model: {{config: SHAPE}}")
+        points.append(_point(at, cells, target, peaks))
+        if isinstance(target, ZayaConfig):
+            assumptions.append(_MOE)
+        if any(step.engine == "diffusion" for step in points[-1].engines):
+            assumptions.append(_DIFFUSION)
+    return Projection(
+        schema_version=SCHEMA_VERSION,
+        label="predicted",
+        zbench_version=zbench.__version__,
+        name=wanted.name,
+        description=wanted.description,
+        scenario=wanted.model_dump(mode="json"),
+        scenario_hash=scenario.content_hash(wanted),
+        hardware=peaks,
+        assumptions=tuple(dict.fromkeys(assumptions)),
+        points=tuple(points),
+    )
+
+
+_MOE = (
+    "Experts: every router sends each row to one expert, all equally likely and independently, so a forward reads the "
+    "expected number of distinct experts; real routers are neither, and neighbouring tokens agree more."
+)
+_ALL_OR_NOTHING = "a mean length is drawn with the least variance, so prepared outcomes cover all steps or none"
+_DIFFUSION = (
+    "Diffusion: P proposals prepare the outcomes 1 to P. A step that ends in another outcome is followed by one "
+    "without drafts, which takes as long and gains one token."
+)
+
+
+def _assumptions(peaks: Peaks) -> list[str]:
+    def reached(fraction: float) -> str:
+        return "all of it, the roof itself" if fraction == 1 else f"{fraction:g} of it"
+
+    return [
+        "Every forward takes the longer of its memory traffic and its arithmetic: the two overlap perfectly.",
+        f"Bandwidth of {peaks.device} ({peaks.kind}): {reached(peaks.memory_fraction)} is reached.",
+        f"Arithmetic rate of {peaks.device} ({peaks.kind}, dense): {reached(peaks.compute_fraction)} is reached.",
+        "No overhead: launches, the host, sampling, acceptance and moving the cache take no time.",
+        "Traffic is the least there can be: each weight once per forward, each sequence's cache once, new keys, values "
+        "and logits once; activations stay on the chip.",
+        "One device holds everything, and every sequence has the same number of committed tokens.",
+        "Acceptance is what the scenario's synthetic option says, never a measurement.",
+    ]
+
+
+def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig, peaks: Peaks) -> PointProjection:
+    context = at.context or estimate.longest_prompt(prompts.load(at.prompts))
+    if context + at.output_tokens > target.max_positions:
+        raise UserError(
+            f"prompt and output need {context + at.output_tokens} tokens, {at.model_name} takes"
+            f" {target.max_positions}: shorten context, prompts or output_tokens"
+        )
+    where = Where(target, [context] * at.batch, at.dtype, peaks)
+    memory = estimate.memory_bytes(target, at, context)
+    one = where.chain_seconds(1)
+    steps = [engine_step(cell, where, one) for cell in cells]
+    ridge = _smallest(where.is_compute_bound)
+    group = target.heads / target.kv_heads
+    return PointProjection(
+        point=cells[0].point,
+        model=at.model_name,
+        dtype=at.dtype,
+        batch=at.batch,
+        context=context,
+        context_from="the scenario" if at.context else "the longest prompt, by its characters",
+        memory_bytes=memory,
+        fits=None if peaks.memory_bytes is None else memory <= peaks.memory_bytes,
+        predicted_autoregressive_seconds=one,
+        predicted_autoregressive_bound="compute" if where.is_compute_bound(1) else "memory",
+        predicted_free_token_slots=(_smallest(lambda rows: where.chain_seconds(rows) > SLACK * one) or _MOST_ROWS) - 1,
+        predicted_ridge_rows=ridge,
+        # A row does 4 q d FLOPs for each cached token, which has 2 kv d elements.
+        predicted_attention_ridge_rows=peaks.ridge(at.dtype) * estimate.ITEMSIZE[at.dtype] / (2 * group),
+        predicted_row_curve=tuple((rows, where.chain_seconds(rows) / one) for rows in _CURVE),
+        engines=tuple(steps),
+        blocks=tuple(block_count(cell, where, one) for cell in cells if cell.engine == "diffusion"),
+    )
+
+
+_CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 272, 384, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A target on a device, with the committed tokens of each sequence."""
+
+    target: AnyConfig
+    contexts: Sequence[int]
+    dtype: str
+    peaks: Peaks
+
+    def cost(self, forward: plans.Forward) -> Cost:
+        return forward.cost(self.contexts, estimate.ITEMSIZE[self.dtype])
+
+    def seconds(self, forward: plans.Forward) -> float:
+        return self.peaks.seconds(self.cost(forward), self.dtype)
+
+    def chain(self, rows: int) -> Cost:
+        """A forward of `rows` consecutive tokens, logits for each."""
+        return self.cost(plans.on_target(self.target, "verify", rows, plans.causal_pairs(rows), rows))
+
+    def chain_seconds(self, rows: int) -> float:
+        return self.peaks.seconds(self.chain(rows), self.dtype)
+
+    def is_compute_bound(self, rows: int) -> bool:
+        cost = self.chain(rows)
+        return self.peaks.compute_seconds(cost, self.dtype) > self.peaks.memory_seconds(cost)
+
+    def timed(self, forward: plans.Forward) -> ForwardTime:
+        cost = self.cost(forward)
+        memory, compute = self.peaks.memory_seconds(cost), self.peaks.compute_seconds(cost, self.dtype)
+        return ForwardTime(
+            forward.model,
+            forward.role,
+            forward.rows,
+            forward.pairs,
+            forward.logits,
+            cost.flops,
+            cost.bytes_read,
+            cost.bytes_written,
+            memory,
+            compute,
+            max(memory, compute),
+            "compute" if compute > memory else "memory",
+        )
+
+
+def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
+    """`one` is the time of an autoregressive step."""
+    try:
+        plan = plans.plan(cell.engine, cell.options, where.target)
+        found = _acceptance(cell, plan.drafts)
+    except UserError as error:
+        return EngineStep(cell.id, cell.label, cell.engine, unavailable=f"unavailable: {error}")
+    forwards = tuple(where.timed(forward) for forward in plan.forwards)
+    step = sum(forward.predicted_seconds for forward in forwards)
+    gained: float | None = 1.0  # without drafts exactly one token
+    if plan.drafts:
+        gained = plans.tokens_per_step(found, plan.outcomes) if found else None
+    notes = plan.notes
+    if plan.outcomes is not None and "length" in (cell.options.get("synthetic") or {}):
+        notes = (*notes, _ALL_OR_NOTHING)
+    rate = gained / step if gained else None
+    return EngineStep(
+        cell=cell.id,
+        label=cell.label,
+        engine=cell.engine,
+        forwards=forwards,
+        predicted_step_seconds=step,
+        predicted_ratio=step / one,
+        acceptance=found.label if found else None,
+        predicted_tokens_per_step=gained,
+        predicted_tokens_per_second=rate,
+        predicted_throughput=rate * len(where.contexts) if rate else None,
+        predicted_speedup=rate * one if rate else None,
+        unavailable=None if rate else NO_ACCEPTANCE,
+        notes=notes,
+    )
+
+
+def _acceptance(cell: CellRecord, drafts: int) -> synthetic.Synthetic | None:
+    asked = cell.options.get("synthetic")
+    return synthetic.parse(asked, drafts) if asked else None
+
+
+def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount:
+    """The table of a diffusion engine. Its outcomes are the tokens kept of a block, so there are as many as rows."""
+    block = cell.options["block_size"]
+    asked = cell.options.get("synthetic") or {}
+    found = _acceptance(cell, block - 1) if asked.keys() & {"rates", "histogram"} else None
+    counts = []
+    for proposals in range(block + 1):
+        outcomes = plans.prepared(block, proposals)
+        seconds = where.seconds(plans.diffusion_forward(where.target, block, outcomes))
+        counts.append(
+            Proposals(
+                proposals=proposals,
+                rows=block * (1 + proposals),
+                predicted_step_seconds=seconds,
+                predicted_ratio=seconds / one,
+                within_slack=seconds <= SLACK * one,
+                **(_gains(found, where, block, outcomes, seconds) if found else {}),
+            )
+        )
+    fitting = [count.proposals for count in counts if count.within_slack]
+    return BlockCount(
+        cell=cell.id,
+        label=cell.label,
+        block_size=block,
+        counts=tuple(counts),
+        predicted_most_within_slack=max(fitting, default=None),
+        predicted_best=_best(counts, lambda count: count.predicted_tokens_per_second),
+        predicted_best_of_likeliest=_best(counts, lambda count: count.predicted_tokens_per_second_of_likeliest),
+        unavailable=None if found else "unavailable: tokens/s by proposals need synthetic rates or a histogram",
+    )
+
+
+def _gains(
+    found: synthetic.Synthetic, where: Where, block: int, outcomes: tuple[int, ...], seconds: float
+) -> dict[str, float]:
+    chosen = plans.likeliest(found, len(outcomes))
+    seconds_of_chosen = where.seconds(plans.diffusion_forward(where.target, block, chosen))
+    return {
+        "predicted_coverage": plans.coverage(found, outcomes),
+        "predicted_tokens_per_second": plans.tokens_per_step(found, outcomes) / seconds,
+        "predicted_coverage_of_likeliest": plans.coverage(found, chosen),
+        "predicted_tokens_per_second_of_likeliest": plans.tokens_per_step(found, chosen) / seconds_of_chosen,
+    }
+
+
+def _best(counts: Sequence[Proposals], value: Callable[[Proposals], float | None]) -> int | None:
+    known = [(rate, -count.proposals) for count in counts if (rate := value(count)) is not None]
+    return -max(known)[1] if known else None
+
+
+def _smallest(reached: Callable[[int], bool]) -> int | None:
+    """The least number of rows at which a condition holds that stays true from there on; None beyond _MOST_ROWS."""
+    high = 1
+    while not reached(high):
+        high *= 2
+        if high > _MOST_ROWS:
+            return None
+    low = high // 2  # not reached, or 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
