@@ -363,7 +363,7 @@ class Where:
             cost.bytes_written,
             memory,
             compute,
-            max(memory, compute),
+            self.peaks.seconds(cost, self.dtype),
             "compute" if compute > memory else "memory",
         )
 
