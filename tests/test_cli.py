@@ -155,8 +155,26 @@ def test_the_published_schema_accepts_the_packaged_scenarios() -> None:
         jsonschema.validate(reader.safe_load(path.read_text()), schema)
 
 
+def test_attention_prints_a_table_or_json_and_draws_a_figure(tmp_path: Path) -> None:
+    shown = zbench("attention", "--figure", str(tmp_path / "a.svg")).output
+    assert [line.split()[0] for line in shown.splitlines()[2:]] == ["MHA", "GQA", "MLA", "CCGQA"]
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    rows = json.loads(zbench("attention", "--json", "--context", "1", "--dtype", "float32").output)
+    assert [row["kv_bytes_per_token"] for row in rows] == [16384, 4096, 2304, 2048]
+    for wrong, message in (
+        (("--width", "2000"), "width 2000 is not a multiple of 128"),
+        (("--group", "0"), "group must be a positive whole number, not 0"),
+        (("--group", "16"), "8 heads of CCGQA cannot be grouped by 16"),
+        (("--figure", str(tmp_path / "a.pdf")), "a figure is a .png or .svg file"),
+        (("--figure", str(tmp_path / "no" / "a.png")), "cannot write"),
+    ):
+        refused = zbench("attention", *wrong)
+        assert refused.exit_code == 2
+        assert message in refused.output + refused.stderr
+
+
 def test_every_command_shows_an_example_in_its_help() -> None:
-    for command in ("run", "project", "report", "validate", "schema", "roofs"):
+    for command in ("run", "project", "report", "validate", "schema", "roofs", "attention"):
         assert "zbench " + command in zbench(command, "--help").output.split("Usage", 1)[1].split("\n", 1)[1]
 
 

@@ -19,7 +19,7 @@ LIGHT = [
     "report.projection",
     "cli",
 ]
-LIGHT += ["engines.plans", "hardware.projection", "models.drafters"]
+LIGHT += ["engines.plans", "hardware.projection", "models.drafters", "report.attention", "models.attention"]
 HEAVY = ("torch", "transformers")
 
 

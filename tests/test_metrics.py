@@ -116,6 +116,26 @@ def test_a_metric_is_what_its_formula_says(measure: Any, metric: str, part: str,
     assert (row.formula, row.unit) == (metrics.METRICS[metric].formula, metrics.METRICS[metric].unit)
 
 
+def test_experts_per_forward_are_those_the_router_hit_and_a_dense_model_has_none(measure: Any) -> None:
+    routed = (
+        forward(0, "prefill", rows=10, experts=6.5),
+        forward(1, "draft", model="drafter"),
+        forward(1, experts=1.0),
+        forward(2, experts=2.0),
+    )
+    rows = measure([trial(forwards=routed)])
+    assert rows["ar", "experts_per_forward", "prefill"].value == 6.5
+    assert rows["ar", "experts_per_forward", "decode, 1 row"].value == 1.5
+    assert rows["ar", "experts_per_forward", "draft, 1 row"].note == "unavailable: the model of this forward is dense"
+    assert "dense" in measure([trial()])["ar", "experts_per_forward", ""].note
+
+
+def test_a_trial_written_before_experts_were_counted_is_still_read() -> None:
+    written = json.loads(trial().to_json())
+    del written["forwards"]["experts"]
+    assert TrialRecord.from_json(json.dumps(written)) == trial()
+
+
 def test_every_registered_metric_has_a_row_for_every_cell_also_when_nothing_ran(measure: Any) -> None:
     rows = measure([], [cell(), cell("other", "reference")])
     assert {(c, m) for c, m, _ in rows} == {(c, m) for c in ("ar", "other") for m in metrics.METRICS}

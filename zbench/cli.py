@@ -286,6 +286,54 @@ def roofs(device: str, dtypes: tuple[str, ...], threads: int | None, refresh: bo
 
 
 @main.command()
+@click.option("--width", default=2048, show_default=True, help="Size of the residual stream.")
+@click.option("--context", default=4096, show_default=True, type=click.IntRange(min=1), help="Tokens of the prompt.")
+@click.option("--head-dim", default=128, show_default=True, help="Size of a head.")
+@click.option("--group", default=4, show_default=True, help="Query heads per key/value head, of GQA and CCGQA.")
+@click.option("--compression", default=2, show_default=True, help="CCGQA: width over the width of its queries.")
+@click.option("--latent", default=512, show_default=True, help="MLA: size of the cached latent.")
+@click.option("--rope", default=64, show_default=True, help="MLA: rotated dimensions, cached once for all heads.")
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type of the cache.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Also draw it, as .png or .svg.")
+def attention(
+    width: int,
+    context: int,
+    head_dim: int,
+    group: int,
+    compression: int,
+    latent: int,
+    rope: int,
+    dtype: str,
+    as_json: bool,
+    figure: Path | None,
+) -> None:
+    """Compare what MHA, GQA, MLA and CCGQA cost in one layer, from shapes: prefill arithmetic and KV cache.
+
+    The defaults are ZAYA1-8B's shape, with DeepSeek-V2-Lite's for MLA.
+
+    \b
+    Examples:
+      zbench attention
+      zbench attention --width 4096 --context 32768 --json
+      zbench attention --figure attention.svg
+    """
+    from zbench.models import attention as kinds
+
+    shape = kinds.Shape(width, head_dim, group, compression, latent, rope)
+    itemsize = 4 if dtype == "float32" else 2
+    rows = kinds.compare(shape, context, itemsize)
+    if figure:
+        from zbench.report import attention as drawing
+
+        drawing.save(figure, shape, context, itemsize)
+    click.echo(json.dumps(rows, indent=1) if as_json else kinds.table(rows, shape, context))
+
+
+@main.command()
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
 def env(device: str) -> None:
     """Print the environment snapshot that a run records, as JSON."""

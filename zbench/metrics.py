@@ -541,6 +541,21 @@ def intensity(cell: Cell) -> dict[str, Estimate]:
     return {kind: stats.ratio(f["flops"], f["bytes"], f["group"]) for kind, f in _kinds(cell)}
 
 
+@metric(
+    "experts_per_forward",
+    "experts",
+    "distinct experts of a layer that the forward's rows were sent to, counted from the router, rows of padding and of "
+    "finished sequences included; mean of layers and forwards",
+    "none",
+)
+def experts_per_forward(cell: Cell) -> dict[str, Estimate]:
+    kinds = [(kind, f.dropna(subset="experts")) for kind, f in _kinds(cell)]
+    if all(f.empty for _, f in kinds):
+        raise Unavailable("no forward has experts: the model is dense")
+    dense = unavailable("the model of this forward is dense")
+    return {kind: dense if f.empty else stats.mean(f["experts"], f["group"]) for kind, f in kinds}
+
+
 @metric("achieved_bandwidth", "B/s", "(bytes read + written) / seconds of the forward", "higher")
 def achieved_bandwidth(cell: Cell) -> dict[str, Estimate]:
     return {kind: stats.ratio(f["bytes"], f["seconds"], f["group"]) for kind, f in _kinds(cell)}
@@ -757,6 +772,7 @@ _STEP_COLUMNS = (
 _VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
+    "experts",
 )  # fmt: skip
 
 
@@ -797,6 +813,7 @@ def _forward_rows(trial: TrialRecord) -> Iterable[tuple]:
         yield (
             *_of_trial(trial), f.step, f.model, f.role, f.rows, f.batch, f.context, f.flops,
             f.bytes_read + f.bytes_written, f.seconds, live.get(f.step, 0), _kind(f),
+            np.nan if f.experts is None else f.experts,
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from zbench.errors import UserError
 SCHEMA_VERSION = 1
 MANIFEST, TRIALS = "run.json", "trials.jsonl"
 
-Role = Literal["prefill", "decode", "draft", "verify", "draft+verify"]
+Role = Literal["prefill", "decode", "draft", "verify", "draft+verify", "denoise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class ForwardRecord:
 
     `rows` is per sequence, `batch` the sequences in the forward, `context` the mean committed tokens
     per sequence before it. `flops`, `bytes_read` and `bytes_written` are counted from shapes for the
-    whole forward (all sequences). `committed` is summed over the batch.
+    whole forward (all sequences). `committed` is summed over the batch. `experts` is the mean over layers of
+    the distinct experts that the router sent a row to; None for a dense model.
     """
 
     step: int  # index of the step it belongs to; step 0 is the prefill
@@ -40,6 +41,7 @@ class ForwardRecord:
     bytes_written: float
     seconds: float
     committed: int
+    experts: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class StepRecord:
 
     `seconds` is the wall time of the whole step; what forwards, accept and commit leave over is the host gap.
     `committed` counts the tokens each sequence gained (0 for a sequence that had finished);
-    `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded).
+    `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded), `covered`
+    whether the next draft had been prepared for just that outcome (engines that draft and verify in one forward).
     """
 
     seconds: float
@@ -57,6 +60,7 @@ class StepRecord:
     committed: tuple[int, ...]
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    covered: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

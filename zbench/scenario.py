@@ -229,10 +229,106 @@ class DFlashSpec(SpeculativeSpec):
     )
 
 
+class AdapterRandom(_Strict):
+    """An adapter with random weights: its cost is real, its drafts are noise."""
+
+    random: Literal[True] = Field(description="Make one that fits the target.")
+    seed: int = Field(0, ge=0, description="Seed of the weights.")
+    rank: Count = Field(16, description="Rank of its low-rank matrices.")
+
+
+class AdapterFolder(DrafterFolder):
+    """A mask adapter in a folder, in PEFT's layout."""
+
+
+class AdapterHub(DrafterHub):
+    """A mask adapter on the Hugging Face hub, in PEFT's layout."""
+
+
+_ADAPTERS: dict[str, type[_Strict]] = {"path": AdapterFolder, "hub": AdapterHub, "random": AdapterRandom}
+_Adapter = Annotated[
+    Annotated[AdapterFolder, Tag(f"{_BRANCH}path")]
+    | Annotated[AdapterHub, Tag(f"{_BRANCH}hub")]
+    | Annotated[AdapterRandom, Tag(f"{_BRANCH}random")],
+    _key_branch(_ADAPTERS),
+]
+
+
+class DiffusionSpec(EngineSpec):
+    """Block diffusion: one model drafts and verifies in one forward (TiDAR), or denoises block after block."""
+
+    name: Literal["diffusion"] = Field(description="Which engine decodes.")
+    block_size: Annotated[int, Field(ge=1, le=32)] = Field(
+        8, description="Tokens per block; the first is known, so block_size - 1 are drafted."
+    )
+    proposals: Annotated[int, Field(ge=0, le=33)] | Literal["all"] = Field(
+        "all",
+        description="Masked blocks per forward, each prepared for one number of kept drafts; all or a number of at"
+        " least block_size prepares every outcome, 0 decodes autoregressively.",
+    )
+    outcomes: Literal["most_likely", "prefix", "uniform"] = Field(
+        "most_likely",
+        description="Which outcomes get a block when not all do: those that this decode met most often so far, the"
+        " shortest, or evenly spread ones.",
+    )
+    fallback: Literal["nearest", "redraft"] = Field(
+        "nearest",
+        description="Where no block was prepared: nearest takes what the block of the next shorter outcome predicted"
+        " further on, redraft decodes one token and drafts anew.",
+    )
+    sampler: Literal["lossless", "logit_mix", "trust_diffusion", "denoise"] = Field(
+        "lossless",
+        description="lossless accepts what the model's own distribution confirms; logit_mix mixes the masks' logits"
+        " into it by beta; trust_diffusion also accepts drafts of at least threshold probability; denoise reveals a"
+        " block over several forwards, by threshold, and verifies nothing. All but lossless change the output.",
+    )
+    beta: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="logit_mix: share of the model's own logits; 1 is lossless. null is 0.5."
+    )
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="trust_diffusion, denoise: probability from which a token is taken. null is 0.9."
+    )
+    draft_sampling: bool = Field(
+        False,
+        description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",
+    )
+    adapter: _Adapter | None = Field(
+        None,
+        description="Parameters of the mask rows: {path: FOLDER}, {hub: ORG/NAME} or {random: true}; null means that"
+        " the model's own weights serve masks too.",
+    )
+    mask_id: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Token that stands for a mask; null takes the model's, or with an adapter or synthetic acceptance"
+        " the last of the vocabulary.",
+    )
+    synthetic: _Synthetic | None = Field(
+        None,
+        description="Draw how many drafts are accepted, by {length: L}, {rates: [...]} or {histogram: {...}}, instead"
+        " of verifying them: the speed is real, the text is not, and every figure says so. null verifies.",
+        examples=[{"length": 3.2}],
+    )
+
+    @model_validator(mode="after")
+    def _has_no_idle_option(self) -> DiffusionSpec:
+        if self.beta is not None and self.sampler != "logit_mix":
+            raise ValueError("beta does nothing without sampler: logit_mix")
+        if self.threshold is not None and self.sampler not in ("trust_diffusion", "denoise"):
+            raise ValueError("threshold does nothing without sampler: trust_diffusion or denoise")
+        if self.sampler != "lossless" and self.synthetic is not None:
+            raise ValueError("synthetic acceptance verifies nothing, so it takes no sampler")
+        if self.sampler == "denoise" and (self.draft_sampling or self.model_fields_set & {"proposals", "outcomes"}):
+            raise ValueError("sampler: denoise prepares no outcomes; leave out proposals, outcomes and draft_sampling")
+        if self.draft_sampling and self.sampler != "lossless":
+            raise ValueError("draft_sampling is for sampler: lossless")
+        return self
+
+
 ENGINES: dict[str, type[EngineSpec]] = {
     "autoregressive": AutoregressiveSpec,
     "eagle3": Eagle3Spec,
     "dflash": DFlashSpec,
+    "diffusion": DiffusionSpec,
     "reference": ReferenceSpec,
 }
 
@@ -287,6 +383,7 @@ class ModelShape(_Strict):
     )
     eos_ids: Annotated[tuple[int, ...], Items] = Field(default=(), description="Token ids that end an output.")
     bos_id: int | None = Field(default=None, description="Token id that begins a sequence.")
+    mask_id: int | None = Field(default=None, description="Token id that stands for a place to be filled in.")
 
     @model_validator(mode="after")
     def _is_possible(self) -> ModelShape:
@@ -424,10 +521,17 @@ def _engine_branch(value: Any) -> str | None:
 _MODELS: dict[str, type[_Strict]] = {"path": ModelFolder, "hub": ModelHub, "config": ModelRandom}
 _PROMPTS: dict[str, type[_Strict]] = {"set": PromptSet, "file": PromptFile, "dataset": PromptDataset}
 _BRANCHES = {
-    f"{_BRANCH}{key}": model for key, model in (_MODELS | _PROMPTS | _DRAFTERS | _SYNTHETICS | ENGINES).items()
+    f"{_BRANCH}{key}": model
+    for key, model in (_MODELS | _PROMPTS | _DRAFTERS | _ADAPTERS | _SYNTHETICS | ENGINES).items()
 } | {f"{_BRANCH}{shape.__name__}": shape for shape in _SHAPES.values()}
 
-_UNIONS = {"model": _MODELS, "prompts": _PROMPTS, "drafter": _DRAFTERS, "synthetic": _SYNTHETICS}
+_UNIONS = {
+    "model": _MODELS,
+    "prompts": _PROMPTS,
+    "drafter": _DRAFTERS,
+    "adapter": _ADAPTERS,
+    "synthetic": _SYNTHETICS,
+}
 
 ModelSpec = Annotated[
     Annotated[str, StringConstraints(min_length=1), Tag(f"{_BRANCH}name")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,6 +145,26 @@ def test_every_token_is_credited_to_one_step_and_one_forward(engine: str) -> Non
         inside[forward.step] = inside.get(forward.step, 0.0) + forward.seconds
     for index, step in enumerate(steps):
         assert inside[index] + step.accept_seconds + step.commit_seconds <= step.seconds
+
+
+def test_both_runtimes_count_the_same_experts_in_every_forward() -> None:
+    ids, request = prompts(9), Request(12, GREEDY, (0,))
+    meters = [
+        decode(engine, ids, request)[1] for engine in (Autoregressive(runtime("zaya", "auto")), reference("zaya"))
+    ]
+    ours, theirs = (meter.records()[1] for meter in meters)
+    assert [forward.experts for forward in ours] == [forward.experts for forward in theirs]
+    assert [forward.flops for forward in ours][1:] == [forward.flops for forward in theirs][1:]
+    assert len({forward.experts for forward in ours}) > 1
+    assert all(0 <= forward.experts <= 5 for forward in ours)
+    # A decoded token reads so many experts' weights, and the rest of the model.
+    config = runtime("zaya", "auto").config
+    expert = 4 * config.layers * 3 * config.width * config.ffn
+    read = [f.bytes_read - f.experts * expert for f in ours[1:]]
+    state = 4 * config.layers * 2 * config.kv_heads * config.head_dim
+    assert [b - a for a, b in itertools.pairwise(read)] == pytest.approx([state] * 10)
+    dense = decode(Autoregressive(runtime("smollm", "auto")), ids, request)[1].records()[1]
+    assert {forward.experts for forward in dense} == {None}
 
 
 @pytest.mark.parametrize("own", [{"family": "llama"}, {"family": "zaya", "kv_heads": 2, "head_dim": 8, "experts": 4}])

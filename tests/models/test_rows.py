@@ -43,3 +43,63 @@ def test_a_chain_is_the_tree_whose_parents_are_the_rows_before(count: int, lengt
 def test_a_parent_that_does_not_precede_its_row_is_refused() -> None:
     with pytest.raises(ValueError, match="before"):
         ancestors(torch.tensor([[-1, 1]]))
+
+
+MASK = 99
+steps_of = st.integers(1, 8).flatmap(
+    lambda drafts: st.tuples(
+        st.just(drafts), st.integers(1, 8), st.sets(st.integers(1, drafts)).map(lambda kept: tuple(sorted(kept)))
+    )
+)
+
+
+@given(shape=steps_of, length=st.integers(0, 50))
+def test_a_block_sees_the_drafts_its_outcome_keeps_and_itself_and_nothing_else(
+    shape: tuple[int, int, tuple[int, ...]], length: int
+) -> None:
+    drafts, block, outcomes = shape
+    ids = torch.arange(drafts)[None]
+    rows = Rows.draft_and_verify(ids, torch.tensor([length]), block, outcomes, MASK)
+    assert rows.ids[0].tolist() == [*range(drafts), *[MASK] * (block * len(outcomes))]
+    for row in range(drafts):
+        assert rows.visible[0, row].nonzero().flatten().tolist() == list(range(row + 1))
+        assert (int(rows.positions[0, row]), int(rows.parents[0, row])) == (length + row, row - 1)
+    for index, kept in enumerate(outcomes):
+        own = list(range(drafts + index * block, drafts + (index + 1) * block))
+        for place, row in enumerate(own):
+            assert rows.visible[0, row].nonzero().flatten().tolist() == [*range(kept), *own]
+            assert int(rows.positions[0, row]) == length + kept + place
+            assert int(rows.parents[0, row]) == (row - 1 if place else kept - 1)
+            assert rows.masks is not None
+            assert int(rows.masks[0, row]) == place
+
+
+def test_without_outcomes_the_step_is_a_chain() -> None:
+    ids, lengths = torch.tensor([[1, 2, 3]]), torch.tensor([4])
+    step, chain = Rows.draft_and_verify(ids, lengths, 8, (), MASK), Rows.chain(ids, lengths)
+    assert step.causal
+    assert step.masks is None
+    for name in ("ids", "positions", "parents", "visible"):
+        assert torch.equal(getattr(step, name), getattr(chain, name))
+
+
+def test_an_outcome_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="outcomes"):
+        Rows.draft_and_verify(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([0]), 4, (3,), MASK)
+
+
+@given(counts=st.lists(st.integers(0, 6), min_size=1, max_size=3), block=st.integers(1, 5), length=st.integers(0, 9))
+def test_a_prompts_block_stands_at_its_own_end(counts: list[int], block: int, length: int) -> None:
+    ids, lengths = torch.zeros(len(counts), 6, dtype=torch.int64), torch.tensor([length] * len(counts))
+    rows = Rows.prompt_and_block(ids, lengths, torch.tensor(counts), block, MASK)
+    chain = Rows.chain(ids, lengths)
+    assert torch.equal(rows.visible[:, :6, :6], chain.visible)
+    assert torch.equal(rows.positions[:, :6], chain.positions)
+    assert not rows.visible[:, :6, 6:].any()
+    for sequence, count in enumerate(counts):
+        for place in range(block):
+            row = 6 + place
+            seen = rows.visible[sequence, row].nonzero().flatten().tolist()
+            assert seen == [*range(count), *range(6, 6 + block)]
+            assert int(rows.positions[sequence, row]) == length + count + place
+            assert int(rows.parents[sequence, row]) == (row - 1 if place else count - 1)

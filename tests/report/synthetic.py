@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from zbench.models.cost import expected_experts
 from zbench.records import (
     SCHEMA_VERSION,
     CellRecord,
@@ -19,6 +21,7 @@ from zbench.records import (
     TrialRecord,
 )
 
+MODEL = "invented-135m"
 CATEGORIES = ("code", "math", "extraction", "chat")
 WEIGHTS, KV_PER_TOKEN, FLOPS_PER_ROW = 270e6, 46e3, 270e6
 READ, RATE = 38e9, 900e9
@@ -85,13 +88,20 @@ def write_run(
     failing: Sequence[str] = (),
     divergent: Sequence[str] = (),
     drift: float = 0.0,
+    experts: int | None = None,
     name: str = "synthetic",
     description: str = "Invented numbers that exercise the report",
 ) -> Path:
-    """Write `run.json` and `trials.jsonl`. Engines in `failing` have only errors; those in `divergent` swap a token."""
+    """Write `run.json` and `trials.jsonl`. Engines in `failing` have only errors; those in `divergent` swap a token.
+
+    With `experts`, the target is a mixture of as many, and its router hits somewhat fewer than a uniform one would.
+    """
     cells = [_cell(engine, point) for point in points for engine in engines]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(_manifest(cells, roofs, specs, name, description).to_json())
+    manifest = _manifest(cells, roofs, specs, name, description)
+    if experts:
+        manifest.models[MODEL]["experts"] = experts
+    (folder / "run.json").write_text(manifest.to_json())
     rng = np.random.default_rng(0)
     plan = [(group, repeat, cell) for group in range(prompts) for repeat in range(repeats) for cell in cells]
     lines = []
@@ -101,9 +111,17 @@ def write_run(
         else:
             pace = float(np.exp(rng.normal(0, 0.02)) * (1 + drift * order / len(plan)))
             trial = _trial(cell, group, repeat, order, tokens, pace, rng, cell.label in divergent)
+        if experts:
+            trial = replace(trial, forwards=tuple(_routed(forward, experts) for forward in trial.forwards))
         lines.append(trial.to_json())
     (folder / "trials.jsonl").write_text("".join(line + "\n" for line in lines))
     return folder
+
+
+def _routed(forward: ForwardRecord, experts: int) -> ForwardRecord:
+    if forward.model != "target":
+        return forward
+    return replace(forward, experts=0.2 + 0.8 * expected_experts(experts, forward.rows * forward.batch))
 
 
 def _manifest(
@@ -116,12 +134,12 @@ def _manifest(
         name=name,
         description=description,
         command="zbench run scenarios/synthetic.yaml",
-        scenario={"name": name, "model": "invented-135m", "engines": [cell.label for cell in cells], "repeats": 2},
+        scenario={"name": name, "model": MODEL, "engines": [cell.label for cell in cells], "repeats": 2},
         scenario_hash="5cenar10",
         cells=tuple(cells),
         environment=ENVIRONMENT,
         environment_hash="env1r0n",
-        models={"invented-135m": {"parameters": 134_515_008, "bytes": 269_030_016, "layers": 30, "hash": "abc123"}},
+        models={MODEL: {"parameters": 134_515_008, "bytes": 269_030_016, "layers": 30, "hash": "abc123"}},
         prompts_hash="pr0mpt5",
         roofs=roofs,
         specs=specs,
@@ -136,7 +154,7 @@ def _cell(label: str, point: dict[str, Any]) -> CellRecord:
         engine=ENGINES[label]["engine"],
         options=ENGINES[label].get("options", {}),
         point=dict(point),
-        model="invented-135m",
+        model=MODEL,
         dtype="bfloat16",
         device="cpu",
         batch=point.get("batch", 1),

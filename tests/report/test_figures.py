@@ -16,6 +16,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "all engines": {"engines": tuple(ENGINES), "specs": SPECS},
     "drafting engines": {"engines": SPECULATIVE, "points": ({"batch": 4},), "prompts": 5, "repeats": 1},
     "drafting engine without a baseline": {"engines": SPECULATIVE[1:2], "prompts": 2},
+    "a mixture of experts": {"engines": tuple(ENGINES), "prompts": 5, "repeats": 1, "experts": 16},
+    "a mixture of experts in batches": {"engines": SPECULATIVE, "points": ({"batch": 64},), "prompts": 2, "experts": 4},
     "one engine without roofs": {"engines": ("autoregressive",), "roofs": None, "prompts": 2},
     "foreign engines only": {"engines": ("transformers generate",)},
     "over its roof": {"points": ({"batch": 4},)},
@@ -35,7 +37,7 @@ def plots() -> list[Any]:
 def test_no_text_lies_upon_another_or_outside_the_paper(plot: figures.Plot, results: Results) -> None:
     cells = results.run.cells
     if not plot.applies(results, cells):
-        assert plot.name in {"roofline", "speedup"} or plot.section == "speculation"
+        assert plot.name in {"roofline", "speedup", "experts"} or plot.section == "speculation"
         return
     assert_readable(figures.figure(plot, figures.LIGHT, results, cells))
 
@@ -47,7 +49,7 @@ LONG = "eagle3 (drafter: {'path': 'drafters/invented'}, depth: 4)"
 def test_a_long_engine_name_is_shortened_but_never_what_its_acceptance_is_not(
     plot: figures.Plot, tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path, engines=SPECULATIVE, prompts=5, repeats=1)
+    run = write_run(tmp_path, engines=SPECULATIVE, prompts=5, repeats=1, experts=16)
     planned = (run / "run.json").read_text()
     for label in SPECULATIVE[1:]:
         planned = planned.replace(f'"label": "{label}"', f'"label": "{LONG}, {label[-3:]}"')
@@ -86,6 +88,27 @@ def test_an_engine_keeps_its_colour_and_marker_throughout(results: Results) -> N
         series[cell.record.label].add(figures._series(results, cell, figures.LIGHT))
     assert all(len(styles) == 1 for styles in series.values())
     assert len(set.union(*series.values())) == len(series)
+
+
+def test_experts_are_drawn_for_a_mixture_of_experts_only_one_mark_per_kind_beside_the_prediction(
+    results: Results,
+) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "experts"]
+    cells = results.run.cells
+    routed = results.run.forwards["experts"].notna().any()
+    assert plot.applies(results, cells) == routed
+    if not routed:
+        return
+    axes = figures.figure(plot, figures.LIGHT, results, cells).axes[0]
+    line, *marks = axes.lines
+    assert line.get_label() == "uniform routing (predicted)"
+    seen = {(c.record.id, k) for c in cells for k, f in c.forwards.groupby("kind") if f["experts"].notna().any()}
+    at = [(mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks if len(mark.get_xdata())]
+    assert len(at) == len(seen)
+    for rows, hit in at:  # as the synthetic router hits
+        total = results.run.manifest.models[cells[0].record.model]["experts"]
+        assert hit == pytest.approx(0.2 + 0.8 * total * (1 - (1 - 1 / total) ** rows), rel=0.02)
+    assert f"of {total}" in plot.alt(results, cells)
 
 
 def test_a_run_with_one_point_has_no_overview(results: Results) -> None:

@@ -103,6 +103,52 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
     return engine
 
 
+def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines import synthetic
+    from zbench.engines.denoise import Denoise
+    from zbench.engines.diffusion import Diffusion
+    from zbench.errors import UserError
+    from zbench.models import adapter as adapters
+    from zbench.models.config import ModelConfig
+
+    target, chosen, block = shared.target("auto"), options["adapter"], options["block_size"]
+    config, drawn, adapter = target.config, options["synthetic"], None
+    if chosen:
+        if not isinstance(config, ModelConfig):
+            raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")
+        if chosen.get("random"):
+            checkpoint = adapters.random_adapter(config, chosen["seed"], chosen["rank"], block, shared.dtype)
+        else:
+            checkpoint = adapters.load_adapter(_drafter_folder(chosen), config)
+        adapter = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device)
+    mask_id = options["mask_id"] if options["mask_id"] is not None else config.mask_id
+    if mask_id is None:
+        if not (chosen or drawn):
+            raise UserError("diffusion: this model has no mask token; give mask_id or an adapter")
+        mask_id = config.vocab - 1  # never embedded with an adapter, and of no account with synthetic acceptance
+    threshold = 0.9 if options["threshold"] is None else options["threshold"]
+    engine: Engine
+    if options["sampler"] == "denoise":
+        engine = Denoise(target, mask_id, block, threshold, adapter)
+    else:
+        engine = Diffusion(
+            target,
+            mask_id,
+            block,
+            None if options["proposals"] == "all" else options["proposals"],
+            options["outcomes"],
+            options["fallback"],
+            adapter,
+            mix=(0.5 if options["beta"] is None else options["beta"]) if options["sampler"] == "logit_mix" else None,
+            trust=threshold if options["sampler"] == "trust_diffusion" else None,
+            draft_sampling=options["draft_sampling"],
+            synthetic=synthetic.parse(drawn, max(block - 1, 1)) if drawn else None,
+        )
+    if chosen:
+        engine.kernels["mask_adapter"] = checkpoint.hash or checkpoint.source
+    return engine
+
+
 def _drafter_folder(chosen: dict[str, Any]) -> Path:
     from zbench.models import loading
 
@@ -113,6 +159,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
     "autoregressive": _autoregressive,
     "eagle3": _eagle3,
     "dflash": _dflash,
+    "diffusion": _diffusion,
     "reference": _reference,
 }
 

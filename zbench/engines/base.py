@@ -20,9 +20,10 @@ from torch import Tensor
 
 from zbench.engines.sampling import Sampler, Sampling
 from zbench.hardware.device import Device, Mark
+from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost
-from zbench.models.model import Model, Output
+from zbench.models.model import Model, Output, routing
 from zbench.models.rows import Rows
 from zbench.records import ForwardRecord, Role, StepRecord
 
@@ -54,11 +55,13 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Tokens gained per sequence, in order; `drafted` and `accepted` count draft tokens where an engine drafts."""
+    """Tokens gained per sequence, in order; `drafted` and `accepted` count draft tokens where an engine drafts.
+    `covered` says whether the next draft had been prepared for just this outcome, where an engine prepares any."""
 
     tokens: list[list[int]]
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    covered: tuple[bool, ...] = ()
 
 
 class Engine(Protocol):
@@ -108,7 +111,7 @@ def generate(engine: Stepper[S], prompts: Sequence[Sequence[int]], request: Requ
             # Drafts beyond EOS or the limit do not count as accepted; the token that ends the output counts as the
             # bonus, so that accepted + 1 is what a step gained, always.
             accepted = tuple(max(min(a, count - 1), 0) for a, count in zip(step.accepted, counts, strict=False))
-            meter.gained(counts, step.drafted, accepted)
+            meter.gained(counts, step.drafted, accepted, step.covered)
     return Generated(state.outputs, finish)
 
 
@@ -130,6 +133,37 @@ def commit(
     return tuple(counts)
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one prefill forward feeds of every prompt."""
+
+    ids: Tensor  # [B, R]
+    counts: list[int]  # how many of the R are the prompt's, per sequence
+    ends: list[bool]  # whether the prompt's last token is among them
+
+    @property
+    def last(self) -> Tensor:
+        """[B, 1] the row of each prompt's last token here."""
+        return torch.tensor([[max(count - 1, 0)] for count in self.counts], device=self.ids.device)
+
+
+def chunks(prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[Chunk]:
+    """Ragged prompts, PREFILL_ROWS at a time."""
+    sizes = [len(prompt) for prompt in prompts]
+    ids = torch.zeros(len(prompts), max(sizes), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ids = ids.to(device)
+    for start in range(0, max(sizes), PREFILL_ROWS):
+        part = ids[:, start : start + PREFILL_ROWS]
+        rows = part.shape[1]
+        yield Chunk(
+            part,
+            [max(0, min(size - start, rows)) for size in sizes],
+            [0 < size - start <= rows for size in sizes],
+        )
+
+
 def prefill(
     model: Model, cache: Cache, prompts: Sequence[Sequence[int]], meter: Meter, capture: Sequence[int] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -137,26 +171,15 @@ def prefill(
 
     Returns the logits [B, V] after each prompt's last token, and captured hidden states [B, longest, D].
     """
-    sizes = [len(prompt) for prompt in prompts]
-    longest = max(sizes)
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    ids = ids.to(model.device)
     final = torch.empty(len(prompts), model.config.vocab, device=model.device)
     captured: list[dict[int, Tensor]] = []
-    for start in range(0, longest, PREFILL_ROWS):
-        chunk = ids[:, start : start + PREFILL_ROWS]
-        counts = [max(0, min(size - start, chunk.shape[1])) for size in sizes]
+    for chunk in chunks(prompts, model.device):
         # Only the sequences that end in this chunk need logits; the others ask for none if nobody ends here.
-        ending = [0 < size - start <= chunk.shape[1] for size in sizes]
-        wanted = torch.tensor([[max(count - 1, 0)] for count in counts], device=model.device)
-        rows = Rows.chain(chunk, cache.lengths)
-        out = meter.forward(
-            model, "prefill", rows, cache, logits=wanted if any(ending) else wanted[:, :0], capture=capture
-        )
-        cache.extend(counts)
-        for row in (row for row, ends in enumerate(ending) if ends):
+        wanted = chunk.last if any(chunk.ends) else chunk.last[:, :0]
+        rows = Rows.chain(chunk.ids, cache.lengths)
+        out = meter.forward(model, "prefill", rows, cache, logits=wanted, capture=capture)
+        cache.extend(chunk.counts)
+        for row in (row for row, ends in enumerate(chunk.ends) if ends):
             final[row] = out.logits[row, 0]
         captured.append(out.hidden)
     hidden = {index: torch.cat([part[index] for part in captured], 1) for index in capture}
@@ -183,6 +206,7 @@ class _Step:
     committed: tuple[int, ...] = ()
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    covered: tuple[bool, ...] = ()
 
 
 class Meter:
@@ -211,9 +235,15 @@ class Meter:
         yield
         self._steps[-1].phases.setdefault(name, []).append((start, self.device.mark()))
 
-    def gained(self, committed: tuple[int, ...], drafted: tuple[int, ...] = (), accepted: tuple[int, ...] = ()) -> None:
+    def gained(
+        self,
+        committed: tuple[int, ...],
+        drafted: tuple[int, ...] = (),
+        accepted: tuple[int, ...] = (),
+        covered: tuple[bool, ...] = (),
+    ) -> None:
         step = self._steps[-1]
-        step.committed, step.drafted, step.accepted = committed, drafted, accepted
+        step.committed, step.drafted, step.accepted, step.covered = committed, drafted, accepted, covered
 
     def forward(
         self,
@@ -224,18 +254,25 @@ class Meter:
         *,
         logits: Tensor | None = None,
         capture: Sequence[int] = (),
+        adapter: MaskAdapter | None = None,
         name: str = "target",
     ) -> Output:
         """`model.forward`, timed and counted."""
         contexts = cache.sizes
         start = self.device.mark()
-        out = model.forward(rows, cache, logits=logits, capture=capture)
+        out = model.forward(rows, cache, logits=logits, capture=capture, adapter=adapter)
         end = self.device.mark()
+
+        # Kept until the trial is over, so without the logits.
+        wanted, routed = out.logits.shape[0] * out.logits.shape[1], out.routed
 
         def cost() -> Cost:
             pairs = None if rows.causal else int(rows.visible[0].sum())
-            wanted = out.logits.shape[0] * out.logits.shape[1]
-            return model.cost(rows.ids.shape[1], contexts, wanted, pairs)
+            seen = None if routed is None else routing(routed)
+            bare = model.cost(rows.ids.shape[1], contexts, wanted, pairs, seen)
+            if adapter is None or rows.masks is None:
+                return bare
+            return adapter.added(bare, int((rows.masks >= 0).sum()))
 
         self.add_forward(role, rows.ids.shape[1], contexts, cost, start, end, name)
         return out
@@ -267,6 +304,7 @@ class Meter:
                 committed=s.committed,
                 drafted=s.drafted,
                 accepted=s.accepted,
+                covered=s.covered,
             )
             for s in self._steps
         )
@@ -289,6 +327,7 @@ class Meter:
                     bytes_written=cost.bytes_written,
                     seconds=seconds(f.start, f.end),
                     committed=sum(steps[f.step].committed) if decided else 0,
+                    experts=cost.experts,
                 )
             )
         return steps, tuple(forwards)

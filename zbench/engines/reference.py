@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from zbench.engines import Shared
 from zbench.engines.base import Generated, Meter, Request, commit
 from zbench.errors import UserError
-from zbench.models.cost import forward_cost
+from zbench.models.cost import Cost, forward_cost
 from zbench.models.loading import LoadedModel
+from zbench.models.model import count_choices, routing
 from zbench.records import Role
 
 
@@ -69,17 +69,20 @@ class _Watch:
     def attached(self, model: Any) -> Iterator[None]:
         before = model.register_forward_pre_hook(self._before, with_kwargs=True)
         after = model.register_forward_hook(self._after, with_kwargs=True)
+        routers = [module for module in model.modules() if hasattr(module, "balancing_biases")]
+        hooks = [before, after, *(router.register_forward_hook(self._route) for router in routers)]
         self.meter.begin_step()
         try:
             yield
         finally:
-            before.remove()
-            after.remove()
+            for hook in hooks:
+                hook.remove()
             self.meter.end_step()  # what generate did after its last token
 
     def _before(self, model: Any, args: tuple, kwargs: dict) -> None:
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # renamed in transformers 5.24
         self.context = cache.get_seq_length() if cache is not None else 0
+        self.choices: list[Tensor] = []
         self.start = self.meter.device.mark()
 
     def _after(self, model: Any, args: tuple, kwargs: dict, out: Any) -> None:
@@ -87,9 +90,18 @@ class _Watch:
         batch, rows = kwargs["input_ids"].shape
         role: Role = "prefill" if self.context == 0 else "decode" if rows == 1 else "verify"
         contexts, wanted = [self.context] * batch, out.logits.shape[0] * out.logits.shape[1]
-        engine = self.engine
-        cost = partial(forward_cost, engine.config, rows, contexts, wanted, engine.dtype.itemsize)
+        engine, choices = self.engine, self.choices
+
+        def cost() -> Cost:
+            seen = routing(count_choices(choices, engine.config.experts)) if choices else None  # type: ignore[union-attr]
+            return forward_cost(engine.config, rows, contexts, wanted, engine.dtype.itemsize, routing=seen)
+
         self.meter.add_forward(role, rows, contexts, cost, self.start, end)
+
+    def _route(self, router: Any, args: tuple, out: Any) -> None:
+        """A ZAYA router's choices [N]; it marks a row that skips by the weight 0."""
+        _, probs, indices, _ = out
+        self.choices.append(indices[:, 0].where(probs[:, 0] > 0, self.engine.config.experts))  # type: ignore[union-attr]
 
     def put(self, tokens: Tensor) -> None:
         """Called by generate: once with the prompts, then with each step's tokens ([B], or [1, n] when assisted)."""

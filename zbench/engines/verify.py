@@ -42,25 +42,32 @@ def verify_chain(
     index: Sequence[int] | Tensor,
     draft_probs: Tensor | None = None,
     synthetic: Synthetic | None = None,
+    offered: Tensor | None = None,
+    trusted: Tensor | None = None,
 ) -> Verdict:
     """logits [B, 1 + k, V] of the last committed token and the drafts [B, k]; index [B] is the output position of
     the first token to be gained. `draft_probs` [B, k, V] is q where the drafts were drawn from it, None where they
     were chosen outright. With `synthetic`, acceptance is drawn and the bonus is the target's argmax; ValueError
-    if it was made for another number of drafts than k.
+    if it was made for another number of drafts than k. `offered` [B] says how many of the k drafts are real (None:
+    all; q must be zero beyond, and synthetic acceptance is cut there). `trusted` [B, k] marks drafts that pass whatever
+    the target says: the output is then no longer the target's.
     """
     batch, count, _ = logits.shape
     steps = torch.arange(count, device=logits.device)
     first = on_device(index, logits.device)
     if synthetic is not None:
-        if len(synthetic.chances) != count:
-            raise ValueError(f"{count - 1} drafts, but synthetic acceptance made for {len(synthetic.chances) - 1}")
+        made_for = len(synthetic.chances)
+        if made_for < count or (offered is None and made_for != count):
+            raise ValueError(f"{count - 1} drafts, but synthetic acceptance made for {made_for - 1}")
         accepted = _synthetic_count(synthetic, sampler, first)
+        accepted = accepted if offered is None else torch.minimum(accepted, offered)
         bonus = _row(logits, accepted).argmax(-1)
     elif draft_probs is not None and not sampler.sampling.greedy:
-        accepted, bonus = _reject(logits, drafts, draft_probs, sampler, first)
+        accepted, bonus = _reject(logits, drafts, draft_probs, sampler, first, offered)
     else:
         targets = sampler.pick(logits, first[:, None] + steps)
-        accepted = _leading(drafts == targets[:, :-1])
+        passed = drafts == targets[:, :-1] if trusted is None else (drafts == targets[:, :-1]) | trusted
+        accepted = _leading(passed if offered is None else passed & (steps[:-1] < offered[:, None]))
         bonus = _row(targets, accepted)
     drafts_and_bonus = torch.cat([drafts, bonus[:, None]], 1).scatter(1, accepted[:, None], bonus[:, None])
     gained = steps <= accepted[:, None]
@@ -105,7 +112,7 @@ def verify_tree(
 
 
 def _reject(
-    logits: Tensor, drafts: Tensor, draft_probs: Tensor, sampler: Sampler, first: Tensor
+    logits: Tensor, drafts: Tensor, draft_probs: Tensor, sampler: Sampler, first: Tensor, offered: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Rejection sampling of a chain: accepted drafts [B] and the token [B] after them."""
     p = probabilities(logits, sampler.sampling)
@@ -113,7 +120,8 @@ def _reject(
     p_x = p[:, :-1].gather(2, drafts[..., None]).squeeze(2)
     q_x = draft_probs.gather(2, drafts[..., None]).squeeze(2)
     accepted = _leading(sampler.uniforms(positions, Purpose.ACCEPT) * q_x < p_x)
-    q = torch.cat([draft_probs, torch.zeros_like(draft_probs[:, :1])], 1)  # nothing was drafted after the last
+    accepted = accepted if offered is None else torch.minimum(accepted, offered)
+    q = torch.cat([draft_probs, torch.zeros_like(p[:, :1])], 1)  # nothing was drafted after the last
     p_next = _row(p, accepted)
     residual = (p_next - _row(q, accepted)).clamp(min=0)
     # Where p = q up to rounding a draft can be rejected with nothing left over.

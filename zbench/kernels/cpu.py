@@ -228,7 +228,7 @@ class Adapter:
             low = (_LowRank * len(pairs))()
             for entry, pair in zip(low, pairs, strict=True):
                 if pair is not None:
-                    self._pack(entry, *(side.to(dtype) for side in pair), interleaved=name == "gate_up")
+                    self._pack(entry, pair[0].to(dtype), pair[1].to(dtype), name == "gate_up")
             setattr(self.argument, name, low)
         embedding = adapter.mask_embedding.float().contiguous()
         self._keep.append(embedding)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from zbench.kernels import cpu
 from zbench.models import loading
 from zbench.models.checkpoint import check_tensors
 from zbench.models.config import ModelConfig, tensor_shapes
+from zbench.models.cost import Cost
 
 LowRank = tuple[Tensor, Tensor]  # A [r, in], B [out, r]; the scale alpha / r is in B
 
@@ -133,6 +135,9 @@ class AdaptedLayer:
     down: LowRank | None
 
 
+NOT_ADAPTED = AdaptedLayer(None, None, None, None)
+
+
 class MaskAdapter:
     """An adapter on its target's device, in its dtype; `Transformer.forward` takes it."""
 
@@ -144,20 +149,23 @@ class MaskAdapter:
         scale = self.config.alpha / self.config.rank
 
         def fused(layer: int, part: str, names: Sequence[str]) -> LowRank | None:
-            stems = [f"{_PREFIX}model.layers.{layer}.{part}.{name}" for name in names]
-            if not any(name in self.config.modules for name in names):
+            adapted = [name for name in names if name in self.config.modules]
+            if not adapted:
                 return None
-            a = [_side(checkpoint.tensors, f"{stem}.lora_A.weight") for stem in stems]
-            b = [_side(checkpoint.tensors, f"{stem}.lora_B.weight") for stem in stems]
-            missing = next(side for side in a if side is not None)
-            outputs = _outputs(target, names)
-            both = [
-                (missing.new_zeros(0, missing.shape[1]), missing.new_zeros(out, 0)) if x is None or y is None else (x, y)
-                for x, y, out in zip(a, b, outputs, strict=True)
+            stems = {name: f"{_PREFIX}model.layers.{layer}.{part}.{name}" for name in adapted}
+            a = torch.cat([checkpoint.tensors[f"{stem}.lora_A.weight"].float() for stem in stems.values()])
+            # A projection of the group that is not adapted has rows of zeros.
+            sizes = _outputs(target)
+            sides = [
+                checkpoint.tensors[f"{stems[name]}.lora_B.weight"].float()
+                if name in stems
+                else a.new_zeros(sizes[name], 0)
+                for name in names
             ]
-            first, second = torch.cat([x for x, _ in both]), torch.block_diag(*(y for _, y in both)) * scale
-            return first.to(device=device, dtype=dtype), second.to(device=device, dtype=dtype)
+            b = torch.block_diag(*sides) * scale
+            return a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
 
+        self._low_rank = sum(t.numel() for name, t in checkpoint.tensors.items() if name != _EMBEDDING)
         self.layers = tuple(
             AdaptedLayer(
                 qkv=fused(layer, "self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -173,16 +181,15 @@ class MaskAdapter:
         """Packed for the native CPU decoder."""
         return cpu.Adapter(self, self.dtype)
 
-    @property
-    def parameters(self) -> int:
-        """Weights of one forward with mask rows: the fused low-rank matrices (their zero blocks left out) and the
-        mask embeddings."""
-        pairs = (pair for layer in self.layers for pair in (layer.qkv, layer.out, layer.gate_up, layer.down) if pair)
-        return self.mask_embedding.numel() + sum(a.numel() + b.shape[0] * self.config.rank for a, b in pairs)
+    def added(self, cost: Cost, mask_rows: int) -> Cost:
+        """What a forward costs with this adapter on `mask_rows` of its rows."""
+        flops = 2.0 * mask_rows * self._low_rank
+        read = (self._low_rank + self.mask_embedding.numel()) * self.dtype.itemsize
+        return replace(cost, flops=cost.flops + flops, weight_bytes=cost.weight_bytes + read)
 
 
 def add_low_rank(y: Tensor, x: Tensor, pair: LowRank | None, masked: Tensor) -> Tensor:
-    """y [B, R, out] plus B A x on the rows `masked` (flat indices); rows of x [B, R, in] that are no masks add nothing."""
+    """y [B, R, out] plus B A x on the rows `masked` (flat indices into B x R), x [B, R, in]; other rows stay."""
     if pair is None:
         return y
     a, b = pair
@@ -190,20 +197,15 @@ def add_low_rank(y: Tensor, x: Tensor, pair: LowRank | None, masked: Tensor) -> 
     return y.flatten(0, 1).index_add(0, masked, extra).view_as(y)
 
 
-def _side(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
-    return tensors[name].float() if name in tensors else None
+def _outputs(target: ModelConfig) -> dict[str, int]:
+    kv = target.kv_heads * target.head_dim
+    return {
+        "q_proj": target.heads * target.head_dim, "k_proj": kv, "v_proj": kv, "o_proj": target.width,
+        "gate_proj": target.ffn, "up_proj": target.ffn, "down_proj": target.width,
+    }  # fmt: skip
 
 
-def _outputs(target: ModelConfig, names: Sequence[str]) -> list[int]:
-    shapes = tensor_shapes(target)
-    return [
-        next(shape[0] for name, shape in shapes.items() if name.endswith(f"layers.0.self_attn.{wanted}.weight")
-             or name.endswith(f"layers.0.mlp.{wanted}.weight"))
-        for wanted in names
-    ]  # fmt: skip
-
-
-def _positive(stored: Mapping[str, object], key: str) -> int:
+def _positive(stored: Mapping[str, Any], key: str) -> int:
     value = stored.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0 or value != int(value):
         raise UserError(f"{_CONFIG}: {key} must be a positive whole number, not {value!r}")

@@ -57,6 +57,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] | None = None  # sliding window per layer; None where all attend fully
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    mask_id: int | None = None  # the token that stands for a position to be filled in; diffusion checkpoints have one
 
     def __post_init__(self) -> None:
         if self.family not in _FAMILY_DEFAULTS:
@@ -79,7 +80,7 @@ class ModelConfig:
         for window in self.windows or ():
             if window is not None:
                 check_count("a sliding window", window)
-        check_tokens((*self.eos_ids, self.bos_id), self.vocab)
+        check_tokens((*self.eos_ids, self.bos_id, self.mask_id), self.vocab)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -121,6 +122,7 @@ class ModelConfig:
             windows=_windows(config, layers),
             eos_ids=token_ids(config.get("eos_token_id")),
             bos_id=config.get("bos_token_id"),
+            mask_id=config.get("mask_token_id"),
         )
 
     @classmethod
@@ -170,6 +172,7 @@ class ModelConfig:
             "mlp_bias": self.mlp_bias,
             "bos_token_id": self.bos_id,
             "eos_token_id": self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None,
+            **({} if self.mask_id is None else {"mask_token_id": self.mask_id}),
         }
         if self.family != "llama":
             config["sliding_window"] = window

@@ -44,7 +44,7 @@ class Cost:
         return self.flops / (self.bytes_read + self.bytes_written)
 
 
-def expected_experts(experts: int, rows: int) -> float:
+def expected_experts(experts: int, rows: float) -> float:
     """Distinct experts that `rows` rows hit if each is sent to one of them, all equally likely, on its own:
     E (1 - (1 - 1/E)^rows). A prediction: real routers are neither uniform nor independent from row to row."""
     return experts * (1 - (1 - 1 / experts) ** rows)
@@ -136,4 +136,14 @@ def _zaya_cost(
             c.layers * (total_rows * per_token + batch * state) * itemsize + wanted * c.vocab * LOGIT_BYTES
         ),
         experts=routing.hit if routing else None,
+    )
+
+
+def head_cost(config: ModelConfig | ZayaConfig, wanted: int, itemsize: int) -> Cost:
+    """Cost of the final norm and the head alone, on `wanted` rows."""
+    return Cost(
+        flops=float(2 * wanted * config.width * config.vocab),
+        weight_bytes=float((config.vocab + 1) * config.width * itemsize),
+        kv_bytes=0.0,
+        bytes_written=float(wanted * config.vocab * LOGIT_BYTES),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing
 from zbench.models.families import AnyConfig
@@ -51,13 +52,27 @@ class Model(Protocol):
         """What a forward of `rows` rows per sequence after prefixes `contexts` costs; see `cost.forward_cost`."""
         ...
 
-    def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
+    def forward(
+        self,
+        rows: Rows,
+        cache: Cache,
+        *,
+        logits: Tensor | None = None,
+        capture: Sequence[int] = (),
+        adapter: MaskAdapter | None = None,
+    ) -> Output:
         """Run `rows`, writing what they leave behind the committed prefix (commit decides what stays).
 
         `logits` [B, n] names the rows of each sequence that need logits (None: all rows; [B, 0]: none).
         `capture` lists hidden states to return, ascending: index i is the input of layer i (0 the embedding,
         `config.layers` the output of the last layer before the final norm).
+        `adapter` acts on the rows that `rows.masks` says are masks, on no other; ValueError where the architecture has
+        no place for one.
         """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] captured at `config.layers` -> logits [..., V] float32, by final norm and head."""
         ...
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -83,6 +98,12 @@ def wanted_rows(rows: Rows, cache: Cache, logits: Tensor | None) -> Tensor:
     if logits is None:
         logits = torch.arange(count, device=rows.ids.device).expand(batch, count)
     return (logits + offsets).reshape(-1)
+
+
+def count_choices(choices: Sequence[Tensor], experts: int) -> Tensor:
+    """`Output.routed` from each layer's choices [N], of which E skips."""
+    chosen = torch.stack(list(choices))
+    return chosen.new_zeros(len(chosen), experts + 1).scatter_add_(1, chosen, torch.ones_like(chosen))
 
 
 def routing(routed: Tensor) -> Routing:

@@ -23,7 +23,9 @@ class Rows:
     parents: Tensor  # [B, R] int64: the row (>= 0) that precedes it, or -1 for the end of the committed prefix
     visible: Tensor  # [B, R, R] bool: row i sees row j
     causal: bool = False  # visible is the plain lower triangle and positions are consecutive
-    masks: Tensor | None = None  # [B, R] int64: which mask of its block a row is (0 first), -1 for a token; None: none is
+    masks: Tensor | None = (
+        None  # [B, R] int64: which mask of its block a row is (0 first), -1 for a token; None: none is
+    )
 
     @classmethod
     def chain(cls, ids: Tensor, lengths: Tensor) -> Rows:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import cpu
+from zbench.models.adapter import NOT_ADAPTED, AdaptedLayer, MaskAdapter, add_low_rank
 from zbench.models.cache import Cache
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost, Routing, forward_cost
@@ -120,7 +121,7 @@ class Transformer:
         self.config, self.dtype, self.device, self.headless = config, dtype, torch.device(device), headless
         self.inv_freq = inverse_frequencies(config).to(self.device)
         weights = Weights.from_hf(tensors, config, dtype, self.device, headless)
-        self.embedding = weights.embedding
+        self.embedding, self._norm = weights.embedding, weights.norm.float()
         self._native: cpu.Decoder | None = None
         self._weights: Weights | None = None
         reason = "" if self.device.type == "cpu" else f"device is {self.device.type}"
@@ -153,7 +154,15 @@ class Transformer:
         return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs)
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
+    def forward(
+        self,
+        rows: Rows,
+        cache: Cache,
+        *,
+        logits: Tensor | None = None,
+        capture: Sequence[int] = (),
+        adapter: MaskAdapter | None = None,
+    ) -> Output:
         """See `Model.forward`."""
         wanted = wanted_rows(rows, cache, logits)
         if self.headless and wanted.numel():
@@ -169,10 +178,12 @@ class Transformer:
                 cache.capacity,
                 wanted.contiguous(),
                 capture,
+                None if rows.masks is None else rows.masks.contiguous(),
+                None if adapter is None else adapter.native,
             )
             hidden = dict(zip(capture, captured, strict=True))
         else:
-            flat, hidden = self._torch_forward(rows, cache, wanted, capture)
+            flat, hidden = self._torch_forward(rows, cache, wanted, capture, adapter)
         return Output(flat.view(rows.ids.shape[0], -1, self.config.vocab), hidden)
 
     @torch.inference_mode()
@@ -183,7 +194,14 @@ class Transformer:
         assert self._weights is not None and self._weights.head is not None
         return F.linear(hidden.to(self.dtype), self._weights.head).float()
 
-    def _torch_forward(self, rows: Rows, cache: Cache, wanted: Tensor, capture: Sequence[int]):
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        return self.head(rms_norm(hidden, self._norm, self.config.rms_eps))
+
+    def _torch_forward(
+        self, rows: Rows, cache: Cache, wanted: Tensor, capture: Sequence[int], adapter: MaskAdapter | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         c, weights = self.config, self._weights
         assert weights is not None
         batch, count = rows.ids.shape
@@ -194,11 +212,19 @@ class Transformer:
         angles = rows.positions[..., None].float() * self.inv_freq  # [B, R, d/2]
         cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
         x = weights.embedding[rows.ids]
+        adapted: Sequence[AdaptedLayer] = (NOT_ADAPTED,) * c.layers
+        masked = rows.ids.new_zeros(0)
+        if adapter is not None and rows.masks is not None:
+            masks, adapted = rows.masks.reshape(-1), adapter.layers
+            masked = (masks >= 0).nonzero().squeeze(1)
+            places = masks[masked].clamp(max=len(adapter.mask_embedding) - 1)
+            x = x.flatten(0, 1).index_copy(0, masked, adapter.mask_embedding[places]).view_as(x)
         hidden: dict[int, Tensor] = {}
-        for index, layer in enumerate(weights.layers):
+        for index, (layer, low) in enumerate(zip(weights.layers, adapted, strict=True)):
             if index in capture:
                 hidden[index] = x.float()
-            qkv = F.linear(rms_norm(x, layer.attention_norm, c.rms_eps), layer.qkv, layer.qkv_bias)
+            inner = rms_norm(x, layer.attention_norm, c.rms_eps)
+            qkv = add_low_rank(F.linear(inner, layer.qkv, layer.qkv_bias), inner, low.qkv, masked)
             q, k, v = qkv.view(batch, count, -1, c.head_dim).split((c.heads, c.kv_heads, c.kv_heads), 2)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = rms_norm(q, layer.q_norm, c.rms_eps), rms_norm(k, layer.k_norm, c.rms_eps)
@@ -213,9 +239,13 @@ class Transformer:
                 attn_mask=mask if window is None else mask & within_window(rows, cache, total, window),
                 enable_gqa=True,
             )
-            x = x + F.linear(mixed.transpose(1, 2).reshape(batch, count, -1), layer.out, layer.out_bias)
-            gate, up = F.linear(rms_norm(x, layer.mlp_norm, c.rms_eps), layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            inner = mixed.transpose(1, 2).reshape(batch, count, -1)
+            x = x + add_low_rank(F.linear(inner, layer.out, layer.out_bias), inner, low.out, masked)
+            inner = rms_norm(x, layer.mlp_norm, c.rms_eps)
+            both = add_low_rank(F.linear(inner, layer.gate_up, layer.gate_up_bias), inner, low.gate_up, masked)
+            gate, up = both.chunk(2, -1)
+            inner = F.silu(gate) * up
+            x = x + add_low_rank(F.linear(inner, layer.down, layer.down_bias), inner, low.down, masked)
         if c.layers in capture:
             hidden[c.layers] = x.float()
         if self.headless:

@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import cpu
+from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing, forward_cost
-from zbench.models.model import Output, wanted_rows
+from zbench.models.model import Output, count_choices, wanted_rows
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.transformer import attention_mask, rms_norm, rotate
@@ -292,9 +293,24 @@ class Zaya:
         return self._head(hidden.float())
 
     @torch.inference_mode()
-    def forward(self, rows: Rows, cache: Cache, *, logits: Tensor | None = None, capture: Sequence[int] = ()) -> Output:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Model.logits`."""
+        return self.head(self._normed(hidden, self._norm))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        rows: Rows,
+        cache: Cache,
+        *,
+        logits: Tensor | None = None,
+        capture: Sequence[int] = (),
+        adapter: MaskAdapter | None = None,
+    ) -> Output:
         """See `Model.forward`; the cache is one of `new_cache`."""
         assert isinstance(cache, ZayaCache)
+        if adapter is not None:
+            raise ValueError("mask adapters fit dense transformers only")
         c, batch = self.config, len(rows.ids)
         wanted = wanted_rows(rows, cache, logits)
         step = _Step(self, rows, cache)
@@ -313,10 +329,8 @@ class Zaya:
             x = block.after_mlp((block.experts(flat, choice) * weight).view_as(x), x)
         if c.layers in capture:
             hidden[c.layers] = x
-        chosen = torch.stack(choices)
-        routed = chosen.new_zeros(c.layers, c.experts + 1).scatter_add_(1, chosen, torch.ones_like(chosen))
-        found = self.head(self._normed(x.flatten(0, 1)[wanted], self._norm))
-        return Output(found.view(batch, -1, c.vocab), hidden, routed)
+        found = self.logits(x.flatten(0, 1)[wanted])
+        return Output(found.view(batch, -1, c.vocab), hidden, count_choices(choices, c.experts))
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x.to(self.activations), weight, self.config.rms_eps)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from zbench.metrics import PHASES, Cell, caveats, step_split
+from zbench.models.cost import expected_experts
 from zbench.report.findings import Point, Results, clusters, interval, main_kind, quantity, title
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def painted(theme: Theme, height: float, paint: Callable[[Axes, Theme], None]) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_style(theme)):
+    with rc_context(style(theme)):
         drawn = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(drawn)
         paint(drawn.subplots(), theme)
@@ -122,7 +123,7 @@ def saved(figures: Mapping[str, Figure]) -> tuple[dict[str, bytes], dict[str, by
 
     svg, png = {}, {}
     for theme in (LIGHT, DARK):
-        with rc_context(_style(theme)):
+        with rc_context(style(theme)):
             svg[theme.name] = _saved(figures[theme.name], "svg", metadata={"Date": None, "Creator": None})
             png[theme.name] = _saved(figures[theme.name], "png", dpi=200, metadata={"Software": None})
     return svg, png
@@ -147,7 +148,7 @@ def _saved(drawn: Figure, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _style(theme: Theme) -> Any:
+def style(theme: Theme) -> Any:
     return {
         "figure.facecolor": theme.paper,
         "axes.facecolor": theme.paper,
@@ -301,6 +302,72 @@ def _roofline_alt(results: Results, cells: Sequence[Cell]) -> str:
 
     found = [f"{c.record.label} {kind} is {limit(results, c, kind)}" for c in cells if (kind := main_kind(c))]
     return "; ".join(found) + "."
+
+
+# Experts -------------------------------------------------------------------------------------------------------------
+
+
+def _expert_dots(results: Results, cells: Sequence[Cell]) -> list[tuple[Cell, str, float, float]]:
+    """(cell, kind, rows of the whole batch, distinct experts per layer) of the forwards whose router was seen."""
+    dots = []
+    for cell in cells:
+        for kind, forwards in cell.forwards.groupby("kind", sort=False):
+            experts = results.value(cell, "experts_per_forward", str(kind))
+            if experts is not None:
+                dots.append((cell, str(kind), float((forwards["batch"] * forwards["rows"]).mean()), experts))
+    return dots
+
+
+def _expert_count(results: Results, cells: Sequence[Cell]) -> int | None:
+    """Experts of a layer of the cells' model."""
+    return results.run.manifest.models.get(cells[0].record.model, {}).get("experts")
+
+
+def _has_experts(results: Results, cells: Sequence[Cell]) -> bool:
+    return bool(_expert_count(results, cells) and _expert_dots(results, cells))
+
+
+def _experts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    dots, count = _expert_dots(results, cells), _expert_count(results, cells)
+    assert count is not None
+    rows, hit = np.array([dot[2] for dot in dots]), np.array([dot[3] for dot in dots])
+    edge = max(rows.max(), 2.0) * 2
+    line = np.geomspace(1, edge, 100)
+    axes.plot(line, [expected_experts(count, n) for n in line], color=theme.ink, lw=1.2, ls=(0, (4, 3)),
+              label="uniform routing (predicted)")  # fmt: skip
+    for cell, kind, x, y in dots:
+        colour, marker = _series(results, cell, theme)
+        axes.plot(x, y, marker, ms=7, color=colour, mfc="none" if kind.endswith("prefill") else colour, mew=1.4)
+    for cell in _with_experts(results, cells):
+        colour, marker = _series(results, cell, theme)
+        axes.plot([], [], marker, ms=6, color=colour, label=_legend_name(cell))
+    axes.set(xscale="log", xlim=(0.7, edge), ylim=(0, count * 1.08))
+    axes.set(xlabel="rows in the forward, of all sequences", ylabel=f"distinct experts per layer, of {count}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    _legend_below(axes, min(_legend_columns(cells), 1 + len(_with_experts(results, cells))))
+    axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
+    _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind, *_ in dots], rows, hit)
+
+
+def _with_experts(results: Results, cells: Sequence[Cell]) -> list[Cell]:
+    shown = {cell.record.id for cell, *_ in _expert_dots(results, cells)}
+    return [cell for cell in cells if cell.record.id in shown]
+
+
+def _experts_height(results: Results, cells: Sequence[Cell]) -> float:
+    lines = -(-(1 + len(_with_experts(results, cells))) // _legend_columns(cells))
+    return 2.9 + 0.2 * lines
+
+
+def _experts_alt(results: Results, cells: Sequence[Cell]) -> str:
+    count = _expert_count(results, cells) or 1
+    said = [
+        f"{title(cell)} {kind} hits {hit:.1f} of {count} with {rows:.0f} rows (uniform routing:"
+        f" {expected_experts(count, rows):.1f})"
+        for cell, kind, rows, hit in _expert_dots(results, cells)
+    ]
+    return "; ".join(said) + "."
 
 
 # Rows with their names above them ------------------------------------------------------------------------------------
@@ -717,6 +784,12 @@ PLOTS = (
         "Mean seconds of one trial, prefill included. Host gap: what forwards, accept and commit leave of the steps. "
         "Where an engine’s forwards are not seen, its time is not divided.",
         lambda results, cells: any(cell.trials for cell in cells), _phases_height, _phases, _phases_alt,
+    ),
+    Plot(
+        "experts", "How many experts a forward reads",
+        "One mark per kind of forward; open marks are prefills. Each expert that any row was sent to is read once, so "
+        "more rows read more weights. Dashed: what rows would hit that choose uniformly and independently, predicted.",
+        _has_experts, _experts_height, _experts, _experts_alt,
     ),
     Plot(
         "speedup", "Speed of each prompt against the baseline",

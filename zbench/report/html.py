@@ -33,6 +33,7 @@ FORWARD_COLUMNS = (
     ("Time", "forward_seconds"),
     ("Floor", "floor_seconds"),
     ("FLOP per byte", "intensity"),
+    ("Experts", "experts_per_forward"),
     ("Bandwidth", "achieved_bandwidth"),
     ("Of roof", "mbu"),
     ("Of spec", "mbu_spec"),
@@ -50,9 +51,9 @@ SPECULATION_COLUMNS = (
     ("Switching per step", "switching_seconds", ""),
 )
 CATEGORY_COLUMNS = (("Acceptance length", "category_acceptance_length"), ("Speedup", "category_speedup"))
-IN_HEADING = (" tokens/s", " tokens", "/token", " FLOP/B")  # units that the headings say already
+IN_HEADING = (" tokens/s", " tokens", "/token", " FLOP/B", " experts")  # units that the headings say already
 # Shown in every row or nowhere, as they exist for some engines and devices only.
-OPTIONAL = {"acceptance_length", "mbu_spec", "mfu_spec"}
+OPTIONAL = {"acceptance_length", "experts_per_forward", "mbu_spec", "mfu_spec"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,289 @@
+"""TiDAR: one model drafts and verifies in ONE forward (Liu et al. 2025, arXiv 2511.08923, section 3.2).
+
+A step feeds the drafted block d_0 .. d_{n-1} as a chain, d_0 being the last committed token, and P blocks of B masks.
+Block r is prepared for the outcome "the first r of them are kept": it stands where those end, sees them, the committed
+prefix and itself in both directions, and nothing else. With p the model's own next-token distribution at the chain,
+
+    accept      d_1, d_2, .. while p confirms them (`verify.py`): r rows are kept, 1 <= r <= n, and p gives the token
+                that follows, t
+    next draft  [t, block r's predictions for the places after t]
+
+A mask predicts the token at its own place, so block r's first mask stands where t does, which p has decided already.
+Kept rows' keys and values were written by this forward and stay; the rest is forgotten; nothing is computed twice.
+Rows per forward: n + P B, where n = B once a whole block is drafted. An outcome that no block was prepared for takes
+what the block of the nearest shorter outcome predicted for the places after t (drafted with less to go by, verified
+like any other draft), or nothing: then the next forward decodes t and drafts anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zbench.engines.base import Generated, Meter, Request, State, Step, chunks, generate, new_state
+from zbench.engines.sampling import Purpose, draw, on_device, probabilities
+from zbench.engines.synthetic import Synthetic
+from zbench.engines.verify import Verdict, verify_chain
+from zbench.errors import UserError
+from zbench.models.adapter import MaskAdapter
+from zbench.models.cache import Cache
+from zbench.models.cost import head_cost
+from zbench.models.model import Model, Output
+from zbench.models.rows import Rows
+
+BLOCK_SIZES = range(1, 33)
+Choice = Literal["most_likely", "prefix", "uniform"]
+Fallback = Literal["nearest", "redraft"]
+
+
+@dataclass(slots=True)
+class DiffusionState(State):
+    ids: Tensor  # [B, m] the next block: the last committed token, then drafts, of which `offered` are real
+    offered: list[int]  # drafts per sequence
+    probs: Tensor | None  # [B, m - 1, V] the distribution that the drafts were drawn from; zero where none is offered
+    confidence: Tensor | None  # [B, m - 1] what the drafter gave them, where a sampler asks
+    histogram: list[int]  # [block + 1] steps by rows kept, over the sequences of this decode so far
+
+
+class Diffusion:
+    """`block` tokens per block, the known first one included; `proposals` of its outcomes get a block of masks each
+    (None: every one), chosen by `choose`; 0 decodes autoregressively.
+
+    `mix` (beta) verifies with beta * own + (1 - beta) * mask logits where both exist (the paper's section 4.4.3),
+    `trust` accepts drafts whose probability when drafted reached it, whatever the model's own distribution says: with
+    either the output is no longer the model's own. `draft_sampling` draws drafts at the request's temperature, for true
+    rejection sampling. Raises UserError for a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        mask_id: int,
+        block: int = 8,
+        proposals: int | None = None,
+        choose: Choice = "most_likely",
+        fallback: Fallback = "nearest",
+        adapter: MaskAdapter | None = None,
+        mix: float | None = None,
+        trust: float | None = None,
+        draft_sampling: bool = False,
+        synthetic: Synthetic | None = None,
+    ) -> None:
+        if block not in BLOCK_SIZES:
+            raise UserError(f"diffusion: block_size must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, not {block}")
+        if not 0 <= mask_id < model.config.vocab:
+            raise UserError(f"diffusion: mask id {mask_id} is not in the vocabulary of {model.config.vocab}")
+        self.model, self.mask_id, self.block, self.adapter = model, mask_id, block, adapter
+        # A block's first token is known, so it has `block` outcomes.
+        self.proposals = block if proposals is None else min(proposals, block)
+        self.choose, self.fallback = choose, fallback
+        self.mix, self.trust, self.draft_sampling, self.synthetic = mix, trust, draft_sampling, synthetic
+        lossy = mix is not None or trust is not None
+        self.exact = None if lossy or synthetic or draft_sampling else True
+        self.kernels = dict(model.kernels)
+
+    def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
+        return generate(self, prompts, request, meter)
+
+    def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> DiffusionState:
+        # The step that reaches the limit may commit a block beyond it, and the next one still writes its rows.
+        state = new_state(self.model, prompts, request, headroom=(2 + self.proposals) * self.block)
+        masks = self.block if self.proposals else 0
+        logits, hidden = prefill_and_draft(self.model, state.cache, prompts, masks, self.mask_id, meter, self.adapter)
+        with meter.phase("accept"):
+            last = state.sampler.pick(logits, [0] * len(prompts))
+        started = DiffusionState(
+            state.cache, state.sampler, last, state.outputs, state.active,
+            last[:, None], [0] * len(prompts), None, None, [0] * (self.block + 1),
+        )  # fmt: skip
+        if drafts := max(masks - 1, 0):
+            offered = last.new_full((len(prompts),), drafts)
+            self._draft(started, hidden[:, 1:], offered, on_device([1] * len(prompts), last.device), meter)
+            started.offered = [drafts] * len(prompts)
+        return started
+
+    def step(self, state: DiffusionState, meter: Meter) -> Step:
+        model, contexts = self.model, state.cache.sizes
+        count = 1 + max(n for n, active in zip(state.offered, state.active, strict=True) if active)
+        ids, outcomes = state.ids[:, :count], self._outcomes(count, state.histogram)
+        rows = Rows.draft_and_verify(ids, state.cache.lengths, self.block, outcomes, self.mask_id)
+        out = meter.forward(
+            model,
+            "draft+verify" if outcomes else "decode" if count == 1 else "verify",
+            rows,
+            state.cache,
+            logits=torch.arange(count, device=ids.device).expand(len(ids), count),
+            capture=(model.config.layers,) if outcomes else (),
+            adapter=self.adapter,
+        )
+        logits = self._mixed(out, count, outcomes, contexts, meter) if self.mix is not None else out.logits
+        with meter.phase("accept"):
+            index = on_device([len(output) for output in state.outputs], ids.device)
+            verdict = self._verify(state, logits, ids, index)
+        if outcomes and self.block > 1:
+            offered, hidden = self._chosen(out.hidden[model.config.layers], verdict.counts, count, outcomes)
+            self._draft(state, hidden, offered, index + verdict.counts, meter, verdict.bonus)
+        else:
+            state.ids = verdict.bonus[:, None]
+        with meter.phase("accept"):
+            gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
+        with meter.phase("commit"):
+            drafted = tuple(n * active for n, active in zip(state.offered, state.active, strict=True))
+            counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
+            state.cache.extend(counts)
+            state.last = verdict.bonus
+            usable = _sources(count, self.block, outcomes, self.fallback)[1]
+            state.offered = [usable[row[0]] for row in gained]
+            for kept in filter(None, counts):
+                state.histogram[kept] += 1
+        return Step(
+            tokens=[row[1 : 1 + kept] for row, kept in zip(gained, counts, strict=True)],
+            drafted=drafted,
+            accepted=tuple(max(kept - 1, 0) for kept in counts),
+            covered=tuple(row[0] in outcomes for row in gained) if self.proposals else (),
+        )
+
+    def _outcomes(self, count: int, histogram: Sequence[int]) -> tuple[int, ...]:
+        """The outcomes of a chain of `count` rows that get a block, ascending."""
+        kept, wanted = range(1, count + 1), min(self.proposals, count)
+        if wanted == count:
+            return tuple(kept)
+        if self.choose == "uniform":
+            return tuple(sorted({1 + (2 * i + 1) * count // (2 * wanted) for i in range(wanted)}))
+        if self.choose == "most_likely":
+            kept = sorted(kept, key=lambda r: (-histogram[r], r))  # type: ignore[assignment]
+        return tuple(sorted(kept[:wanted]))
+
+    def _verify(self, state: DiffusionState, logits: Tensor, ids: Tensor, index: Tensor) -> Verdict:
+        count = ids.shape[1]
+        trusted = None if self.trust is None or state.confidence is None else state.confidence >= self.trust
+        return verify_chain(
+            logits,
+            ids[:, 1:],
+            state.sampler,
+            index,
+            None if state.probs is None else state.probs[:, : count - 1],
+            self.synthetic,
+            on_device(state.offered, ids.device),
+            None if trusted is None else trusted[:, : count - 1],
+        )
+
+    def _chosen(self, hidden: Tensor, counts: Tensor, drafts: int, outcomes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Drafts offered [B], and hidden states [B, block - 1, D] of the masks behind them, after outcomes `counts`."""
+        starts, usable = _sources(drafts, self.block, outcomes, self.fallback)
+        table = torch.tensor([starts, usable]).to(hidden.device, non_blocking=True)
+        start, offered = table[0][counts], table[1][counts]
+        places = start[:, None] + torch.arange(self.block - 1, device=hidden.device)
+        places = places.clamp(max=hidden.shape[1] - 1)
+        return offered, hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]
+
+    def _draft(
+        self,
+        state: DiffusionState,
+        hidden: Tensor,
+        offered: Tensor,
+        index: Tensor,
+        meter: Meter,
+        first: Tensor | None = None,
+    ) -> None:
+        """Turn hidden states [B, n, D] of masks into the next block; index [B] is the first draft's output position.
+        The head runs here, on the chosen rows alone."""
+        logits = self._predicted(hidden, state.cache.sizes, index, meter)
+        with meter.phase("accept"):
+            real = torch.arange(hidden.shape[1], device=hidden.device) < offered[:, None]
+            state.probs = state.confidence = None
+            if self.draft_sampling and not state.sampler.sampling.greedy:
+                probs = probabilities(logits, state.sampler.sampling)
+                positions = index[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
+                drafts = draw(probs, state.sampler.uniforms(positions, Purpose.DRAFT))
+                state.probs = probs * real[..., None]
+            else:
+                drafts = logits.argmax(-1)
+            if self.trust is not None:
+                state.confidence = logits.softmax(-1).gather(2, drafts[..., None]).squeeze(2)
+            state.ids = torch.cat([(state.last if first is None else first)[:, None], drafts], 1)
+
+    def _predicted(self, hidden: Tensor, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
+        """Logits [B, n, V] of masks with hidden states [B, n, D]; the first stands at output position index [B]."""
+        return run_head(self.model, hidden, contexts, meter)
+
+    def _mixed(self, out: Output, count: int, outcomes: tuple[int, ...], contexts: list[int], meter: Meter) -> Tensor:
+        """Own logits [B, count, V], mixed with the first mask's of the block that stands at the same place."""
+        if not outcomes or self.mix is None:
+            return out.logits
+        rows = torch.tensor([kept - 1 for kept in outcomes], device=out.logits.device)
+        firsts = count + self.block * torch.arange(len(outcomes), device=rows.device)
+        masks = run_head(self.model, out.hidden[self.model.config.layers][:, firsts], contexts, meter)
+        return out.logits.index_copy(1, rows, self.mix * out.logits[:, rows] + (1 - self.mix) * masks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sources(
+    drafts: int, block: int, outcomes: tuple[int, ...], fallback: Fallback
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """By rows kept, 0 to `drafts`: the row of the mask that predicts the token after t, and how many masks from there
+    on predict something (0: nothing was prepared)."""
+    starts, usable = [0] * (drafts + 1), [0] * (drafts + 1)
+    for kept in range(1, drafts + 1):
+        prepared = [r for r in outcomes if r == kept or (fallback == "nearest" and r < kept)]
+        if prepared:
+            ahead = kept - prepared[-1]  # masks of that block which stand on kept drafts
+            starts[kept] = drafts + (len([r for r in outcomes if r < prepared[-1]])) * block + ahead + 1
+            usable[kept] = max(block - 1 - ahead, 0)
+    return tuple(starts), tuple(usable)
+
+
+def prefill_and_draft(
+    model: Model,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    masks: int,
+    mask_id: int,
+    meter: Meter,
+    adapter: MaskAdapter | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Fill the cache with ragged prompts; the forward that ends a prompt carries a block of masks behind it.
+
+    Returns logits [B, V] after each prompt and the masks' hidden states [B, masks, D] (before the final norm).
+    """
+    layers = model.config.layers
+    logits = torch.empty(len(prompts), model.config.vocab, device=model.device)
+    hidden = torch.zeros(len(prompts), masks, model.config.width, device=model.device)
+    for chunk in chunks(prompts, model.device):
+        ending = [row for row, ends in enumerate(chunk.ends) if ends]
+        if masks and ending:
+            counts = on_device(chunk.counts, model.device)
+            rows = Rows.prompt_and_block(chunk.ids, cache.lengths, counts, masks, mask_id)
+        else:
+            rows = Rows.chain(chunk.ids, cache.lengths)
+        wanted = chunk.last if ending else chunk.last[:, :0]
+        capture = (layers,) if masks and ending else ()
+        out = meter.forward(model, "prefill", rows, cache, logits=wanted, capture=capture, adapter=adapter)
+        cache.extend(chunk.counts)
+        for row in ending:
+            logits[row] = out.logits[row, 0]
+            if masks:
+                hidden[row] = out.hidden[layers][row, -masks:]
+    return logits, hidden
+
+
+def run_head(model: Model, hidden: Tensor, contexts: list[int], meter: Meter) -> Tensor:
+    """Final norm and head on hidden states [B, n, D], recorded as a forward of the head alone -> logits [B, n, V]."""
+    start = meter.device.mark()
+    logits = model.logits(hidden)
+    wanted = hidden.shape[0] * hidden.shape[1]
+    meter.add_forward(
+        "draft",
+        hidden.shape[1],
+        contexts,
+        lambda: head_cost(model.config, wanted, model.dtype.itemsize),
+        start,
+        meter.device.mark(),
+        name="head",
+    )
+    return logits
