@@ -345,7 +345,7 @@ def _experts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) 
     axes.set(xlabel="rows in the forward, of all sequences", ylabel=f"distinct experts per layer, of {count}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
-    _legend_below(axes, min(_legend_columns(cells), 1 + len(_with_experts(results, cells))))
+    legend_below(axes, min(_legend_columns(cells), 1 + len(_with_experts(results, cells))))
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
     _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind, *_ in dots], rows, hit)
 
