@@ -294,6 +294,9 @@ def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
             if inside and not box.count_overlaps(taken):
                 break
+        else:  # no room: the table of forwards names it
+            text.remove()
+            continue
         text.set(position=(14 * side / pixels, -down / pixels), ha="left" if side > 0 else "right")
         taken.append(box)
 
@@ -722,7 +725,7 @@ def _step_parts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
         )  # fmt: skip
     _engine_rows(axes, theme, shown, [_break_even_words(results, cell) for cell in shown])
     axes.set(xlabel="milliseconds per decode step, mean")
-    legend_below(axes, len(parts))
+    legend_below(axes, min(3, len(parts)))
 
 
 def _break_even_words(results: Results, cell: Cell) -> str:
