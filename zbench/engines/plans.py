@@ -138,7 +138,8 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     if not proposals:
         return autoregressive(options, target)
     asked, notes = options["synthetic"], []
-    outcomes = prepared(block, proposals, options["outcomes"], parse(asked, max(block - 1, 1)) if asked else None)
+    chances = parse(asked, max(block - 1, 1)).chances if asked else ()
+    outcomes = prepared(block, proposals, options["outcomes"], chances)
     if asked and "length" in asked and proposals < block:
         notes.append("a mean length is drawn with the least variance, so few outcomes cover every step")
     if options["adapter"]:
@@ -151,15 +152,16 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     return Plan(tuple(forwards), block - 1, outcomes, tuple(notes))
 
 
-def prepared(block: int, proposals: int, choose: str = "prefix", found: Synthetic | None = None) -> tuple[int, ...]:
-    """The outcomes of a block, 1 to `block`, that get one of `proposals` blocks of masks, ascending.
+def prepared(drafts: int, proposals: int, choose: str = "prefix", likelihood: Sequence[float] = ()) -> tuple[int, ...]:
+    """The outcomes of a chain of `drafts` rows, 1 to `drafts`, that get one of `proposals` blocks of masks, ascending.
 
-    most_likely needs an acceptance to tell them by; without one they are the shortest, which costs as much.
+    `likelihood` of each in any unit, for most_likely; without it they are the shortest, and so they are among equals.
     """
+    proposals = min(proposals, drafts)
     if choose == "uniform":
-        return tuple(sorted({1 + (2 * i + 1) * block // (2 * proposals) for i in range(proposals)}))
-    chances = found.chances if found and choose == "most_likely" else ()
-    ranked = sorted(range(1, block + 1), key=lambda kept: (-chances[kept - 1] if chances else 0, kept))
+        return tuple(sorted({1 + (2 * i + 1) * drafts // (2 * proposals) for i in range(proposals)}))
+    known = likelihood if choose == "most_likely" else ()
+    ranked = sorted(range(1, drafts + 1), key=lambda kept: (-known[kept - 1] if known else 0, kept))
     return tuple(sorted(ranked[:proposals]))
 
 
