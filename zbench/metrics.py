@@ -781,7 +781,7 @@ def _canvases(cell: Cell) -> pd.DataFrame:
                 positions = steps * block
             else:
                 finished = steps = len(live)
-                drafts = {i: 1 + max(trial.steps[i].drafted) for i in live}
+                drafts = {i: 1 + max(trial.steps[i].drafted, default=0) for i in live}
                 positions = block + sum(masked[i] - drafts[i] for i in live if i in masked)
             rows.append((trial.group, steps, finished, positions, sum(gained[i] for i in live)))
     return pd.DataFrame(rows, columns=["group", "steps", "finished", "positions", "committed"])

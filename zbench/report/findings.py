@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from zbench.metrics import (
 from zbench.records import CellRecord
 from zbench.stats import FEW
 
+UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
 
@@ -116,11 +117,27 @@ def warnings(results: Results) -> list[str]:
     found += _untrained(run)
     found += [speculation(cell, results) for cell in run.cells if net_negative(cell, results)]
     labels = {cell.record.id: name(cell) for cell in run.cells}
-    wrong = (row for row in results.rows if row.status == "error" and row.metric != "failed_trials")
-    found += [f"{labels[row.cell]}{_of_part(row)}: {row.note}." for row in wrong]
+    wrong = [row for row in results.rows if row.status == "error" and row.metric != "failed_trials"]
+    found += _over_roofs([row for row in wrong if row.metric in UTILISATION], labels)
+    found += [f"{labels[row.cell]}: {row.note}." for row in wrong if row.metric not in UTILISATION]
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
     found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
     return list(dict.fromkeys(found))
+
+
+def _over_roofs(rows: Sequence[MetricRow], labels: Mapping[str, str]) -> list[str]:
+    """One sentence for each roof that forwards surpass, however many they are."""
+    found = []
+    for metric in UTILISATION:
+        if mine := [row for row in rows if row.metric == metric]:
+            worst = max(mine, key=lambda row: float(row.value or 0))
+            kinds = "kind of forward is" if len(mine) == 2 else "kinds of forward are"
+            others = f", and {len(mine) - 1} other {kinds} over it too" if len(mine) > 1 else ""
+            again = "; measure the roofs again on an idle machine (zbench roofs --refresh)"
+            found.append(
+                f"{labels[worst.cell]}, {worst.part}: {worst.note}{others}{'' if 'spec' in metric else again}."
+            )
+    return found
 
 
 def name(cell: Cell) -> str:
@@ -334,10 +351,6 @@ def _lossy(cell: Cell, results: Results) -> str:
 def _at(cell: Cell) -> str:
     label = point_label(cell.record)
     return f" at {label}" if label else " here"
-
-
-def _of_part(row: MetricRow) -> str:
-    return f", {row.part}" if row.metric in {"mbu", "mfu", "mbu_spec", "mfu_spec"} else ""
 
 
 def _listed(words: Iterable[str]) -> str:
