@@ -46,7 +46,7 @@ Fallback = Literal["nearest", "redraft"]
 class DiffusionState(State):
     ids: Tensor  # [B, m] the next block: the last committed token, then drafts, of which `offered` are real
     offered: list[int]  # drafts per sequence
-    probs: Tensor | None  # [B, m - 1, V] the distribution that the drafts were drawn from; zero where none is offered
+    probs: Tensor | None  # [B, m - 1, V] the distribution that the drafts were drawn from
     confidence: Tensor | None  # [B, m - 1] what the drafter gave them, where a sampler asks
     histogram: list[int]  # [block + 1] steps by rows kept, over the sequences of this decode so far
 
@@ -102,10 +102,9 @@ class Diffusion:
             state.cache, state.sampler, last, state.outputs, state.active,
             last[:, None], [0] * len(prompts), None, None, [0] * (self.block + 1),
         )  # fmt: skip
-        if drafts := max(masks - 1, 0):
-            offered = last.new_full((len(prompts),), drafts)
-            self._draft(started, hidden[:, 1:], offered, on_device([1] * len(prompts), last.device), meter)
-            started.offered = [drafts] * len(prompts)
+        if masks > 1:
+            self._draft(started, hidden[:, 1:], torch.ones_like(last), meter)
+            started.offered = [masks - 1] * len(prompts)
         return started
 
     def step(self, state: DiffusionState, meter: Meter) -> Step:
@@ -126,18 +125,18 @@ class Diffusion:
         with meter.phase("accept"):
             index = on_device([len(output) for output in state.outputs], ids.device)
             verdict = self._verify(state, logits, ids, index)
+        state.last = verdict.bonus
         if outcomes and self.block > 1:
-            offered, hidden = self._chosen(out.hidden[model.config.layers], verdict.counts, count, outcomes)
-            self._draft(state, hidden, offered, index + verdict.counts, meter, verdict.bonus)
+            hidden = self._chosen(out.hidden[model.config.layers], verdict.counts, count, outcomes)
+            self._draft(state, hidden, index + verdict.counts, meter)
         else:
-            state.ids = verdict.bonus[:, None]
+            state.ids = state.last[:, None]
         with meter.phase("accept"):
             gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
         with meter.phase("commit"):
             drafted = tuple(n * active for n, active in zip(state.offered, state.active, strict=True))
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             state.cache.extend(counts)
-            state.last = verdict.bonus
             usable = _sources(count, self.block, outcomes, self.fallback)[1]
             state.offered = [usable[row[0]] for row in gained]
             for kept in filter(None, counts):
@@ -163,40 +162,30 @@ class Diffusion:
             None if trusted is None else trusted[:, : count - 1],
         )
 
-    def _chosen(self, hidden: Tensor, counts: Tensor, drafts: int, outcomes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Drafts offered [B], and hidden states [B, block - 1, D] of the masks behind them, after outcomes `counts`."""
-        starts, usable = _sources(drafts, self.block, outcomes, self.fallback)
-        table = torch.tensor([starts, usable]).to(hidden.device, non_blocking=True)
-        start, offered = table[0][counts], table[1][counts]
+    def _chosen(self, hidden: Tensor, counts: Tensor, drafts: int, outcomes: tuple[int, ...]) -> Tensor:
+        """Hidden states [B, block - 1, D] of the masks that predict the next drafts after outcomes `counts` [B]."""
+        starts, _ = _sources(drafts, self.block, outcomes, self.fallback)
+        start = on_device(starts, hidden.device)[counts]
         places = start[:, None] + torch.arange(self.block - 1, device=hidden.device)
         places = places.clamp(max=hidden.shape[1] - 1)
-        return offered, hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]
+        return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]
 
-    def _draft(
-        self,
-        state: DiffusionState,
-        hidden: Tensor,
-        offered: Tensor,
-        index: Tensor,
-        meter: Meter,
-        first: Tensor | None = None,
-    ) -> None:
-        """Turn hidden states [B, n, D] of masks into the next block; index [B] is the first draft's output position.
-        The head runs here, on the chosen rows alone."""
+    def _draft(self, state: DiffusionState, hidden: Tensor, index: Tensor, meter: Meter) -> None:
+        """The next block: the last token, and what masks with hidden states [B, n, D] predict after it, the first at
+        output position index [B]. The head runs here, on the chosen rows alone."""
         logits = self._predicted(hidden, state.cache.sizes, index, meter)
         with meter.phase("accept"):
-            real = torch.arange(hidden.shape[1], device=hidden.device) < offered[:, None]
             state.probs = state.confidence = None
             if self.draft_sampling and not state.sampler.sampling.greedy:
                 probs = probabilities(logits, state.sampler.sampling)
                 positions = index[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
                 drafts = draw(probs, state.sampler.uniforms(positions, Purpose.DRAFT))
-                state.probs = probs * real[..., None]
+                state.probs = probs
             else:
                 drafts = logits.argmax(-1)
             if self.trust is not None:
                 state.confidence = logits.softmax(-1).gather(2, drafts[..., None]).squeeze(2)
-            state.ids = torch.cat([(state.last if first is None else first)[:, None], drafts], 1)
+            state.ids = torch.cat([state.last[:, None], drafts], 1)
 
     def _predicted(self, hidden: Tensor, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
         """Logits [B, n, V] of masks with hidden states [B, n, D]; the first stands at output position index [B]."""
