@@ -8,6 +8,7 @@ stored in `extra_info`. Nothing here asserts a duration.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -68,6 +69,38 @@ def test_autoregressive_against_transformers_generate(benchmark: Any, shared: Sh
     times = alternate({"ours": decode(ours), "transformers": decode(peer)}, ROUNDS)
     report(benchmark, f"decode {TOKENS} tokens ({ours.kernels['forward']})", times, "ours", "transformers", TOKENS)
     benchmark.pedantic(decode(ours), rounds=ROUNDS)
+
+
+def test_autoregressive_against_llama_cpp(benchmark: Any, shared: Shared, prompt: list[int]) -> None:
+    """ZBENCH_LLAMA_GGUF names a bfloat16 GGUF of the same weights; llama-cpp-python is built on this machine."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    if not (file := os.environ.get("ZBENCH_LLAMA_GGUF")):
+        pytest.skip("ZBENCH_LLAMA_GGUF is not set")
+    threads = torch.get_num_threads()
+    peer = llama_cpp.Llama(file, n_ctx=256, n_threads=threads, n_threads_batch=threads, verbose=False)
+    engine = Autoregressive(shared.target("auto"))
+
+    def ours() -> float:
+        meter = Meter(shared.device)
+        engine.generate([prompt], REQUEST, meter)
+        return sum(step.seconds for step in meter.records()[0][1:])
+
+    def theirs() -> float:
+        peer.reset()
+        peer.eval(prompt)
+        start = time.perf_counter()
+        for _ in range(TOKENS - 1):
+            peer.eval([peer.sample(temp=0.0)])
+        return time.perf_counter() - start
+
+    sides = {"ours": ours, "llama.cpp": theirs}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(2 * ROUNDS):  # decode alone, so each side times itself
+        for name in list(sides) if index % 2 == 0 else list(reversed(sides)):
+            times[name].append(sides[name]())
+    title = f"decode steps ({engine.kernels['forward']})"
+    report(benchmark, title, times, "ours", "llama.cpp", TOKENS - 1)
+    benchmark.pedantic(ours, rounds=ROUNDS)
 
 
 def test_native_forward_against_torch_forward(benchmark: Any, shared: Shared) -> None:
