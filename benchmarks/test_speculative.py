@@ -29,8 +29,8 @@ DRAFTER, ADAPTER = {"random": True}, {"random": True, "rank": 24}
 
 
 def tidar(block: int, proposals: int) -> dict[str, Any]:
-    options = {"adapter": ADAPTER, "block_size": block, "proposals": proposals, "outcomes": "prefix"}
-    return {"name": "diffusion", **options}
+    choice = {"outcomes": "prefix"} if proposals < block else {}
+    return {"name": "diffusion", "adapter": ADAPTER, "block_size": block, "proposals": proposals, **choice}
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

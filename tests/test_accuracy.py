@@ -16,6 +16,7 @@ from zbench.accuracy import correct
         ("It is -3.50", "#### -3.5", True),
         ("It is 3.", "#### -3", False),
         ("no number at all", "#### 4", False),
+        ("The range is 10-5", "#### 5", True),
         ("42", "    return True\n", None),
         ("42", "#### none", None),
         ("42", None, None),

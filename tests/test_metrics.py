@@ -578,10 +578,11 @@ def tidar(group: int, *gains: int, covered: Sequence[bool], rows: Sequence[int],
 def test_coverage_counts_the_steps_whose_outcome_had_a_block(measure: Any) -> None:
     trials = [
         tidar(0, 2, 1, covered=(True, False), rows=(12, 8), drafted=(3, 0)),
-        tidar(1, 3, 0, covered=(True, True), rows=(12, 12), drafted=(3, 3)),  # a sequence that had ended
+        tidar(1, 3, 1, covered=(True, False), rows=(12, 12), drafted=(3, 3)),
+        tidar(2, 3, 0, covered=(True, False), rows=(12, 12), drafted=(3, 3)),  # a sequence that had ended
     ]
     rows = measure(trials, (cell("d", "diffusion", options=DIFFUSION),))
-    assert rows["d", "proposal_coverage", ""].value == pytest.approx(2 / 3)
+    assert rows["d", "proposal_coverage", ""].value == pytest.approx(3 / 4)
     assert measure([trial()])["ar", "proposal_coverage", ""].note == "unavailable: the engine prepares no proposals"
 
 
@@ -603,6 +604,14 @@ def test_denoising_in_vllms_terms(measure: Any) -> None:
     assert rows["d", "diffusion_steps_per_canvas", ""].value == (3 + 1) / 2
     assert rows["d", "diffusion_committed_per_step", ""].value == 7 / 4
     assert rows["d", "diffusion_canvas_positions", ""].value == 4 * 4
+
+
+def test_denoising_one_place_at_a_time_finishes_a_canvas_with_every_token(measure: Any) -> None:
+    """The first canvas' only token came with the prompt: its keeping gains nothing. Then one denoising per canvas."""
+    made = tidar(0, 0, 0, 1, 0, 1, covered=(False,) * 5, rows=(1,) * 5, drafted=(0,) * 5)
+    options = {**DIFFUSION, "sampler": "denoise", "block_size": 1}
+    rows = measure([made], (cell("d", "diffusion", options=options),))
+    assert rows["d", "diffusion_steps_per_canvas", ""].value == 1
 
 
 @pytest.mark.parametrize("options", [{**DIFFUSION, "proposals": 0}, None])

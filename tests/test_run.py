@@ -287,3 +287,20 @@ def test_points_on_one_model_share_it_and_another_dtype_replaces_it(
     assert run.run(wanted(tmp_path, *matrix), tmp_path / "out", QUIET).failed == 0
     assert alive == ["torch.float32", "torch.bfloat16"]
     assert released == [1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "complaint"),
+    [
+        ("{name: diffusion, mask_id: 300}", "mask id 300 is not in the vocabulary of 300"),
+        ("{name: diffusion}", "this model has no mask token"),
+        ("{name: diffusion, adapter: {path: /nowhere/at/all}}", "adapter folder /nowhere/at/all does not exist"),
+        ("{name: dflash, drafter: {path: /nowhere/at/all}}", "drafter folder /nowhere/at/all does not exist"),
+    ],
+)
+def test_an_engine_that_does_not_fit_its_model_is_refused_before_anything_runs(
+    tmp_path: Path, engine: str, complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        run.run(wanted(tmp_path, text=SCENARIO.replace("reference", engine)), tmp_path / "out", QUIET)
+    assert not (tmp_path / "out").exists()

@@ -485,3 +485,29 @@ def test_the_schema_offers_engines_by_name_and_by_mapping():
 def test_scenarios_and_prompts_import_neither_torch_nor_transformers():
     code = "import sys, zbench.scenario, zbench.prompts; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("proposals: 34", "engines[1].proposals: expected 0 to 33 or all, found 34"),
+        ("proposals: most", "engines[1].proposals: expected 0 to 33 or all, found 'most'"),
+        ("beta: 0.5", "engines[1]: beta does nothing without sampler: logit_mix"),
+        ("threshold: 0.5", "engines[1]: threshold does nothing without"),
+        ("sampler: denoise, fallback: redraft", "engines[1]: sampler: denoise prepares no outcomes"),
+        ("proposals: 0, sampler: logit_mix", "engines[1]: proposals: 0 decodes autoregressively"),
+        ("proposals: 0, synthetic: {length: 1}", "engines[1]: proposals: 0 decodes autoregressively"),
+        ("outcomes: prefix", "engines[1]: outcomes do nothing where every outcome is prepared"),
+        ("block_size: 4, synthetic: {rates: [0.5]}", "engines[1]: synthetic rates: give 3 numbers"),
+        ("block_size: 4, synthetic: {length: 9}", "engines[1]: synthetic length counts the bonus"),
+        ('block_size: 4, synthetic: {histogram: {"9": 2}}', "engines[1]: synthetic histogram: accepted drafts go"),
+        ("draft_sampling: true, sampler: trust_diffusion", "engines[1]: draft_sampling is for sampler: lossless"),
+        ("adaptor: {random: true}", "unknown key 'adaptor' in engines[1]; did you mean 'adapter'?"),
+    ],
+)
+def test_a_diffusion_setting_that_cannot_be_is_said_in_one_line(folder, options, said):
+    told = complaint(
+        folder, TEXT.replace("- name: reference\n    assisted: prompt_lookup", f"- {{name: diffusion, {options}}}")
+    )
+    assert told.startswith(f"s.yaml:5: {said}")
+    assert "\n" not in told

@@ -418,16 +418,17 @@ def conditional_at(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "proposal_coverage",
     "1",
-    "decode steps whose outcome had a block of masks prepared for it / decode steps, of sequences that still ran",
+    "decode steps with a whole block of drafts whose outcome had a block of masks prepared for it / all such steps",
     "higher",
 )
 def proposal_coverage(cell: Cell) -> Estimate:
+    whole = cell.record.options.get("block_size", 0) - 1
     found = [
         (covered, trial.group)
         for trial in cell.trials
         for step in trial.steps[1:]
-        for covered, gained in zip(step.covered, step.committed, strict=False)
-        if gained
+        for covered, gained, drafts in zip(step.covered, step.committed, step.drafted, strict=False)
+        if gained and drafts == whole
     ]
     if not found:
         raise Unavailable("the engine prepares no proposals")
@@ -775,8 +776,10 @@ def _canvases(cell: Cell) -> pd.DataFrame:
         for index in range(len(trial.requests)):
             gained = [step.committed[index] for step in trial.steps]
             live = range(1, max((i for i, n in enumerate(gained) if n), default=0) + 1)
+            if not live:
+                continue
             if denoises:  # the prompt's own forward is a denoising step of the first canvas
-                finished = sum(gained[i] > 0 for i in live)
+                finished = -(-sum(gained) // block)  # a canvas covers `block` places of the output
                 steps = 1 + len(live) - finished
                 positions = steps * block
             else:

@@ -31,7 +31,7 @@ class ForwardRecord:
     """
 
     step: int  # index of the step it belongs to; step 0 is the prefill
-    model: str  # "target" or "drafter"
+    model: str  # "target", "drafter", or "head" where the target's head runs on its own
     role: Role
     rows: int
     batch: int
@@ -50,8 +50,9 @@ class StepRecord:
 
     `seconds` is the wall time of the whole step; what forwards, accept and commit leave over is the host gap.
     `committed` counts the tokens each sequence gained (0 for a sequence that had finished);
-    `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded), `covered`
-    whether the next draft had been prepared for just that outcome (engines that draft and verify in one forward).
+    `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded), `prepared`
+    the outcomes (rows kept) that next drafts were prepared for, `covered` whether each sequence's was among them
+    (engines that draft and verify in one forward).
     """
 
     seconds: float
@@ -61,6 +62,7 @@ class StepRecord:
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     covered: tuple[bool, ...] = ()
+    prepared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

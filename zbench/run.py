@@ -111,6 +111,8 @@ def prepare(wanted: scenario.Scenario, say: Callable[[str], None], allow_pickle:
             shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle)
             models[key] = (shared, loading.load_tokenizer(loaded))
         shared, tokenizer = models[key]
+        for cell in cells:
+            engines.check(cell.engine, cell.options, shared.model.config)
         chosen = prompts.load(at.prompts)
         encoded = prompts.encode(chosen, tokenizer, at.context)
         longest = max(len(ids) for ids in encoded) + at.output_tokens

@@ -31,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from zbench.engines import synthetic
 from zbench.errors import UserError
 from zbench.models import families
 from zbench.records import CellRecord
@@ -254,6 +255,21 @@ _Adapter = Annotated[
 ]
 
 
+def _proposals(value: int | str) -> int | str:
+    if value != "all" and not (isinstance(value, int) and 0 <= value <= 33):
+        raise ValueError(f"expected 0 to 33 or all, found {_found(value)}")
+    return value
+
+
+def _acceptance(asked: BaseModel | None, drafts: int) -> None:
+    """Raises ValueError unless synthetic acceptance can be drawn for so many drafts."""
+    if asked is not None:
+        try:
+            synthetic.parse(asked.model_dump(), drafts)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+
 class DiffusionSpec(EngineSpec):
     """Block diffusion: one model drafts and verifies in one forward (TiDAR), or denoises block after block."""
 
@@ -261,7 +277,7 @@ class DiffusionSpec(EngineSpec):
     block_size: Annotated[int, Field(ge=1, le=32)] = Field(
         8, description="Tokens per block; the first is known, so block_size - 1 are drafted."
     )
-    proposals: Annotated[int, Field(ge=0, le=33)] | Literal["all"] = Field(
+    proposals: Annotated[int | str, AfterValidator(_proposals)] = Field(
         "all",
         description="Masked blocks per forward, each prepared for one number of kept drafts; all or a number of at"
         " least block_size prepares every outcome, 0 decodes autoregressively.",
@@ -283,7 +299,9 @@ class DiffusionSpec(EngineSpec):
         " block over several forwards, by threshold, and verifies nothing. All but lossless change the output.",
     )
     beta: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="logit_mix: share of the model's own logits; 1 is lossless. null is 0.5."
+        None,
+        description="logit_mix: share of the model's own logits wherever a block stands at the same place, 1 elsewhere;"
+        " 1 everywhere is lossless. null is 0.5.",
     )
     threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="trust_diffusion, denoise: probability from which a token is taken. null is 0.9."
@@ -317,10 +335,18 @@ class DiffusionSpec(EngineSpec):
             raise ValueError("threshold does nothing without sampler: trust_diffusion or denoise")
         if self.sampler != "lossless" and self.synthetic is not None:
             raise ValueError("synthetic acceptance verifies nothing, so it takes no sampler")
-        if self.sampler == "denoise" and (self.draft_sampling or self.model_fields_set & {"proposals", "outcomes"}):
-            raise ValueError("sampler: denoise prepares no outcomes; leave out proposals, outcomes and draft_sampling")
+        choosing = self.model_fields_set & {"outcomes", "fallback"}
+        if self.sampler == "denoise" and (self.draft_sampling or choosing or "proposals" in self.model_fields_set):
+            raise ValueError(
+                "sampler: denoise prepares no outcomes; leave out proposals, outcomes, fallback and draft_sampling"
+            )
+        if self.proposals == 0 and (self.synthetic or self.sampler != "lossless" or self.draft_sampling or choosing):
+            raise ValueError("proposals: 0 decodes autoregressively and takes no option of drafting or verifying")
+        if choosing and (self.proposals == "all" or int(self.proposals) >= self.block_size):
+            raise ValueError(f"{' and '.join(sorted(choosing))} do nothing where every outcome is prepared")
         if self.draft_sampling and self.sampler != "lossless":
             raise ValueError("draft_sampling is for sampler: lossless")
+        _acceptance(self.synthetic, max(self.block_size - 1, 1))
         return self
 
 

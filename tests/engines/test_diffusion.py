@@ -208,6 +208,16 @@ def test_the_likeliest_outcomes_are_those_this_decode_met_most_often() -> None:
         assert all(covered[4:])
 
 
+def test_an_outcome_that_is_never_prepared_at_first_is_learnt_from_the_steps_that_show_it() -> None:
+    """Steps with few drafts keep few rows whatever the model would accept: they must not teach that few are kept."""
+    model, ids, request = runtime("smollm", "auto"), prompts(6), Request(60, GREEDY, (0,))
+    outputs = decode(Autoregressive(model), ids, request).outputs
+    for fallback in ("nearest", "redraft"):
+        engine = Scripted(model, outputs, right, block=4, proposals=1, fallback=fallback)
+        _, steps, _ = metered(engine, ids, request)
+        assert all(step.committed == (4,) and step.prepared == (4,) for step in steps[4:-1])
+
+
 @given(block=st.integers(1, 32), data=st.data())
 def test_sources_point_at_the_mask_that_stands_after_the_next_token(block: int, data: Any) -> None:
     drafts = data.draw(st.integers(1, block))
@@ -265,7 +275,7 @@ def test_logit_mix_of_nothing_but_masks_emits_what_the_first_mask_of_each_block_
     model, ids = runtime("smollm", "auto"), prompts(6)[0]
     found, _, _ = metered(Diffusion(model, MASK, 3, mix=0.0), [ids], Request(10, GREEDY, (0,)))
     committed = [*ids, *found[0]]
-    for place in range(len(ids) + 1, len(committed)):
+    for place in range(len(ids), len(committed)):
         cache = model.new_cache(1, 64)
         model.forward(Rows.chain(torch.tensor([committed[:place]]), cache.lengths), cache)
         cache.extend([place])

@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "diffusion": {"block_size": 4, "synthetic": {"length": 2.5}},
     "diffusion, two outcomes": {"block_size": 4, "proposals": 2, "outcomes": "uniform", "synthetic": {"length": 4}},
     "diffusion, few rows": {"block_size": 3, "proposals": 1, "outcomes": "prefix", "synthetic": {"length": 1}},
-    "diffusion, none": {"block_size": 4, "proposals": 0, "synthetic": {"length": 2.5}},
+    "diffusion, none": {"block_size": 4, "proposals": 0},
     "diffusion, mixed": {"block_size": 4, "sampler": "logit_mix", "mask_id": 9},
 }
 

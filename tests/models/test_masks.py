@@ -24,11 +24,14 @@ def tokens(count: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["smollm", "qwen3"])
+@pytest.mark.parametrize("family", ["smollm", "qwen3", "zaya"])
 def test_a_changed_row_changes_the_rows_that_see_it_and_no_other_by_a_bit(
     family: str, dtype: torch.dtype, execution: str
 ) -> None:
-    model, outcomes = runtime(family, execution, dtype), (1, 3, 4)
+    if (family, execution) == ("zaya", "torch"):
+        pytest.skip("torch rounds grouped products by what else is in them")
+    # ZAYA has no native decoder of its own: "auto" runs its products on the native kernel.
+    model, outcomes = runtime(family, "auto" if family == "zaya" else execution, dtype), (1, 3, 4)
     prefix, drafts = tokens(PREFIX, 1), tokens(DRAFTS, 2)
 
     def logits(changed: int | None) -> tuple[Tensor, Rows]:

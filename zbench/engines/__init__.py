@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from zbench.engines.base import Engine
     from zbench.hardware.device import Device
+    from zbench.models.families import AnyConfig
     from zbench.models.loading import LoadedModel
     from zbench.models.model import Model
 
@@ -107,25 +108,18 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.engines import synthetic
     from zbench.engines.denoise import Denoise
     from zbench.engines.diffusion import Diffusion
-    from zbench.errors import UserError
     from zbench.models import adapter as adapters
     from zbench.models.config import ModelConfig
 
     target, chosen, block = shared.target("auto"), options["adapter"], options["block_size"]
     config, drawn, adapter = target.config, options["synthetic"], None
-    if chosen:
-        if not isinstance(config, ModelConfig):
-            raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")
+    if chosen and isinstance(config, ModelConfig):
         if chosen.get("random"):
             checkpoint = adapters.random_adapter(config, chosen["seed"], chosen["rank"], block, shared.dtype)
         else:
             checkpoint = adapters.load_adapter(_drafter_folder(chosen), config)
         adapter = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device)
-    mask_id = options["mask_id"] if options["mask_id"] is not None else config.mask_id
-    if mask_id is None:
-        if not (chosen or drawn):
-            raise UserError("diffusion: this model has no mask token; give mask_id or an adapter")
-        mask_id = config.vocab - 1  # never embedded with an adapter, and of no account with synthetic acceptance
+    mask_id = _mask_id(options, config)
     threshold = 0.9 if options["threshold"] is None else options["threshold"]
     engine: Engine
     if options["sampler"] == "denoise":
@@ -144,9 +138,39 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
             draft_sampling=options["draft_sampling"],
             synthetic=synthetic.parse(drawn, max(block - 1, 1)) if drawn else None,
         )
-    if chosen:
+    if adapter is not None:
         engine.kernels["mask_adapter"] = checkpoint.hash or checkpoint.source
     return engine
+
+
+def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
+    """What can be said of an engine's options once the model's shape is known. Raises UserError before anything is
+    loaded or measured."""
+    from zbench.errors import UserError
+    from zbench.models.config import ModelConfig
+
+    for option in ("drafter", "adapter"):
+        chosen = options.get(option) or {}
+        if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
+            raise UserError(f"{name}: {option} folder {chosen['path']} does not exist")
+    if name == "diffusion":
+        if options["adapter"] and not isinstance(config, ModelConfig):
+            raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")
+        _mask_id(options, config)
+
+
+def _mask_id(options: dict[str, Any], config: AnyConfig) -> int:
+    """The token that a diffusion engine feeds as a mask. Raises UserError where there is none."""
+    from zbench.errors import UserError
+
+    if (given := options["mask_id"]) is not None and given >= config.vocab:
+        raise UserError(f"diffusion: mask id {given} is not in the vocabulary of {config.vocab}")
+    known = config.mask_id if given is None else given
+    if known is not None:
+        return known
+    if options["adapter"] or options["synthetic"] or options["proposals"] == 0:
+        return config.vocab - 1  # not embedded with an adapter, of no account with synthetic acceptance, or never fed
+    raise UserError("diffusion: this model has no mask token; give mask_id or an adapter")
 
 
 def _drafter_folder(chosen: dict[str, Any]) -> Path:

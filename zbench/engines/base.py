@@ -56,12 +56,14 @@ class State:
 @dataclass(frozen=True, slots=True)
 class Step:
     """Tokens gained per sequence, in order; `drafted` and `accepted` count draft tokens where an engine drafts.
-    `covered` says whether the next draft had been prepared for just this outcome, where an engine prepares any."""
+    `prepared` lists the outcomes (rows kept) that the next drafts were prepared for, and `covered` says whether each
+    sequence's was among them, where an engine prepares any."""
 
     tokens: list[list[int]]
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     covered: tuple[bool, ...] = ()
+    prepared: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -111,7 +113,7 @@ def generate(engine: Stepper[S], prompts: Sequence[Sequence[int]], request: Requ
             # Drafts beyond EOS or the limit do not count as accepted; the token that ends the output counts as the
             # bonus, so that accepted + 1 is what a step gained, always.
             accepted = tuple(max(min(a, count - 1), 0) for a, count in zip(step.accepted, counts, strict=False))
-            meter.gained(counts, step.drafted, accepted, step.covered)
+            meter.gained(counts, step.drafted, accepted, step.covered, step.prepared)
     return Generated(state.outputs, finish)
 
 
@@ -207,6 +209,7 @@ class _Step:
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     covered: tuple[bool, ...] = ()
+    prepared: tuple[int, ...] = ()
 
 
 class Meter:
@@ -241,9 +244,11 @@ class Meter:
         drafted: tuple[int, ...] = (),
         accepted: tuple[int, ...] = (),
         covered: tuple[bool, ...] = (),
+        prepared: tuple[int, ...] = (),
     ) -> None:
         step = self._steps[-1]
-        step.committed, step.drafted, step.accepted, step.covered = committed, drafted, accepted, covered
+        step.committed, step.drafted, step.accepted = committed, drafted, accepted
+        step.covered, step.prepared = covered, prepared
 
     def forward(
         self,
@@ -267,7 +272,7 @@ class Meter:
         wanted, routed = out.logits.shape[0] * out.logits.shape[1], out.routed
 
         def cost() -> Cost:
-            pairs = None if rows.causal else int(rows.visible[0].sum())
+            pairs = None if rows.causal else int(rows.visible.sum()) / len(rows.ids)
             seen = None if routed is None else routing(routed)
             bare = model.cost(rows.ids.shape[1], contexts, wanted, pairs, seen)
             if adapter is None or rows.masks is None:
@@ -305,6 +310,7 @@ class Meter:
                 drafted=s.drafted,
                 accepted=s.accepted,
                 covered=s.covered,
+                prepared=s.prepared,
             )
             for s in self._steps
         )

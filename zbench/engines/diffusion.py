@@ -49,7 +49,7 @@ class DiffusionState(State):
     offered: list[int]  # drafts per sequence
     probs: Tensor | None  # [B, m - 1, V] the distribution that the drafts were drawn from
     confidence: Tensor | None  # [B, m - 1] what the drafter gave them, where a sampler asks
-    histogram: list[int]  # [block + 1] steps by rows kept, over the sequences of this decode so far
+    histogram: list[int]  # [block + 1] steps with a whole block of drafts by rows kept, of this decode so far
 
 
 class Diffusion:
@@ -97,6 +97,9 @@ class Diffusion:
         state = new_state(self.model, prompts, request, headroom=(2 + self.proposals) * self.block)
         masks = self.block if self.proposals else 0
         logits, hidden = prefill_and_draft(self.model, state.cache, prompts, masks, self.mask_id, meter, self.adapter)
+        if self.mix is not None and masks:
+            theirs = run_head(self.model, hidden[:, :1], state.cache.sizes, meter)[:, 0]
+            logits = self.mix * logits + (1 - self.mix) * theirs
         with meter.phase("accept"):
             last = state.sampler.pick(logits, [0] * len(prompts))
         started = DiffusionState(
@@ -145,13 +148,15 @@ class Diffusion:
             state.cache.extend(counts)
             usable = _sources(count, self.block, outcomes, self.fallback)[1]
             state.offered = [usable[row[0]] for row in gained]
-            for kept in filter(None, counts):
-                state.histogram[kept] += 1
+            for kept, offered in zip(counts, drafted, strict=True):
+                if kept and offered == self.block - 1:  # fewer drafts would have cut the outcome short
+                    state.histogram[kept] += 1
         return Step(
             tokens=[row[1 : 1 + kept] for row, kept in zip(gained, counts, strict=True)],
             drafted=drafted,
             accepted=tuple(max(kept - 1, 0) for kept in counts),
             covered=tuple(row[0] in outcomes for row in gained) if self.proposals else (),
+            prepared=outcomes,
         )
 
     def _verify(self, state: DiffusionState, logits: Tensor, ids: Tensor, index: Tensor) -> Verdict:

@@ -182,7 +182,8 @@ class MaskAdapter:
         return cpu.Adapter(self, self.dtype)
 
     def added(self, cost: Cost, mask_rows: int) -> Cost:
-        """What a forward costs with this adapter on `mask_rows` of its rows."""
+        """What a forward costs at least with this adapter on `mask_rows` of its rows; runtimes also multiply the zeros
+        of fused projections, and the native one all rows."""
         flops = 2.0 * mask_rows * self._low_rank
         read = (self._low_rank + self.mask_embedding.numel()) * self.dtype.itemsize
         return replace(cost, flops=cost.flops + flops, weight_bytes=cost.weight_bytes + read)

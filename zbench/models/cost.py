@@ -56,14 +56,14 @@ def forward_cost(
     contexts: Sequence[int],
     wanted: int,
     itemsize: int,
-    pairs: int | None = None,
+    pairs: float | None = None,
     routing: Routing | None = None,
 ) -> Cost:
     """Cost of a forward of `rows` rows for each of len(contexts) sequences with that many committed tokens.
 
     `wanted` rows over the whole batch ask for logits. `pairs` counts the (row, visible new row) pairs of one
-    sequence; None is the causal triangle rows (rows + 1) / 2. `routing` is what the routers of a mixture of experts
-    did; None predicts it: `expected_experts` under uniform routing, and no row that skips.
+    sequence, on average; None is the causal triangle rows (rows + 1) / 2. `routing` is what the routers of a mixture
+    of experts did; None predicts it: `expected_experts` under uniform routing, and no row that skips.
 
     Per layer, with R = rows and C = context: qkv 2 R D (q + 2 kv) d, scores and values 4 q d (R C + pairs), output
     2 R q d D, gated MLP 6 R D F; then the head 2 wanted D V. ZAYA's layers have further, with z = (q + kv) d channels,
@@ -103,7 +103,7 @@ def _zaya_cost(
     contexts: Sequence[int],
     wanted: int,
     itemsize: int,
-    pairs: int | None,
+    pairs: float | None,
     routing: Routing | None,
 ) -> Cost:
     c = config

@@ -46,7 +46,7 @@ class Model(Protocol):
         rows: int,
         contexts: Sequence[int],
         wanted: int,
-        pairs: int | None = None,
+        pairs: float | None = None,
         routing: Routing | None = None,
     ) -> Cost:
         """What a forward of `rows` rows per sequence after prefixes `contexts` costs; see `cost.forward_cost`."""

@@ -147,7 +147,7 @@ class Transformer:
         rows: int,
         contexts: Sequence[int],
         wanted: int,
-        pairs: int | None = None,
+        pairs: float | None = None,
         routing: Routing | None = None,
     ) -> Cost:
         """See `Model.cost`; a dense model has no routing."""

@@ -134,7 +134,8 @@ class Router:
 
 
 class Experts:
-    """The gated MLPs of one layer, of which each row is computed by one. A row's sums do not depend on other rows."""
+    """The gated MLPs of one layer, of which each row is computed by one. On the native kernel a
+    row's sums do not depend on other rows; torch's grouped products may round them otherwise."""
 
     def __init__(self, gate_up: Tensor, down: Tensor, native: bool) -> None:
         """gate_up [E, 2 F, D], down [E, D, F]."""
@@ -281,7 +282,7 @@ class Zaya:
         rows: int,
         contexts: Sequence[int],
         wanted: int,
-        pairs: int | None = None,
+        pairs: float | None = None,
         routing: Routing | None = None,
     ) -> Cost:
         """See `Model.cost`."""
