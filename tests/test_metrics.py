@@ -557,3 +557,73 @@ def test_outputs_that_vary_between_repeats_are_noted_only_where_nothing_was_draw
     again = dataclasses.replace(trial(), repeat=1, requests=(dataclasses.replace(request(), output_hash="other"),))
     note = measure([trial(), again], (cell(**changes),))[cell().id, "output_hash", ""].note
     assert ("different outputs" in note) is warned
+
+
+DIFFUSION = {"block_size": 4, "proposals": 2, "sampler": "lossless", "synthetic": None, "adapter": None}
+
+
+def tidar(group: int, *gains: int, covered: Sequence[bool], rows: Sequence[int], drafted: Sequence[int]) -> TrialRecord:
+    """A prefill that gains one token, then steps that gain `gains`."""
+    made = zip(gains, covered, drafted, strict=True)
+    steps = [StepRecord(1.0, 0.1, 0.2, (g,), (d,), (max(g - 1, 0),), (c,)) for g, c, d in made]
+    forwards = [forward(i, "draft+verify", rows=r) for i, r in enumerate(rows, start=1)]
+    tokens = 1 + sum(gains)
+    return trial(
+        "d", group, requests=(request(f"p{group}", range(tokens), end=1.0 + len(gains)),),
+        steps=(StepRecord(1.0, 0.1, 0.1, (1,)), *steps), forwards=(forward(0, "prefill", rows=14), *forwards),
+        wall_seconds=1.0 + len(gains),
+    )  # fmt: skip
+
+
+def test_coverage_counts_the_steps_whose_outcome_had_a_block(measure: Any) -> None:
+    trials = [
+        tidar(0, 2, 1, covered=(True, False), rows=(12, 8), drafted=(3, 0)),
+        tidar(1, 3, 0, covered=(True, True), rows=(12, 12), drafted=(3, 3)),  # a sequence that had ended
+    ]
+    rows = measure(trials, (cell("d", "diffusion", options=DIFFUSION),))
+    assert rows["d", "proposal_coverage", ""].value == pytest.approx(2 / 3)
+    assert measure([trial()])["ar", "proposal_coverage", ""].note == "unavailable: the engine prepares no proposals"
+
+
+def test_single_pass_diffusion_in_vllms_terms(measure: Any) -> None:
+    """The prompt's block of 4 masks; then 12 rows of which 4 are drafts, and 9 of which 1 is none."""
+    made = tidar(0, 2, 1, covered=(True, True), rows=(12, 9), drafted=(3, 0))
+    rows = measure([made], (cell("d", "diffusion", options=DIFFUSION),))
+    assert rows["d", "diffusion_steps_per_canvas", ""].value == 1
+    assert rows["d", "diffusion_committed_per_step", ""].value == pytest.approx(3 / 2)
+    assert rows["d", "diffusion_canvas_positions", ""].value == 4 + 8 + 8
+
+
+def test_denoising_in_vllms_terms(measure: Any) -> None:
+    """The prompt's forward and two more denoise the first canvas, one the second; each canvas is then kept."""
+    gains = (0, 0, 3, 0, 4)
+    made = tidar(0, *gains, covered=(False,) * 5, rows=(4,) * 5, drafted=(0,) * 5)
+    options = {**DIFFUSION, "sampler": "denoise"}
+    rows = measure([made], (cell("d", "diffusion", options=options),))
+    assert rows["d", "diffusion_steps_per_canvas", ""].value == (3 + 1) / 2
+    assert rows["d", "diffusion_committed_per_step", ""].value == 7 / 4
+    assert rows["d", "diffusion_canvas_positions", ""].value == 4 * 4
+
+
+@pytest.mark.parametrize("options", [{**DIFFUSION, "proposals": 0}, None])
+def test_an_engine_without_masks_has_no_canvas(measure: Any, options: Any) -> None:
+    planned = cell("ar", "diffusion" if options else "autoregressive", options=options or {})
+    row = measure([trial()], (planned,))["ar", "diffusion_steps_per_canvas", ""]
+    assert row.note == "unavailable: the engine fills no canvas of masks"
+
+
+def test_accuracy_is_the_share_of_prompts_that_are_right_in_every_repeat(measure: Any) -> None:
+    def answered(group: int, repeat: int, correct: bool | None) -> TrialRecord:
+        return trial(group=group, repeat=repeat, requests=(dataclasses.replace(request(f"p{group}"), correct=correct),))
+
+    right = [answered(0, 0, True), answered(0, 1, True), answered(1, 0, True), answered(1, 1, False)]
+    assert measure([*right, answered(2, 0, None)])["ar", "accuracy", ""].value == 0.5
+    assert "no prompt has a reference" in measure([answered(0, 0, None)])["ar", "accuracy", ""].note
+
+
+def test_a_lossy_sampler_is_the_reason_for_other_tokens(measure: Any) -> None:
+    other = trial("d", requests=(request("p0", (7, 8, 5)),))
+    options = {**DIFFUSION, "sampler": "logit_mix"}
+    row = measure([trial(), other], (cell(), cell("d", "diffusion", options=options)))["d", "agreement", "tokens"]
+    assert row.value == pytest.approx(2 / 3)
+    assert "sampler logit_mix changes the output by design" in row.note

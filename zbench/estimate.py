@@ -24,7 +24,8 @@ class Estimate:
     trials: int
     tokens: int  # output tokens over all trials, if none ends early
     memory_bytes: float | None  # weights and KV cache
-    seconds: float | None  # predicted floor: autoregressive traffic at the measured bandwidth
+    # Predicted floor: autoregressive traffic at the measured bandwidth; experts as uniform routing would hit them.
+    seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

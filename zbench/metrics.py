@@ -26,15 +26,15 @@ from zbench import stats
 from zbench.records import CellRecord, ForwardRecord, Manifest, TrialRecord, read_manifest, read_trials
 from zbench.stats import Estimate, unavailable
 
-DEFINITIONS_VERSION = 2  # bump it when a metric's function changes what it computes
+DEFINITIONS_VERSION = 3  # bump it when a metric's function changes what it computes
 ROOF_TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
 WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
 OVERHEAD = 2.0  # measured over floor, beyond which neither memory nor arithmetic is what limits
 
 SWITCHING = ("accept", "commit", "host gap")
-PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", *SWITCHING)
+PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", "denoise", *SWITCHING)
 UNSEEN = "the forwards of a foreign engine are not seen"
-SYNTHETIC, RANDOM_DRAFTER = "synthetic acceptance", "random drafter"
+SYNTHETIC, RANDOM_DRAFTER, RANDOM_ADAPTER = "synthetic acceptance", "random drafter", "random mask adapter"
 NOT_THE_TARGETS = "acceptance is synthetic, so the tokens are not the target's"
 
 Better = Literal["higher", "lower", "none"]
@@ -246,9 +246,31 @@ def load_run(path: Path) -> Run:
 
 def caveats(record: CellRecord) -> tuple[str, ...]:
     """Why what the cell accepts is not what a trained drafter would have accepted; empty where it is."""
-    drafter = record.options.get("drafter")
-    random = isinstance(drafter, Mapping) and "random" in drafter
-    return (SYNTHETIC,) * bool(record.options.get("synthetic")) + (RANDOM_DRAFTER,) * random
+
+    def random(option: str) -> bool:
+        chosen = record.options.get(option)
+        return isinstance(chosen, Mapping) and "random" in chosen
+
+    known = {
+        SYNTHETIC: bool(record.options.get("synthetic")),
+        RANDOM_DRAFTER: random("drafter"),
+        RANDOM_ADAPTER: random("adapter"),
+    }
+    return tuple(caveat for caveat, holds in known.items() if holds)
+
+
+def lossy(record: CellRecord) -> str:
+    """The sampler, where it changes the output by design; else ""."""
+    sampler = record.options.get("sampler")
+    return sampler if sampler in ("logit_mix", "trust_diffusion", "denoise") else ""
+
+
+def _why_other_tokens(record: CellRecord) -> str:
+    if sampler := lossy(record):
+        return f"sampler {sampler} changes the output by design"
+    if record.dtype != "float32":
+        return f"in {record.dtype} two near-equal logits can swap under another order of summation"
+    return ""
 
 
 def step_split(cell: Cell) -> pd.DataFrame:
@@ -394,6 +416,60 @@ def conditional_at(cell: Cell) -> dict[str, Estimate]:
 
 
 @metric(
+    "proposal_coverage",
+    "1",
+    "decode steps whose outcome had a block of masks prepared for it / decode steps, of sequences that still ran",
+    "higher",
+)
+def proposal_coverage(cell: Cell) -> Estimate:
+    found = [
+        (covered, trial.group)
+        for trial in cell.trials
+        for step in trial.steps[1:]
+        for covered, gained in zip(step.covered, step.committed, strict=False)
+        if gained
+    ]
+    if not found:
+        raise Unavailable("the engine prepares no proposals")
+    covered, groups = zip(*found, strict=True)
+    return stats.mean(covered, groups)
+
+
+@metric(
+    "diffusion_steps_per_canvas",
+    "steps",
+    "denoising forwards of a sequence / its finished canvases, the forward that keeps a finished one excluded; 1 where "
+    "a block is filled in one pass (vLLM's name)",
+    "lower",
+)
+def diffusion_steps_per_canvas(cell: Cell) -> Estimate:
+    canvases = _canvases(cell)
+    return stats.ratio(canvases["steps"], canvases["finished"], canvases["group"])
+
+
+@metric(
+    "diffusion_committed_per_step",
+    "tokens",
+    "tokens committed in decode / denoising forwards of the sequence (vLLM's name)",
+    "higher",
+)
+def diffusion_committed_per_step(cell: Cell) -> Estimate:
+    canvases = _canvases(cell)
+    return stats.ratio(canvases["committed"], canvases["steps"], canvases["group"])
+
+
+@metric(
+    "diffusion_canvas_positions",
+    "positions",
+    "masked places evaluated per request: denoising forwards x block, or with proposals the masks fed (vLLM's name)",
+    "none",
+)
+def diffusion_canvas_positions(cell: Cell) -> Estimate:
+    canvases = _canvases(cell)
+    return stats.mean(canvases["positions"], canvases["group"])
+
+
+@metric(
     "break_even_acceptance",
     "tokens",
     "median decode step of this / of the autoregressive baseline, same prompts and repeat; geometric mean over pairs. "
@@ -481,8 +557,7 @@ def agreement(cell: Cell) -> dict[str, Estimate]:
         "tokens": stats.ratio(prefixes, [max(len(m), len(t)) for m, t in outputs], pairs["group"]),
         "prompts": stats.share(pairs.assign(same=[m == t for m, t in outputs]).groupby("prompt_id")["same"].all()),
     }
-    if parts["prompts"].value != 1 and cell.record.dtype != "float32":
-        note = f"in {cell.record.dtype} two near-equal logits can swap under another order of summation"
+    if parts["prompts"].value != 1 and (note := _why_other_tokens(cell.record)):
         return {part: replace(e, note="; ".join(filter(None, (e.note, note)))) for part, e in parts.items()}
     return parts
 
@@ -510,6 +585,22 @@ def lossless(cell: Cell) -> Estimate:
     unit = "probability" if cell.record.sampling.get("temperature") else "logits"
     gap = max(c.gap for c in wrong)
     return replace(estimate, note=f"the other tokens are off by up to {gap:.2g} {unit}: {what}")
+
+
+@metric(
+    "accuracy",
+    "1",
+    "prompts answered correctly in every repeat / prompts with a checkable reference: the last number of the output is "
+    "that after the reference's ####",
+    "higher",
+)
+def accuracy(cell: Cell) -> Estimate:
+    scored = cell.requests[cell.requests["correct"].notna()]
+    if SYNTHETIC in caveats(cell.record):
+        raise Unavailable(NOT_THE_TARGETS)
+    if scored.empty:
+        raise Unavailable("no prompt has a reference that can be checked")
+    return stats.share(scored.groupby("prompt_id")["correct"].all())
 
 
 @metric(
@@ -672,6 +763,30 @@ def _per_group(top: pd.DataFrame, numerator: str, bottom: pd.DataFrame, denomina
     return stats.ratio(sums[numerator], sums[denominator], sums.index)
 
 
+def _canvases(cell: Cell) -> pd.DataFrame:
+    """One row per request of a diffusion engine: its denoising steps, finished canvases, masked places, tokens."""
+    options = cell.record.options
+    if cell.record.engine != "diffusion" or options.get("proposals") == 0:
+        raise Unavailable("the engine fills no canvas of masks")
+    block, denoises = options["block_size"], options["sampler"] == "denoise"
+    rows = []
+    for trial in cell.trials:
+        masked = {f.step: f.rows for f in trial.forwards if f.role == "draft+verify"}
+        for index in range(len(trial.requests)):
+            gained = [step.committed[index] for step in trial.steps]
+            live = range(1, max((i for i, n in enumerate(gained) if n), default=0) + 1)
+            if denoises:  # the prompt's own forward is a denoising step of the first canvas
+                finished = sum(gained[i] > 0 for i in live)
+                steps = 1 + len(live) - finished
+                positions = steps * block
+            else:
+                finished = steps = len(live)
+                drafts = {i: 1 + max(trial.steps[i].drafted, default=0) for i in live}
+                positions = block + sum(masked[i] - drafts[i] for i in live if i in masked)
+            rows.append((trial.group, steps, finished, positions, sum(gained[i] for i in live)))
+    return pd.DataFrame(rows, columns=["group", "steps", "finished", "positions", "committed"])
+
+
 def _by_category(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Requests, pairs or verifies by the category of their prompts, in alphabetical order."""
     found = [(str(name), mine) for name, mine in rows.groupby("category", sort=True)]
@@ -764,7 +879,7 @@ def _share(achieved: Estimate, peak: float, name: str) -> Estimate:
 _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
 _REQUEST_COLUMNS = (
     *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "ttft", "decode_seconds", "output_ids",
-    "output_hash", "check",
+    "output_hash", "check", "correct",
 )  # fmt: skip
 _STEP_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live",
@@ -788,7 +903,7 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
     for r in trial.requests:
         yield (
             *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, len(r.output_ids), r.ttft_seconds,
-            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check,
+            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct,
         )  # fmt: skip
 
 

@@ -91,6 +91,7 @@ class RequestRecord:
     end_seconds: float
     seed: int
     check: LosslessCheck | None = None  # None: not checked
+    correct: bool | None = None  # against the prompt's reference; None where it has none that can be checked
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import zbench
-from zbench import engines, prompts, scenario
+from zbench import accuracy, engines, prompts, scenario
 from zbench.cache import atomic_write, new_folder
 from zbench.engines import lossless
 from zbench.engines.base import Engine, Meter, Request
@@ -266,12 +266,13 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
                 prompt_tokens=len(ids),
                 output_ids=tuple(output),
                 output_hash=hash_ids(output),
-                text=point.tokenizer.decode(output, skip_special_tokens=True),
+                text=(text := point.tokenizer.decode(output, skip_special_tokens=True)),
                 finish=finish,
                 ttft_seconds=ends[0],
                 end_seconds=ends[max(i for i, step in enumerate(steps) if step.committed[row])],
                 seed=seeds[row],
                 check=_check(point, engine, ids, output, request, row),
+                correct=accuracy.correct(text, prompt.reference),
             )
             for row, ((prompt, ids), output, finish) in enumerate(
                 zip(batch, generated.outputs, generated.finish, strict=True)

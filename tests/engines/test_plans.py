@@ -34,6 +34,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {},
     "eagle3": {"drafter": {"random": True, "vocab": 64}, "depth": 3, "synthetic": {"length": 2.5}},
     "dflash": {"drafter": {"random": True, "layers": 2}, "block": 5, "synthetic": {"length": 2.5}},
+    "diffusion": {"block_size": 4, "synthetic": {"length": 2.5}},
+    "diffusion, two outcomes": {"block_size": 4, "proposals": 2, "outcomes": "uniform", "synthetic": {"length": 4}},
+    "diffusion, none": {"block_size": 4, "proposals": 0, "synthetic": {"length": 2.5}},
+    "diffusion, mixed": {"block_size": 4, "sampler": "logit_mix", "mask_id": 9},
 }
 
 
@@ -47,9 +51,10 @@ def shared() -> Shared:
     return Shared(loaded, torch.float32, device.resolve("cpu"))
 
 
-@pytest.mark.parametrize("engine", SETTINGS)
-def test_a_plan_costs_what_the_engine_records(engine: str, shared: Shared) -> None:
-    chosen = options(engine, **SETTINGS[engine])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_plan_costs_what_the_engine_records(setting: str, shared: Shared) -> None:
+    engine = setting.partition(",")[0]
+    chosen = options(engine, **SETTINGS[setting])
     meter = Meter(shared.device)
     batch = 1 if engine == "reference" else 2
     request = Request(16, Sampling(), (3,) * batch, frozenset())
@@ -98,70 +103,89 @@ def test_a_drafters_folder_tells_its_shape(tmp_path: Path) -> None:
 # --- Diffusion ---
 
 
-def diffusion(block: int, proposals: int | str) -> plans.Plan:
-    return plans.plan("diffusion", {"block_size": block, "proposals": proposals}, TARGET)
+def diffusion(block: int, proposals: int | str, **more: Any) -> plans.Plan:
+    return plans.plan("diffusion", options("diffusion", block_size=block, proposals=proposals, **more), TARGET)
 
 
-def test_tidar_feeds_its_drafts_and_a_block_for_every_outcome() -> None:
+def test_tidar_feeds_its_drafts_and_a_block_for_every_outcome_then_the_head() -> None:
     everything = diffusion(16, "all")
-    [forward] = everything.forwards
+    forward, head = everything.forwards
     assert forward.rows == 272  # the paper's q_len = B (B + 1)
     # 16 causal rows; block r of 16 rows sees r drafts and its own 16: 16 * (1 + .. + 16) + 16 * 16 * 16.
     assert forward.pairs == 136 + 16 * 136 + 4096
-    assert forward.logits == 32
-    assert (everything.drafts, everything.outcomes) == (15, None)
+    assert (forward.role, forward.logits) == ("draft+verify", 16)
+    assert (everything.drafts, everything.outcomes) == (15, tuple(range(1, 17)))
+    # The head again, on 15 masks: its weight and the norm, no cache, 300 logits of 4 bytes for each.
+    assert (head.model, head.logits) == ("head", 15)
+    cost = head.cost([100, 100], 2)
+    assert (cost.flops, cost.bytes_read, cost.bytes_written) == (
+        2 * 30 * 64 * 300, (300 + 1) * 64 * 2, 30 * 300 * 4,
+    )  # fmt: skip
 
 
 def test_tidar_with_two_proposals_in_numbers() -> None:
-    planned = diffusion(4, 2)
-    [forward] = planned.forwards
-    assert (forward.role, forward.rows, forward.logits) == ("draft+verify", 12, 8)
-    assert forward.pairs == 10 + 4 * (1 + 4) + 4 * (2 + 4)
+    planned = diffusion(4, 2, outcomes="prefix")
+    assert planned.forwards[0].rows == 12
+    assert planned.forwards[0].pairs == 10 + 4 * (1 + 4) + 4 * (2 + 4)
     assert planned.outcomes == (1, 2)
-    once = plans.on_target(TARGET, "verify", 12, forward.pairs, 8).cost([100], 2)
-    cost = forward.cost([100], 2)
-    assert cost.flops == once.flops
-    assert cost.weight_bytes - once.weight_bytes == 300 * 64 * 2  # the head is read for the drafts, then for a block
 
 
-@given(block=st.integers(1, 9), count=st.integers(0, 9))
+def test_outcomes_are_chosen_as_the_option_says() -> None:
+    asked = {"synthetic": {"histogram": {"0": 1, "1": 2, "2": 9, "3": 5}}}
+    assert diffusion(4, 2, **asked).outcomes == (3, 4)
+    assert diffusion(4, 2, outcomes="prefix", **asked).outcomes == (1, 2)
+    assert diffusion(8, 2, outcomes="uniform").outcomes == (3, 7)
+    assert diffusion(8, 20).outcomes == tuple(range(1, 9))
+
+
+def test_without_proposals_diffusion_decodes_autoregressively() -> None:
+    assert [f.cost([7], 2) for f in diffusion(4, 0).forwards] == [
+        f.cost([7], 2) for f in plans.plan("autoregressive", options("autoregressive"), TARGET).forwards
+    ]
+    assert diffusion(4, 0).drafts == 0
+
+
+@given(block=st.integers(1, 9), count=st.integers(1, 9))
 def test_tidars_pairs_are_those_of_the_rows_that_the_model_is_fed(block: int, count: int) -> None:
-    outcomes = plans.prepared(block, min(count, block))
+    outcomes = plans.prepared(block, min(count, block), "uniform")
     rows = Rows.draft_and_verify(torch.zeros(1, block).long(), torch.tensor([7]), block, outcomes, mask=0)
     planned = plans.diffusion_forward(TARGET, block, outcomes)
     assert (planned.rows, planned.pairs) == (rows.ids.shape[1], int(rows.visible.sum()))
 
 
-def test_tidar_without_a_proposal_only_verifies() -> None:
-    [forward] = diffusion(4, 0).forwards
-    assert (forward.rows, forward.pairs, forward.logits) == (4, 10, 4)
-    assert forward.cost([7], 2) == plans.on_target(TARGET, "verify", 4, 10, 4).cost([7], 2)
-
-
-def test_tidar_has_no_more_outcomes_than_draft_rows() -> None:
-    with pytest.raises(UserError, match="a block of 4 has 4 outcomes to prepare, not 5"):
-        diffusion(4, 5)
-
-
-def test_an_outcome_without_a_block_costs_a_step_of_one_token() -> None:
-    found = synthetic.parse({"histogram": {"0": 1, "1": 1, "2": 2}}, 3)  # tokens kept: 1, 2, 3, 3
-    assert plans.tokens_per_step(found) == pytest.approx(2.25)
+def test_an_outcome_without_a_block_costs_drafts() -> None:
+    found = synthetic.parse({"histogram": {"0": 1, "1": 1, "2": 2}}, 2)  # tokens kept: 1, 2, 3, 3
+    assert plans.diffusion_tokens(found, (1, 2, 3), "redraft") == pytest.approx(2.25)
     assert plans.coverage(found, (1, 2)) == pytest.approx(0.5)
     # Half of the steps with drafts are followed by one of one token: of three steps two have drafts.
-    assert plans.tokens_per_step(found, (1, 2)) == pytest.approx((2 * 2.25 + 1) / 3)
-    assert plans.tokens_per_step(found, ()) == 1
-    assert plans.likeliest(found, 2) == (1, 3)
+    assert plans.diffusion_tokens(found, (1, 2), "redraft") == pytest.approx((2 * 2.25 + 1) / 3)
+    # The block for 2 has one draft left for 3: then 1 or 2 tokens, both prepared, and whole blocks again.
+    assert plans.diffusion_tokens(found, (1, 2), "nearest") == pytest.approx((2 * 2.25 + 1.75) / 3)
 
 
-@given(st.lists(st.integers(0, 50), min_size=2, max_size=17).filter(any))
-def test_more_outcomes_prepared_gain_more_and_all_of_them_everything(counts: list[int]) -> None:
-    drafts = len(counts) - 1
-    found = synthetic.parse({"histogram": {str(i): n for i, n in enumerate(counts)}}, drafts)
-    gains = [plans.tokens_per_step(found, tuple(range(1, p + 1))) for p in range(len(counts) + 1)]
-    best = [plans.tokens_per_step(found, plans.likeliest(found, p)) for p in range(len(counts) + 1)]
-    assert all(a <= b + 1e-9 for values in (gains, best) for a, b in pairwise(values))
-    assert gains[-1] == pytest.approx(found.length) == pytest.approx(best[-1])
-    assert all(b >= g - 1e-9 for b, g in zip(best, gains, strict=True))
+histograms = st.lists(st.integers(0, 50), min_size=2, max_size=17).filter(any)
+
+
+@given(histograms)
+def test_more_of_the_shortest_outcomes_gain_more_and_all_of_them_everything(steps: list[int]) -> None:
+    found = synthetic.parse({"histogram": {str(i): n for i, n in enumerate(steps)}}, len(steps) - 1)
+    for fallback in ("redraft", "nearest"):
+        gains = [plans.diffusion_tokens(found, range(1, p + 1), fallback) for p in range(1, len(steps) + 1)]
+        assert all(a <= b + 1e-6 for a, b in pairwise(gains))
+        assert gains[-1] == pytest.approx(found.length)
+
+
+@pytest.mark.parametrize("fallback", ["redraft", "nearest"])
+def test_the_gain_is_what_the_engine_gains(fallback: str, shared: Shared) -> None:
+    asked = {"histogram": {"0": 2, "1": 3, "2": 1, "3": 4}}
+    chosen = options("diffusion", block_size=4, proposals=2, outcomes="prefix", fallback=fallback, synthetic=asked)
+    meter = Meter(shared.device)
+    create("diffusion", chosen, shared).generate([[5, 6, 7, 8]], Request(240, Sampling(), (3,), frozenset()), meter)
+    steps = [step.committed[0] for step in meter.records()[0][1:-1]]
+    planned = plans.plan("diffusion", chosen, TARGET)
+    assert planned.outcomes is not None
+    expected = plans.diffusion_tokens(synthetic.parse(asked, 3), planned.outcomes, fallback)
+    assert sum(steps) / len(steps) == pytest.approx(expected, rel=0.1)
 
 
 def test_plans_need_no_torch() -> None:

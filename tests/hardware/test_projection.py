@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,7 +30,7 @@ DENSE = ModelConfig(
     tied=False, qk_norm=True,
 )  # fmt: skip
 ZAYA = ZayaConfig.from_hf({"model_type": "zaya"})  # the defaults are ZAYA1-8B
-SCENARIOS = Path(__file__).parents[2] / "scenarios" / "drafts"
+SCENARIOS = Path(__file__).parents[2] / "scenarios"
 SLOW = Peaks("toy", "spec sheet", 1e6, {"bfloat16": 1e9}, {})
 TEXT = """
 name: tiny
@@ -63,8 +62,9 @@ def cell(engine: str = "diffusion", **options: Any) -> CellRecord:
     )  # fmt: skip
 
 
-def diffusion(proposals: int | str, block: int = 16, synthetic: Any = None) -> CellRecord:
-    return cell("diffusion", block_size=block, proposals=proposals, synthetic=synthetic)
+def diffusion(proposals: int | str, block: int = 16, synthetic: Any = None, **more: Any) -> CellRecord:
+    options = {"block_size": block, "proposals": proposals, "synthetic": synthetic, **more}
+    return cell("diffusion", **scenario.ENGINES["diffusion"](name="diffusion", **options).options)
 
 
 # --- By hand ---
@@ -198,6 +198,12 @@ def test_free_rows_and_the_ridge_are_where_they_are_said_to_be(batch: int, conte
 RATES = {"rates": [0.85] * 15}
 
 
+def table(chosen: CellRecord, at: Where) -> projection.BlockCount:
+    found = projection.block_count(chosen, at, at.chain_seconds(1))
+    assert found is not None
+    return found
+
+
 def counts(found: projection.BlockCount) -> list[float]:
     return [count.predicted_ratio for count in found.counts]
 
@@ -205,16 +211,15 @@ def counts(found: projection.BlockCount) -> list[float]:
 def test_a_block_count_has_a_row_for_every_number_of_proposals() -> None:
     at = where(ZAYA, 64, 32768, projection.on_paper("MI300X"))
     one = at.chain_seconds(1)
-    found = projection.block_count(diffusion(3, synthetic=RATES), at, one)
-    assert [count.rows for count in found.counts] == [16 * (1 + p) for p in range(17)]
+    found = table(diffusion(3, synthetic=RATES), at)
+    assert [count.rows for count in found.counts] == [1, *(16 * (1 + p) for p in range(1, 17))]
     assert counts(found) == sorted(counts(found))
     most = found.predicted_most_within_slack
-    assert most is not None
     assert counts(found)[most] <= 1.1 < counts(found)[most + 1]
-    rates = [count.predicted_tokens_per_second for count in found.counts]
+    rates = [count.predicted_tokens_per_second or 0 for count in found.counts]
     assert found.predicted_best == rates.index(max(rates))
     assert found.counts[16].predicted_coverage == pytest.approx(1)
-    assert found.counts[0].predicted_coverage == 0
+    assert rates[0] == pytest.approx(1 / one)  # proposing nothing is decoding autoregressively
     step = projection.engine_step(diffusion(3, synthetic=RATES), at, one)
     assert step.predicted_step_seconds == found.counts[3].predicted_step_seconds
     assert step.predicted_tokens_per_second == pytest.approx(rates[3])
@@ -223,22 +228,30 @@ def test_a_block_count_has_a_row_for_every_number_of_proposals() -> None:
 @pytest.mark.parametrize(("device", "most"), [("MI300X", 3), ("MI355X", 4), ("H200 SXM", 2)])
 def test_blocks_of_zaya_that_fit_where_the_cache_is_all_that_matters(device: str, most: int) -> None:
     # 1.1 x ridge / 4 rows: 67.8, 85.9 and 56.7, of which the drafts take 16 and every proposal 16 more.
-    at = where(ZAYA, 64, 20_000_000, projection.on_paper(device))
-    found = projection.block_count(diffusion("all"), at, at.chain_seconds(1))
+    found = table(diffusion("all"), where(ZAYA, 64, 20_000_000, projection.on_paper(device)))
     assert found.predicted_most_within_slack == most
 
 
 def test_a_mixture_of_experts_has_no_free_block_at_batch_one() -> None:
-    at = where(ZAYA, 1, 1024, projection.on_paper("MI300X"))
-    found = projection.block_count(diffusion(3), at, at.chain_seconds(1))
-    assert found.predicted_most_within_slack is None
-    # 16 rows hit 16 (1 - (15/16)^16) = 10.3 experts where one row hits one.
-    assert counts(found)[0] > 4
+    found = table(diffusion(3), where(ZAYA, 1, 1024, projection.on_paper("MI300X")))
+    assert found.predicted_most_within_slack == 0
+    # 32 rows hit 16 (1 - (15/16)^32) = 14 experts where one row hits one.
+    assert counts(found)[1] > 6
+
+
+def test_denoising_has_no_step_of_known_cost() -> None:
+    chosen, at = cell("diffusion", **{**diffusion("all").options, "sampler": "denoise"}), where(ZAYA)
+    assert projection.block_count(chosen, at, 1.0) is None
+    step = projection.engine_step(chosen, at, 1.0)
+    assert step.predicted_step_seconds is None
+    assert step.unavailable is not None and "denoise" in step.unavailable
 
 
 def test_a_mean_length_alone_says_nothing_about_coverage() -> None:
     at = where(ZAYA, 64, 1024, projection.on_paper("MI300X"))
-    found = projection.block_count(diffusion(3, synthetic={"length": 4.5}), at, at.chain_seconds(1))
+    chosen = diffusion(3, synthetic={"length": 4.5})
+    assert "least variance" in projection.engine_step(chosen, at, 1.0).notes[0]
+    found = table(chosen, at)
     assert found.predicted_best is None
     assert found.counts[5].predicted_tokens_per_second is None
     assert found.unavailable is not None and "rates or a histogram" in found.unavailable
@@ -361,17 +374,15 @@ def test_projecting_to_a_named_device_needs_no_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", ["mi300x", "mi355x"])
-def test_the_zaya_scenarios_project_the_published_shape_on_their_own_device(tmp_path: Path, name: str) -> None:
-    content = yaml.safe_load((SCENARIOS / f"zaya1_8b_{name}.yaml").read_text())
-    [draft] = [engine for engine in content["engines"] if engine != "autoregressive" and engine["name"] == "diffusion"]
-    content["engines"].remove(draft)  # scenarios cannot name it yet
-    wanted = scenario.Scenario.model_validate(content)
+@pytest.mark.parametrize(("name", "most"), [("mi300x", 3), ("mi355x", 4)])
+def test_the_zaya_scenarios_project_the_published_shape_on_their_own_device(name: str, most: int) -> None:
+    wanted = scenario.load(SCENARIOS / f"zaya1_8b_{name}.yaml")
     assert estimate.model_config(wanted.model_spec) == ZAYA
     found = projection.project(wanted, projection.on_paper(str(wanted.hardware)))
     assert found.hardware.device == name.upper()
     assert len(found.points) == 5
     assert all(point.fits for point in found.points)
-    at = where(ZAYA, 16, 130000, found.hardware)
-    blocks = projection.block_count(diffusion(**{key: draft[key] for key in ("proposals", "synthetic")}), at, 1.0)
-    assert blocks.predicted_best == {"mi300x": 3, "mi355x": 4}[name]
+    assert all(step.predicted_speedup for point in found.points for step in point.engines)
+    long = found.points[-1]
+    assert (long.batch, long.context) == (16, 130000)
+    assert long.blocks[0].predicted_most_within_slack == most

@@ -71,6 +71,31 @@ ENGINES: dict[str, dict[str, Any]] = {
         "options": {"block": 8, "drafter": {"random": True, "seed": 0}, "synthetic": None},
     },
 }  # fmt: skip
+
+
+def _tidar(block: int, proposals: int, **options: Any) -> dict[str, Any]:
+    chances = [0.4 * 0.6**i for i in range(block)]
+    return {
+        "engine": "diffusion", "slowdown": 1 + 0.02 * block * proposals, "draft_rows": block - 1,
+        "proposals": proposals,
+        "chances": tuple(chance / sum(chances) for chance in chances),
+        "options": {
+            "block_size": block, "proposals": "all" if proposals == block else proposals, "sampler": "lossless",
+            "adapter": {"path": "adapters/invented"}, "synthetic": None, **options,
+        },
+    }  # fmt: skip
+
+
+GRID = {f"tidar {block} by {count}": _tidar(block, count) for block in (2, 4, 8) for count in (1, 2, block)}
+DIFFUSION = {
+    "tidar mixed": _tidar(4, 4, sampler="logit_mix"),
+    "tidar drawn": _tidar(4, 2, synthetic={"length": 2.0}, adapter={"random": True}),
+    "denoised": {
+        "engine": "diffusion", "slowdown": 1.1, "tokens_per_step": 4, "denoising": 2,
+        "options": {"block_size": 4, "proposals": "all", "sampler": "denoise", "adapter": None, "synthetic": None},
+    },
+}  # fmt: skip
+_KNOWN = ENGINES | GRID | DIFFUSION
 SPECULATIVE = ("autoregressive", "eagle3 chain of 4", "eagle3 tree of 16", "dflash block of 8")
 DEFAULT_ENGINES = ("autoregressive", "transformers generate", "transformers prompt lookup")
 
@@ -151,8 +176,8 @@ def _cell(label: str, point: dict[str, Any]) -> CellRecord:
     return CellRecord(
         id=label.replace(" ", "-") + suffix,
         label=label,
-        engine=ENGINES[label]["engine"],
-        options=ENGINES[label].get("options", {}),
+        engine=_KNOWN[label]["engine"],
+        options=_KNOWN[label].get("options", {}),
         point=dict(point),
         model=MODEL,
         dtype="bfloat16",
@@ -175,7 +200,7 @@ def _trial(
     rng: np.random.Generator,
     divergent: bool,
 ) -> TrialRecord:
-    settings = ENGINES[cell.label]
+    settings = _KNOWN[cell.label]
     pace *= settings["slowdown"]
     prompt_tokens = 30 + 7 * group
     steps, forwards = [_prefill(cell, prompt_tokens, pace)], []
@@ -195,6 +220,11 @@ def _trial(
         if most := settings.get("lookup_rows"):
             offered = int(rng.integers(0, most + 1))
             made = [("target", "verify" if offered else "decode", 1 + offered, 0.0085 + 4e-4 * offered)]
+        elif count := settings.get("proposals"):
+            rows = 1 + settings["draft_rows"]
+            made = [("target", "draft+verify", rows * (1 + count), 0.0090), ("head", "draft", rows - 1, 0.0010)]
+        elif settings.get("denoising"):
+            made = [("target", "denoise", 4, 0.0090)]
         elif rows := settings.get("draft_rows"):
             made = [("drafter", "draft", 1, 0.001)] * (levels or 1) + [("target", "verify", 1 + rows, 0.0100)]
         else:
@@ -204,6 +234,8 @@ def _trial(
         forwards += [_forward(cell, step, m, role, r, context, t) for m, role, r, t in timed]
         seconds = sum(t for *_, t in timed) + 4e-4
         drafts = settings.get("draft_rows", 0)
+        if (forwards_before := settings.get("denoising")) and len(steps) % (forwards_before + 1):
+            committed = 0
         steps.append(
             StepRecord(
                 seconds=seconds,
@@ -212,6 +244,7 @@ def _trial(
                 committed=(committed,) * cell.batch,
                 drafted=(drafts,) * cell.batch if drafts else (),
                 accepted=(accepted,) * cell.batch if drafts else (),
+                covered=(accepted < settings["proposals"],) * cell.batch if "proposals" in settings else (),
             )
         )
         done += committed

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 
-from tests.report.synthetic import ENGINES, SPECS, SPECULATIVE, write_run
+from tests.report.synthetic import DIFFUSION, ENGINES, GRID, SPECS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.report import figures
 from zbench.report.findings import Results
@@ -18,6 +18,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "drafting engine without a baseline": {"engines": SPECULATIVE[1:2], "prompts": 2},
     "a mixture of experts": {"engines": tuple(ENGINES), "prompts": 5, "repeats": 1, "experts": 16},
     "a mixture of experts in batches": {"engines": SPECULATIVE, "points": ({"batch": 64},), "prompts": 2, "experts": 4},
+    "diffusion": {"engines": ("autoregressive", *GRID, *DIFFUSION), "prompts": 5, "repeats": 1},
     "one engine without roofs": {"engines": ("autoregressive",), "roofs": None, "prompts": 2},
     "foreign engines only": {"engines": ("transformers generate",)},
     "over its roof": {"points": ({"batch": 4},)},
@@ -49,9 +50,12 @@ LONG = "eagle3 (drafter: {'path': 'drafters/invented'}, depth: 4)"
 def test_a_long_engine_name_is_shortened_but_never_what_its_acceptance_is_not(
     plot: figures.Plot, tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path, engines=SPECULATIVE, prompts=5, repeats=1, experts=16)
+    labels = ("autoregressive", *GRID) if plot.name == "grid" else SPECULATIVE
+    run = write_run(tmp_path, engines=labels, prompts=5, repeats=1, experts=16)
     planned = (run / "run.json").read_text()
-    for label in SPECULATIVE[1:]:
+    if plot.name == "grid":
+        planned = planned.replace('"synthetic": null', '"synthetic": {"length": 2.0}')
+    for label in labels[1:]:
         planned = planned.replace(f'"label": "{label}"', f'"label": "{LONG}, {label[-3:]}"')
     (run / "run.json").write_text(planned)
     found = Results.of(metrics.load_run(run))
@@ -113,3 +117,21 @@ def test_experts_are_drawn_for_a_mixture_of_experts_only_one_mark_per_kind_besid
 
 def test_a_run_with_one_point_has_no_overview(results: Results) -> None:
     assert figures.draw_overview(results) is None
+
+
+def test_the_grid_has_a_field_for_every_setting_and_marks_the_fastest(
+    tmp_path: Path,
+) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "grid"]
+    run = write_run(tmp_path, engines=("autoregressive", *GRID), prompts=5, repeats=1)
+    found = Results.of(metrics.load_run(run))
+    cells = found.run.cells
+    assert plot.applies(found, cells)
+    assert not plot.applies(found, [cell for cell in cells if cell.record.options.get("block_size") != 2][:3])
+    axes = figures.figure(plot, figures.LIGHT, found, cells).axes[0]
+    fields = {text.get_text(): text.get_weight() for text in axes.texts}
+    speeds = [found.value(cell, "speedup") or 0 for cell in cells if cell.record.engine == "diffusion"]
+    assert len(axes.texts) == len({(2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 8)})
+    [bold] = [text for text, weight in fields.items() if weight == "bold"]
+    assert bold.startswith(f"{max(speeds):.2f}×")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["2", "4", "8"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.synthetic import DEFAULT_ENGINES, ROOFS, SPECULATIVE, write_run
+from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, ROOFS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.records import LosslessCheck
 from zbench.report.findings import Results, answers, quantity, speculation, title, warnings
@@ -104,6 +104,23 @@ def over_roof() -> dict[str, Any]:
 )
 def test_what_makes_numbers_less_than_they_seem_is_said(results: Any, options: dict[str, Any], words: str) -> None:
     assert any(words in sentence for sentence in warnings(results(**options)))
+
+
+def test_forwards_over_a_roof_share_one_sentence(results: Any) -> None:
+    found = [
+        sentence for sentence in warnings(results(roofs=over_roof(), engines=SPECULATIVE)) if "the roof or" in sentence
+    ]
+    [sentence] = found
+    assert re.search(r"and \d+ other kinds? of forward; measure the roofs again", sentence)
+
+
+def test_a_lossy_sampler_never_stands_without_what_it_did_to_the_output(results: Any) -> None:
+    found = results(engines=("autoregressive", *DIFFUSION), divergent=("tidar mixed",))
+    [mixed] = [sentence for sentence in warnings(found) if sentence.startswith("tidar mixed is lossy")]
+    assert "of its tokens are autoregressive’s up to the first difference" in mixed
+    assert any(sentence.startswith("denoised is lossy") for sentence in warnings(found))
+    assert not any("two near-equal logits" in sentence for sentence in warnings(found))
+    assert any(sentence.startswith("Random mask adapter in tidar drawn") for sentence in warnings(found))
 
 
 def spoken(results: Results) -> dict[str, str]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, chunks, generate, new_state
+from zbench.engines.plans import prepared
 from zbench.engines.sampling import Purpose, draw, on_device, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, verify_chain
@@ -110,7 +111,7 @@ class Diffusion:
     def step(self, state: DiffusionState, meter: Meter) -> Step:
         model, contexts = self.model, state.cache.sizes
         count = 1 + max(n for n, active in zip(state.offered, state.active, strict=True) if active)
-        ids, outcomes = state.ids[:, :count], self._outcomes(count, state.histogram)
+        ids, outcomes = state.ids[:, :count], prepared(count, self.proposals, self.choose, state.histogram[1:])
         rows = Rows.draft_and_verify(ids, state.cache.lengths, self.block, outcomes, self.mask_id)
         out = meter.forward(
             model,
@@ -147,17 +148,6 @@ class Diffusion:
             accepted=tuple(max(kept - 1, 0) for kept in counts),
             covered=tuple(row[0] in outcomes for row in gained) if self.proposals else (),
         )
-
-    def _outcomes(self, count: int, histogram: Sequence[int]) -> tuple[int, ...]:
-        """The outcomes of a chain of `count` rows that get a block, ascending."""
-        kept, wanted = range(1, count + 1), min(self.proposals, count)
-        if wanted == count:
-            return tuple(kept)
-        if self.choose == "uniform":
-            return tuple(sorted({1 + (2 * i + 1) * count // (2 * wanted) for i in range(wanted)}))
-        if self.choose == "most_likely":
-            kept = sorted(kept, key=lambda r: (-histogram[r], r))  # type: ignore[assignment]
-        return tuple(sorted(kept[:wanted]))
 
     def _verify(self, state: DiffusionState, logits: Tensor, ids: Tensor, index: Tensor) -> Verdict:
         count = ids.shape[1]
@@ -230,10 +220,10 @@ def _sources(
     on predict something (0: nothing was prepared)."""
     starts, usable = [0] * (drafts + 1), [0] * (drafts + 1)
     for kept in range(1, drafts + 1):
-        prepared = [r for r in outcomes if r == kept or (fallback == "nearest" and r < kept)]
-        if prepared:
-            ahead = kept - prepared[-1]  # masks of that block which stand on kept drafts
-            starts[kept] = drafts + (len([r for r in outcomes if r < prepared[-1]])) * block + ahead + 1
+        fitting = [r for r in outcomes if r == kept or (fallback == "nearest" and r < kept)]
+        if fitting:
+            ahead = kept - fitting[-1]  # masks of that block which stand on kept drafts
+            starts[kept] = drafts + outcomes.index(fitting[-1]) * block + ahead + 1
             usable[kept] = max(block - 1 - ahead, 0)
     return tuple(starts), tuple(usable)
 

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zbench.engines.synthetic import Synthetic
+import numpy as np
+
+from zbench.engines.synthetic import Synthetic, parse
 from zbench.errors import UserError
-from zbench.models.cost import Cost, forward_cost
+from zbench.models.cost import Cost, forward_cost, head_cost
 from zbench.models.drafters import DFlashConfig, Eagle3Config
 from zbench.models.families import AnyConfig
 from zbench.records import Role
@@ -27,7 +29,7 @@ class Forward:
     pairs: int  # (row, visible new row): what attention computes beside the committed prefix
     logits: int  # rows that ask for logits
     cost: Callable[[Sequence[int], int], Cost]  # (committed tokens of each sequence, bytes per element)
-    model: Literal["target", "drafter"] = "target"
+    model: Literal["target", "drafter", "head"] = "target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Plan:
 
     forwards: tuple[Forward, ...]
     drafts: int = 0  # the most drafts a step can accept
-    outcomes: tuple[int, ...] | None = None  # acceptance lengths for which the next drafts are prepared; None: all
+    outcomes: tuple[int, ...] | None = None  # of diffusion: the rows kept for which the next drafts are prepared
     notes: tuple[str, ...] = ()  # what was assumed
 
 
@@ -45,13 +47,11 @@ def plan(engine: str, options: Mapping[str, Any], target: AnyConfig) -> Plan:
     return _PLANS[engine](options, target)
 
 
-def on_target(target: AnyConfig, role: Role, rows: int, pairs: int, logits: int, heads: int = 1) -> Forward:
-    """A forward of the target; its output head is read `heads` times, once for each time that logits are asked."""
+def on_target(target: AnyConfig, role: Role, rows: int, pairs: int, logits: int) -> Forward:
+    """A forward of the target."""
 
     def cost(contexts: Sequence[int], itemsize: int) -> Cost:
-        once = forward_cost(target, rows, contexts, logits * len(contexts), itemsize, pairs)
-        again = (heads - 1) * target.vocab * target.width * itemsize
-        return Cost(once.flops, once.weight_bytes + again, once.kv_bytes, once.bytes_written)
+        return forward_cost(target, rows, contexts, logits * len(contexts), itemsize, pairs)
 
     return Forward(role, rows, pairs, logits, cost)
 
@@ -126,55 +126,84 @@ def dflash(options: Mapping[str, Any], target: AnyConfig) -> Plan:
 def diffusion(options: Mapping[str, Any], target: AnyConfig) -> Plan:
     """TiDAR (arXiv 2511.08923): verify a block and draft the next ones in one forward of one model.
 
-    Rows: `block_size` = B draft rows, causal, the first of which is the token that the step before chose; then a block
-    of B masks for each prepared outcome r = 1.. ("r draft rows are kept"), which sees the prefix, the first r draft
-    rows and itself. `proposals` outcomes are prepared, "all" of them or the first few. Logits of the draft rows say
-    which r it is; then those of the block for r are asked for.
+    Rows: `block_size` = B draft rows, causal, the first of which is the last committed token; then a block of B masks
+    for each prepared outcome r ("r draft rows are kept"), which sees the prefix, the first r draft rows and itself.
+    Which r it is follows from the logits of the draft rows; then the head runs again, on the masks behind the first of
+    block r. A step is taken to have a whole block of drafts.
     """
+    if options["sampler"] == "denoise":
+        raise UserError("diffusion: denoise takes as many forwards for a block as its confidence asks for")
     block = options["block_size"]
-    outcomes = prepared(block, options["proposals"])
-    forward = diffusion_forward(target, block, outcomes)
-    return Plan((forward,), block - 1, None if len(outcomes) == block else outcomes)
+    proposals = block if options["proposals"] == "all" else min(options["proposals"], block)
+    if not proposals:
+        return autoregressive(options, target)
+    asked, notes = options["synthetic"], []
+    chances = parse(asked, max(block - 1, 1)).chances if asked else ()
+    outcomes = prepared(block, proposals, options["outcomes"], chances)
+    if asked and "length" in asked and proposals < block:
+        notes.append("a mean length is drawn with the least variance, so few outcomes cover every step")
+    if options["adapter"]:
+        notes.append("the mask adapter's own parameters are left out")
+    forwards = [diffusion_forward(target, block, outcomes)]
+    if options["sampler"] == "logit_mix":
+        forwards.append(head(target, len(outcomes)))
+    if block > 1:
+        forwards.append(head(target, block - 1))
+    return Plan(tuple(forwards), block - 1, outcomes, tuple(notes))
 
 
-def prepared(block: int, proposals: int | Literal["all"]) -> tuple[int, ...]:
-    """The outcomes that have a block: the first ones. Raises UserError for more than there are."""
-    count = block if proposals == "all" else proposals
-    if not 0 <= count <= block:
-        raise UserError(f"diffusion: a block of {block} has {block} outcomes to prepare, not {count}")
-    return tuple(range(1, count + 1))
+def prepared(drafts: int, proposals: int, choose: str = "prefix", likelihood: Sequence[float] = ()) -> tuple[int, ...]:
+    """The outcomes of a chain of `drafts` rows, 1 to `drafts`, that get one of `proposals` blocks of masks, ascending.
+
+    `likelihood` of each in any unit, for most_likely; without it they are the shortest, and so they are among equals.
+    """
+    proposals = min(proposals, drafts)
+    if choose == "uniform":
+        return tuple(sorted({1 + (2 * i + 1) * drafts // (2 * proposals) for i in range(proposals)}))
+    known = likelihood if choose == "most_likely" else ()
+    ranked = sorted(range(1, drafts + 1), key=lambda kept: (-known[kept - 1] if known else 0, kept))
+    return tuple(sorted(ranked[:proposals]))
 
 
 def diffusion_forward(target: AnyConfig, block: int, outcomes: Sequence[int]) -> Forward:
-    """The forward of `diffusion` with a block of masks for each of `outcomes`."""
+    """A whole block of drafts, and a block of masks for each of `outcomes`."""
     pairs = causal_pairs(block) + sum(block * (kept + block) for kept in outcomes)
-    heads = 2 if outcomes else 1
-    return on_target(target, "draft+verify", block * (1 + len(outcomes)), pairs, heads * block, heads)
+    return on_target(target, "draft+verify", block * (1 + len(outcomes)), pairs, block)
 
 
-def tokens_per_step(found: Synthetic, outcomes: Sequence[int] | None = None) -> float:
-    """Mean tokens per step, where only some outcomes have the next drafts prepared (None: all have).
+def head(target: AnyConfig, rows: int) -> Forward:
+    """The output head alone, on rows of a forward that was just made."""
 
-    A step without drafts gains the one token that is already chosen, and prepares drafts again. With c the chance
-    that an outcome is prepared, 1 / (2 - c) of the steps have drafts, and gain `found.length` on average.
+    def cost(contexts: Sequence[int], itemsize: int) -> Cost:
+        return head_cost(target, rows * len(contexts), itemsize)
+
+    return Forward("draft", rows, 0, rows, cost, "head")
+
+
+def diffusion_tokens(found: Synthetic, outcomes: Sequence[int], fallback: str) -> float:
+    """Mean tokens per step of a decode in which only `outcomes` have the next drafts prepared.
+
+    A chain over the drafts a step is offered, from a whole block on. Acceptance is cut at what is offered. After an
+    outcome without a block `nearest` has what the block of the next shorter one predicted further on, `redraft`
+    nothing; a step without drafts gains one token and prepares for that.
     """
-    if outcomes is None:
-        return found.length
-    if not outcomes:
-        return 1.0
-    covered = coverage(found, outcomes)
-    return (found.length + 1 - covered) / (2 - covered)
+    whole = len(found.chances) - 1  # drafts of a block
+    chain, gains = np.zeros((whole + 1, whole + 1)), np.zeros(whole + 1)
+    for offered in range(whole + 1):
+        for accepted, chance in enumerate(found.chances):
+            kept = min(accepted, offered) + 1
+            shorter = [r for r in outcomes if r == kept or (fallback == "nearest" and r < kept)]
+            following = whole - (kept - max(shorter)) if shorter else 0
+            chain[offered, whole if offered == 0 else max(following, 0)] += chance
+            gains[offered] += chance * kept
+    # Half a step at a time, so that a chain that alternates settles too.
+    settled = np.linalg.matrix_power((chain + np.eye(whole + 1)) / 2, 4096)[whole]
+    return float(settled @ gains)
 
 
 def coverage(found: Synthetic, outcomes: Sequence[int]) -> float:
-    """Chance that a step with drafts ends in one of `outcomes`: r tokens kept are r - 1 accepted drafts."""
+    """Chance that a step with a whole block of drafts ends in one of `outcomes`: r rows kept are r - 1 accepted."""
     return sum(found.chances[kept - 1] for kept in outcomes)
-
-
-def likeliest(found: Synthetic, count: int) -> tuple[int, ...]:
-    """The `count` outcomes of the greatest chance, ascending; of equal chances the shorter goes first."""
-    ranked = sorted(range(len(found.chances)), key=lambda accepted: -found.chances[accepted])
-    return tuple(sorted(accepted + 1 for accepted in ranked[:count]))
 
 
 def _eagle3_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> Eagle3Config:

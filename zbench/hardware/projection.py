@@ -106,23 +106,22 @@ class Proposals:
     predicted_step_seconds: float
     predicted_ratio: float  # to an autoregressive step
     within_slack: bool  # at most SLACK autoregressive steps
-    predicted_coverage: float | None = None  # of the first outcomes, as the engine prepares them
-    predicted_tokens_per_second: float | None = None
-    predicted_coverage_of_likeliest: float | None = None  # if the likeliest outcomes were prepared instead
-    predicted_tokens_per_second_of_likeliest: float | None = None
+    predicted_coverage: float | None  # steps with a whole block of drafts whose outcome has a block
+    predicted_tokens_per_step: float | None
+    predicted_tokens_per_second: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCount:
-    """How many blocks are worth proposing: one row for each number of proposals from none to all outcomes."""
+    """How many blocks are worth proposing: one row for each number of proposals from none (which decodes
+    autoregressively) to all outcomes."""
 
     cell: str
     label: str
     block_size: int
     counts: tuple[Proposals, ...]
-    predicted_most_within_slack: int | None  # None: not even a block without a proposal is
+    predicted_most_within_slack: int
     predicted_best: int | None  # proposals of the most tokens/s
-    predicted_best_of_likeliest: int | None
     unavailable: str | None = None
 
 
@@ -263,10 +262,9 @@ _MOE = (
     "Experts: every router sends each row to one expert, all equally likely and independently, so a forward reads the "
     "expected number of distinct experts; real routers are neither, and neighbouring tokens agree more."
 )
-_ALL_OR_NOTHING = "a mean length is drawn with the least variance, so prepared outcomes cover all steps or none"
 _DIFFUSION = (
-    "Diffusion: P proposals prepare the outcomes 1 to P. A step that ends in another outcome is followed by one "
-    "without drafts, which takes as long and gains one token."
+    "Diffusion: every step feeds a whole block of drafts, also after an outcome without a block, when fewer are there; "
+    "the likeliest outcomes are those of the synthetic acceptance; what the nearest block offers is accepted as often."
 )
 
 
@@ -316,7 +314,9 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
         predicted_attention_ridge_rows=peaks.ridge(at.dtype) * estimate.ITEMSIZE[at.dtype] / (2 * group),
         predicted_row_curve=tuple((rows, where.chain_seconds(rows) / one) for rows in _CURVE),
         engines=tuple(steps),
-        blocks=tuple(block_count(cell, where, one) for cell in cells if cell.engine == "diffusion"),
+        blocks=tuple(
+            table for cell in cells if cell.engine == "diffusion" and (table := block_count(cell, where, one))
+        ),
     )
 
 
@@ -363,7 +363,7 @@ class Where:
             cost.bytes_written,
             memory,
             compute,
-            max(memory, compute),
+            self.peaks.seconds(cost, self.dtype),
             "compute" if compute > memory else "memory",
         )
 
@@ -372,17 +372,12 @@ def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
     """`one` is the time of an autoregressive step."""
     try:
         plan = plans.plan(cell.engine, cell.options, where.target)
-        found = _acceptance(cell, plan.drafts)
+        found = _acceptance(cell, plan)
     except UserError as error:
         return EngineStep(cell.id, cell.label, cell.engine, unavailable=f"unavailable: {error}")
     forwards = tuple(where.timed(forward) for forward in plan.forwards)
     step = sum(forward.predicted_seconds for forward in forwards)
-    gained: float | None = 1.0  # without drafts exactly one token
-    if plan.drafts:
-        gained = plans.tokens_per_step(found, plan.outcomes) if found else None
-    notes = plan.notes
-    if plan.outcomes is not None and "length" in (cell.options.get("synthetic") or {}):
-        notes = (*notes, _ALL_OR_NOTHING)
+    gained = _tokens(cell, plan, found)
     rate = gained / step if gained else None
     return EngineStep(
         cell=cell.id,
@@ -397,63 +392,61 @@ def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
         predicted_throughput=rate * len(where.contexts) if rate else None,
         predicted_speedup=rate * one if rate else None,
         unavailable=None if rate else NO_ACCEPTANCE,
-        notes=notes,
+        notes=plan.notes,
     )
 
 
-def _acceptance(cell: CellRecord, drafts: int) -> synthetic.Synthetic | None:
+def _acceptance(cell: CellRecord, plan: plans.Plan) -> synthetic.Synthetic | None:
+    """None where a step drafts nothing, or nothing was asked for."""
     asked = cell.options.get("synthetic")
-    return synthetic.parse(asked, drafts) if asked else None
+    return synthetic.parse(asked, plan.drafts) if asked and plan.drafts else None
 
 
-def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount:
-    """The table of a diffusion engine. Its outcomes are the tokens kept of a block, so there are as many as rows."""
-    block = cell.options["block_size"]
-    asked = cell.options.get("synthetic") or {}
-    found = _acceptance(cell, block - 1) if asked.keys() & {"rates", "histogram"} else None
+def _tokens(cell: CellRecord, plan: plans.Plan, found: synthetic.Synthetic | None) -> float | None:
+    """Mean tokens per step: exactly one without drafts; None where no acceptance is given."""
+    if not plan.drafts:
+        return 1.0
+    if found is None or plan.outcomes is None:
+        return found.length if found else None
+    return plans.diffusion_tokens(found, plan.outcomes, cell.options["fallback"])
+
+
+def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount | None:
+    """The table of a TiDAR engine; None for diffusion that proposes no blocks (denoise)."""
+    if cell.options["sampler"] == "denoise":
+        return None
+    block, asked = cell.options["block_size"], cell.options["synthetic"] or {}
+    told = bool(asked.keys() & {"rates", "histogram"})  # how often each outcome comes; a mean length does not say
     counts = []
     for proposals in range(block + 1):
-        outcomes = plans.prepared(block, proposals)
-        seconds = where.seconds(plans.diffusion_forward(where.target, block, outcomes))
+        options = {**cell.options, "proposals": proposals}
+        plan = plans.plan("diffusion", options, where.target)
+        seconds = sum(where.seconds(forward) for forward in plan.forwards)
+        found = _acceptance(cell, plan) if told else None
+        tokens = _tokens(cell, plan, found) if told else None
+        covered = plans.coverage(found, plan.outcomes) if found and plan.outcomes else None
         counts.append(
             Proposals(
                 proposals=proposals,
-                rows=block * (1 + proposals),
+                rows=plan.forwards[0].rows,
                 predicted_step_seconds=seconds,
                 predicted_ratio=seconds / one,
                 within_slack=seconds <= SLACK * one,
-                **(_gains(found, where, block, outcomes, seconds) if found else {}),
+                predicted_coverage=covered,
+                predicted_tokens_per_step=tokens,
+                predicted_tokens_per_second=tokens / seconds if tokens else None,
             )
         )
-    fitting = [count.proposals for count in counts if count.within_slack]
+    rates = [(count.predicted_tokens_per_second, -count.proposals) for count in counts if told]
     return BlockCount(
         cell=cell.id,
         label=cell.label,
         block_size=block,
         counts=tuple(counts),
-        predicted_most_within_slack=max(fitting, default=None),
-        predicted_best=_best(counts, lambda count: count.predicted_tokens_per_second),
-        predicted_best_of_likeliest=_best(counts, lambda count: count.predicted_tokens_per_second_of_likeliest),
-        unavailable=None if found else "unavailable: tokens/s by proposals need synthetic rates or a histogram",
+        predicted_most_within_slack=max(count.proposals for count in counts if count.within_slack),
+        predicted_best=-max(rates)[1] if told else None,
+        unavailable=None if told else "unavailable: tokens/s by proposals need synthetic rates or a histogram",
     )
-
-
-def _gains(
-    found: synthetic.Synthetic, where: Where, block: int, outcomes: tuple[int, ...], seconds: float
-) -> dict[str, float]:
-    chosen = plans.likeliest(found, len(outcomes))
-    seconds_of_chosen = where.seconds(plans.diffusion_forward(where.target, block, chosen))
-    return {
-        "predicted_coverage": plans.coverage(found, outcomes),
-        "predicted_tokens_per_second": plans.tokens_per_step(found, outcomes) / seconds,
-        "predicted_coverage_of_likeliest": plans.coverage(found, chosen),
-        "predicted_tokens_per_second_of_likeliest": plans.tokens_per_step(found, chosen) / seconds_of_chosen,
-    }
-
-
-def _best(counts: Sequence[Proposals], value: Callable[[Proposals], float | None]) -> int | None:
-    known = [(rate, -count.proposals) for count in counts if (rate := value(count)) is not None]
-    return -max(known)[1] if known else None
 
 
 def _smallest(reached: Callable[[int], bool]) -> int | None:

@@ -364,10 +364,24 @@ static float mean_square(const float* x, int n) {
     return t / n;
 }
 
-template <class W>
-static void normalise(const float* x, const float* weight, float eps, int n, const Acts<W>& y, int m) {
-    float scale = 1.0f / sqrtf(mean_square(x, n) + eps);
-    for (int i = 0; i < n; i += VL) y.put(m, i, load(x + i) * scale * load(weight + i));
+// One thread's share of y[m] = x(m) / rms(x(m)) * weight for M rows. Rows of one tile lie within each other's cache
+// lines, so threads take whole tiles or, where there are too few, columns of all rows.
+template <class W, class Rows>
+static void normalise(Rows x, const float* weight, float eps, int n, const Acts<W>& y, int M, int thread, int threads) {
+    int tiles = (M + y.height - 1) / y.height, m0 = 0, m1 = M, i0 = 0, i1 = n;
+    if (tiles >= threads) {
+        m0 = tiles * thread / threads * y.height;
+        m1 = tiles * (thread + 1) / threads * y.height;
+        m1 = m1 < M ? m1 : M;
+    } else {
+        i0 = n / VL * thread / threads * VL;
+        i1 = n / VL * (thread + 1) / threads * VL;
+    }
+    for (int m = m0; m < m1; m++) {
+        const float* row = x(m);
+        float scale = 1.0f / sqrtf(mean_square(row, n) + eps);
+        for (int i = i0; i < i1; i += VL) y.put(m, i, load(row + i) * scale * load(weight + i));
+    }
 }
 
 static void rotate(float* x, const float* cosine, const float* sine, int d, const float* norm, float eps) {
@@ -580,6 +594,8 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 seen[i * R + j] = (uint16_t)bits;
             }
         }
+        auto residual_row = [&](int m) { return residual + (int64_t)m * D; };
+        team.wait(n);
         for (int l = 0; l <= model.layers; l++) {
             // Rows m0..m1 of the residual are complete here: the barrier below the down projection saw to that.
             while (capture < batch.captures && batch.capture_layers[capture] == l) {
@@ -592,7 +608,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             W* keys = (W*)batch.keys + (int64_t)l * B * G * S * d;
             W* values = (W*)batch.values + (int64_t)l * B * G * S * d;
 
-            for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.attention_norm, eps, D, normed, m);
+            normalise(residual_row, layer.attention_norm, eps, D, normed, M, t, n);
             team.wait(n);
             Plus plus = adapt<1>(low ? low->qkv + l : nullptr, normed, between, delta, layer.qkv_bias, batch.masks, M, QKV, t, n, team);
             project<1>((const W*)layer.qkv, normed, M, QKV, t, n, Assign{qkv, QKV, QKV, plus});
@@ -638,7 +654,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             plus = adapt<1>(low ? low->out + l : nullptr, attended, between, delta, layer.out_bias, batch.masks, M, D, t, n, team);
             project<1>((const W*)layer.out, attended, M, D, t, n, Accumulate{residual, D, plus});
             team.wait(n);
-            for (int m = m0; m < m1; m++) normalise(residual + (int64_t)m * D, layer.mlp_norm, eps, D, normed, m);
+            normalise(residual_row, layer.mlp_norm, eps, D, normed, M, t, n);
             team.wait(n);
             plus = adapt<2>(low ? low->gate_up + l : nullptr, normed, between, delta, layer.gate_up_bias, batch.masks, M, 2 * F, t, n, team);
             project<2>((const W*)layer.gate_up, normed, M, 2 * F, t, n, Gate<W>{gated, plus});
@@ -649,8 +665,8 @@ static int forward(const zb_model& model, const zb_batch& batch) {
         }
         // Only the rows that ask for logits pass the final norm and the head.
         const Acts<W> asking{act, D, height(wanted)};
-        for (int w = (int)((int64_t)wanted * t / n); w < (int)((int64_t)wanted * (t + 1) / n); w++)
-            normalise(residual + batch.logit_rows[w] * D, model.norm, eps, D, asking, w);
+        auto wanted_row = [&](int w) { return residual + batch.logit_rows[w] * D; };
+        if (wanted) normalise(wanted_row, model.norm, eps, D, asking, wanted, t, n);
         team.wait(n);
         if (wanted)
             project<1>((const W*)model.head, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, {}});
@@ -673,8 +689,9 @@ static void linear(const W* w, const float* x, void* scratch, float* y, int M, i
 #pragma omp parallel num_threads(threads)
     {
         int t = omp_get_thread_num(), n = omp_get_num_threads();
-        for (int m = (int)((int64_t)M * t / n); m < (int)((int64_t)M * (t + 1) / n); m++)
-            for (int k = 0; k < K; k++) acts.put(m, k, x[(int64_t)m * K + k]);
+        for (int m = 0; m < M; m++)  // columns of all rows: rows lie within each other's cache lines
+            for (int k = K / 2 * t / n * 2, end = t + 1 < n ? K / 2 * (t + 1) / n * 2 : K; k < end; k++)
+                acts.put(m, k, x[(int64_t)m * K + k]);
         team.wait(n);
         project<1>(w, acts, M, N, t, n, Assign{y, N, N, {}});
     }
@@ -714,6 +731,7 @@ void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, 
 float zb_read_sum(const float* x, int64_t count, int64_t threads) {
     constexpr int STREAMS = 8;
     constexpr int64_t BLOCK = 2 * VL;
+    constexpr int64_t AHEAD = 512;  // 2 KiB: what the projections reach with their own prefetches
     float total = 0;
 #pragma omp parallel num_threads((int)threads) reduction(+ : total)
     {
@@ -722,8 +740,13 @@ float zb_read_sum(const float* x, int64_t count, int64_t threads) {
         const float* from = x + t * length * STREAMS;
         vf s[STREAMS][2] = {};
         for (int64_t i = 0; i < length; i += BLOCK)
-            UNROLL for (int k = 0; k < STREAMS; k++) UNROLL for (int v = 0; v < 2; v++)
-                s[k][v] += load(from + k * length + i + v * VL);
+            UNROLL for (int k = 0; k < STREAMS; k++) {
+                const float* at = from + k * length + i;
+                UNROLL for (int v = 0; v < 2; v++) {
+                    __builtin_prefetch(at + AHEAD + v * VL, 0, 2);
+                    s[k][v] += load(at + v * VL);
+                }
+            }
         for (int k = 0; k < STREAMS; k++) for (int v = 0; v < 2; v++) for (int l = 0; l < VL; l++) total += s[k][v][l];
         if (t == 0)
             for (int64_t i = n * STREAMS * length; i < count; i++) total += x[i];

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 WIDTH = 4.2  # inches at 100 dots each; on a phone, at 360 px, the text is still about 9 px high
 MARKERS = "osD^vPX*"
-HATCHES = ("", "//", "\\\\", "--", "xx", "||", "++", "/")  # of lines only: dots make an SVG ten times larger
+HATCHES = ("", "//", "\\\\", "--", "xx", "||", "++", "/", "|")  # of lines only: dots make an SVG ten times larger
 NAMED_FROM = 0.05  # share of an engine's time from which its prefills, drafts or verifies are named in the roofline
+PAINTED = ("prefill", "decode", "draft", "verify", "draft+verify", "accept", "commit", "host gap", "denoise")
 QUANTILES = np.linspace(0.005, 0.995, 100)  # each tick of a strip is one percent of the steps
 
 
@@ -43,11 +44,11 @@ class Theme:
 
 LIGHT = Theme(
     "light", "#ffffff", "#1c2127", "#5b6570", "#dfe3e8",
-    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c"),
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c", "#7B4F9E"),
 )  # fmt: skip
 DARK = Theme(
     "dark", "#14171b", "#e3e6ea", "#9aa4af", "#3a424c",
-    ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#ffffff", "#8c8c8c"),
+    ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442", "#ffffff", "#8c8c8c", "#B79CED"),
 )  # fmt: skip
 
 
@@ -293,6 +294,9 @@ def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
             if inside and not box.count_overlaps(taken):
                 break
+        else:  # no room: the table of forwards names it
+            text.remove()
+            continue
         text.set(position=(14 * side / pixels, -down / pixels), ha="left" if side > 0 else "right")
         taken.append(box)
 
@@ -345,7 +349,7 @@ def _experts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) 
     axes.set(xlabel="rows in the forward, of all sequences", ylabel=f"distinct experts per layer, of {count}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
-    _legend_below(axes, min(_legend_columns(cells), 1 + len(_with_experts(results, cells))))
+    legend_below(axes, min(_legend_columns(cells), 1 + len(_with_experts(results, cells))))
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
     _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind, *_ in dots], rows, hit)
 
@@ -480,7 +484,8 @@ def _phases(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -
 def _phase_style(theme: Theme, phase: str) -> tuple[str, str]:
     if phase not in PHASES:
         return theme.line, ""
-    return theme.series[PHASES.index(phase)], HATCHES[PHASES.index(phase)]
+    index = PAINTED.index(phase)
+    return theme.series[index], HATCHES[index]
 
 
 def legend_below(axes: Axes, entries: int) -> None:
@@ -720,7 +725,7 @@ def _step_parts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
         )  # fmt: skip
     _engine_rows(axes, theme, shown, [_break_even_words(results, cell) for cell in shown])
     axes.set(xlabel="milliseconds per decode step, mean")
-    legend_below(axes, len(parts))
+    legend_below(axes, min(3, len(parts)))
 
 
 def _break_even_words(results: Results, cell: Cell) -> str:
@@ -761,6 +766,66 @@ def _forward_pair(results: Results, cell: Cell) -> tuple[float, float]:
 def _tokens_per_forward_alt(results: Results, cells: Sequence[Cell]) -> str:
     said = [(title(cell), *_forward_pair(results, cell)) for cell in _paying(results, cells)]
     return "; ".join(f"{name} {plain:.2f}, weighted {weighted:.2f}" for name, plain, weighted in said) + "."
+
+
+# Diffusion -----------------------------------------------------------------------------------------------------------
+
+
+def _grid(results: Results, cells: Sequence[Cell]) -> dict[tuple[int, int], Cell]:
+    """Cells of single-pass diffusion by (block size, proposals), where both vary; else none."""
+    found: dict[tuple[int, int], Cell] = {}
+    for cell in cells:
+        options = cell.record.options
+        if cell.record.engine == "diffusion" and options["sampler"] != "denoise" and _speed(results, cell) is not None:
+            block, proposals = options["block_size"], options["proposals"]
+            found.setdefault((block, block if proposals == "all" else min(proposals, block)), cell)
+    varied = all(len({key[axis] for key in found}) > 1 for axis in (0, 1))
+    return found if varied and len(found) > 3 else {}
+
+
+def _speed(results: Results, cell: Cell) -> float | None:
+    return results.value(cell, "speedup")
+
+
+def _grid_axes(found: Mapping[tuple[int, int], Cell]) -> tuple[list[int], list[int]]:
+    return sorted({block for block, _ in found}), sorted({proposals for _, proposals in found})
+
+
+def _heat(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    found = _grid(results, cells)
+    blocks, proposals = _grid_axes(found)
+    speeds = np.full((len(blocks), len(proposals)), np.nan)
+    for (block, count), cell in found.items():
+        speeds[blocks.index(block), proposals.index(count)] = _speed(results, cell)
+    shades = LinearSegmentedColormap.from_list("speed", [theme.paper, theme.series[0]])
+    axes.imshow(speeds, cmap=shades, aspect="auto", vmin=0, vmax=1.8 * np.nanmax(speeds))
+    for (block, count), cell in found.items():
+        at = proposals.index(count), blocks.index(block)
+        best = _speed(results, cell) == np.nanmax(speeds)
+        gained = results.value(cell, "tokens_per_forward")
+        text = f"{_speed(results, cell):.2f}×\n{gained:.2f}" if gained else f"{_speed(results, cell):.2f}×"
+        axes.text(*at, text, ha="center", va="center", weight="bold" if best else "normal", linespacing=1.3)
+    axes.set_xticks(range(len(proposals)), labels=map(str, proposals))
+    axes.set_yticks(range(len(blocks)), labels=map(str, blocks))
+    axes.set(xlabel="proposals (masked blocks per forward)", ylabel="block size")
+    axes.set_title(", ".join(dict.fromkeys(words for cell in found.values() for words in caveats(cell.record))),
+                   fontsize=7, style="italic", color=theme.muted, loc="left")  # fmt: skip
+    axes.grid(visible=False)
+
+
+def _heat_height(results: Results, cells: Sequence[Cell]) -> float:
+    return 0.8 + 0.5 * len(_grid_axes(_grid(results, cells))[0])
+
+
+def _heat_alt(results: Results, cells: Sequence[Cell]) -> str:
+    said = []
+    for (block, count), cell in sorted(_grid(results, cells).items()):
+        gained = results.value(cell, "tokens_per_forward")
+        tokens = f", {gained:.2f} tokens per forward" if gained else ""
+        said.append(f"block {block}, {count} proposals: {_speed(results, cell):.2f}×{tokens}")
+    return "; ".join(said) + "."
 
 
 PLOTS = (
@@ -812,6 +877,13 @@ PLOTS = (
         lambda results, cells: bool(_paying(results, cells)),
         lambda results, cells: _engine_row_height(_paying(results, cells), legend_lines=1),
         _tokens_per_forward, _tokens_per_forward_alt, "speculation",
+    ),
+    Plot(
+        "grid", "Block size and proposals",
+        "Single-pass diffusion. Above: speed against the baseline, paired by prompt; below: tokens per forward. Darker "
+        "is faster, the fastest is bold. More proposals leave fewer steps without drafts and cost more rows in each.",
+        lambda results, cells: bool(_grid(results, cells)),
+        _heat_height, _heat, _heat_alt, "speculation",
     ),
     Plot(
         "acceptance", "How far drafts are accepted",

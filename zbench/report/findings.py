@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from zbench.metrics import RANDOM_DRAFTER, SYNTHETIC, Cell, MetricRow, Run, caveats, summarise
+from zbench.metrics import (
+    RANDOM_ADAPTER,
+    RANDOM_DRAFTER,
+    SYNTHETIC,
+    Cell,
+    MetricRow,
+    Run,
+    caveats,
+    lossy,
+    summarise,
+)
 from zbench.records import CellRecord
 from zbench.stats import FEW
 
+UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
 
@@ -102,14 +113,31 @@ def warnings(results: Results) -> list[str]:
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
     found += [sentence for cell in run.cells if (sentence := _other_tokens(cell, results))]
+    found += [sentence for cell in run.cells if (sentence := _lossy(cell, results))]
     found += _untrained(run)
     found += [speculation(cell, results) for cell in run.cells if net_negative(cell, results)]
     labels = {cell.record.id: name(cell) for cell in run.cells}
-    wrong = (row for row in results.rows if row.status == "error" and row.metric != "failed_trials")
-    found += [f"{labels[row.cell]}{_of_part(row)}: {row.note}." for row in wrong]
+    wrong = [row for row in results.rows if row.status == "error" and row.metric != "failed_trials"]
+    found += _over_roofs([row for row in wrong if row.metric in UTILISATION], labels)
+    found += [f"{labels[row.cell]}: {row.note}." for row in wrong if row.metric not in UTILISATION]
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
     found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
     return list(dict.fromkeys(found))
+
+
+def _over_roofs(rows: Sequence[MetricRow], labels: Mapping[str, str]) -> list[str]:
+    """One sentence for each roof that forwards surpass, however many they are."""
+    found = []
+    for metric in UTILISATION:
+        if mine := [row for row in rows if row.metric == metric]:
+            worst = max(mine, key=lambda row: float(row.value or 0))
+            kinds = "kind of forward is" if len(mine) == 2 else "kinds of forward are"
+            others = f", and {len(mine) - 1} other {kinds} over it too" if len(mine) > 1 else ""
+            again = "; measure the roofs again on an idle machine (zbench roofs --refresh)"
+            found.append(
+                f"{labels[worst.cell]}, {worst.part}: {worst.note}{others}{'' if 'spec' in metric else again}."
+            )
+    return found
 
 
 def name(cell: Cell) -> str:
@@ -121,7 +149,7 @@ def name(cell: Cell) -> str:
 def title(cell: Cell) -> str:
     """The engine's label, with what its acceptance is not: "eagle3 with synthetic acceptance"."""
     known = caveats(cell.record)
-    words = SYNTHETIC if SYNTHETIC in known else f"a {RANDOM_DRAFTER}"
+    words = SYNTHETIC if SYNTHETIC in known else f"a {' and a '.join(known)}"
     return f"{cell.record.label} with {words}" if known else cell.record.label
 
 
@@ -264,7 +292,7 @@ def _other_tokens(cell: Cell, results: Results) -> str:
             f"The target itself picks every token of {name(cell)} on {quantity(own.value, '1')} of the prompts only; "
             f"{_reason(own)}."
         )
-    if not isinstance(same.value, float) or same.value == 1:
+    if not isinstance(same.value, float) or same.value == 1 or lossy(cell.record):
         return ""
     theirs = cell.baseline.record.label if cell.baseline else "the baseline"
     reason = f" ({why})" if (why := _reason(same)) else ""
@@ -282,7 +310,7 @@ def _untrained(run: Run) -> list[str]:
     """One sentence each on acceptance that was drawn, and on drafters with random weights."""
     having = {
         caveat: list(dict.fromkeys(c.record.label for c in run.cells if caveat in caveats(c.record)))
-        for caveat in (SYNTHETIC, RANDOM_DRAFTER)
+        for caveat in (SYNTHETIC, RANDOM_DRAFTER, RANDOM_ADAPTER)
     }
     found = []
     if drawn := having[SYNTHETIC]:
@@ -292,16 +320,37 @@ def _untrained(run: Run) -> list[str]:
         )
     if random := having[RANDOM_DRAFTER]:
         found.append(f"Random drafter in {_listed(random)}: its cost is real, its drafts are noise.")
+    if adapted := having[RANDOM_ADAPTER]:
+        found.append(f"Random mask adapter in {_listed(adapted)}: its cost is real, its drafts are noise.")
     return found
+
+
+def _lossy(cell: Cell, results: Results) -> str:
+    """What a sampler that changes the output did to it; "" where none does."""
+    if not lossy(cell.record) or not cell.trials:
+        return ""
+    said = []
+    tokens = results.row(cell, "agreement", "tokens")
+    if isinstance(tokens.value, float) and cell.baseline is not None:
+        same = quantity(tokens.value, "1")
+        said.append(f"{same} of its tokens are {cell.baseline.record.label}’s up to the first difference")
+    right = results.row(cell, "accuracy")
+    if isinstance(right.value, float):
+        around = f" ({interval(right)})" if interval(right) else ""
+        theirs = results.value(cell.baseline, "accuracy") if cell.baseline else None
+        beside = (
+            ""
+            if theirs is None or cell.baseline is None
+            else (f", {quantity(theirs, '1')} of {cell.baseline.record.label}’s")
+        )
+        said.append(f"{quantity(right.value, '1')} of its answers are right{around}{beside}")
+    evidence = "; ".join(said) or "how good it is was not measured (no prompt has a checkable reference)"
+    return f"{name(cell)} is lossy, its speed buys another output: {evidence}."
 
 
 def _at(cell: Cell) -> str:
     label = point_label(cell.record)
     return f" at {label}" if label else " here"
-
-
-def _of_part(row: MetricRow) -> str:
-    return f", {row.part}" if row.metric in {"mbu", "mfu", "mbu_spec", "mfu_spec"} else ""
 
 
 def _listed(words: Iterable[str]) -> str:

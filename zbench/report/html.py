@@ -27,6 +27,7 @@ ENGINE_COLUMNS = (
     ("Of compute roof", "mfu", "main"),
     ("Bound by", "bound", "main"),
     ("Same outputs", "agreement", "prompts"),
+    ("Right answers", "accuracy", ""),
     ("Target’s own tokens", "lossless", ""),
 )
 FORWARD_COLUMNS = (
@@ -49,11 +50,17 @@ SPECULATION_COLUMNS = (
     ("Tokens per forward", "tokens_per_forward", ""),
     ("Per weighted forward", "tokens_per_weighted_forward", ""),
     ("Switching per step", "switching_seconds", ""),
+    ("Outcomes prepared", "proposal_coverage", ""),
+)
+DIFFUSION_COLUMNS = (
+    ("Forwards per canvas", "diffusion_steps_per_canvas", ""),
+    ("Tokens per denoising", "diffusion_committed_per_step", ""),
+    ("Masked places per request", "diffusion_canvas_positions", ""),
 )
 CATEGORY_COLUMNS = (("Acceptance length", "category_acceptance_length"), ("Speedup", "category_speedup"))
 IN_HEADING = (" tokens/s", " tokens", "/token", " FLOP/B", " experts")  # units that the headings say already
 # Shown in every row or nowhere, as they exist for some engines and devices only.
-OPTIONAL = {"acceptance_length", "experts_per_forward", "mbu_spec", "mfu_spec"}
+OPTIONAL = {"acceptance_length", "accuracy", "proposal_coverage", "experts_per_forward", "mbu_spec", "mfu_spec"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Draw
                 "forwards": _forward_table(results, point),
                 "figures": [image(figure) for figure in mine if figure.section == "results"],
                 "speculation_table": _speculation_table(results, point),
+                "diffusion_table": _diffusion_table(results, point),
                 "speculation": [sentence for cell in point.cells if (sentence := speculation(cell, results))],
                 "speculation_figures": [image(figure) for figure in mine if figure.section == "speculation"],
                 "categories": _category_table(results, point),
@@ -195,7 +203,15 @@ def _engine_table(results: Results, point: Point) -> Table:
 
 
 def _speculation_table(results: Results, point: Point) -> Table:
-    return _by_engine(results, [cell for cell in point.cells if not cell.verifies.empty], SPECULATION_COLUMNS)
+    cells = [cell for cell in point.cells if not cell.verifies.empty]
+    columns = [c for c in SPECULATION_COLUMNS if c[1] not in OPTIONAL or _known(results, cells, c[1])]
+    return _by_engine(results, cells, columns)
+
+
+def _diffusion_table(results: Results, point: Point) -> Table | None:
+    """One row per engine that fills canvases of masks; None where none does."""
+    cells = [cell for cell in point.cells if results.value(cell, "diffusion_steps_per_canvas") is not None]
+    return _by_engine(results, cells, DIFFUSION_COLUMNS) if cells else None
 
 
 def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[str, str, str]]) -> Table:

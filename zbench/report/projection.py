@@ -84,9 +84,10 @@ def _answers(projection: Data) -> list[str]:
     if gains:
         speedup, step, point = max(gains, key=lambda gain: gain[0])
         where = f" at {_label(point)}" if _label(point) else ""
+        given = figures.shortened(step["acceptance"], 40)
         said.append(
             f"Predicted on {device}{where}: {step['label']} decodes {quantity(speedup, 'ratio')} as fast as one token"
-            f" per forward, if it gains {step['predicted_tokens_per_step']:.2f} tokens per step ({step['acceptance']})."
+            f" per forward, if it gains {step['predicted_tokens_per_step']:.2f} tokens per step ({given})."
         )
     low, high = (quantity(value, "s") for value in (min(steps), max(steps)))
     said.append(f"Predicted on {device}: an autoregressive step takes {low if low == high else f'{low} to {high}'}.")
@@ -129,17 +130,12 @@ def _point_sentences(point: Data) -> list[str]:
 
 
 def _block_sentences(blocks: Data) -> list[str]:
-    most, best, chosen = (
-        blocks[key] for key in ("predicted_most_within_slack", "predicted_best", "predicted_best_of_likeliest")
-    )
-    fits = "Not even the drafts alone stay" if most is None else f"Up to {most} proposals stay"
+    most, best = blocks["predicted_most_within_slack"], blocks["predicted_best"]
+    fits = f"Up to {most} proposals stay" if most else "Not even one proposal stays"
     said = [f"{fits} within 1.1 autoregressive steps (predicted)."]
     if best is None:
-        return [*said, f"{blocks['unavailable'].capitalize()}."]
-    return [
-        *said,
-        f"Most tokens/s are predicted at {best} proposals, or at {chosen} if they are the likeliest outcomes.",
-    ]
+        return [*said, f"{blocks['unavailable'].removeprefix('unavailable: ').capitalize()}."]
+    return [*said, f"Most tokens/s are predicted at {best} proposals ({blocks['counts'][best]['rows']} rows)."]
 
 
 # --- Tables ---
@@ -200,22 +196,18 @@ def _forward_table(point: Data) -> Table:
 
 def _block_table(point: Data, blocks: Data) -> Table:
     one, notes, rows = point["predicted_autoregressive_seconds"], Notes(), []
-    why = blocks["unavailable"] or ""
     for count in blocks["counts"]:
-        gains = [
-            _shown(rate * one if rate else None, "ratio")
-            for rate in (count["predicted_tokens_per_second"], count["predicted_tokens_per_second_of_likeliest"])
-        ]
+        rate, tokens = count["predicted_tokens_per_second"], count["predicted_tokens_per_step"]
         values = {
             "Rows": f"{count['rows']}",
             "Step": quantity(count["predicted_step_seconds"], "s"),
             "AR steps": f"{count['predicted_ratio']:.2f}",
             "Within 1.1": "yes" if count["within_slack"] else "no",
             "Covered": _shown(count["predicted_coverage"], "1"),
-            "Speedup": gains[0],
-            "Likeliest covered": _shown(count["predicted_coverage_of_likeliest"], "1"),
-            "Speedup then": gains[1],
+            "Tokens per step": None if tokens is None else f"{tokens:.2f}",
+            "Speedup": _shown(rate * one if rate else None, "ratio"),
         }
+        why = blocks["unavailable"] or "nothing is proposed"
         rows.append(Line(str(count["proposals"]), [_cell(notes, h, text, why) for h, text in values.items()]))
     return Table([entry.heading for entry in rows[0].entries], rows, notes.listed())
 
@@ -382,18 +374,15 @@ def _block_curve(point: Data, blocks: Data) -> Drawn:
     counts, one = blocks["counts"], point["predicted_autoregressive_seconds"]
     proposals = [count["proposals"] for count in counts]
     ratios = [count["predicted_ratio"] for count in counts]
-    named = {
-        "speedup, first outcomes": "predicted_tokens_per_second",
-        "speedup, likeliest outcomes": "predicted_tokens_per_second_of_likeliest",
-    }
-    gains = {name: [count[key] * one for count in counts] for name, key in named.items() if counts[0][key] is not None}
+    rates = [count["predicted_tokens_per_second"] for count in counts]
 
     def paint(axes: Axes, theme: Theme) -> None:
         from matplotlib.ticker import MaxNLocator
 
         axes.plot(proposals, ratios, "o-", ms=4, lw=1.4, color=theme.series[0], label="step in AR steps")
-        for index, (name, values) in enumerate(gains.items(), start=1):
-            axes.plot(proposals, values, f"{MARKERS[index]}-", ms=4, lw=1.2, color=theme.series[index], label=name)
+        if None not in rates:
+            gains = [rate * one for rate in rates]
+            axes.plot(proposals, gains, f"{MARKERS[1]}-", ms=4, lw=1.2, color=theme.series[1], label="speedup")
         axes.axhline(1.1, color=theme.ink, lw=1, ls=(0, (4, 3)))
         axes.set(xlabel="proposed blocks", ylabel="predicted, times", ylim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
