@@ -16,7 +16,7 @@ from zbench.training.corpus import Conversation, Corpus
 from zbench.training.dflash import DFlash, DFlashSettings
 from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
 from zbench.training.losses import head_loss
-from zbench.training.target import Batch
+from zbench.training.target import Batch, Target
 from zbench.training.tidar import Tidar, TidarSettings
 from zbench.training.trainer import STATE, Objective, Settings, schedule, train
 
@@ -144,3 +144,9 @@ def test_a_batch_without_a_whole_block_teaches_nothing_and_breaks_nothing() -> N
         scores.loss.backward()
         assert scores.loss.item() == 0 or objective.name == "eagle3"  # whose first step needs one token only
         assert scores.right.shape[0] == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "zaya"])
+def test_models_that_cannot_be_trained_against_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match="dense models"):
+        Target(memory.loaded(family), torch.float32, memory.CPU)

@@ -54,6 +54,10 @@ class DFlash:
         self.parameters = {name: tensor.to(target.device).requires_grad_() for name, tensor in self.parameters.items()}
         self._inv_freq = inverse_frequencies(self.config.body).to(target.device)
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.settings.anchors * self.settings.block, self.settings.layers
+
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores:
         s = self.settings
         anchors, real = draw_anchors(read.batch.whole(s.block), s.anchors, generator)

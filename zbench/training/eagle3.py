@@ -33,6 +33,7 @@ from zbench.training.target import Read, Target, sparse_targets
 from zbench.training.trainer import Scores
 
 _STD = 0.02
+_USUAL = 256  # pairs of a conversation, for the estimate of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,10 @@ class Eagle3:
         self._place = torch.full((c.vocab,), -1, device=device)
         self._place[self.known] = torch.arange(len(self.known), device=device)
         self._inv_freq = inverse_frequencies(self.config.layer).to(device)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return _USUAL * self.settings.steps, 1
 
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores:
         s, batch = self.settings, read.batch

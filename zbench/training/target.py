@@ -12,7 +12,7 @@ from zbench.errors import UserError
 from zbench.models.config import ModelConfig
 from zbench.models.loading import LoadedModel
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer, Weights
+from zbench.models.transformer import Transformer
 from zbench.training.corpus import Conversation, Role
 
 TOP = 16  # tokens of a target distribution that are kept; they hold nearly all of its mass
@@ -87,9 +87,9 @@ class Target:
         if not isinstance(loaded.config, ModelConfig) or loaded.config.windows:
             raise UserError(f"{loaded.name}: drafters can be trained for dense models without sliding windows only")
         self.config, self.dtype, self.device = loaded.config, dtype, device
-        self.weights = Weights.from_hf(loaded.tensors, loaded.config, dtype, device)
         # Torch, not the native decoder: its products are the faster ones for hundreds of rows.
         self._model = Transformer(loaded.config, loaded.tensors, dtype, device, "torch")
+        self.weights = self._model.weights
 
     @property
     def head(self) -> Tensor:

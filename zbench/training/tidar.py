@@ -67,8 +67,8 @@ class Tidar:
         self.context = True
 
     @property
-    def drafts(self) -> int:
-        return self.settings.block - 1
+    def rows(self) -> tuple[int, int]:
+        return self.settings.anchors * self.settings.block, self.target.config.layers
 
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores:
         s = self.settings

@@ -22,10 +22,14 @@ from torch import Tensor
 
 from zbench.cache import atomic_write
 from zbench.errors import UserError
+from zbench.models.config import parameter_count
 from zbench.training.corpus import Conversation, Corpus
 from zbench.training.target import Batch, Read, Target
 
 STATE, PROGRESS, LOG = "training.safetensors", "training.json", "log.jsonl"
+_TIMED = 3  # steps that say how long the others will take
+_FIRST = 10  # the step after which a run measured in minutes is evaluated first: a broken one shows soon
+_CONTEXT = 256  # tokens, for the estimate of memory
 _POOL = 16  # batches that are formed together, so that conversations of like length meet
 
 
@@ -49,6 +53,11 @@ class Objective(Protocol):
 
     @property
     def settings(self) -> Any: ...
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows per conversation and step that gradients pass, and through how many layers."""
+        ...
 
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores: ...
 
@@ -105,11 +114,11 @@ def train(
     say(estimate(objective, target, settings))
     batches = form_batches(training, settings.batch, settings.seed)
     reader = Reader(target, objective, batches, settings.remember)
-    held_out = sorted(held_out, key=lambda c: len(c.ids))
-    tests = [Batch.of(part) for part in _parts(held_out, settings.batch)]
+    tests = [Batch.of(part) for part in _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)]
     test_reader = Reader(target, objective, tests, settings.remember)
-    began, tokens_before, evaluated, last = time.monotonic() - state.seconds, state.tokens, -1.0, {}
-    order = batch_order(len(batches), settings.seed, state.step)
+    first, order = state.step, batch_order(len(batches), settings.seed, state.step)
+    seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
+    began = time.monotonic() - seconds_before
     while (share := _share(state, settings)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * schedule(share, settings)
@@ -117,19 +126,16 @@ def train(
         state.step, state.tokens = state.step + 1, state.tokens + tokens
         state.seconds = time.monotonic() - began
         share = _share(state, settings)
-        due = evaluated < 0 and state.step == 10
-        if settings.steps:
-            due |= state.step % max(settings.steps // 10, 1) == 0
-        else:
-            due |= state.seconds - max(evaluated, 0.0) >= settings.evaluate_every
-        if due or share >= 1.0:
+        if state.step == first + _TIMED:
+            say(forecast(state.seconds - seconds_before, share, settings))
+        if share >= 1.0 or _due(state, evaluated, settings):
             last = evaluate(objective, test_reader, settings.seed)
             last |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
             state.seconds = time.monotonic() - began
             evaluated = state.seconds
             _save(objective, optimizer, settings, state, last, out)
             say(f"step {state.step}, {state.tokens} tokens: held out {_said(last)}")
-        rate = (state.tokens - tokens_before) / max(state.seconds, 1e-9)
+        rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
         advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
     return last
 
@@ -213,17 +219,34 @@ class Reader:
 
 
 def estimate(objective: Objective, target: Target, settings: Settings) -> str:
-    """What training will need, before it starts."""
+    """What training will need, before it starts. How long a step takes, the first steps tell."""
+    c, itemsize = target.config, target.dtype.itemsize
     learned = sum(p.numel() for p in objective.parameters.values())
-    frozen = sum(
-        p.numel() for layer in target.weights.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)
-    )
-    frozen += target.weights.embedding.numel()
-    gigabytes = (16 * learned + 2 * frozen * target.dtype.itemsize) / 1e9
+    state = 16 * learned + itemsize * parameter_count(c)  # value, gradient and two moments in float32; the target
+    # Per row and layer that gradients pass: residual and norms, SwiGLU, attention over a context of usual length.
+    per_row = 10 * c.width + 6 * c.ffn + 3 * c.heads * _CONTEXT
+    rows, layers = objective.rows
+    activations = settings.batch * rows * layers * per_row * itemsize
     length = f"{settings.steps} steps" if settings.steps else f"{settings.minutes:g} minutes"
     return (
-        f"{objective.name}: {learned / 1e6:.1f} M parameters learn, {frozen / 1e6:.0f} M are frozen; weights, "
-        f"gradients and optimiser take {gigabytes:.1f} GB, activations come on top; {length}"
+        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}; {state / 1e9:.1f} GB of weights and "
+        f"optimiser, about {activations / 1e9:.1f} GB of activations, up to {settings.remember:g} GB of kept reads"
+    )
+
+
+def _due(state: _State, evaluated: float, settings: Settings) -> bool:
+    """Whether to evaluate after this step; `evaluated` is when that was done last, in seconds of training."""
+    if settings.steps:
+        return state.step % max(settings.steps // 10, 1) == 0
+    return state.step == _FIRST or state.seconds - evaluated >= settings.evaluate_every
+
+
+def forecast(seconds: float, share: float, settings: Settings) -> str:
+    """From what the first steps took, and how much of the run is over."""
+    each = seconds / _TIMED
+    steps = settings.steps or round(60 * (settings.minutes or 0) * (1 - share) / each) + _TIMED
+    return (
+        f"{each:.1f} s per step while all is new to the target: {steps} steps, {steps * each / 60:.0f} minutes at most"
     )
 
 
