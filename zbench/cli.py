@@ -466,7 +466,11 @@ def _training(command: Any) -> Any:
         click.option(
             "--batch", default=4, show_default=True, type=click.IntRange(min=1), help="Conversations per step."
         ),
-        click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Peak learning rate."),
+        click.option(
+            "--rate",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Peak learning rate; default 0.002 for tidar, 0.001 for the others.",
+        ),
         click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"])),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm."),
         click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice."),
@@ -489,7 +493,7 @@ def train_tidar(block: int, rank: int, **options: Any) -> None:
     """
     from zbench.training.tidar import Tidar, TidarSettings
 
-    _train(options, lambda target, corpus, seed: Tidar(target, TidarSettings(block=block, rank=rank), seed))
+    _train(options, lambda target, corpus, seed: Tidar(target, TidarSettings(block=block, rank=rank), seed), 2e-3)
 
 
 @train.command("eagle3")
@@ -508,7 +512,7 @@ def train_eagle3(draft_vocab: int, depth: int, **options: Any) -> None:
     from zbench.training.eagle3 import Eagle3, Eagle3Settings
 
     settings = Eagle3Settings(draft_vocab=draft_vocab, steps=depth)
-    _train(options, lambda target, corpus, seed: Eagle3(target, settings, corpus.part(held_out=False), seed))
+    _train(options, lambda target, corpus, seed: Eagle3(target, settings, corpus.part(held_out=False), seed), 1e-3)
 
 
 @train.command("dflash")
@@ -524,10 +528,10 @@ def train_dflash(block: int, layers: int, **options: Any) -> None:
     """
     from zbench.training.dflash import DFlash, DFlashSettings
 
-    _train(options, lambda target, corpus, seed: DFlash(target, DFlashSettings(block=block, layers=layers), seed))
+    _train(options, lambda target, corpus, seed: DFlash(target, DFlashSettings(block=block, layers=layers), seed), 1e-3)
 
 
-def _train(options: dict[str, Any], objective: Any) -> None:
+def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     import torch
     from rich.console import Console
 
@@ -545,7 +549,7 @@ def _train(options: dict[str, Any], objective: Any) -> None:
     loaded = loading.load(_model_spec(options["model"]))
     corpus = load_corpus(options["data"], loaded.weights_hash)
     target = Target(loaded, getattr(torch, options["dtype"]), devices.resolve(options["device"]).torch)
-    given = {key: options[key] for key in ("seed", "batch", "steps", "minutes", "rate") if options[key] is not None}
+    given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
     console = Console(stderr=True)
     with amounts(1.0, console) as advance:
         last = trainer.train(
@@ -553,7 +557,7 @@ def _train(options: dict[str, Any], objective: Any) -> None:
             target,
             corpus,
             options["out"],
-            trainer.Settings(**given),
+            trainer.Settings(**given, rate=options["rate"] or rate),
             options["resume"],
             advance,
             lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),

@@ -15,7 +15,7 @@ from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.corpus import Conversation, Corpus
 from zbench.training.dflash import DFlash, DFlashSettings
 from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
-from zbench.training.losses import head_loss
+from zbench.training.losses import head_loss, sampled_head
 from zbench.training.target import Batch, Target
 from zbench.training.tidar import Tidar, TidarSettings
 from zbench.training.trainer import STATE, Objective, Settings, schedule, train
@@ -37,6 +37,23 @@ def test_head_loss_is_cross_entropy_with_sparse_targets(rows: int) -> None:
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(got, torch.autograd.grad(3 * want, (hidden, head)), rtol=1e-4, atol=1e-4)
     assert best.equal(logits.argmax(-1))
+
+
+def test_a_sampled_head_stands_for_the_whole_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(40, 8, generator=generator), torch.randn(200, 8, generator=generator) / 4
+    ids, probs, weights = torch.randint(0, 30, (40, 2), generator=generator), torch.full((40, 2), 0.5), torch.ones(40)
+
+    def loss(others: int) -> float:
+        sampled, bias, rows = sampled_head(head, ids, others, generator)
+        assert sampled[rows].equal(head[ids])
+        return head_loss(hidden, sampled, rows, probs, weights, bias)[0].item() / 40
+
+    whole = head_loss(hidden, head, ids, probs, weights)[0].item() / 40
+    assert loss(200) == pytest.approx(whole, rel=1e-5)
+    assert sum(loss(40) for _ in range(100)) / 100 == pytest.approx(whole, abs=0.02)
+    few = head_loss(hidden, head[:30], ids, probs, weights)[0].item() / 40
+    assert abs(few - whole) > 1.0  # what leaving the rest out would give
 
 
 def test_block_attention_is_attention_under_the_blocks_mask() -> None:

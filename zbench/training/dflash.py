@@ -19,7 +19,7 @@ from zbench.models.dflash import DFlashCheckpoint, tensor_shapes
 from zbench.models.drafters import DFlashConfig
 from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
 from zbench.training.attention import block_attention, draw_anchors
-from zbench.training.losses import head_loss
+from zbench.training.losses import OTHERS, head_loss, sampled_head
 from zbench.training.target import Read, Target, sparse_targets
 from zbench.training.trainer import Scores
 
@@ -67,9 +67,10 @@ class DFlash:
         drafted = places[..., 1:]
         ids, probs = sparse_targets(read, drafted.flatten(1), s.soft)
         weights = (real[..., None] * torch.exp(-(steps[1:] - 1) / s.gamma)).flatten()
-        total, best = head_loss(
-            hidden.flatten(0, -2), self.target.head, ids.flatten(0, 1), probs.flatten(0, 1), weights
-        )
+        head, bias, ids = self.target.head, None, ids.flatten(0, 1)
+        if not evaluate:  # then nobody asks which token is the likeliest of all
+            head, bias, ids = sampled_head(head, ids, OTHERS, generator)
+        total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, 1), weights, bias)
         right = best.view_as(drafted) == read.batch.ids.gather(1, drafted.flatten(1)).view_as(drafted)
         return Scores(total / weights.sum().clamp(min=1e-6), right[real], int(real.sum()) * (s.block - 1))
 

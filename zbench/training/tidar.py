@@ -26,7 +26,7 @@ from zbench.models.adapter import (
 )
 from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
 from zbench.training.attention import block_attention, draw_anchors
-from zbench.training.losses import head_loss
+from zbench.training.losses import OTHERS, head_loss, sampled_head
 from zbench.training.target import Read, Target, sparse_targets
 from zbench.training.trainer import Scores
 
@@ -81,9 +81,10 @@ class Tidar:
         ids, probs = sparse_targets(read, places.flatten(1), s.soft)
         by_place = torch.tensor([s.first, *(s.decay**j for j in range(block - 1))], device=anchors.device)
         weights = (real[..., None] * by_place).flatten()
-        total, best = head_loss(
-            hidden.flatten(0, -2), self.target.head, ids.flatten(0, 1), probs.flatten(0, 1), weights
-        )
+        head, bias, ids = self.target.head, None, ids.flatten(0, 1)
+        if not evaluate:  # then nobody asks which token is the likeliest of all
+            head, bias, ids = sampled_head(head, ids, OTHERS, generator)
+        total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, 1), weights, bias)
         right = best.view_as(places) == read.batch.ids.gather(1, places.flatten(1)).view_as(places)
         return Scores(total / weights.sum().clamp(min=1.0), right[real][:, 1:], int(real.sum()) * block)
 

@@ -38,7 +38,7 @@ class Scores:
     """What one forward of an objective says."""
 
     loss: Tensor
-    right: Tensor  # [n, drafts] bool: whether the draft at each place is the conversation's token
+    right: Tensor  # [n, drafts] bool: whether the draft at each place is the conversation's token; of evaluations only
     tokens: int  # drafted, of which the loss is a mean
 
 
