@@ -21,15 +21,24 @@ from zbench.engines.base import Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.hardware import device
 from zbench.models import loading
+from zbench.scenario import ENGINES
 
 STEPS = 12
 NOTHING = {"length": 1.0}
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "eagle3 chain of 4": ("eagle3", {"depth": 4, "top_k": 1, "tokens": None}),
-    "eagle3 tree of 16": ("eagle3", {"depth": 4, "top_k": 4, "tokens": 16}),
-    "dflash block of 8": ("dflash", {"block": 8, "draft_sampling": False}),
+DRAFTER, ADAPTER = {"random": True}, {"random": True, "rank": 24}
+
+
+def tidar(block: int, proposals: int) -> dict[str, Any]:
+    options = {"adapter": ADAPTER, "block_size": block, "proposals": proposals, "outcomes": "prefix"}
+    return {"name": "diffusion", **options}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "eagle3 chain of 4": {"name": "eagle3", "drafter": DRAFTER, "depth": 4},
+    "eagle3 tree of 16": {"name": "eagle3", "drafter": DRAFTER, "depth": 4, "top_k": 4, "tokens": 16},
+    "dflash block of 8": {"name": "dflash", "drafter": {**DRAFTER, "layers": 3}, "block": 8},
+    **{f"tidar block of {b}, {p} proposals": tidar(b, p) for b, p in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 3), (8, 8))},
 }
-RANDOM = {"random": True, "seed": 0, "layers": 3, "vocab": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +48,9 @@ def shared() -> Shared:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_speculative_step_against_autoregressive_step(benchmark: Any, shared: Shared, setting: str) -> None:
-    name, options = SETTINGS[setting]
+    spec = ENGINES[SETTINGS[setting]["name"]](**SETTINGS[setting], synthetic=NOTHING)
     sides = {
-        setting: engines.create(name, {**options, "drafter": RANDOM, "synthetic": NOTHING}, shared),
+        setting: engines.create(spec.name, spec.options, shared),
         "autoregressive": engines.create("autoregressive", {"execution": "auto"}, shared),
     }
     prompt = torch.randint(100, 40_000, (40,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dflash": {"drafter": {"random": True, "layers": 2}, "block": 5, "synthetic": {"length": 2.5}},
     "diffusion": {"block_size": 4, "synthetic": {"length": 2.5}},
     "diffusion, two outcomes": {"block_size": 4, "proposals": 2, "outcomes": "uniform", "synthetic": {"length": 4}},
+    "diffusion, few rows": {"block_size": 3, "proposals": 1, "outcomes": "prefix", "synthetic": {"length": 1}},
     "diffusion, none": {"block_size": 4, "proposals": 0, "synthetic": {"length": 2.5}},
     "diffusion, mixed": {"block_size": 4, "sampler": "logit_mix", "mask_id": 9},
 }
@@ -61,7 +62,7 @@ def test_a_plan_costs_what_the_engine_records(setting: str, shared: Shared) -> N
     create(engine, chosen, shared).generate([[5, 6, 7, 8]] * batch, request, meter)
     # The drafters' first step reads less: nothing was verified before it.
     recorded = [forward for forward in meter.records()[1] if forward.step == 2]
-    planned = plans.plan(engine, chosen, TARGET).forwards
+    planned = plans.plan(engine, chosen, TARGET, batch).forwards
     assert len(recorded) == len(planned)
     for found, forward in zip(recorded, planned, strict=True):
         cost = forward.cost([int(found.context)] * batch, 4)

@@ -160,6 +160,33 @@ def test_a_sampled_draft_is_accepted_as_often_as_the_distributions_overlap() -> 
     assert ((verdict.counts > 1).float().mean() - overlap).abs() < 4 * 0.5 / REQUESTS**0.5
 
 
+def test_only_drafts_that_are_offered_count_and_the_token_beyond_them_is_the_targets_own() -> None:
+    """Of three drafts one is offered: the others, and what they were drawn from, are of no account."""
+    logits, q = table(1)[:4].expand(REQUESTS, 4, -1), table(2)[:3].softmax(-1).expand(REQUESTS, 3, -1)
+    drafts = torch.stack([torch.multinomial(q[:, place], 1)[:, 0] for place in range(3)], 1)
+    sampling = Sampling(0.9)
+    sampler = Sampler(sampling, range(REQUESTS), 8, CPU.torch)
+    one = torch.ones(REQUESTS, dtype=torch.int64)
+    for probs in (q, None):
+        verdict = verify_chain(logits, drafts, sampler, [0] * REQUESTS, probs, offered=one)
+        assert int(verdict.counts.max()) == 2
+        second = verdict.tokens[verdict.counts == 2][:, 1:2]
+        assert len(second) > 300
+        assert p_value(second, probabilities(logits[0, 1], sampling).double()) > ALPHA
+
+
+def test_trusted_drafts_pass_as_far_as_they_are_offered() -> None:
+    logits = torch.nn.functional.one_hot(torch.tensor([[4, 4, 4, 4]]), 6).float() * 9
+    drafts, everything = torch.tensor([[4, 1, 2]]), torch.tensor([[False, True, True]])
+    sampler = Sampler(Sampling(), (0,), 8, CPU.torch)
+    plain = verify_chain(logits, drafts, sampler, [0])
+    assert plain.tokens.tolist() == [[4, 4, -1, -1]]
+    trusting = verify_chain(logits, drafts, sampler, [0], trusted=everything)
+    assert trusting.tokens.tolist() == [[4, 1, 2, 4]]
+    cut = verify_chain(logits, drafts, sampler, [0], trusted=everything, offered=torch.tensor([2]))
+    assert cut.tokens.tolist() == [[4, 1, 4, -1]]
+
+
 def test_siblings_are_accepted_as_often_as_the_target_draws_one_of_them() -> None:
     sampler = Sampler(Sampling(1.0), range(REQUESTS), 4, CPU.torch)
     zeros = torch.zeros(REQUESTS, dtype=torch.int64)

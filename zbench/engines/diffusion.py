@@ -10,6 +10,7 @@ prefix and itself in both directions, and nothing else. With p the model's own n
 
 A mask predicts the token at its own place, so block r's first mask stands where t does, which p has decided already.
 Kept rows' keys and values were written by this forward and stay; the rest is forgotten; nothing is computed twice.
+The head runs on the chain first, then on the chosen block's rows alone, unless all rows are few.
 Rows per forward: n + P B, where n = B once a whole block is drafted. An outcome that no block was prepared for takes
 what the block of the nearest shorter outcome predicted for the places after t (drafted with less to go by, verified
 like any other draft), or nothing: then the next forward decodes t and drafts anew.
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, chunks, generate, new_state
-from zbench.engines.plans import prepared
+from zbench.engines.plans import ONE_HEAD_ROWS, prepared
 from zbench.engines.sampling import Purpose, draw, on_device, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, verify_chain
@@ -34,7 +35,7 @@ from zbench.errors import UserError
 from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import head_cost
-from zbench.models.model import Model, Output
+from zbench.models.model import Model
 from zbench.models.rows import Rows
 
 BLOCK_SIZES = range(1, 33)
@@ -46,7 +47,7 @@ Fallback = Literal["nearest", "redraft"]
 class DiffusionState(State):
     ids: Tensor  # [B, m] the next block: the last committed token, then drafts, of which `offered` are real
     offered: list[int]  # drafts per sequence
-    probs: Tensor | None  # [B, m - 1, V] the distribution that the drafts were drawn from; zero where none is offered
+    probs: Tensor | None  # [B, m - 1, V] the distribution that the drafts were drawn from
     confidence: Tensor | None  # [B, m - 1] what the drafter gave them, where a sampler asks
     histogram: list[int]  # [block + 1] steps by rows kept, over the sequences of this decode so far
 
@@ -102,10 +103,9 @@ class Diffusion:
             state.cache, state.sampler, last, state.outputs, state.active,
             last[:, None], [0] * len(prompts), None, None, [0] * (self.block + 1),
         )  # fmt: skip
-        if drafts := max(masks - 1, 0):
-            offered = last.new_full((len(prompts),), drafts)
-            self._draft(started, hidden[:, 1:], offered, on_device([1] * len(prompts), last.device), meter)
-            started.offered = [drafts] * len(prompts)
+        if masks > 1:
+            self._draft(started, hidden[:, 1:], torch.ones_like(last), meter)
+            started.offered = [masks - 1] * len(prompts)
         return started
 
     def step(self, state: DiffusionState, meter: Meter) -> Step:
@@ -113,31 +113,36 @@ class Diffusion:
         count = 1 + max(n for n, active in zip(state.offered, state.active, strict=True) if active)
         ids, outcomes = state.ids[:, :count], prepared(count, self.proposals, self.choose, state.histogram[1:])
         rows = Rows.draft_and_verify(ids, state.cache.lengths, self.block, outcomes, self.mask_id)
+        at_once = rows.ids.numel() <= ONE_HEAD_ROWS
+        asking = None if at_once else torch.arange(count, device=ids.device).expand(len(ids), count)
         out = meter.forward(
             model,
             "draft+verify" if outcomes else "decode" if count == 1 else "verify",
             rows,
             state.cache,
-            logits=torch.arange(count, device=ids.device).expand(len(ids), count),
-            capture=(model.config.layers,) if outcomes else (),
+            logits=asking,
+            capture=() if at_once or not outcomes else (model.config.layers,),
             adapter=self.adapter,
         )
-        logits = self._mixed(out, count, outcomes, contexts, meter) if self.mix is not None else out.logits
+        masks = out.logits if at_once else out.hidden.get(model.config.layers)
+        logits = out.logits[:, :count]
+        if self.mix is not None:
+            logits = self._mixed(logits, masks, count, outcomes, contexts, meter)
         with meter.phase("accept"):
             index = on_device([len(output) for output in state.outputs], ids.device)
             verdict = self._verify(state, logits, ids, index)
-        if outcomes and self.block > 1:
-            offered, hidden = self._chosen(out.hidden[model.config.layers], verdict.counts, count, outcomes)
-            self._draft(state, hidden, offered, index + verdict.counts, meter, verdict.bonus)
+        state.last = verdict.bonus
+        if masks is not None and outcomes and self.block > 1:
+            chosen = self._chosen(masks, verdict.counts, count, outcomes)
+            self._draft(state, chosen, index + verdict.counts, meter)
         else:
-            state.ids = verdict.bonus[:, None]
+            state.ids = state.last[:, None]
         with meter.phase("accept"):
             gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
         with meter.phase("commit"):
             drafted = tuple(n * active for n, active in zip(state.offered, state.active, strict=True))
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             state.cache.extend(counts)
-            state.last = verdict.bonus
             usable = _sources(count, self.block, outcomes, self.fallback)[1]
             state.offered = [usable[row[0]] for row in gained]
             for kept in filter(None, counts):
@@ -163,53 +168,52 @@ class Diffusion:
             None if trusted is None else trusted[:, : count - 1],
         )
 
-    def _chosen(self, hidden: Tensor, counts: Tensor, drafts: int, outcomes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Drafts offered [B], and hidden states [B, block - 1, D] of the masks behind them, after outcomes `counts`."""
-        starts, usable = _sources(drafts, self.block, outcomes, self.fallback)
-        table = torch.tensor([starts, usable]).to(hidden.device, non_blocking=True)
-        start, offered = table[0][counts], table[1][counts]
-        places = start[:, None] + torch.arange(self.block - 1, device=hidden.device)
-        places = places.clamp(max=hidden.shape[1] - 1)
-        return offered, hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]
+    def _chosen(self, rows: Tensor, counts: Tensor, drafts: int, outcomes: tuple[int, ...]) -> Tensor:
+        """Of what the forward said at each row [B, R, ..], that of the masks that predict the next drafts after
+        outcomes `counts` [B]: [B, block - 1, ..]."""
+        starts, _ = _sources(drafts, self.block, outcomes, self.fallback)
+        start = on_device(starts, rows.device)[counts]
+        places = start[:, None] + torch.arange(self.block - 1, device=rows.device)
+        places = places.clamp(max=rows.shape[1] - 1)
+        return rows[torch.arange(len(rows), device=rows.device)[:, None], places]
 
-    def _draft(
-        self,
-        state: DiffusionState,
-        hidden: Tensor,
-        offered: Tensor,
-        index: Tensor,
-        meter: Meter,
-        first: Tensor | None = None,
-    ) -> None:
-        """Turn hidden states [B, n, D] of masks into the next block; index [B] is the first draft's output position.
-        The head runs here, on the chosen rows alone."""
-        logits = self._predicted(hidden, state.cache.sizes, index, meter)
+    def _draft(self, state: DiffusionState, masks: Tensor, index: Tensor, meter: Meter) -> None:
+        """The next block: the last token, and what `masks` predict after it, the first at output position index [B]."""
+        logits = self._predicted(masks, state.cache.sizes, index, meter)
         with meter.phase("accept"):
-            real = torch.arange(hidden.shape[1], device=hidden.device) < offered[:, None]
             state.probs = state.confidence = None
             if self.draft_sampling and not state.sampler.sampling.greedy:
                 probs = probabilities(logits, state.sampler.sampling)
-                positions = index[:, None] + torch.arange(hidden.shape[1], device=hidden.device)
+                positions = index[:, None] + torch.arange(masks.shape[1], device=masks.device)
                 drafts = draw(probs, state.sampler.uniforms(positions, Purpose.DRAFT))
-                state.probs = probs * real[..., None]
+                state.probs = probs
             else:
                 drafts = logits.argmax(-1)
             if self.trust is not None:
                 state.confidence = logits.softmax(-1).gather(2, drafts[..., None]).squeeze(2)
-            state.ids = torch.cat([(state.last if first is None else first)[:, None], drafts], 1)
+            state.ids = torch.cat([state.last[:, None], drafts], 1)
 
-    def _predicted(self, hidden: Tensor, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
-        """Logits [B, n, V] of masks with hidden states [B, n, D]; the first stands at output position index [B]."""
-        return run_head(self.model, hidden, contexts, meter)
+    def _predicted(self, masks: Tensor, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
+        """Logits [B, n, V] of masks, the first of which stands at output position index [B]: given as they are, or as
+        hidden states [B, n, D] that the head runs on here."""
+        return masks if masks.shape[-1] == self.model.config.vocab else run_head(self.model, masks, contexts, meter)
 
-    def _mixed(self, out: Output, count: int, outcomes: tuple[int, ...], contexts: list[int], meter: Meter) -> Tensor:
+    def _mixed(
+        self,
+        logits: Tensor,
+        masks: Tensor | None,
+        count: int,
+        outcomes: tuple[int, ...],
+        contexts: list[int],
+        meter: Meter,
+    ) -> Tensor:
         """Own logits [B, count, V], mixed with the first mask's of the block that stands at the same place."""
-        if not outcomes or self.mix is None:
-            return out.logits
-        rows = torch.tensor([kept - 1 for kept in outcomes], device=out.logits.device)
-        firsts = count + self.block * torch.arange(len(outcomes), device=rows.device)
-        masks = run_head(self.model, out.hidden[self.model.config.layers][:, firsts], contexts, meter)
-        return out.logits.index_copy(1, rows, self.mix * out.logits[:, rows] + (1 - self.mix) * masks)
+        if masks is None or not outcomes or self.mix is None:
+            return logits
+        rows = torch.tensor([kept - 1 for kept in outcomes], device=logits.device)
+        firsts = masks[:, count + self.block * torch.arange(len(outcomes), device=rows.device)]
+        theirs = self._predicted(firsts, contexts, rows, meter)
+        return logits.index_copy(1, rows, self.mix * logits[:, rows] + (1 - self.mix) * theirs)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -49,7 +49,7 @@ def verify_chain(
     the first token to be gained. `draft_probs` [B, k, V] is q where the drafts were drawn from it, None where they
     were chosen outright. With `synthetic`, acceptance is drawn and the bonus is the target's argmax; ValueError
     if it was made for another number of drafts than k. `offered` [B] says how many of the k drafts are real (None:
-    all; q must be zero beyond, and synthetic acceptance is cut there). `trusted` [B, k] marks drafts that pass whatever
+    all; acceptance is cut there, and the token beyond is p's own). `trusted` [B, k] marks drafts that pass whatever
     the target says: the output is then no longer the target's.
     """
     batch, count, _ = logits.shape
@@ -121,6 +121,8 @@ def _reject(
     q_x = draft_probs.gather(2, drafts[..., None]).squeeze(2)
     accepted = _leading(sampler.uniforms(positions, Purpose.ACCEPT) * q_x < p_x)
     accepted = accepted if offered is None else torch.minimum(accepted, offered)
+    if offered is not None:
+        draft_probs = draft_probs * (torch.arange(drafts.shape[1], device=p.device) < offered[:, None])[..., None]
     q = torch.cat([draft_probs, torch.zeros_like(p[:, :1])], 1)  # nothing was drafted after the last
     p_next = _row(p, accepted)
     residual = (p_next - _row(q, accepted)).clamp(min=0)

@@ -371,7 +371,7 @@ class Where:
 def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
     """`one` is the time of an autoregressive step."""
     try:
-        plan = plans.plan(cell.engine, cell.options, where.target)
+        plan = plans.plan(cell.engine, cell.options, where.target, cell.batch)
         found = _acceptance(cell, plan)
     except UserError as error:
         return EngineStep(cell.id, cell.label, cell.engine, unavailable=f"unavailable: {error}")
@@ -420,7 +420,7 @@ def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount | None
     counts = []
     for proposals in range(block + 1):
         options = {**cell.options, "proposals": proposals}
-        plan = plans.plan("diffusion", options, where.target)
+        plan = plans.plan("diffusion", options, where.target, cell.batch)
         seconds = sum(where.seconds(forward) for forward in plan.forwards)
         found = _acceptance(cell, plan) if told else None
         tokens = _tokens(cell, plan, found) if told else None

@@ -84,10 +84,9 @@ def _answers(projection: Data) -> list[str]:
     if gains:
         speedup, step, point = max(gains, key=lambda gain: gain[0])
         where = f" at {_label(point)}" if _label(point) else ""
-        given = figures.shortened(step["acceptance"], 40)
         said.append(
             f"Predicted on {device}{where}: {step['label']} decodes {quantity(speedup, 'ratio')} as fast as one token"
-            f" per forward, if it gains {step['predicted_tokens_per_step']:.2f} tokens per step ({given})."
+            f" per forward, if it gains {step['predicted_tokens_per_step']:.2f} tokens per step (synthetic acceptance)."
         )
     low, high = (quantity(value, "s") for value in (min(steps), max(steps)))
     said.append(f"Predicted on {device}: an autoregressive step takes {low if low == high else f'{low} to {high}'}.")
