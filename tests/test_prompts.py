@@ -51,14 +51,12 @@ def test_quickstart_has_four_prompts_in_each_of_six_categories():
 
 
 def test_no_packaged_text_is_there_twice():
-    texts = [
-        prompt.text.casefold() for name in ("quickstart", "warmup", "filler") for prompt in prompts._packaged(name)
-    ]
+    texts = [prompt.text.casefold() for name in ("quickstart", "warmup", "filler") for prompt in prompts.packaged(name)]
     assert len(set(texts)) == len(texts)
 
 
 def test_the_filler_has_three_thousand_words():
-    assert sum(len(prompt.text.split()) for prompt in prompts._packaged("filler")) > 3000
+    assert sum(len(prompt.text.split()) for prompt in prompts.packaged("filler")) > 3000
 
 
 def test_an_unknown_set_is_told_which_there_are():
@@ -193,7 +191,7 @@ def test_a_short_prompt_is_extended_with_prose_before_the_question():
     before, after = text.split("\n\n" + QUICKSTART[4].text)
     assert before.startswith("<s>[user]")
     assert after == "[end][me]"
-    prose = "\n\n".join(part.text for part in prompts._packaged("filler"))
+    prose = "\n\n".join(part.text for part in prompts.packaged("filler"))
     assert before.removeprefix("<s>[user]") in prose * 2
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FAILED_CELLS, INTERRUPTED = 5, 130
 FRACTION = click.FloatRange(min=0, min_open=True, max=1)
+MODEL_HELP = "A name of `zbench models list`, or a model's folder."
 OVERRIDE_HELP = "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8. Repeatable."
 
 
@@ -391,6 +392,182 @@ def models_path(name: str) -> None:
     if folder is None:
         raise UserError(f"{name} is not on this machine; run: zbench models fetch {name}")
     click.echo(folder)
+
+
+@main.group()
+def train() -> None:
+    """Train drafters for a model on text that it writes itself."""
+
+
+@train.command("data")
+@click.option("--model", required=True, help=MODEL_HELP)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder of the corpus; goes on if it has some."
+)
+@click.option(
+    "--tokens", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Answer tokens wanted."
+)
+@click.option("--seed", default=0, show_default=True, help="The corpus follows from model and seed.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after the shard under way then.")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Conversations at a time.")
+@click.option(
+    "--exclude", multiple=True, type=click.Path(path_type=Path), help="JSONL prompts to keep out as well. Repeatable."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
+def train_data(
+    model: str,
+    out: Path,
+    tokens: int,
+    seed: int,
+    minutes: float | None,
+    batch: int,
+    exclude: tuple[Path, ...],
+    device: str,
+    threads: int | None,
+) -> None:
+    """Let a chat model write a training corpus: its own user turns, templated ones, and answers to both.
+
+    \b
+    Examples:
+      zbench train data --model smollm2-135m --out corpus --tokens 1000000
+      zbench train data --model ~/models/mine --out corpus --exclude my_benchmark.jsonl
+    """
+    import torch
+    from rich.console import Console
+
+    from zbench.hardware import device as devices
+    from zbench.models import loading
+    from zbench.models.model import build
+    from zbench.progress import amounts
+    from zbench.training import data
+
+    if threads:
+        torch.set_num_threads(threads)
+    where = devices.resolve(device).torch
+    loaded = loading.load(_model_spec(model), "bfloat16")
+    target = build(loaded, torch.bfloat16, where, "auto")
+    seconds = None if minutes is None else 60 * minutes
+    with amounts(tokens, Console(stderr=True)) as advance:
+        data.generate(target, loaded, out, tokens, data.Settings(seed), batch, exclude, advance, seconds)
+    click.echo(out)
+
+
+def _training(command: Any) -> Any:
+    """The options that the training commands share."""
+    options = (
+        click.option("--model", required=True, help=MODEL_HELP),
+        click.option("--data", required=True, type=click.Path(path_type=Path), help="A corpus of `zbench train data`."),
+        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the drafter."),
+        click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="How long to train."),
+        click.option("--steps", type=click.IntRange(min=1), help="How long to train; repeatable bit by bit."),
+        click.option("--resume", is_flag=True, help="Go on with the run in --out."),
+        click.option("--seed", default=0, show_default=True, help="Of weights, order and places."),
+        click.option(
+            "--batch", default=4, show_default=True, type=click.IntRange(min=1), help="Conversations per step."
+        ),
+        click.option(
+            "--rate",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Peak learning rate; default 0.002 for tidar, 0.001 for the others.",
+        ),
+        click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"])),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm."),
+        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@train.command("tidar")
+@_training
+@click.option("--block", default=8, show_default=True, type=click.IntRange(2, 32), help="Masks of a block.")
+@click.option("--rank", default=24, show_default=True, type=click.IntRange(min=1), help="Of the low-rank updates.")
+def train_tidar(block: int, rank: int, **options: Any) -> None:
+    """Train an adapter that makes a model draft for itself: for the engine `diffusion`.
+
+    \b
+    Example:
+      zbench train tidar --model smollm2-135m --data corpus --out adapter --minutes 60
+    """
+    from zbench.training.tidar import Tidar, TidarSettings
+
+    _train(options, lambda target, corpus, seed: Tidar(target, TidarSettings(block=block, rank=rank), seed), 2e-3)
+
+
+@train.command("eagle3")
+@_training
+@click.option(
+    "--draft-vocab", default=4096, show_default=True, type=click.IntRange(min=16), help="Tokens it can draft."
+)
+@click.option("--depth", default=7, show_default=True, type=click.IntRange(1, 16), help="Steps of training-time test.")
+def train_eagle3(draft_vocab: int, depth: int, **options: Any) -> None:
+    """Train an EAGLE-3 drafter.
+
+    \b
+    Example:
+      zbench train eagle3 --model smollm2-135m --data corpus --out drafter --minutes 60
+    """
+    from zbench.training.eagle3 import Eagle3, Eagle3Settings
+
+    settings = Eagle3Settings(draft_vocab=draft_vocab, steps=depth)
+    _train(options, lambda target, corpus, seed: Eagle3(target, settings, corpus.part(held_out=False), seed), 1e-3)
+
+
+@train.command("dflash")
+@_training
+@click.option("--block", default=8, show_default=True, type=click.IntRange(2, 64), help="Tokens of a block.")
+@click.option("--layers", default=2, show_default=True, type=click.IntRange(min=1), help="Of the drafter.")
+def train_dflash(block: int, layers: int, **options: Any) -> None:
+    """Train a DFlash drafter.
+
+    \b
+    Example:
+      zbench train dflash --model smollm2-135m --data corpus --out drafter --minutes 60
+    """
+    from zbench.training.dflash import DFlash, DFlashSettings
+
+    _train(options, lambda target, corpus, seed: DFlash(target, DFlashSettings(block=block, layers=layers), seed), 1e-3)
+
+
+def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
+    import torch
+    from rich.console import Console
+
+    from zbench.hardware import device as devices
+    from zbench.models import loading
+    from zbench.progress import amounts
+    from zbench.training import trainer
+    from zbench.training.corpus import load_corpus
+    from zbench.training.target import Target
+
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    if (options["steps"] is None) == (options["minutes"] is None):
+        raise UserError("say how long to train: --minutes or --steps")
+    loaded = loading.load(_model_spec(options["model"]))
+    corpus = load_corpus(options["data"], loaded.weights_hash)
+    target = Target(loaded, getattr(torch, options["dtype"]), devices.resolve(options["device"]).torch)
+    given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
+    console = Console(stderr=True)
+    with amounts(1.0, console) as advance:
+        last = trainer.train(
+            objective(target, corpus, options["seed"]),
+            target,
+            corpus,
+            options["out"],
+            trainer.Settings(**given, rate=options["rate"] or rate),
+            options["resume"],
+            advance,
+            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
+    click.echo(json.dumps(last))
+
+
+def _model_spec(name: str) -> str | dict[str, str]:
+    """A folder if there is one of that name, else a name of the zoo."""
+    return {"path": name} if Path(name).expanduser().is_dir() else name
 
 
 if __name__ == "__main__":

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINES = 60  # at most about this many plain lines for one run
 
@@ -38,3 +46,35 @@ def track(total: int, done: int, console: Console) -> Iterator[Callable[[str], N
         console.print(f"[{position}/{total}] {what}, {left:.0f} s left", markup=False, highlight=False, soft_wrap=True)
 
     yield advance_plain
+
+
+@contextmanager
+def amounts(total: float, console: Console, interval: float = 10.0) -> Iterator[Callable[[float, str], None]]:
+    """Yields `advance(done, what)` for work that is measured, not counted; plain lines come every `interval` seconds.
+
+    What is done when it is first called counts as done before.
+    """
+    began, first, last = time.monotonic(), -1.0, float("-inf")
+
+    def left(done: float) -> float:
+        return (time.monotonic() - began) / max(done - first, 1e-9) * (total - done)
+
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("starting", total=total)
+            yield lambda done, what: bar.update(task, completed=done, description=what)
+        return
+
+    def advance(done: float, what: str) -> None:
+        nonlocal first, last
+        if first < 0:
+            first = done
+        elif time.monotonic() - last >= interval or done >= total:
+            last = time.monotonic()
+            share = 100 * done / total
+            console.print(
+                f"[{share:.0f}%] {what}, {left(done):.0f} s left", markup=False, highlight=False, soft_wrap=True
+            )
+
+    yield advance

@@ -41,7 +41,7 @@ def load(spec: PromptSpec) -> tuple[Prompt, ...]:
     """
     if isinstance(spec, PromptDataset):
         return _read_dataset(spec)
-    prompts = _named(spec.set) if isinstance(spec, PromptSet) else _read_file(Path(spec.file).expanduser())
+    prompts = _named(spec.set) if isinstance(spec, PromptSet) else read_file(Path(spec.file).expanduser())
     return _choose(prompts, spec)
 
 
@@ -51,7 +51,7 @@ def warmup_prompts(count: int, measured: Sequence[Prompt]) -> tuple[Prompt, ...]
     Raises UserError where there are fewer than `count`.
     """
     taken = {_words(prompt.text) for prompt in measured}
-    others = [prompt for prompt in _packaged("warmup") if _words(prompt.text) not in taken]
+    others = [prompt for prompt in packaged("warmup") if _words(prompt.text) not in taken]
     if len(others) < count:
         raise UserError(f"only {len(others)} warm-up prompts are not measured ones; set warmup.prompts to at most that")
     return tuple(others[:count])
@@ -67,7 +67,7 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, context: int | None) -> li
     """
     if context is None:
         return [_natural(prompt, tokenizer) for prompt in prompts]
-    prose = [tokenizer.encode(f"{part.text}\n\n", add_special_tokens=False) for part in _packaged("filler")]
+    prose = [tokenizer.encode(f"{part.text}\n\n", add_special_tokens=False) for part in packaged("filler")]
     return [_fitted(prompt, tokenizer, context, prose) for prompt in prompts]
 
 
@@ -125,7 +125,7 @@ def _choose(prompts: Sequence[Prompt], spec: PromptChoice) -> tuple[Prompt, ...]
     return tuple(chosen[index] for index in sorted(index for _, index in sorted(turns)[: spec.limit]))
 
 
-def _packaged(name: str) -> tuple[Prompt, ...]:
+def packaged(name: str) -> tuple[Prompt, ...]:
     return _parse((_SETS / f"{name}.jsonl").read_text(encoding="utf-8"), f"{name}.jsonl")
 
 
@@ -134,10 +134,10 @@ def _named(name: str) -> tuple[Prompt, ...]:
     known = sorted(names.difference(_SUPPORT))
     if name not in known:
         raise UserError(f"unknown prompt set {name!r}; there are {', '.join(known)} (for your own: {{file: PATH}})")
-    return _packaged(name)
+    return packaged(name)
 
 
-def _read_file(path: Path) -> tuple[Prompt, ...]:
+def read_file(path: Path) -> tuple[Prompt, ...]:
     try:
         return _parse(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:

@@ -139,6 +139,13 @@ class Transformer:
         fallback = {"why_not_native": reason} if reason and self.device.type == "cpu" else {}
         self.kernels = {"forward": name, **fallback}
 
+    @property
+    def weights(self) -> Weights:
+        """As torch runs them. ValueError where they are packed for the native decoder."""
+        if self._weights is None:
+            raise ValueError("the native decoder keeps packed weights only")
+        return self._weights
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return Cache(self.config, batch, capacity, self.dtype, self.device, panels=self._native is not None)
 

@@ -1,0 +1,46 @@
+"""`zbench train` as a user meets it: a corpus, three drafters that load again, and one line on bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import refused, zbench
+from tests.tiny import oracle
+from zbench.models import adapter, dflash, eagle3, families
+from zbench.models.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model")
+    oracle("smollm").save_pretrained(made)
+    byte_tokenizer(families.from_hf(oracle("smollm").config.to_dict())).save_pretrained(made)
+    return made
+
+
+@pytest.mark.slow
+def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
+    corpus, config = tmp_path / "corpus", families.from_hf(json.loads((folder / "config.json").read_text()))
+    made = zbench("train", "data", "--model", folder, "--out", corpus, "--tokens", 3000, "--device", "cpu")
+    assert made.exit_code == 0, made.output
+    shared = ["--model", folder, "--data", corpus, "--steps", 2, "--batch", 2, "--dtype", "float32", "--device", "cpu"]
+    loaders = {"tidar": adapter.load_adapter, "eagle3": eagle3.load_drafter, "dflash": dflash.load_drafter}
+    own = {"tidar": ["--rank", 2], "eagle3": ["--draft-vocab", 64, "--depth", 2], "dflash": ["--layers", 1]}
+    for name, load in loaders.items():
+        trained = zbench("train", name, *shared, *own[name], "--out", tmp_path / name)
+        assert trained.exit_code == 0, trained.output
+        last = json.loads(trained.stdout.splitlines()[-1])
+        assert last["step"] == 2 and last["accepted"] >= 1.0
+        load(tmp_path / name, config)
+    log = (tmp_path / "tidar" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2]
+
+
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
+    asked = ["train", "tidar", "--model", folder, "--data", tmp_path, "--out", tmp_path / "out"]
+    refused(zbench(*asked), "--minutes or --steps")
+    refused(zbench(*asked, "--minutes", 1), "no training data", "zbench train data")
+    refused(zbench("train", "data", "--model", "nobody", "--out", tmp_path / "x"), "unknown model 'nobody'")

@@ -1,0 +1,95 @@
+"""Corpora that a model writes: they follow from the seed alone, go on where they ended, and keep prompts out."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import memory
+from zbench import prompts
+from zbench.errors import UserError
+from zbench.models import loading
+from zbench.models.loading import LoadedModel
+from zbench.models.model import build
+from zbench.training import data, shapes
+from zbench.training.corpus import Corpus, Role, is_held_out, load_corpus, prompt_hash
+from zbench.training.data import Settings
+
+SHAPE = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 1024}
+SETTINGS = Settings(answer=12, shard=8, follow_ups=0.5, warm=0.5)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return loading.load({"config": {**SHAPE, "eos_ids": (2,)}, "seed": 1}, "float32")
+
+
+def written(model: LoadedModel, out: Path, tokens: int = 150, **options) -> Corpus:
+    target = build(model, torch.float32, memory.CPU, "auto")
+    data.generate(target, model, out, tokens, **{"settings": SETTINGS, "batch": 3, **options})
+    return load_corpus(out, model.weights_hash)
+
+
+def contents(corpus: Corpus) -> list[tuple[list[int], list[int]]]:
+    return [(c.ids.tolist(), c.roles.tolist()) for c in corpus.conversations]
+
+
+def test_a_corpus_follows_from_its_seed_whatever_the_batch(model: LoadedModel, tmp_path: Path) -> None:
+    first = written(model, tmp_path / "a")
+    assert contents(written(model, tmp_path / "b", batch=7)) == contents(first)
+    assert contents(written(model, tmp_path / "c", settings=Settings(1, answer=12, shard=8))) != contents(first)
+
+
+def test_an_interrupted_corpus_goes_on_where_it_ended(model: LoadedModel, tmp_path: Path) -> None:
+    whole = written(model, tmp_path / "whole")
+    part = written(model, tmp_path / "part", seconds=0.0)
+    assert 0 < len(part.conversations) < len(whole.conversations)
+    assert contents(written(model, tmp_path / "part")) == contents(whole)
+
+
+def test_greedy_answers_are_the_models_own(model: LoadedModel, tmp_path: Path) -> None:
+    corpus = written(model, tmp_path, settings=Settings(answer=12, shard=8, follow_ups=0.0, warm=0.0))
+    target = build(model, torch.float32, memory.CPU, "auto")
+    for c in corpus.conversations:
+        start = int((c.roles == Role.ANSWER).nonzero()[0])
+        cache = target.new_cache(1, len(c.ids))
+        logits = target.forward(data.Rows.chain(c.ids[None], cache.lengths), cache).logits[0]
+        assert logits[start - 1 : -1].argmax(-1).tolist() == c.ids[start:].tolist()
+        assert c.roles[start:].tolist() == [Role.ANSWER] * (len(c.ids) - start)
+
+
+def test_no_prompt_to_be_measured_goes_in(model: LoadedModel, tmp_path: Path) -> None:
+    prompt = shapes.prompt("chat", random.Random("anything"))
+    excluded = tmp_path / "mine.jsonl"
+    excluded.write_text('{"prompt": "' + prompt + '"}\n')
+    refused = data.Refused(data.measured_texts([excluded]))
+    assert refused.why(prompt.upper())
+    assert refused.why("And now: " + prompts.packaged("quickstart")[0].turns[0] + " Thank you.")
+    assert not refused.why("Tell me about sheep.")
+
+
+def test_what_is_held_out_follows_from_the_prompt_alone() -> None:
+    hashes = [prompt_hash(f"Explain number {n}.") for n in range(2000)]
+    assert 60 < sum(map(is_held_out, hashes)) < 140
+    assert prompt_hash("Explain  NUMBER 7.") == prompt_hash("explain number 7.")
+
+
+@pytest.mark.parametrize("text", ["Hi", "a b " * 60, "what is what is what is what is what is", "π ω σ λ μ ν ξ φ χ ψ"])
+def test_junk_is_seen(text: str) -> None:
+    assert data.junk(text)
+    assert not data.junk("What is the capital of the country where you were made?")
+
+
+def test_a_corpus_is_refused_by_another_model_and_other_settings(model: LoadedModel, tmp_path: Path) -> None:
+    written(model, tmp_path)
+    with pytest.raises(UserError, match="another model"):
+        load_corpus(tmp_path, "somebody else's")
+    with pytest.raises(UserError, match="another settings"):
+        written(model, tmp_path, settings=Settings(seed=5))
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is not the shard"):
+        load_corpus(tmp_path, model.weights_hash)
+    assert "conversations" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,169 @@
+"""The trainer's parts against plain definitions, and resuming bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.training import memory
+from zbench.errors import UserError
+from zbench.training.attention import block_attention, draw_anchors
+from zbench.training.corpus import Conversation, Corpus
+from zbench.training.dflash import DFlash, DFlashSettings
+from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
+from zbench.training.losses import head_loss, sampled_head
+from zbench.training.target import Batch, Target
+from zbench.training.tidar import Tidar, TidarSettings
+from zbench.training.trainer import STATE, Objective, Settings, schedule, train
+
+
+@pytest.mark.parametrize("rows", [5, 600])  # within a chunk, and over several
+def test_head_loss_is_cross_entropy_with_sparse_targets(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 8, generator=generator, requires_grad=True)
+    head = torch.randn(20, 8, generator=generator, requires_grad=True)
+    ids = torch.randint(0, 20, (rows, 3), generator=generator)
+    ids[0] = 4  # the same id again and again
+    probs, weights = torch.rand(rows, 3, generator=generator), torch.rand(rows, generator=generator)
+    loss, best = head_loss(hidden, head, ids, probs, weights)
+    got = torch.autograd.grad(3 * loss, (hidden, head))
+    logits = hidden @ head.T
+    dense = torch.zeros(rows, 20).scatter_add_(1, ids, probs)
+    want = -(weights * (dense * logits.log_softmax(-1)).sum(-1)).sum()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(got, torch.autograd.grad(3 * want, (hidden, head)), rtol=1e-4, atol=1e-4)
+    assert best.equal(logits.argmax(-1))
+
+
+def test_a_sampled_head_stands_for_the_whole_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(40, 8, generator=generator), torch.randn(200, 8, generator=generator) / 4
+    ids, probs, weights = torch.randint(0, 30, (40, 2), generator=generator), torch.full((40, 2), 0.5), torch.ones(40)
+
+    def loss(others: int) -> float:
+        sampled, bias, rows = sampled_head(head, ids, others, generator)
+        assert sampled[rows].equal(head[ids])
+        return head_loss(hidden, sampled, rows, probs, weights, bias)[0].item() / 40
+
+    whole = head_loss(hidden, head, ids, probs, weights)[0].item() / 40
+    assert loss(200) == pytest.approx(whole, rel=1e-5)
+    assert sum(loss(40) for _ in range(100)) / 100 == pytest.approx(whole, abs=0.02)
+    few = head_loss(hidden, head[:30], ids, probs, weights)[0].item() / 40
+    assert abs(few - whole) > 1.0  # what leaving the rest out would give
+
+
+def test_block_attention_is_attention_under_the_blocks_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    s, a, b, h, kv, d, t = 2, 3, 4, 6, 2, 8, 11
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, requires_grad=True)
+
+    inputs = (draw(s, a, b, h, d), draw(s, a, b, kv, d), draw(s, a, b, kv, d), draw(s, kv, t, d), draw(s, kv, t, d))
+    anchors = torch.tensor([[0, 5, 11], [2, 3, 9]])
+    got = block_attention(*inputs, anchors)
+    q, k, v, keys, values = inputs
+    own = torch.block_diag(*[torch.ones(b, b)] * a).bool().expand(s, -1, -1)
+    before = (torch.arange(t) < anchors.repeat_interleave(b, 1)[..., None]).expand(s, a * b, t)
+    want = F.scaled_dot_product_attention(
+        q.flatten(1, 2).transpose(1, 2),
+        torch.cat([keys, k.flatten(1, 2).transpose(1, 2)], 2),
+        torch.cat([values, v.flatten(1, 2).transpose(1, 2)], 2),
+        attn_mask=torch.cat([before, own], -1)[:, None],
+        enable_gqa=True,
+    )
+    want = want.transpose(1, 2).view_as(got)
+    torch.testing.assert_close(got, want)
+    pull = torch.randn(got.shape, generator=generator)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, pull), torch.autograd.grad(want, inputs, pull))
+
+
+def test_anchors_are_different_allowed_places() -> None:
+    allowed = torch.zeros(2, 30, dtype=torch.bool)
+    allowed[0, 4:20], allowed[1, 7:9] = True, True
+    anchors, real = draw_anchors(allowed, 5, torch.Generator().manual_seed(0))
+    assert real.sum(1).tolist() == [5, 2]
+    assert len(set(anchors[0].tolist())) == 5
+    assert all(allowed[0, anchors[0]]) and set(anchors[1][real[1]].tolist()) == {7, 8}
+
+
+def test_whole_blocks_lie_within_one_answer() -> None:
+    roles = torch.tensor([0, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.uint8)
+    batch = Batch.of([Conversation(torch.arange(9), roles, 0, False)])
+    assert batch.whole(3)[0].nonzero().flatten().tolist() == [1, 5, 6]
+
+
+def test_the_draft_vocabulary_is_what_answers_say() -> None:
+    c = Conversation(torch.tensor([9, 9, 9, 5, 5, 7]), torch.tensor([0, 0, 0, 1, 1, 1], dtype=torch.uint8), 0, False)
+    assert frequent_tokens([c], 3, 10).tolist() == [0, 5, 7]
+
+
+def test_the_rate_rises_then_falls_to_its_floor() -> None:
+    settings = Settings(warm_up=0.1, floor=0.05)
+    rates = [schedule(share / 100, settings) for share in range(101)]
+    assert rates.index(max(rates)) == 10 and max(rates) == pytest.approx(1.0)
+    assert rates[0] > 0 and rates[-1] == pytest.approx(0.05)
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def objectives(corpus: Corpus) -> dict[str, Objective]:
+    target = memory.target("smollm")
+    return {
+        "tidar": Tidar(target, TidarSettings(block=4, rank=2, anchors=4), 0),
+        "eagle3": Eagle3(target, Eagle3Settings(draft_vocab=64, steps=3), corpus.conversations, 0),
+        "dflash": DFlash(memory.target("smollm"), DFlashSettings(block=4, layers=1, anchors=4), 0),
+    }
+
+
+@pytest.mark.parametrize("name", ["tidar", "eagle3", "dflash"])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(name: str, tmp_path: Path) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    settings = Settings(batch=2, steps=8, rate=1e-2)
+
+    def run(out: Path, settings: Settings, resume: bool = False, until: int | None = None) -> None:
+        objective = objectives(corpus)[name]
+        score, calls = objective.score, 0
+
+        def stopping(*arguments, **options):
+            nonlocal calls
+            calls += not options.get("evaluate")
+            if until is not None and calls > until:
+                raise KeyboardInterrupt
+            return score(*arguments, **options)
+
+        objective.score = stopping  # type: ignore[method-assign]
+        train(objective, target, corpus, out, settings, resume)
+
+    run(tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", settings, until=5)
+    run(tmp_path / "part", settings, resume=True)
+    assert (tmp_path / "part" / STATE).read_bytes() == (tmp_path / "whole" / STATE).read_bytes()
+    with pytest.raises(UserError, match="another settings"):
+        run(tmp_path / "part", replace(settings, rate=1.0), resume=True)
+    with pytest.raises(UserError, match="holds a run already"):
+        run(tmp_path / "part", settings)
+
+
+def test_a_batch_without_a_whole_block_teaches_nothing_and_breaks_nothing() -> None:
+    corpus = memory.corpus("smollm")
+    short = [
+        Conversation(c.ids[:8], torch.tensor([0] * 7 + [1], dtype=torch.uint8), c.hash, False)
+        for c in corpus.conversations[:2]
+    ]
+    for objective in objectives(corpus).values():
+        read = objective.target.read(Batch.of(short), objective.capture)  # type: ignore[attr-defined]
+        scores = objective.score(read, torch.Generator().manual_seed(0), evaluate=True)
+        scores.loss.backward()
+        assert scores.loss.item() == 0 or objective.name == "eagle3"  # whose first step needs one token only
+        assert scores.right.shape[0] == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "zaya"])
+def test_models_that_cannot_be_trained_against_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match="dense models"):
+        Target(memory.loaded(family), torch.float32, memory.CPU)

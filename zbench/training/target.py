@@ -1,0 +1,140 @@
+"""The frozen target: what it says about a batch of conversations, computed once and without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zbench.errors import UserError
+from zbench.models.config import ModelConfig
+from zbench.models.loading import LoadedModel
+from zbench.models.rows import Rows
+from zbench.models.transformer import Transformer
+from zbench.training.corpus import Conversation, Role
+
+TOP = 16  # tokens of a target distribution that are kept; they hold nearly all of its mass
+_TOP_ROWS = 512  # rows whose logits exist at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """S conversations padded to T tokens."""
+
+    ids: Tensor  # [S, T] int64
+    answer: Tensor  # [S, T] bool: the token is part of an answer
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, conversations: Sequence[Conversation]) -> Batch:
+        sizes = tuple(len(c.ids) for c in conversations)
+        ids = torch.zeros(len(sizes), max(sizes), dtype=torch.int64)
+        answer = torch.zeros_like(ids, dtype=torch.bool)
+        for row, c in enumerate(conversations):
+            ids[row, : len(c.ids)] = c.ids
+            answer[row, : len(c.ids)] = c.roles == Role.ANSWER
+        return cls(ids, answer, sizes)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.ids.to(device), self.answer.to(device), self.sizes)
+
+    def whole(self, length: int) -> Tensor:
+        """[S, T] bool: this token and the length - 1 that follow all are part of one answer."""
+        whole = self.answer.clone()
+        for ahead in range(1, length):
+            whole[:, :-ahead] &= self.answer[:, ahead:]
+            whole[:, -ahead:] = False
+        return whole
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the target says about a batch. A distribution at t is of the token after t."""
+
+    batch: Batch
+    keys: Tensor | None  # [L, S, kv_heads, T, d], where asked for
+    values: Tensor | None
+    hidden: dict[int, Tensor]  # captured [S, T, D], in the target's dtype
+    top_ids: Tensor  # [S, T, TOP]
+    top_probs: Tensor  # [S, T, TOP] float32; zero where the next token is no answer's
+
+    @property
+    def bytes(self) -> int:
+        optional = [tensor for tensor in (self.keys, self.values) if tensor is not None]
+        return sum(tensor.nbytes for tensor in (*optional, *self.hidden.values(), self.top_ids, self.top_probs))
+
+    def to(self, device: torch.device) -> Read:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Read(
+            self.batch.to(device),
+            move(self.keys),
+            move(self.values),
+            {tap: tensor.to(device) for tap, tensor in self.hidden.items()},
+            self.top_ids.to(device),
+            self.top_probs.to(device),
+        )
+
+
+class Target:
+    """A dense model on its device, as the engines run it, and its weights for forwards with gradient."""
+
+    def __init__(self, loaded: LoadedModel, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises UserError for an architecture that cannot be trained against."""
+        if not isinstance(loaded.config, ModelConfig) or loaded.config.windows:
+            raise UserError(f"{loaded.name}: drafters can be trained for dense models without sliding windows only")
+        self.config, self.dtype, self.device = loaded.config, dtype, device
+        # Torch, not the native decoder: its products are the faster ones for hundreds of rows.
+        self._model = Transformer(loaded.config, loaded.tensors, dtype, device, "torch")
+        self.weights = self._model.weights
+
+    @property
+    def head(self) -> Tensor:
+        """[V, D]"""
+        assert self.weights.head is not None
+        return self.weights.head
+
+    @torch.no_grad()
+    def read(self, batch: Batch, capture: Sequence[int] = (), context: bool = True) -> Read:
+        c, (count, longest) = self.config, batch.ids.shape
+        cache = self._model.new_cache(count, longest)
+        rows = Rows.chain(batch.ids, cache.lengths)
+        captured = sorted({*capture, c.layers})
+        hidden = self._model.forward(rows, cache, logits=batch.ids[:, :0], capture=captured).hidden
+        wanted = torch.zeros_like(batch.answer)
+        wanted[:, :-1] = batch.answer[:, 1:]
+        top_ids = batch.ids.new_zeros(count, longest, min(TOP, c.vocab))
+        top_probs = torch.zeros(top_ids.shape, device=self.device)
+        probs, ids = self._distributions(hidden[c.layers][wanted])
+        top_ids[wanted], top_probs[wanted] = ids, probs
+        keys, values = (store[:, :, :, :longest] for store in (cache.keys, cache.values))
+        taps = {tap: hidden[tap].to(self.dtype) for tap in capture}
+        return Read(batch, keys if context else None, values if context else None, taps, top_ids, top_probs)
+
+    def _distributions(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Last hidden states [n, D] -> probabilities and ids [n, TOP] of the likeliest tokens."""
+        probs, ids = [], []
+        for part in hidden.split(_TOP_ROWS):
+            logits = self._model.logits(part)
+            best = logits.topk(min(TOP, logits.shape[-1]))
+            probs.append((best.values - logits.logsumexp(-1, keepdim=True)).exp())
+            ids.append(best.indices)
+        return torch.cat(probs), torch.cat(ids)
+
+
+def sparse_targets(read: Read, places: Tensor, soft: float) -> tuple[Tensor, Tensor]:
+    """Targets of tokens at places [S, n]: ids and probabilities [S, n, 1 + TOP].
+
+    A share `soft` follows the target's own distribution given all tokens before the place, the rest says the token
+    that the conversation has there.
+    """
+    ids = read.batch.ids.gather(1, places)[..., None]
+    before = (places - 1).clamp(min=0)[..., None]  # a place that does not count may be the first
+    before = before.expand(-1, -1, read.top_ids.shape[-1])
+    probs = read.top_probs.gather(1, before)
+    probs = probs / probs.sum(-1, keepdim=True).clamp(min=1e-6)
+    hard = torch.full(ids.shape, 1.0 - soft, device=ids.device)
+    return torch.cat([ids, read.top_ids.gather(1, before)], -1), torch.cat([hard, soft * probs], -1)

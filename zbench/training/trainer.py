@@ -1,0 +1,325 @@
+"""One trainer for every objective: the same batches in the same order, AdamW, warm-up and cosine.
+
+All randomness follows from the seed and the number of the step, so that a run that was interrupted goes on as if it
+had not been: bit by bit where its length was given in steps. Where it was given in minutes, the learning rate follows
+the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from zbench.cache import atomic_write
+from zbench.errors import UserError
+from zbench.models.config import parameter_count
+from zbench.training.corpus import Conversation, Corpus
+from zbench.training.target import Batch, Read, Target
+
+STATE, PROGRESS, LOG = "training.safetensors", "training.json", "log.jsonl"
+_TIMED = 3  # steps that say how long the others will take
+_FIRST = 10  # the step after which a run measured in minutes is evaluated first: a broken one shows soon
+_CONTEXT = 256  # tokens, for the estimate of memory
+_POOL = 16  # batches that are formed together, so that conversations of like length meet
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one forward of an objective says."""
+
+    loss: Tensor
+    right: Tensor  # [n, drafts] bool: whether the draft at each place is the conversation's token; of evaluations only
+    tokens: int  # drafted, of which the loss is a mean
+
+
+class Objective(Protocol):
+    """`parameters` are float32 leaves that require gradients; `capture` names the hidden states it reads, `context`
+    says whether it reads the target's keys and values."""
+
+    name: str
+    parameters: dict[str, Tensor]
+    capture: tuple[int, ...]
+    context: bool
+
+    @property
+    def settings(self) -> Any: ...
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows per conversation and step that gradients pass, and through how many layers."""
+        ...
+
+    def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    seed: int = 0
+    batch: int = 4  # conversations per step
+    rate: float = 2e-3
+    warm_up: float = 0.04  # of the whole run
+    floor: float = 0.05  # of the rate, at the end
+    clip: float = 1.0
+    steps: int | None = None
+    minutes: float | None = None
+    longest: int = 640  # tokens of a conversation that are used
+    remember: float = 6.0  # gigabytes for what the target said about batches, so that later epochs need not ask again
+    evaluate_every: float = 300.0  # seconds; with `steps`, a tenth of them
+    held_out: int = 12  # conversations to evaluate on
+
+
+@dataclass(slots=True)
+class _State:
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0  # drafted in training
+
+
+def train(
+    objective: Objective,
+    target: Target,
+    corpus: Corpus,
+    out: Path,
+    settings: Settings,
+    resume: bool = False,
+    advance: Callable[[float, str], None] = lambda done, what: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train into `out`, which holds the drafter after every evaluation; returns the last evaluation.
+
+    Raises UserError where there is nothing to resume, or what is there is of another run.
+    """
+    if (settings.steps is None) == (settings.minutes is None):
+        raise UserError("say how long to train: a number of steps or of minutes")
+    training = [_cut(c, settings.longest) for c in corpus.part(held_out=False)]
+    held_out = [_cut(c, settings.longest) for c in corpus.part(held_out=True)][: settings.held_out]
+    if len(training) < settings.batch or not held_out:
+        raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
+    optimizer = torch.optim.AdamW(list(objective.parameters.values()), settings.rate, (0.9, 0.95), weight_decay=0.0)
+    state = _restore(objective, optimizer, settings, out) if resume else _State()
+    if not resume and (out / PROGRESS).exists():
+        raise UserError(f"{out} holds a run already; continue it with --resume, or choose another folder")
+    say(estimate(objective, target, settings))
+    batches = form_batches(training, settings.batch, settings.seed)
+    reader = Reader(target, objective, batches, settings.remember)
+    tests = [Batch.of(part) for part in _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)]
+    test_reader = Reader(target, objective, tests, settings.remember)
+    first, order = state.step, batch_order(len(batches), settings.seed, state.step)
+    seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
+    began = time.monotonic() - seconds_before
+    while (share := _share(state, settings)) < 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * schedule(share, settings)
+        loss, tokens = _step(objective, optimizer, reader.read(next(order)), settings, state.step)
+        state.step, state.tokens = state.step + 1, state.tokens + tokens
+        state.seconds = time.monotonic() - began
+        share = _share(state, settings)
+        if state.step == first + _TIMED:
+            say(forecast(state.seconds - seconds_before, share, settings))
+        if share >= 1.0 or _due(state, evaluated, settings):
+            last = evaluate(objective, test_reader, settings.seed)
+            last |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
+            state.seconds = time.monotonic() - began
+            evaluated = state.seconds
+            _save(objective, optimizer, settings, state, last, out)
+            say(f"step {state.step}, {state.tokens} tokens: held out {_said(last)}")
+        rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
+        advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
+    return last
+
+
+def _step(
+    objective: Objective, optimizer: torch.optim.Optimizer, read: Read, settings: Settings, step: int
+) -> tuple[float, int]:
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    scores = objective.score(read, generator)
+    optimizer.zero_grad()
+    scores.loss.backward()
+    torch.nn.utils.clip_grad_norm_(list(objective.parameters.values()), settings.clip)
+    optimizer.step()
+    return scores.loss.item(), scores.tokens
+
+
+@torch.no_grad()
+def evaluate(objective: Objective, reader: Reader, seed: int) -> dict[str, Any]:
+    """Of drafts at random places of held-out answers: how often each place is right and reached, and `accepted`, one
+    token for the target's own plus the mean run of right drafts (a decode's tokens per step, nearly)."""
+    right, losses = [], []
+    for index in range(len(reader.batches)):
+        scores = objective.score(reader.read(index), torch.Generator().manual_seed(seed + index), evaluate=True)
+        right.append(scores.right)
+        losses.append(scores.loss.item())
+    joined = torch.cat(right).float()
+    reached = joined.cumprod(1).mean(0)
+    return {
+        "held_out_loss": sum(losses) / len(losses),
+        "accepted": 1.0 + float(reached.sum()),
+        "right": [round(x, 4) for x in joined.mean(0).tolist()],
+        "reached": [round(x, 4) for x in reached.tolist()],
+    }
+
+
+def schedule(share: float, settings: Settings) -> float:
+    """Of the peak rate, when `share` of the run is over: linear warm-up, then a cosine to the floor."""
+    if share < settings.warm_up:
+        return (share + 0.1 * settings.warm_up) / (1.1 * settings.warm_up)
+    along = (share - settings.warm_up) / max(1 - settings.warm_up, 1e-9)
+    return settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * min(along, 1.0)))
+
+
+def form_batches(conversations: Sequence[Conversation], size: int, seed: int) -> list[Batch]:
+    """Batches of `size` conversations of like length, the same in every epoch, so that what was read can be kept."""
+    order = list(conversations)
+    random.Random(f"{seed}/batches").shuffle(order)
+    parts = [
+        part for pool in _parts(order, size * _POOL) for part in _parts(sorted(pool, key=lambda c: len(c.ids)), size)
+    ]
+    return [Batch.of(part) for part in parts if len(part) == size]
+
+
+def batch_order(count: int, seed: int, skip: int) -> Iterator[int]:
+    """Numbers of batches for ever, from the step `skip` on: every epoch in another order."""
+    epoch, first = divmod(skip, count)
+    while True:
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        yield from order[first:]
+        epoch, first = epoch + 1, 0
+
+
+class Reader:
+    """Reads batches by number, and keeps what was read as long as `gigabytes` hold it: it never changes."""
+
+    def __init__(self, target: Target, objective: Objective, batches: Sequence[Batch], gigabytes: float) -> None:
+        self.target, self.objective, self.batches = target, objective, batches
+        self._kept: dict[int, Read] = {}
+        self._room = gigabytes * 1e9
+
+    def read(self, number: int) -> Read:
+        if number in self._kept:
+            return self._kept[number].to(self.target.device)
+        objective = self.objective
+        read = self.target.read(self.batches[number].to(self.target.device), objective.capture, objective.context)
+        if read.bytes <= self._room:
+            self._room -= read.bytes
+            self._kept[number] = read.to(torch.device("cpu"))
+        return read
+
+
+def estimate(objective: Objective, target: Target, settings: Settings) -> str:
+    """What training will need, before it starts. How long a step takes, the first steps tell."""
+    c, itemsize = target.config, target.dtype.itemsize
+    learned = sum(p.numel() for p in objective.parameters.values())
+    state = 16 * learned + itemsize * parameter_count(c)  # value, gradient and two moments in float32; the target
+    # Per row and layer that gradients pass: residual and norms, SwiGLU, attention over a context of usual length.
+    per_row = 10 * c.width + 6 * c.ffn + 3 * c.heads * _CONTEXT
+    rows, layers = objective.rows
+    activations = settings.batch * rows * layers * per_row * itemsize
+    length = f"{settings.steps} steps" if settings.steps else f"{settings.minutes:g} minutes"
+    return (
+        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}; {state / 1e9:.1f} GB of weights and "
+        f"optimiser, about {activations / 1e9:.1f} GB of activations, up to {settings.remember:g} GB of kept reads"
+    )
+
+
+def _due(state: _State, evaluated: float, settings: Settings) -> bool:
+    """Whether to evaluate after this step; `evaluated` is when that was done last, in seconds of training."""
+    if settings.steps:
+        return state.step % max(settings.steps // 10, 1) == 0
+    return state.step == _FIRST or state.seconds - evaluated >= settings.evaluate_every
+
+
+def forecast(seconds: float, share: float, settings: Settings) -> str:
+    """From what the first steps took, and how much of the run is over."""
+    each = seconds / _TIMED
+    steps = settings.steps or round(60 * (settings.minutes or 0) * (1 - share) / each) + _TIMED
+    return (
+        f"{each:.1f} s per step while all is new to the target: {steps} steps, {steps * each / 60:.0f} minutes at most"
+    )
+
+
+def _share(state: _State, settings: Settings) -> float:
+    """How much of the run is over."""
+    if settings.steps is not None:
+        return state.step / settings.steps
+    assert settings.minutes is not None
+    return state.seconds / (60 * settings.minutes)
+
+
+def _save(
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    state: _State,
+    evaluation: dict[str, Any],
+    out: Path,
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in objective.parameters.items():
+        moments = optimizer.state[parameter]
+        tensors |= {
+            f"value/{name}": parameter.detach().cpu(),
+            f"average/{name}": moments["exp_avg"].cpu(),
+            f"square/{name}": moments["exp_avg_sq"].cpu(),
+        }
+    try:
+        objective.save(out)
+        with (out / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(evaluation) + "\n")
+        atomic_write(out / STATE, save(tensors))
+        atomic_write(out / PROGRESS, json.dumps({**_identity(objective, settings), "state": asdict(state)}, indent=1))
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+
+
+def _restore(objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings, out: Path) -> _State:
+    try:
+        stored = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
+        tensors = load_file(out / STATE)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} has no run to resume; leave --resume out to begin one") from error
+    for key, value in _identity(objective, settings).items():
+        if stored.get(key) != value:
+            raise UserError(f"{out} was trained with another {key}: {stored.get(key)}, not {value}")
+    state = _State(**stored["state"])
+    for name, parameter in objective.parameters.items():
+        parameter.data.copy_(tensors[f"value/{name}"])
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(state.step)),
+            "exp_avg": tensors[f"average/{name}"].to(parameter.device),
+            "exp_avg_sq": tensors[f"square/{name}"].to(parameter.device),
+        }
+    return state
+
+
+def _identity(objective: Objective, settings: Settings) -> dict[str, Any]:
+    """What must be the same for a run to go on; how long it is may change."""
+    given = asdict(settings)
+    kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest")}
+    return {"objective": objective.name, "recipe": asdict(objective.settings), "settings": kept}
+
+
+def _said(evaluation: dict[str, Any]) -> str:
+    places = " ".join(f"{x:.2f}" for x in evaluation["reached"])
+    return f"{evaluation['accepted']:.2f} tokens per step (reached: {places})"
+
+
+def _cut(conversation: Conversation, longest: int) -> Conversation:
+    c = conversation
+    return c if len(c.ids) <= longest else Conversation(c.ids[:longest], c.roles[:longest], c.hash, c.held_out)
+
+
+def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
