@@ -191,3 +191,9 @@ def test_a_folder_that_cannot_be_written_gives_one_clear_line(tmp_path: Path) ->
     (folder / "report.html" / "occupied").touch()
     with pytest.raises(UserError, match="cannot write the report"):
         render(folder)
+
+
+def test_the_checked_in_sample_means_what_numbers_mean_today() -> None:
+    sample = Path(__file__).parents[2] / "reports" / "sample"
+    assert json.loads((sample / "metrics.json").read_text())["definitions_hash"] == metrics.definitions_hash()
+    assert metrics.load_run(sample).cells
