@@ -488,3 +488,31 @@ def test_the_command_writes_what_ci_reads(
     assert page.read_text().startswith("earlier step\n### zbench gate: regressed")
     assert "<failure" in (tmp_path / "gate.xml").read_text()
     assert "ar" in json.loads((tmp_path / "bmf.json").read_text())
+
+
+def test_the_baseline_of_this_project_is_of_its_scenario_and_of_no_machine() -> None:
+    from zbench import scenario
+
+    root = Path(__file__).parents[1]
+    baseline = gate.read(root / "reports/baseline/ci_gate.json")
+    wanted = scenario.load(root / "scenarios/ci_gate.yaml")
+    assert baseline.scenario == scenario.content_hash(wanted), "the scenario changed: take a new baseline"
+    assert baseline.portable
+    assert set(baseline.cells) == {cell.id for cell in scenario.cells(wanted)}
+    policy = gate.load_policy(root / "reports/baseline/ci_gate.policy.yaml")
+    assert set(baseline.definitions) == set(policy.metrics)
+
+
+@pytest.mark.slow
+def test_this_code_still_does_what_its_baseline_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from zbench import run, scenario
+    from zbench.hardware import roofs
+
+    monkeypatch.setattr(roofs, "load_or_measure", lambda *_, **__: {"bandwidth": {}, "flops": {}, "ridge": {}})
+    root = Path(__file__).parents[1]
+    outcome = run.run(scenario.load(root / "scenarios/ci_gate.yaml"), tmp_path, Console(quiet=True))
+    policy = gate.load_policy(root / "reports/baseline/ci_gate.policy.yaml")
+    judged = gate.judge(gate.read(outcome.folder, policy), gate.read(root / "reports/baseline/ci_gate.json"), policy)
+    assert (judged.reasons, [row for row in judged.rows if row.verdict != "ok"]) == ((), [])
