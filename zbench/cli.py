@@ -224,8 +224,22 @@ def report(folder: Path) -> None:
     click.echo(render(folder))
 
 
+def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    from zbench import selftest
+
+    passed = True
+    for check in selftest.checks():
+        passed &= check.passed
+        click.echo(f"{'ok' if check.passed else 'FAILED':<8}{check.name}: {check.found}")
+    context.exit(0 if passed else 1)
+
+
 @main.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--self-test", is_flag=True, is_eager=True, expose_value=False, callback=_self_test,
+    help="Check the gate itself: what is the same must pass, the smallest change for the worse must fail.")  # fmt: skip
 @click.option("--baseline", type=click.Path(path_type=Path), help="A run folder, a file of --save, or `last`.")
 @click.option("--policy", "rules", type=click.Path(path_type=Path), help="YAML: which metrics, with what tolerance.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write RUN as a baseline file, small enough to check in.")
@@ -253,6 +267,7 @@ def gate(
       zbench gate reports/ci_gate-20261123-120000 --save baseline.json
       zbench gate reports/ci_gate-20261124-090000 --baseline baseline.json --write junit=gate.xml
       zbench gate reports/quickstart-20261124-090000 --baseline last --policy gate.yaml --strict
+      zbench gate --self-test
 
     Exit codes: 0 no regression, 1 regressed, 2 bad input, 3 not comparable, 4 inconclusive (with --strict).
     """
