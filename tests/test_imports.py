@@ -18,6 +18,8 @@ LIGHT = [
     "report.export",
     "report.projection",
     "cli",
+    "gate",
+    "report.verdict",
 ]
 LIGHT += ["engines.plans", "hardware.projection", "models.drafters", "report.attention", "models.attention"]
 HEAVY = ("torch", "transformers")

@@ -105,6 +105,7 @@ def measure(tmp_path: Path) -> Any:
         ("mfu_spec", "decode, 1 row", 0.025),
         ("floor_seconds", "decode, 1 row", 0.2),
         ("forwards_per_sequence", "target", 2.0),
+        ("rows_per_forward", "decode", 1.0),
         ("bytes_per_token", "", 200.0),
         ("flops_per_token", "", 400.0),
         ("peak_bytes", "", 77.0),

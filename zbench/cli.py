@@ -48,6 +48,7 @@ def main() -> None:
       zbench run scenarios/quickstart.yaml           measure, then write a report
       zbench run scenarios/quickstart.yaml --dry-run what would be measured, with time and memory
       zbench run scenarios/quickstart.yaml --resume  finish the newest interrupted run
+      zbench gate RUN --baseline last                is it worse than the run before?
       zbench roofs                                   this device's bandwidth and compute ceilings
     """
 
@@ -222,6 +223,99 @@ def report(folder: Path) -> None:
     from zbench.report import render
 
     click.echo(render(folder))
+
+
+def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    from zbench import selftest
+
+    passed = True
+    for check in selftest.checks():
+        passed &= check.passed
+        click.echo(f"{'ok' if check.passed else 'FAILED':<8}{check.name}: {check.found}")
+    context.exit(0 if passed else 1)
+
+
+@main.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--self-test", is_flag=True, is_eager=True, expose_value=False, callback=_self_test,
+    help="Check the gate itself: what is the same must pass, the smallest change for the worse must fail.")  # fmt: skip
+@click.option("--baseline", type=click.Path(path_type=Path), help="A run folder, a file of --save, or `last`.")
+@click.option("--policy", "rules", type=click.Path(path_type=Path), help="YAML: which metrics, with what tolerance.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write RUN as a baseline file, small enough to check in.")
+@click.option("--strict", is_flag=True, help="Exit with 4 where a metric is inconclusive.")
+@click.option("--verbose", is_flag=True, help="Also list the counts that did not change.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdicts as JSON.")
+@click.option("--write", "written", multiple=True, metavar="FORMAT=FILE", help="text, json, markdown, junit, bencher, "
+    "action-benchmark-smaller or action-benchmark-bigger. Repeatable.")  # fmt: skip
+@click.option("--github", is_flag=True, help="Annotate the workflow run and write its step summary.")
+def gate(
+    run: Path,
+    baseline: Path | None,
+    rules: Path | None,
+    save: Path | None,
+    strict: bool,
+    verbose: bool,
+    as_json: bool,
+    written: tuple[str, ...],
+    github: bool,
+) -> None:
+    """Is RUN worse than its baseline? Counted metrics exactly, timed ones by interval and tolerance.
+
+    \b
+    Examples:
+      zbench gate reports/ci_gate-20261123-120000 --save baseline.json
+      zbench gate reports/ci_gate-20261124-090000 --baseline baseline.json --write junit=gate.xml
+      zbench gate reports/quickstart-20261124-090000 --baseline last --policy gate.yaml --strict
+      zbench gate --self-test
+
+    Exit codes: 0 no regression, 1 regressed, 2 bad input, 3 not comparable, 4 inconclusive (with --strict).
+    """
+    import os
+
+    from zbench import gate as gates
+    from zbench.cache import atomic_write
+    from zbench.report import verdict as forms
+
+    targets = [choice.partition("=") for choice in written]
+    for kind, _, file in targets:
+        if kind not in forms.FORMATS or not file:
+            raise UserError(f"--write {kind}: write FORMAT=FILE with one of {', '.join(forms.FORMATS)}")
+    if not (baseline or save or written):
+        raise UserError("nothing to do: give --baseline, or --save to make RUN a baseline")
+    policy = gates.load_policy(rules) if rules else gates.Policy()
+    code = 0
+    try:
+        taken = gates.read(run, policy)
+        found = None
+        if baseline:
+            against = gates.last(run) if str(baseline) == "last" else baseline
+            found = gates.judge(taken, gates.read(against, policy), policy)
+            code = found.exit_code(strict)
+        judged = forms.Judged(taken, found, strict)
+    except gates.NotComparable as reason:
+        click.echo(f"zbench: not comparable: {reason}", err=True)
+        sys.exit(gates.NOT_COMPARABLE)
+    if save:
+        gates.save(taken, save)
+    try:
+        for kind, _, file in targets:
+            atomic_write(Path(file), forms.FORMATS[kind](judged))
+        if github and found:
+            if page_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+                with Path(page_file).open("a", encoding="utf-8") as page:
+                    page.write(forms.step_summary(judged))
+            for line in forms.workflow_commands(judged):
+                click.echo(line)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+    if as_json:
+        click.echo(forms.as_json(judged), nl=False)
+    elif found:
+        for line in forms.text(found, verbose):
+            click.echo(line)
+    sys.exit(code)
 
 
 @main.command()

@@ -298,7 +298,7 @@ def summarise(run: Run) -> list[MetricRow]:
         )
         for cell in run.cells
         for definition in METRICS.values()
-        for part, estimate in _evaluate(definition, cell).items()
+        for part, estimate in evaluate(definition, cell).items()
     ]
 
 
@@ -722,6 +722,12 @@ def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
     }
 
 
+@metric("rows_per_forward", "rows", "mean rows per sequence that a forward in decode feeds, by its role", "lower")
+def rows_per_forward(cell: Cell) -> dict[str, Estimate]:
+    by_role = cell.decode_forwards.groupby("role", sort=False)
+    return {str(role): stats.mean(forwards["rows"], forwards["group"]) for role, forwards in by_role}
+
+
 @metric("bytes_per_token", "B/token", "bytes read and written by all forwards in decode / committed tokens", "lower")
 def bytes_per_token(cell: Cell) -> Estimate:
     return _per_group(cell.decode_forwards, "bytes", cell.decode_steps, "committed")
@@ -743,7 +749,8 @@ def output_hash(cell: Cell) -> Estimate:
     return Estimate(digest, n=len(outputs), estimator="exact", note=note)
 
 
-def _evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
+def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
+    """The metric of one cell by part, {"": ...} where it has none; what is not known says why."""
     if not cell.trials and definition.name != "failed_trials":
         return {"": unavailable("every trial failed" if cell.failed else "no trial was run")}
     try:

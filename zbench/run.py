@@ -199,6 +199,13 @@ def run(
     return Outcome(folder, total, len(finished), failed, stopped)
 
 
+def in_memory(wanted: scenario.Scenario) -> tuple[Manifest, list[TrialRecord]]:
+    """Measure a scenario without a run folder and without roofs."""
+    points = prepare(wanted, lambda _: None)
+    manifest = _manifest(wanted, points, environment.snapshot(points[0].device, wanted.threads), None)
+    return manifest, list(_measure(plan(points), set(), None, time.monotonic()))
+
+
 class _BudgetSpent(Exception):
     pass
 
@@ -423,7 +430,7 @@ def _manifest(
     wanted: scenario.Scenario,
     points: Sequence[Point],
     snapshot: dict[str, Any],
-    measured: dict[str, Any],
+    measured: dict[str, Any] | None,
 ) -> Manifest:
     spec = specs.of_device(points[0].device)
     return Manifest(

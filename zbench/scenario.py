@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -39,8 +39,11 @@ from zbench.records import CellRecord
 # --- The YAML, as models. The descriptions are the user's reference: `zbench schema` publishes them. ---
 
 
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = STRICT
 
 
 # Pydantic reports the branch of a union within an error's location. No YAML key is spelt like this, so it can be told
@@ -733,6 +736,7 @@ class _Origin(NamedTuple):
 
 
 _Path = tuple[str | int, ...]
+_Model = TypeVar("_Model", bound=BaseModel)
 _Problem = tuple[_Origin, str]
 
 
@@ -854,11 +858,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     Raises UserError, with one line for each thing that is wrong.
     """
     document = _override(_parse(_read(Path(path)), str(path)), overrides)
-    scenario, problems = _check(document)
+    scenario, problems = _check(document, Scenario)
     if scenario is None:
         raise _user_error(problems)
     _expand(scenario, document)
     return scenario
+
+
+def load_other(path: Path, kind: type[_Model]) -> _Model:
+    """Read another kind of YAML file as strictly as a scenario. Raises UserError, one line for each thing wrong."""
+    checked, problems = _check(_parse(_read(path), str(path)), kind)
+    if checked is None:
+        raise _user_error(problems)
+    return checked
 
 
 def json_schema() -> dict[str, Any]:
@@ -906,15 +918,16 @@ def _path(dotted: str) -> _Path:
     return (head, rest) if head == "matrix" and rest else tuple(dotted.split("."))
 
 
-def _check(document: _Document) -> tuple[Scenario | None, list[_Problem]]:
+def _check(document: _Document, kind: type[_Model]) -> tuple[_Model | None, list[_Problem]]:
     if document.data is None:
-        return None, [(document.origin(()), "is empty; a scenario needs name, model, engines and prompts")]
+        needs = "name, model, engines and prompts" if kind is Scenario else f"one of {', '.join(kind.model_fields)}"
+        return None, [(document.origin(()), f"is empty; a {kind.__name__.lower()} needs {needs}")]
     try:
-        return Scenario.model_validate(document.data), []
+        return kind.model_validate(document.data), []
     except ValidationError as error:
         # A list whose items are all wrong is also reported as too short.
         real = (each for each in error.errors(include_url=False) if each["type"] != "too_short" or not each["input"])
-        return None, [_problem(document, each) for each in real]
+        return None, [_problem(document, each, kind) for each in real]
 
 
 _EXPECTED = {
@@ -931,13 +944,14 @@ _EXPECTED = {
 }
 
 
-def _problem(document: _Document, error: Any) -> _Problem:
+def _problem(document: _Document, error: Any, of: type[BaseModel]) -> _Problem:
     """One of pydantic's errors in our words."""
     path = tuple(part for part in error["loc"] if not str(part).startswith(_BRANCH))
     kind, value = error["type"], error["input"]
-    where, around = _dotted(path), _dotted(path[:-1])
+    where, around = (_dotted(at) or of.__name__.lower() for at in (path, path[:-1]))
     if kind == "extra_forbidden":
-        text = f"unknown key {path[-1]!r} in {around}; {_nearest(path[-1], _model_at(error['loc'][:-1]).model_fields)}"
+        known = _model_at(of, error["loc"][:-1]).model_fields
+        text = f"unknown key {path[-1]!r} in {around}; {_nearest(path[-1], known)}"
     elif kind == "missing":
         text = f"missing key {path[-1]!r} in {around}"
     elif kind.startswith("union_tag") and path[-1] in _UNIONS:
@@ -980,21 +994,21 @@ def _no_branch(where: str, branches: Collection[str], value: Any) -> str:
     return f"{text}; did you mean {close[0]!r}?" if close else text
 
 
-def _model_at(location: Iterable[str | int]) -> type[BaseModel]:
-    """The model whose keys stand at a location as pydantic gives it."""
-    model: type[BaseModel] = Scenario
+def _model_at(model: type[BaseModel], location: Iterable[str | int]) -> type[BaseModel]:
+    """The model whose keys stand at a location as pydantic gives it, starting from that of the whole file."""
     for part in location:
         field = model.model_fields.get(str(part))
         if str(part) in _BRANCHES:
             model = _BRANCHES[str(part)]
-        elif field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        elif field:
+            values = get_args(field.annotation)[-1:] if get_origin(field.annotation) is dict else (field.annotation,)
+            model = next((v for v in values if isinstance(v, type) and issubclass(v, BaseModel)), model)
     return model
 
 
 def _dotted(path: _Path) -> str:
-    """("engines", 1, "name") -> "engines[1].name"; the top is called "scenario"."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:] or "scenario"
+    """("engines", 1, "name") -> "engines[1].name"; "" at the top."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]
 
 
 def _found(value: Any) -> str:
@@ -1054,7 +1068,7 @@ def _expand(scenario: Scenario, document: _Document) -> tuple[tuple[Scenario, tu
         at = base
         for axis, (value, origin) in setting.items():
             at = at.replaced(_path(axis), value, origin)
-        checked, wrong = _check(at)
+        checked, wrong = _check(at, Scenario)
         problems += wrong
         if checked is not None:
             point = {axis: value for axis, (value, _) in setting.items()}
@@ -1088,7 +1102,7 @@ def _axis_problems(scenario: Scenario, document: _Document, base: _Document) -> 
         if axis.split(".")[0] in (*_WHOLE_RUN, *_MATRIX):
             yield origin, f"{axis} cannot be an axis of the matrix: it holds for the whole run"
             continue
-        _, problems = _check(base.replaced(_path(axis), value, origin))
+        _, problems = _check(base.replaced(_path(axis), value, origin), Scenario)
         yield from (problem for problem in problems if problem[1].startswith("unknown key"))
     for one, other in itertools.permutations(scenario.matrix, 2):
         if other.startswith(f"{one}."):

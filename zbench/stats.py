@@ -7,6 +7,9 @@ All randomness is seeded: the same records give the same interval, to the last b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,6 +39,19 @@ class Estimate:
     status: Status = "ok"
 
 
+_with_intervals = ContextVar("with_intervals", default=True)
+
+
+@contextmanager
+def values_only() -> Iterator[None]:
+    """Within it estimates have no bootstrap interval: for who needs a hundred values, and of none how sure it is."""
+    token = _with_intervals.set(False)
+    try:
+        yield
+    finally:
+        _with_intervals.reset(token)
+
+
 def unavailable(reason: str) -> Estimate:
     """An estimate that is not known, and why."""
     return Estimate(None, note=f"unavailable: {reason}", status="unavailable")
@@ -55,6 +71,8 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, clusters: ArrayLike) -
     estimate = Estimate(float(top.sum() / bottom.sum()), n=len(top), estimator="ratio of sums")
     if len(top) < FEW:
         return replace(estimate, note=too_few(len(top)))
+    if not _with_intervals.get():
+        return estimate
     low, high = _interval(top, bottom)
     return replace(
         estimate, low=low, high=high, estimator=f"ratio of sums; {CONFIDENCE:.0%} cluster bootstrap by prompt"
@@ -113,6 +131,64 @@ def minimal_detectable_effect(
     t = stats.t(df=n - 1)
     effect = (t.ppf(0.5 + CONFIDENCE / 2) + t.ppf(power)) * np.std(top / bottom, ddof=1) / np.sqrt(n)
     return Estimate(float(np.expm1(effect)), n=n, estimator=f"paired t at {CONFIDENCE:.0%}, power {power:.0%}")
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """How much slower a candidate is, as Student's t sees it on the log-ratios of paired clusters.
+
+    Changes are relative: 0.05 is 5% slower. With fewer than `FEW` clusters nothing but `change` is to be used.
+    """
+
+    log: float  # mean of the per-cluster log-ratios candidate / baseline
+    error: float  # its standard error
+    n: int  # clusters
+
+    @property
+    def change(self) -> float:
+        return float(np.expm1(self.log))
+
+    def interval(self) -> tuple[float, float]:
+        reach = stats.t.ppf(0.5 + CONFIDENCE / 2, self.n - 1) * self.error
+        return float(np.expm1(self.log - reach)), float(np.expm1(self.log + reach))
+
+    def p_slower(self, than: float) -> float:
+        """One-sided p of "slower by `than` at most": small where it surely is slower than that."""
+        return self._tail(self.log - np.log1p(than))
+
+    def p_faster(self, than: float) -> float:
+        """One-sided p of "faster by `than` at most", where twice as fast is faster by 1."""
+        return self._tail(-self.log - np.log1p(than))
+
+    def detectable(self, alpha: float, power: float = 0.8) -> float:
+        """The smallest slowdown beyond a tolerance that a one-sided test at `alpha` shows with this power."""
+        t = stats.t(df=self.n - 1)
+        return float(np.expm1((t.ppf(1 - alpha) + t.ppf(power)) * self.error))
+
+    def _tail(self, distance: float) -> float:
+        if self.error <= 1e-12:  # a clock that does not vary leaves nothing to test
+            return 0.0 if distance > 1e-9 else 1.0
+        return float(stats.t.sf(distance / self.error, self.n - 1))
+
+
+def shift(baseline: ArrayLike, candidate: ArrayLike, clusters: ArrayLike) -> Shift:
+    """Paired times of two runs, one entry per observation. Raises ValueError where a time is not positive."""
+    logs = _log_ratios(candidate, baseline)
+    top, bottom = _cluster_sums(logs, np.ones_like(logs), clusters)
+    n = len(top)
+    means = top / bottom
+    error = float(np.std(means, ddof=1) / np.sqrt(n)) if n > 1 else float("inf")
+    return Shift(float(means.mean()) if n else 0.0, error, n)
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """p-values adjusted so that the chance of any false alarm among them keeps the level (Holm 1979)."""
+    p = _vector(p_values)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * np.arange(len(p), 0, -1)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted
 
 
 def drift(order: ArrayLike, seconds: ArrayLike) -> Estimate:

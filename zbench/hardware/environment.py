@@ -75,7 +75,7 @@ def identity(taken: dict[str, Any]) -> dict[str, Any]:
         f"{section}.{key}": taken[section][key]
         for section, keys in _IDENTITY.items()
         for key in keys
-        if key in taken[section]
+        if key in taken.get(section, {})
     }
 
 

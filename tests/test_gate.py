@@ -1,0 +1,518 @@
+"""What the gate lets through and what it stops, and that it says why when it cannot tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.test_metrics import CHAIN, forward, request, trial, verifying, write
+from zbench import gate, metrics, stats
+from zbench.cli import main
+from zbench.errors import UserError
+from zbench.records import CellRecord, TrialRecord
+
+ENVIRONMENT = {
+    "device": {"backend": "cpu", "name": "Invented CPU"},
+    "cpu": {"model": "Invented CPU", "usable_threads": 2},
+    "torch": {"threads": 2, "version": "2.13.0"},
+}
+GOOD = tuple(trial(group=g) for g in range(6)) + tuple(verifying([1, 2], group=g) for g in range(6))
+
+
+def taken(
+    folder: Path, trials: Sequence[TrialRecord] = GOOD, cells: Sequence[CellRecord] = CHAIN, **changes: Any
+) -> gate.Snapshot:
+    changes = {"environment": ENVIRONMENT, "scenario_hash": "s", "prompts_hash": "p", **changes}
+    return gate.snapshot(metrics.load_run(write(folder, trials, cells, **changes)))
+
+
+def changed(trials: Sequence[TrialRecord], index: int, **changes: Any) -> list[TrialRecord]:
+    return [replace(t, **changes) if i == index else t for i, t in enumerate(trials)]
+
+
+def verdicts(judged: gate.Gate) -> dict[tuple[str, str, str], str]:
+    return {(row.cell, row.metric, row.part): row.verdict for row in judged.rows}
+
+
+def slower(trials: Sequence[TrialRecord], factors: Sequence[float]) -> list[TrialRecord]:
+    """The same records, each trial's clock stretched by its factor."""
+    return [
+        replace(
+            t,
+            wall_seconds=t.wall_seconds * f,
+            requests=tuple(
+                replace(r, ttft_seconds=r.ttft_seconds * f, end_seconds=r.end_seconds * f) for r in t.requests
+            ),
+        )
+        for t, f in zip(trials, factors, strict=True)
+    ]
+
+
+def test_a_run_against_itself_is_ok_in_every_metric(tmp_path: Path) -> None:
+    run = taken(tmp_path)
+    judged = gate.judge(run, run)
+    assert {row.verdict for row in judged.rows} == {"ok"}
+    assert {row.metric for row in judged.rows} >= {"decode_tps", "ttft", "output_hash", "acceptance_length"}
+    assert judged.exit_code(strict=True) == 0
+
+
+def less_accepted() -> dict[str, Any]:
+    less = verifying([1, 1], group=3)
+    return {"steps": less.steps, "forwards": less.forwards, "requests": less.requests}
+
+
+MADE = GOOD[9].forwards
+WORSE = {
+    "one draft less accepted in one step": (less_accepted(), "acceptance_length", "micro"),
+    "one forward more": (
+        {"forwards": (*MADE, forward(2, "draft", model="drafter"))}, "forwards_per_sequence", "drafter",
+    ),
+    "one token flipped": ({"requests": (request("p3", (0, 1, 2, 3, 4, 6), end=5.0),)}, "output_hash", ""),
+    "one row more in one": ({"forwards": (*MADE[:-1], forward(2, "verify", rows=5))}, "rows_per_forward", "verify"),
+    "one byte more read": (
+        {"forwards": (*MADE[:-1], forward(2, "verify", rows=4, bytes_read=191))}, "bytes_per_token", "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WORSE)
+def test_the_smallest_change_for_the_worse_fails(tmp_path: Path, what: str) -> None:
+    changes, metric, part = WORSE[what]
+    judged = gate.judge(taken(tmp_path / "now", changed(GOOD, 9, **changes)), taken(tmp_path / "before"))
+    assert verdicts(judged)["spec", metric, part] == "regressed"
+    assert judged.exit_code() == gate.REGRESSED
+    assert all(verdict == "ok" for (name, *_), verdict in verdicts(judged).items() if name == "ar")
+
+
+def test_a_failed_trial_fails_the_gate(tmp_path: Path) -> None:
+    failed = trial("spec", 6, status="error", error="boom", requests=(), steps=(), forwards=())
+    judged = gate.judge(taken(tmp_path / "now", [*GOOD, failed]), taken(tmp_path / "before"))
+    assert verdicts(judged)["spec", "failed_trials", ""] == "regressed"
+    assert judged.exit_code() == gate.REGRESSED
+
+
+def test_a_kind_of_forward_that_was_not_there_before_is_a_regression(tmp_path: Path) -> None:
+    extra = changed(GOOD, 9, forwards=(*GOOD[9].forwards, forward(2, "draft", model="head")))
+    judged = gate.judge(taken(tmp_path / "now", extra), taken(tmp_path / "before"))
+    row = next(r for r in judged.rows if r.metric == "forwards_per_sequence" and r.part == "head")
+    assert (row.verdict, row.note) == ("regressed", "new")
+
+
+def test_more_accepted_is_improved_and_passes(tmp_path: Path) -> None:
+    better = verifying([2, 2], group=3)
+    now = changed(GOOD, 9, steps=better.steps, forwards=better.forwards, requests=better.requests)
+    policy = gate.Policy(metrics={"acceptance_length": gate.Rule(), "tokens_per_forward": gate.Rule()})
+    judged = gate.judge(taken(tmp_path / "now", now), taken(tmp_path / "before"), policy)
+    assert verdicts(judged)["spec", "acceptance_length", "micro"] == "improved"
+    assert (judged.verdict, judged.exit_code(strict=True)) == ("improved", 0)
+
+
+def test_memory_may_move_within_its_tolerance(tmp_path: Path) -> None:
+    def peaks(peak: int, folder: str) -> gate.Snapshot:
+        return taken(tmp_path / folder, [replace(t, peak_bytes=peak) for t in GOOD])
+
+    before = peaks(1000, "before")
+    assert verdicts(gate.judge(peaks(1050, "a"), before))["ar", "peak_bytes", ""] == "ok"
+    assert verdicts(gate.judge(peaks(1051, "b"), before))["ar", "peak_bytes", ""] == "regressed"
+    assert verdicts(gate.judge(peaks(900, "c"), before))["ar", "peak_bytes", ""] == "improved"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scenario_hash": "other"}, "another scenario"),
+        ({"prompts_hash": "other"}, "prompts"),
+        ({"models": {"m": {"hash": "other"}}}, "model m has other weights"),
+        ({"environment": {**ENVIRONMENT, "device": {"backend": "cuda", "name": "GPU"}}}, "device.name is GPU"),
+        ({"environment": {**ENVIRONMENT, "torch": {"threads": 1}}}, "torch.threads is 1, the baseline's is 2"),
+    ],
+)
+def test_what_is_not_alike_is_not_compared(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    judged = gate.judge(taken(tmp_path / "now", **changes), taken(tmp_path / "before"))
+    assert (judged.verdict, judged.exit_code(), judged.rows) == ("not comparable", 3, ())
+    assert any(said in reason for reason in judged.reasons)
+
+
+def test_another_version_of_torch_is_said_and_still_compared(tmp_path: Path) -> None:
+    newer = {**ENVIRONMENT, "torch": {"threads": 2, "version": "2.14.0"}}
+    judged = gate.judge(taken(tmp_path / "now", environment=newer), taken(tmp_path / "before"))
+    assert judged.exit_code() == 0
+    assert judged.notes == ("also changed: torch.version is 2.14.0, was 2.13.0",)
+
+
+def test_a_metric_that_means_something_else_now_is_not_compared_and_the_others_are(tmp_path: Path) -> None:
+    run = taken(tmp_path)
+    before = replace(run, definitions={**run.definitions, "bytes_per_token": "of old"})
+    judged = gate.judge(run, before)
+    assert verdicts(judged)["ar", "bytes_per_token", ""] == "not comparable"
+    assert verdicts(judged)["ar", "flops_per_token", ""] == "ok"
+    assert judged.exit_code() == gate.NOT_COMPARABLE
+
+
+def test_a_metric_younger_than_the_baseline_is_named_and_not_gated(tmp_path: Path) -> None:
+    run = taken(tmp_path)
+    cells = {
+        name: replace(c, exact={m: v for m, v in c.exact.items() if m != "bytes_per_token"})
+        for name, c in run.cells.items()
+    }
+    before = replace(run, cells=cells, definitions={m: d for m, d in run.definitions.items() if m != "bytes_per_token"})
+    judged = gate.judge(run, before)
+    assert judged.exit_code() == 0
+    assert judged.notes == ("not in the baseline, so not gated: bytes_per_token",)
+    with pytest.raises(UserError, match="accuracy, which no cell has"):
+        gate.judge(run, before, gate.Policy(metrics={"accuracy": gate.Rule()}))
+
+
+def test_an_unfinished_run_is_no_regression_of_its_counts(tmp_path: Path) -> None:
+    judged = gate.judge(taken(tmp_path / "now", GOOD[:-1]), taken(tmp_path / "before"))
+    assert {r.verdict for r in judged.rows if r.cell == "spec" and not r.timed and r.metric != "failed_trials"} == {
+        "not comparable"
+    }
+    assert {r.verdict for r in judged.rows if r.cell == "ar"} == {"ok"}
+
+
+def test_tokens_that_differ_between_repeats_make_a_difference_inconclusive(tmp_path: Path) -> None:
+    def run(last: int, folder: str) -> gate.Snapshot:
+        repeats = [trial(group=g, repeat=1, requests=(request(f"p{g}", (7, 8, last)),)) for g in range(6)]
+        return taken(tmp_path / folder, [*GOOD, *repeats])
+
+    judged = gate.judge(run(10, "now"), run(11, "before"))
+    assert verdicts(judged)["ar", "output_hash", ""] == "inconclusive"
+    assert verdicts(judged)["ar", "bytes_per_token", ""] == "ok"
+    assert (judged.exit_code(), judged.exit_code(strict=True)) == (0, gate.INCONCLUSIVE)
+
+
+def test_a_slowdown_beyond_tolerance_and_noise_regresses_and_one_within_is_ok(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(1, 0.005, (2, len(GOOD)))
+    before = taken(tmp_path / "before", slower(GOOD, noise[0].tolist()))
+    within = gate.judge(taken(tmp_path / "within", slower(GOOD, (noise[1] * 1.02).tolist())), before)
+    assert {row.verdict for row in within.rows if row.timed} == {"ok"}
+    beyond = gate.judge(taken(tmp_path / "beyond", slower(GOOD, (noise[1] * 1.15).tolist())), before)
+    assert {row.verdict for row in beyond.rows if row.timed} == {"regressed"}
+    row = next(row for row in beyond.rows if row.metric == "decode_tps")
+    assert row.change == pytest.approx(1 / 1.15 - 1, abs=0.01)
+    assert row.low is not None and row.high is not None and row.low < row.change < row.high  # type: ignore[operator]
+    assert row.detects is not None and 0.05 < row.detects < 0.10
+
+
+def test_few_prompts_decide_nothing_about_time_and_strict_says_so(tmp_path: Path) -> None:
+    four = [t for t in GOOD if t.group < 4]
+    judged = gate.judge(taken(tmp_path / "now", slower(four, [9.0] * 8)), taken(tmp_path / "before", four))
+    assert {row.verdict for row in judged.rows if row.timed} == {"inconclusive"}
+    assert (judged.exit_code(), judged.exit_code(strict=True)) == (0, gate.INCONCLUSIVE)
+
+
+def test_one_sample_and_none_are_inconclusive(tmp_path: Path) -> None:
+    one = taken(tmp_path / "one", [GOOD[0]], CHAIN[:1])
+    assert verdicts(gate.judge(one, one))["ar", "decode_tps", ""] == "inconclusive"
+    other = taken(tmp_path / "other", [GOOD[1]], CHAIN[:1])
+    row = next(r for r in gate.judge(other, one).rows if r.metric == "decode_tps")
+    assert (row.verdict, row.note) == ("inconclusive", "no prompt was measured in both")
+
+
+def test_a_run_without_trials_has_nothing_to_gate(tmp_path: Path) -> None:
+    empty = taken(tmp_path, [])
+    assert gate.judge(empty, empty, gate.Policy()).exit_code() == 0  # no trial failed, and that is all there is
+    judged = gate.judge(empty, taken(tmp_path / "before"))
+    assert judged.exit_code() == gate.NOT_COMPARABLE
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_clock_that_jumped_is_bad_input(tmp_path: Path, seconds: float) -> None:
+    jumped = replace(request("p0"), ttft_seconds=seconds)
+    with pytest.raises(UserError, match=r"of ar: .*the records are damaged"):
+        taken(tmp_path, changed(GOOD, 0, requests=(jumped,)))
+
+
+def test_a_count_that_is_no_number_is_bad_input(tmp_path: Path) -> None:
+    odd = (GOOD[0].forwards[0], forward(1, flops=float("nan")))
+    with pytest.raises(UserError, match="flops of a forward of ar is not a finite number; the records are damaged"):
+        taken(tmp_path, changed(GOOD, 0, forwards=odd))
+
+
+# --- Statistics of the verdict ---
+
+quick = settings(max_examples=40, deadline=None)
+times = st.lists(st.floats(0.1, 10), min_size=5, max_size=12)
+
+
+def judged_times(before: Sequence[float], now: Sequence[float], tolerance: float = 0.05) -> gate.Row:
+    """The row of decode_tps for these seconds per token, one prompt each."""
+
+    def run(seconds: Sequence[float]) -> gate.Snapshot:
+        keys = tuple(f"p{i}/0" for i in range(len(seconds)))
+        sample = gate.Sample(1 / float(np.mean(seconds)), keys, tuple(range(len(seconds))), tuple(seconds))
+        only = gate.CellSnapshot("", True, {}, {"decode_tps": sample})
+        return gate.Snapshot("n", "", "0", "s", "p", {}, {"decode_tps": "d"}, {}, {"c": only})
+
+    policy = gate.Policy(metrics={"decode_tps": gate.Rule(tolerance=tolerance)})
+    return gate.judge(run(now), run(before), policy).rows[0]
+
+
+@quick
+@given(times, st.data())
+def test_swapping_run_and_baseline_swaps_regressed_and_improved(before: list[float], data: st.DataObject) -> None:
+    now = data.draw(st.lists(st.floats(0.1, 10), min_size=len(before), max_size=len(before)))
+    forth, back = judged_times(before, now, 0.0), judged_times(now, before, 0.0)
+    swapped = {"regressed": {"improved"}, "improved": {"regressed"}}
+    assert back.verdict in swapped.get(forth.verdict, {"ok", "inconclusive"})
+
+
+@quick
+@given(times, st.floats(1.0, 3.0))
+def test_being_slower_never_helps(before: list[float], factor: float) -> None:
+    noisy = [b * (1 + 0.02 * (-1) ** i) for i, b in enumerate(before)]
+    rank = {"improved": 0, "ok": 1, "inconclusive": 2, "regressed": 3}
+    one, other = judged_times(before, noisy), judged_times(before, [factor * n for n in noisy])
+    assert rank[one.verdict] <= rank[other.verdict]
+
+
+@quick
+@given(times, st.floats(0.001, 1000))
+def test_a_unit_of_time_changes_no_verdict(before: list[float], unit: float) -> None:
+    now = [b * (1.1 + 0.03 * (-1) ** i) for i, b in enumerate(before)]
+    scaled = judged_times([b * unit for b in before], [n * unit for n in now])
+    plain = judged_times(before, now)
+    assert scaled.verdict == plain.verdict
+    assert scaled.change == pytest.approx(plain.change)
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_holms_p_lies_between_the_raw_one_and_bonferronis_and_keeps_the_order(raw: list[float]) -> None:
+    adjusted = stats.holm(raw)
+    assert all(
+        p <= a <= min(1, p * len(raw)) + 1e-12 or a == pytest.approx(p) for p, a in zip(raw, adjusted, strict=True)
+    )
+    ordered = adjusted[np.argsort(raw, kind="stable")]
+    assert (np.diff(ordered) >= 0).all()
+
+
+def test_holm_on_numbers_worked_out_by_hand() -> None:
+    assert stats.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_more_times_looked_at_need_a_larger_change(tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).normal(1, 0.02, (2, len(GOOD)))
+    before, now = (slower(GOOD, row.tolist()) for row in noise)
+    alone = gate.Policy(metrics={"decode_tps": gate.Rule()})
+    many = gate.judge(taken(tmp_path / "now", now), taken(tmp_path / "before", before)).rows
+    one = gate.judge(taken(tmp_path / "now", now), taken(tmp_path / "before", before), alone).rows
+    detects = [next(r.detects for r in rows if r.metric == "decode_tps") for rows in (one, many)]
+    assert detects[0] < detects[1]  # type: ignore[operator]
+
+
+# --- Files ---
+
+
+def test_a_saved_baseline_reads_back_equal(tmp_path: Path) -> None:
+    run = taken(tmp_path / "run")
+    gate.save(run, tmp_path / "baseline.json")
+    assert gate.read(tmp_path / "baseline.json") == run
+
+
+def test_a_portable_baseline_has_no_machine_and_no_times(tmp_path: Path) -> None:
+    policy = gate.Policy(device="any", metrics={"tokens_per_forward": gate.Rule()})
+    folder = tmp_path / "run"
+    taken(folder)
+    portable = gate.snapshot(metrics.load_run(folder), policy)
+    assert portable.environment == {} and not portable.cells["ar"].timed
+    elsewhere = taken(tmp_path / "gpu", environment={"device": {"backend": "cuda", "name": "GPU"}})
+    judged = gate.judge(elsewhere, portable)
+    assert judged.exit_code() == 0
+    assert {row.metric for row in judged.rows} == {"tokens_per_forward"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "not a baseline"),
+        ("[]", "does not say that it is one"),
+        ('{"kind": "zbench baseline"}', "schema_version"),
+        ('{"kind": "zbench baseline", "schema_version": 1, "cells": {}, "odd": 1}', "odd"),
+        ('{"kind": "zbench baseline", "schema_version": 1, "cells": {"a": {"exact": []}}}', "not a baseline"),
+    ],
+)
+def test_a_file_that_is_no_baseline_is_refused_in_one_line(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "b.json").write_text(content)
+    with pytest.raises(UserError, match=said) as refused:
+        gate.read(tmp_path / "b.json")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_nan_in_a_baseline_is_refused(tmp_path: Path) -> None:
+    gate.save(taken(tmp_path / "run"), tmp_path / "b.json")
+    damaged = json.loads((tmp_path / "b.json").read_text())
+    damaged["cells"]["ar"]["exact"]["bytes_per_token"][""] = float("nan")
+    (tmp_path / "b.json").write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match="finite"):
+        gate.read(tmp_path / "b.json")
+
+
+def test_last_is_the_newest_earlier_run_of_the_same_scenario(tmp_path: Path) -> None:
+    for name, created, scenario in [
+        ("a", "2025-01-01", "s"), ("b", "2025-01-02", "s"), ("other", "2025-01-03", "t"), ("c", "2025-01-04", "s"),
+        ("later", "2025-01-05", "s"),
+    ]:  # fmt: skip
+        write(tmp_path / name, GOOD, CHAIN, created=created, scenario_hash=scenario)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("{")
+    assert gate.last(tmp_path / "c").name == "b"
+    with pytest.raises(UserError, match="no earlier run"):
+        gate.last(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("metrics:\n  decode_tpz: {}\n", ":1: metrics: 'decode_tpz' cannot be gated; did you mean 'decode_tps'"),
+        ("metrics:\n  ttft: {tolerence: 0.1}\n", ":2: unknown key 'tolerence' in metrics.ttft; did you mean"),
+        ("metrics:\n  ttft: {tolerance: -1}\n", ":2: metrics.ttft.tolerance: expected"),
+        ("device: any\nmetrics: {ttft: {}}\n", "device: any cannot gate ttft"),
+        ("device: any\n", "device: any cannot gate decode_tps, throughput, ttft"),
+        ("", "is empty; a policy needs one of device, metrics"),
+        ("devise: same\n", "unknown key 'devise' in policy; did you mean 'device'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_policy_is_told_by_its_line(tmp_path: Path, policy: str, said: str) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(policy)
+    with pytest.raises(UserError) as wrong:
+        gate.load_policy(path)
+    assert said in str(wrong.value)
+
+
+# --- The command ---
+
+
+def command(*arguments: Any) -> Any:
+    return CliRunner().invoke(main, ["gate", *map(str, arguments)])
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    """(a regressed run, its baseline)"""
+    flipped = changed(GOOD, 9, requests=(request("p3", (0, 1, 2, 3, 4, 6), end=5.0),))
+    common: dict[str, Any] = {"environment": ENVIRONMENT, "scenario_hash": "s"}
+    write(tmp_path / "before", GOOD, CHAIN, created="2025-01-01", **common)
+    write(tmp_path / "now", flipped, CHAIN, created="2025-01-02", **common)
+    return tmp_path / "now", tmp_path / "before"
+
+
+def test_the_command_exits_as_documented(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    now, before = runs
+    assert command(before, "--baseline", before).exit_code == 0
+    failed = command(now, "--baseline", "last")
+    assert failed.exit_code == 1
+    assert "regressed      spec: output_hash" in failed.stdout
+    assert command(now).exit_code == 2
+    assert command(tmp_path / "none", "--baseline", before).exit_code == 2
+    assert command(now, "--baseline", before, "--write", "xml=a").exit_code == 2
+    write(tmp_path / "elsewhere", GOOD, CHAIN, scenario_hash="t")
+    assert command(tmp_path / "elsewhere", "--baseline", before).exit_code == 3
+    few = [t for t in GOOD if t.group < 3]
+    write(tmp_path / "few", few, CHAIN)
+    assert command(tmp_path / "few", "--baseline", tmp_path / "few").exit_code == 0
+    assert command(tmp_path / "few", "--baseline", tmp_path / "few", "--strict").exit_code == 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_baseline_of_another_schema_is_not_comparable(runs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    now, before = runs
+    path = tmp_path / "saved.json"
+    assert command(before, "--save", path).exit_code == 0
+    target = path if kind == "file" else before / "run.json"
+    data = json.loads(target.read_text())
+    target.write_text(json.dumps({**data, "schema_version": 99}))
+    result = command(now, "--baseline", path if kind == "file" else before)
+    assert result.exit_code == 3
+    assert "has schema 99" in result.stderr
+
+
+def test_a_run_killed_while_writing_is_gated_on_what_it_finished(runs: tuple[Path, Path]) -> None:
+    _, before = runs
+    now = before.parent / "torn"
+    write(now, GOOD, CHAIN, environment=ENVIRONMENT, scenario_hash="s")
+    lines = (now / "trials.jsonl").read_text()
+    (now / "trials.jsonl").write_text(lines[:-50])
+    result = command(now, "--baseline", before, "--json")
+    said = json.loads(result.stdout)
+    assert result.exit_code == said["exit_code"] == gate.NOT_COMPARABLE
+    assert {row["verdict"] for row in said["metrics"] if row["cell"] == "ar"} == {"ok"}
+
+
+def test_an_advisory_metric_is_reported_and_passes(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    now, before = runs
+    (tmp_path / "policy.yaml").write_text("metrics: {output_hash: {required: false}, tokens_per_forward: {}}")
+    result = command(now, "--baseline", before, "--policy", tmp_path / "policy.yaml")
+    assert result.exit_code == 0
+    assert "(regressed)" in result.stdout and "1 only advisory" in result.stdout
+
+
+def test_json_carries_every_verdict_with_its_evidence(runs: tuple[Path, Path]) -> None:
+    now, before = runs
+    said = json.loads(command(now, "--baseline", before, "--json").stdout)
+    assert (said["verdict"], said["exit_code"]) == ("regressed", 1)
+    assert {field.name for field in dataclasses.fields(gate.Row)} == set(said["metrics"][0])
+
+
+def test_cells_are_told_apart(tmp_path: Path) -> None:
+    only_ar = taken(tmp_path / "now", GOOD[:6], CHAIN[:1])
+    judged = gate.judge(only_ar, taken(tmp_path / "before"))
+    assert {row.verdict for row in judged.rows if row.cell == "ar"} == {"ok"}
+    assert {row.note for row in judged.rows if row.cell == "spec"} == {"the run does not have it"}
+
+
+def test_the_command_writes_what_ci_reads(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, before = runs
+    page = tmp_path / "summary.md"
+    page.write_text("earlier step\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(page))
+    result = command(
+        now, "--baseline", before, "--github", "--write", f"junit={tmp_path}/gate.xml",
+        "--write", f"bencher={tmp_path}/bmf.json",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "::error title=output_hash regressed::" in result.stdout
+    assert page.read_text().startswith("earlier step\n### zbench gate: regressed")
+    assert "<failure" in (tmp_path / "gate.xml").read_text()
+    assert "ar" in json.loads((tmp_path / "bmf.json").read_text())
+
+
+def test_the_baseline_of_this_project_is_of_its_scenario_and_of_no_machine() -> None:
+    from zbench import scenario
+
+    root = Path(__file__).parents[1]
+    baseline = gate.read(root / "reports/baseline/ci_gate.json")
+    wanted = scenario.load(root / "scenarios/ci_gate.yaml")
+    assert baseline.scenario == scenario.content_hash(wanted), "the scenario changed: take a new baseline"
+    assert baseline.portable
+    assert set(baseline.cells) == {cell.id for cell in scenario.cells(wanted)}
+    policy = gate.load_policy(root / "reports/baseline/ci_gate.policy.yaml")
+    assert set(baseline.definitions) == set(policy.metrics)
+
+
+@pytest.mark.slow
+def test_this_code_still_does_what_its_baseline_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from zbench import run, scenario
+    from zbench.hardware import roofs
+
+    monkeypatch.setattr(roofs, "load_or_measure", lambda *_, **__: {"bandwidth": {}, "flops": {}, "ridge": {}})
+    root = Path(__file__).parents[1]
+    outcome = run.run(scenario.load(root / "scenarios/ci_gate.yaml"), tmp_path, Console(quiet=True))
+    policy = gate.load_policy(root / "reports/baseline/ci_gate.policy.yaml")
+    judged = gate.judge(gate.read(outcome.folder, policy), gate.read(root / "reports/baseline/ci_gate.json"), policy)
+    assert (judged.reasons, [row for row in judged.rows if row.verdict != "ok"]) == ((), [])

@@ -1,0 +1,55 @@
+"""The self-test passes, and notices a gate that does not work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from zbench import gate, selftest, stats
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "SIMULATIONS", 60)
+
+
+def failed(found: Any) -> list[str]:
+    return [check.name for check in found if not check.passed]
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_simulated_checks_pass() -> None:
+    assert failed(selftest._simulated()) == []
+
+
+@pytest.mark.usefixtures("_quick")
+def test_intervals_that_are_too_narrow_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = stats.shift
+    monkeypatch.setattr(stats, "shift", lambda *a: replace(honest(*a), error=honest(*a).error / 2))
+    assert "simulated runs that differ in nothing" in failed(selftest._simulated())
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_gate_that_sees_less_than_it_says_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats.Shift, "detectable", lambda *_: 0.0)
+    assert failed(selftest._simulated()) == ["a slowdown of the size that the gate says it sees"]
+
+
+@pytest.mark.slow
+def test_a_gate_that_overlooks_counts_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert failed(selftest._real(tmp_path / "good")) == []
+    monkeypatch.setattr(gate, "_judge_count", lambda row, stable: replace(row, verdict="ok"))
+    assert failed(selftest._real(tmp_path / "blind")) == list(selftest.CHANGES)
+
+
+@pytest.mark.parametrize("noise", selftest.NOISES)
+def test_simulated_noise_is_of_the_stated_size_and_without_bias_between_runs(noise: str) -> None:
+    rng = np.random.default_rng(3)
+    drawn = [selftest.NOISES[noise](rng, 12, 2) for _ in range(2000)]
+    assert np.std(drawn) == pytest.approx(selftest.NOISE, rel=0.25)
+    means = np.mean(drawn, axis=(1, 2))
+    assert np.mean(means[::2] - means[1::2]) == pytest.approx(0, abs=0.003)
