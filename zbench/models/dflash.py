@@ -156,7 +156,7 @@ def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFla
     # Layers are Qwen3's whatever the target's family; a key that is left out there is one of Qwen3's.
     body = ModelConfig.from_hf(
         {"max_position_embeddings": target.max_positions, **inner, "model_type": "qwen3"}
-        | {"eos_token_id": None, "bos_token_id": None, "tie_word_embeddings": False}
+        | {"eos_token_id": None, "bos_token_id": None, "mask_token_id": None, "tie_word_embeddings": False}
     )
     if body.vocab != target.vocab:
         raise UserError(f"made for a target with {body.vocab} tokens, but this one has {target.vocab}")
