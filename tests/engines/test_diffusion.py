@@ -39,8 +39,8 @@ class Scripted(Diffusion):
         super().__init__(model, MASK, **options)
         self.outputs, self.propose = outputs, propose
 
-    def _predicted(self, hidden: Tensor, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
-        logits = torch.zeros_like(super()._predicted(hidden, contexts, index, meter))
+    def _predicted(self, masks: Tensor, headed: bool, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
+        logits = torch.zeros_like(super()._predicted(masks, headed, contexts, index, meter))
         for row, (output, at) in enumerate(zip(self.outputs, index.tolist(), strict=True)):
             following = [*output, *[5] * logits.shape[1]][at : at + logits.shape[1]]
             for place, token in enumerate(self.propose(following, logits.shape[-1])):
@@ -260,6 +260,24 @@ def test_the_test_of_the_distribution_catches_drafts_that_are_always_accepted(mo
     monkeypatch.setattr(module, "verify_chain", accepting)
     engine = Diffusion(model, 5, 3, draft_sampling=True)
     assert p_value(first_tokens(engine, [1, 2, 3], sampling, 4), joint(model, [1, 2, 3], sampling, 4)) < ALPHA
+
+
+def test_a_model_as_wide_as_its_vocabulary_drafts_from_its_head() -> None:
+    """Hidden states and logits then have one shape; the drafts of both must be the same."""
+    from zbench.models import loading
+    from zbench.models.model import build
+
+    shape = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 64, "max_positions": 128}
+    loaded = loading.load({"config": shape, "weights": "random", "seed": 1}, dtype="float32")
+    model = build(loaded, torch.float32, torch.device("cpu"), "auto")
+    request = Request(8, GREEDY, (0, 0, 0, 0))
+    apart, together = (Diffusion(model, 63, 4, trust=0.0) for _ in range(2))
+    [ids] = prompts(6, vocab=63)
+    many, _, _ = metered(apart, [ids] * 4, request)  # 80 rows: the head runs on the chosen ones
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(module, "ONE_HEAD_ROWS", 1000)
+        assert metered(together, [ids] * 4, request)[0] == many
 
 
 def test_logit_mix_with_beta_one_is_lossless_and_with_less_is_not() -> None:

@@ -107,7 +107,7 @@ class Diffusion:
             last[:, None], [0] * len(prompts), None, None, [0] * (self.block + 1),
         )  # fmt: skip
         if masks > 1:
-            self._draft(started, hidden[:, 1:], torch.ones_like(last), meter)
+            self._draft(started, hidden[:, 1:], False, torch.ones_like(last), meter)
             started.offered = [masks - 1] * len(prompts)
         return started
 
@@ -130,14 +130,14 @@ class Diffusion:
         masks = out.logits if at_once else out.hidden.get(model.config.layers)
         logits = out.logits[:, :count]
         if self.mix is not None:
-            logits = self._mixed(logits, masks, count, outcomes, contexts, meter)
+            logits = self._mixed(logits, masks, at_once, count, outcomes, contexts, meter)
         with meter.phase("accept"):
             index = on_device([len(output) for output in state.outputs], ids.device)
             verdict = self._verify(state, logits, ids, index)
         state.last = verdict.bonus
         if masks is not None and outcomes and self.block > 1:
             chosen = self._chosen(masks, verdict.counts, count, outcomes)
-            self._draft(state, chosen, index + verdict.counts, meter)
+            self._draft(state, chosen, at_once, index + verdict.counts, meter)
         else:
             state.ids = state.last[:, None]
         with meter.phase("accept"):
@@ -182,9 +182,9 @@ class Diffusion:
         places = places.clamp(max=rows.shape[1] - 1)
         return rows[torch.arange(len(rows), device=rows.device)[:, None], places]
 
-    def _draft(self, state: DiffusionState, masks: Tensor, index: Tensor, meter: Meter) -> None:
+    def _draft(self, state: DiffusionState, masks: Tensor, headed: bool, index: Tensor, meter: Meter) -> None:
         """The next block: the last token, and what `masks` predict after it, the first at output position index [B]."""
-        logits = self._predicted(masks, state.cache.sizes, index, meter)
+        logits = self._predicted(masks, headed, state.cache.sizes, index, meter)
         with meter.phase("accept"):
             state.probs = state.confidence = None
             if self.draft_sampling and not state.sampler.sampling.greedy:
@@ -198,15 +198,16 @@ class Diffusion:
                 state.confidence = logits.softmax(-1).gather(2, drafts[..., None]).squeeze(2)
             state.ids = torch.cat([state.last[:, None], drafts], 1)
 
-    def _predicted(self, masks: Tensor, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
-        """Logits [B, n, V] of masks, the first of which stands at output position index [B]: given as they are, or as
-        hidden states [B, n, D] that the head runs on here."""
-        return masks if masks.shape[-1] == self.model.config.vocab else run_head(self.model, masks, contexts, meter)
+    def _predicted(self, masks: Tensor, headed: bool, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
+        """Logits [B, n, V] of masks, the first of which stands at output position index [B]: what `masks` holds if the
+        forward ran the head on them (`headed`), else the head's on hidden states [B, n, D]."""
+        return masks if headed else run_head(self.model, masks, contexts, meter)
 
     def _mixed(
         self,
         logits: Tensor,
         masks: Tensor | None,
+        headed: bool,
         count: int,
         outcomes: tuple[int, ...],
         contexts: list[int],
@@ -217,7 +218,7 @@ class Diffusion:
             return logits
         rows = torch.tensor([kept - 1 for kept in outcomes], device=logits.device)
         firsts = masks[:, count + self.block * torch.arange(len(outcomes), device=rows.device)]
-        theirs = self._predicted(firsts, contexts, rows, meter)
+        theirs = self._predicted(firsts, headed, contexts, rows, meter)
         return logits.index_copy(1, rows, self.mix * logits[:, rows] + (1 - self.mix) * theirs)
 
 
