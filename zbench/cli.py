@@ -446,7 +446,7 @@ def models() -> None:
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def models_list(as_json: bool) -> None:
-    """List the named models and whether they are on this machine."""
+    """List the named models and drafters, and whether they are on this machine."""
     from dataclasses import asdict
 
     from zbench.models import zoo
@@ -457,7 +457,8 @@ def models_list(as_json: bool) -> None:
         return
     for row in rows:
         state = f"{row.bytes / 1e6:.0f} MB on disk" if row.bytes else f"not fetched ({row.download_bytes / 1e6:.0f} MB)"
-        click.echo(f"{row.name}  {row.parameters / 1e6:.0f} M parameters, {row.licence}, {state}\n  {row.source}")
+        what = "" if row.kind == "model" else f"{row.kind} for {row.target}, "
+        click.echo(f"{row.name}  {what}{row.parameters / 1e6:.3g} M parameters, {row.licence}, {state}\n  {row.source}")
 
 
 @models.command("fetch")

@@ -141,6 +141,12 @@ class DrafterHub(_Strict):
     )
 
 
+class DrafterZoo(_Strict):
+    """A drafter that comes with zbench, trained for one of its models."""
+
+    zoo: str = Field(description="Its name in `zbench models list`.", examples=["smollm2-135m-eagle3"])
+
+
 class DrafterRandom(_Strict):
     """A drafter of the published shape with random weights: its speed is real, its drafts are noise."""
 
@@ -174,14 +180,20 @@ class SyntheticHistogram(_Strict):
     )
 
 
-_DRAFTERS: dict[str, type[_Strict]] = {"path": DrafterFolder, "hub": DrafterHub, "random": DrafterRandom}
+_DRAFTERS: dict[str, type[_Strict]] = {
+    "zoo": DrafterZoo,
+    "path": DrafterFolder,
+    "hub": DrafterHub,
+    "random": DrafterRandom,
+}
 _SYNTHETICS: dict[str, type[_Strict]] = {
     "length": SyntheticLength,
     "rates": SyntheticRates,
     "histogram": SyntheticHistogram,
 }
 _Drafter = Annotated[
-    Annotated[DrafterFolder, Tag(f"{_BRANCH}path")]
+    Annotated[DrafterZoo, Tag(f"{_BRANCH}zoo")]
+    | Annotated[DrafterFolder, Tag(f"{_BRANCH}path")]
     | Annotated[DrafterHub, Tag(f"{_BRANCH}hub")]
     | Annotated[DrafterRandom, Tag(f"{_BRANCH}random")],
     _key_branch(_DRAFTERS),
@@ -198,8 +210,8 @@ class SpeculativeSpec(EngineSpec):
     """What engines with a drafter have in common."""
 
     drafter: _Drafter = Field(
-        description="Where the drafter comes from: {path: FOLDER}, {hub: ORG/NAME} or {random: true}.",
-        examples=[{"path": "drafters/llama-eagle3"}, {"random": True}],
+        description="Where the drafter comes from: {zoo: NAME}, {path: FOLDER}, {hub: ORG/NAME} or {random: true}.",
+        examples=[{"zoo": "smollm2-135m-eagle3"}, {"path": "drafters/llama-eagle3"}, {"random": True}],
     )
     synthetic: _Synthetic | None = Field(
         None,
@@ -249,9 +261,21 @@ class AdapterHub(DrafterHub):
     """A mask adapter on the Hugging Face hub, in PEFT's layout."""
 
 
-_ADAPTERS: dict[str, type[_Strict]] = {"path": AdapterFolder, "hub": AdapterHub, "random": AdapterRandom}
+class AdapterZoo(DrafterZoo):
+    """A mask adapter that comes with zbench, trained for one of its models."""
+
+    zoo: str = Field(description="Its name in `zbench models list`.", examples=["smollm2-135m-tidar"])
+
+
+_ADAPTERS: dict[str, type[_Strict]] = {
+    "zoo": AdapterZoo,
+    "path": AdapterFolder,
+    "hub": AdapterHub,
+    "random": AdapterRandom,
+}
 _Adapter = Annotated[
-    Annotated[AdapterFolder, Tag(f"{_BRANCH}path")]
+    Annotated[AdapterZoo, Tag(f"{_BRANCH}zoo")]
+    | Annotated[AdapterFolder, Tag(f"{_BRANCH}path")]
     | Annotated[AdapterHub, Tag(f"{_BRANCH}hub")]
     | Annotated[AdapterRandom, Tag(f"{_BRANCH}random")],
     _key_branch(_ADAPTERS),
@@ -315,8 +339,8 @@ class DiffusionSpec(EngineSpec):
     )
     adapter: _Adapter | None = Field(
         None,
-        description="Parameters of the mask rows: {path: FOLDER}, {hub: ORG/NAME} or {random: true}; null means that"
-        " the model's own weights serve masks too.",
+        description="Parameters of the mask rows: {zoo: NAME}, {path: FOLDER}, {hub: ORG/NAME} or {random: true}; null"
+        " means that the model's own weights serve masks too.",
     )
     mask_id: Annotated[int, Field(ge=0)] | None = Field(
         None,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from zbench.engines import diffusion as module
 from zbench.engines import synthetic
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
+from zbench.engines.denoise import Denoise
 from zbench.engines.diffusion import Diffusion, _sources
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
@@ -72,11 +74,12 @@ def metered(engine: Any, ids: list[list[int]], request: Request) -> tuple[list[l
 
 
 @functools.cache
-def adapted(execution: str, dtype: torch.dtype = torch.float32) -> tuple[Any, MaskAdapter]:
+def adapted(execution: str, dtype: torch.dtype = torch.float32, shift: int = 0) -> tuple[Any, MaskAdapter]:
     model = runtime("qwen3", execution, dtype)
     checkpoint = random_adapter(model.config, seed=3, rank=5, block=4)
     wide = {name: tensor * 12 for name, tensor in checkpoint.tensors.items()}
-    return model, MaskAdapter(type(checkpoint)(checkpoint.config, wide, "", ""), model.config, dtype, model.device)
+    checkpoint = replace(checkpoint, tensors=wide, config=replace(checkpoint.config, shift=shift))
+    return model, MaskAdapter(checkpoint, model.config, dtype, model.device)
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -159,6 +162,33 @@ def test_a_step_gains_the_right_drafts_and_the_next_token(block: int, propose: P
     assert sum(f.committed for f in forwards) == 2 * 29
 
 
+@pytest.mark.parametrize("block", [1, 2, 4, 7])
+@pytest.mark.parametrize("proposals", [1, 2, 9])
+def test_masks_that_predict_the_next_place_save_a_row_per_block(block: int, proposals: int) -> None:
+    model, adapter = adapted("torch", shift=1)
+    ids, request = prompts(6, 13), Request(29, GREEDY, (0, 0))
+    outputs = decode(Autoregressive(model), ids, request).outputs
+    options = {"block": block, "proposals": proposals, "adapter": adapter}
+    found, steps, forwards = metered(Scripted(model, outputs, right, **options), ids, request)
+    assert found == outputs
+    assert (block, block) in {step.committed for step in steps[1:]}
+    role = "draft+verify" if block > 1 else "decode"
+    most = block + (block - 1) * min(proposals, block)
+    assert max(f.rows for f in forwards if f.model == "target" and f.step > 0) == most
+    assert role in {f.role for f in forwards}
+    assert {f.rows for f in forwards if f.role == "prefill"} == {13 + block - 1}
+    plain = decode(Autoregressive(model), ids, request)
+    assert decode(Diffusion(model, MASK, **options), ids, request) == plain  # noise is drafted as well
+
+
+def test_samplers_that_read_the_mask_at_a_tokens_own_place_refuse_masks_that_predict_the_next() -> None:
+    model, adapter = adapted("torch", shift=1)
+    with pytest.raises(UserError, match="predict their own place"):
+        Diffusion(model, MASK, 4, adapter=adapter, mix=0.5)
+    with pytest.raises(UserError, match="predict their own place"):
+        Denoise(model, MASK, 4, adapter=adapter)
+
+
 def test_no_proposals_decode_one_row_at_a_time() -> None:
     model, ids, request = runtime("smollm", "auto"), prompts(6), Request(12, GREEDY, (0,))
     found, steps, forwards = metered(Diffusion(model, MASK, 8, proposals=0), ids, request)
@@ -218,23 +248,25 @@ def test_an_outcome_that_is_never_prepared_at_first_is_learnt_from_the_steps_tha
         assert all(step.committed == (4,) and step.prepared == (4,) for step in steps[4:-1])
 
 
-@given(block=st.integers(1, 32), data=st.data())
-def test_sources_point_at_the_mask_that_stands_after_the_next_token(block: int, data: Any) -> None:
+@given(block=st.integers(1, 32), shift=st.integers(0, 1), data=st.data())
+def test_sources_point_at_the_mask_that_predicts_the_token_after_the_next(block: int, shift: int, data: Any) -> None:
+    assume(block > shift)
     drafts = data.draw(st.integers(1, block))
     outcomes = tuple(sorted(data.draw(st.sets(st.integers(1, drafts), min_size=1))))
-    rows = Rows.draft_and_verify(torch.zeros(1, drafts, dtype=torch.int64), torch.tensor([7]), block, outcomes, MASK)
+    ids = torch.zeros(1, drafts, dtype=torch.int64)
+    rows = Rows.draft_and_verify(ids, torch.tensor([7]), block - shift, outcomes, MASK)
     for fallback in ("nearest", "redraft"):
-        starts, usable = _sources(drafts, block, outcomes, fallback)  # type: ignore[arg-type]
+        starts, usable = _sources(drafts, block, outcomes, fallback, shift)  # type: ignore[arg-type]
         for kept in range(1, drafts + 1):
             if kept in outcomes:
                 assert usable[kept] == block - 1
             for ahead in range(usable[kept]):
                 row = starts[kept] + ahead
-                assert int(rows.positions[0, row]) == 7 + kept + 1 + ahead  # t stands at 7 + kept
+                assert int(rows.positions[0, row]) + shift == 7 + kept + 1 + ahead  # t stands at 7 + kept
                 seen = rows.visible[0, row, :drafts].nonzero().flatten().tolist()
                 assert len(seen) <= kept
                 assert rows.masks is not None
-                assert int(rows.masks[0, row]) >= 1
+                assert int(rows.masks[0, row]) >= 1 - shift
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------

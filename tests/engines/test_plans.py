@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from zbench import scenario
@@ -20,7 +20,7 @@ from zbench.engines.base import Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.hardware import device
-from zbench.models import dflash, eagle3, loading
+from zbench.models import adapter, dflash, eagle3, loading
 from zbench.models.config import ModelConfig
 from zbench.models.rows import Rows
 
@@ -146,11 +146,20 @@ def test_without_proposals_diffusion_decodes_autoregressively() -> None:
     assert diffusion(4, 0).drafts == 0
 
 
-@given(block=st.integers(1, 9), count=st.integers(1, 9))
-def test_tidars_pairs_are_those_of_the_rows_that_the_model_is_fed(block: int, count: int) -> None:
+def test_masks_that_predict_the_next_place_are_one_fewer_per_block(tmp_path: Path) -> None:
+    made = adapter.random_adapter(TARGET)
+    adapter.save_adapter(tmp_path, replace(made, config=replace(made.config, shift=1)))
+    chosen = {"path": str(tmp_path)}
+    assert diffusion(4, 2, adapter=chosen, outcomes="prefix").forwards[0].rows == 4 + 2 * 3
+    assert diffusion(1, "all", adapter=chosen).forwards[0].role == "decode"
+
+
+@given(block=st.integers(1, 9), count=st.integers(1, 9), shift=st.integers(0, 1))
+def test_tidars_pairs_are_those_of_the_rows_that_the_model_is_fed(block: int, count: int, shift: int) -> None:
+    assume(block > shift)
     outcomes = plans.prepared(block, min(count, block), "uniform")
-    rows = Rows.draft_and_verify(torch.zeros(1, block).long(), torch.tensor([7]), block, outcomes, mask=0)
-    planned = plans.diffusion_forward(TARGET, block, outcomes)
+    rows = Rows.draft_and_verify(torch.zeros(1, block).long(), torch.tensor([7]), block - shift, outcomes, mask=0)
+    planned = plans.diffusion_forward(TARGET, block, outcomes, shift=shift)
     assert (planned.rows, planned.pairs) == (rows.ids.shape[1], int(rows.visible.sum()))
 
 

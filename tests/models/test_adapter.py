@@ -19,6 +19,7 @@ from zbench.models.adapter import (
     MaskAdapter,
     adapter_shapes,
     load_adapter,
+    mask_shift,
     random_adapter,
     save_adapter,
 )
@@ -46,7 +47,9 @@ def wide(modules: tuple[str, ...]) -> AdapterCheckpoint:
 
 def test_a_saved_adapter_is_read_back(tmp_path: Path) -> None:
     made = random_adapter(model().config, seed=1, rank=4, block=6)
+    made = replace(made, config=replace(made.config, shift=1))
     save_adapter(tmp_path / "a", made)
+    assert mask_shift(tmp_path / "a") == 1
     read = load_adapter(tmp_path / "a", model().config)
     assert read.config == made.config
     assert read.tensors.keys() == made.tensors.keys()
@@ -128,6 +131,8 @@ def damage(folder: Path, what: str) -> None:
             tensors["base_model.model.score.weight"] = torch.zeros(2)
         case "no embedding":
             del tensors["mask_embedding.weight"]
+        case "shift":
+            config["mask_shift"] = 2
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
 
@@ -141,6 +146,7 @@ def damage(folder: Path, what: str) -> None:
         ("lacks", "lacks"),
         ("unknown", "not supported"),
         ("no embedding", "mask_embedding"),
+        ("shift", "mask_shift must be 0 or 1"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, what: str, complaint: str) -> None:

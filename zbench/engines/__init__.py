@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zbench.models import zoo
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,7 +68,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
         size = {"draft_vocab": chosen["vocab"]} if chosen["vocab"] else {}
         checkpoint = eagle3.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
     else:
-        checkpoint = eagle3.load_drafter(_drafter_folder(chosen), target.config, shared.allow_pickle)
+        checkpoint = eagle3.load_drafter(_drafter_folder(chosen, "eagle3"), target.config, shared.allow_pickle)
     drawn = options["synthetic"]
     engine = Eagle3(
         target,
@@ -90,7 +92,7 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
         size = {"layers": chosen["layers"]} if chosen["layers"] else {}
         checkpoint = dflash.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
     else:
-        checkpoint = dflash.load_drafter(_drafter_folder(chosen), target.config, shared.allow_pickle)
+        checkpoint = dflash.load_drafter(_drafter_folder(chosen, "dflash"), target.config, shared.allow_pickle)
     block = options["block"] or checkpoint.config.block
     drawn = options["synthetic"]
     engine = DFlash(
@@ -117,7 +119,7 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
         if chosen.get("random"):
             checkpoint = adapters.random_adapter(config, chosen["seed"], chosen["rank"], block, shared.dtype)
         else:
-            checkpoint = adapters.load_adapter(_drafter_folder(chosen), config)
+            checkpoint = adapters.load_adapter(_drafter_folder(chosen, "adapter"), config)
         adapter = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device)
     mask_id = _mask_id(options, config)
     threshold = 0.9 if options["threshold"] is None else options["threshold"]
@@ -151,6 +153,8 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
 
     for option in ("drafter", "adapter"):
         chosen = options.get(option) or {}
+        if "zoo" in chosen:
+            zoo.drafter(chosen["zoo"], "adapter" if option == "adapter" else name)  # type: ignore[arg-type]
         if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
             raise UserError(f"{name}: {option} folder {chosen['path']} does not exist")
     if name == "diffusion":
@@ -173,9 +177,11 @@ def _mask_id(options: dict[str, Any], config: AnyConfig) -> int:
     raise UserError("diffusion: this model has no mask token; give mask_id or an adapter")
 
 
-def _drafter_folder(chosen: dict[str, Any]) -> Path:
+def _drafter_folder(chosen: dict[str, Any], kind: zoo.Kind) -> Path:
     from zbench.models import loading
 
+    if "zoo" in chosen:
+        return zoo.drafter(chosen["zoo"], kind)
     return Path(chosen["path"]) if "path" in chosen else loading.snapshot(chosen["hub"], chosen["revision"] or "main")
 
 

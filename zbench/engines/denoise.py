@@ -47,6 +47,8 @@ class Denoise:
     ) -> None:
         if block not in BLOCK_SIZES:
             raise UserError(f"diffusion: block_size must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, not {block}")
+        if adapter and adapter.config.shift:
+            raise UserError("diffusion: denoise needs masks that predict their own place; this adapter's do not")
         if not 0 <= mask_id < model.config.vocab:
             raise UserError(f"diffusion: mask id {mask_id} is not in the vocabulary of {model.config.vocab}")
         self.model, self.mask_id, self.block = model, mask_id, block

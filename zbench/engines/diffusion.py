@@ -9,11 +9,13 @@ prefix and itself in both directions, and nothing else. With p the model's own n
     next draft  [t, block r's predictions for the places after t]
 
 A mask predicts the token at its own place, so block r's first mask stands where t does, which p has decided already.
+With an adapter of `shift` 1 it predicts the one after, as a token's row does: then a block of B has B - 1 masks, whose
+first stands in for t.
 Kept rows' keys and values were written by this forward and stay; the rest is forgotten; nothing is computed twice.
 The head runs on the chain first, then on the chosen block's rows alone, unless all rows are few.
-Rows per forward: n + P B, where n = B once a whole block is drafted. An outcome that no block was prepared for takes
-what the block of the nearest shorter outcome predicted for the places after t (drafted with less to go by, verified
-like any other draft), or nothing: then the next forward decodes t and drafts anew.
+Rows per forward: n + P (B - shift), where n = B once a whole block is drafted. An outcome that no block was prepared
+for takes what the block of the nearest shorter outcome predicted for the places after t (drafted with less to go by,
+verified like any other draft), or nothing: then the next forward decodes t and drafts anew.
 """
 
 from __future__ import annotations
@@ -81,8 +83,12 @@ class Diffusion:
         if not 0 <= mask_id < model.config.vocab:
             raise UserError(f"diffusion: mask id {mask_id} is not in the vocabulary of {model.config.vocab}")
         self.model, self.mask_id, self.block, self.adapter = model, mask_id, block, adapter
+        self.shift = adapter.config.shift if adapter else 0
+        if self.shift and mix is not None:
+            raise UserError("diffusion: logit_mix needs masks that predict their own place; this adapter's do not")
+        self.masks = block - self.shift  # of a block
         # A block's first token is known, so it has `block` outcomes.
-        self.proposals = block if proposals is None else min(proposals, block)
+        self.proposals = min(block if proposals is None else proposals, block if self.masks else 0)
         self.choose, self.fallback = choose, fallback
         self.mix, self.trust, self.draft_sampling, self.synthetic = mix, trust, draft_sampling, synthetic
         lossy = mix is not None or trust is not None
@@ -95,7 +101,7 @@ class Diffusion:
     def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> DiffusionState:
         # The step that reaches the limit may commit a block beyond it, and the next one still writes its rows.
         state = new_state(self.model, prompts, request, headroom=(2 + self.proposals) * self.block)
-        masks = self.block if self.proposals else 0
+        masks = self.masks if self.proposals else 0
         logits, hidden = prefill_and_draft(self.model, state.cache, prompts, masks, self.mask_id, meter, self.adapter)
         if self.mix is not None and masks:
             theirs = run_head(self.model, hidden[:, :1], state.cache.sizes, meter)[:, 0]
@@ -106,16 +112,16 @@ class Diffusion:
             state.cache, state.sampler, last, state.outputs, state.active,
             last[:, None], [0] * len(prompts), None, None, [0] * (self.block + 1),
         )  # fmt: skip
-        if masks > 1:
-            self._draft(started, hidden[:, 1:], False, torch.ones_like(last), meter)
-            started.offered = [masks - 1] * len(prompts)
+        if masks and self.block > 1:
+            self._draft(started, hidden[:, 1 - self.shift :], False, torch.ones_like(last), meter)
+            started.offered = [self.block - 1] * len(prompts)
         return started
 
     def step(self, state: DiffusionState, meter: Meter) -> Step:
         model, contexts = self.model, state.cache.sizes
         count = 1 + max(n for n, active in zip(state.offered, state.active, strict=True) if active)
         ids, outcomes = state.ids[:, :count], prepared(count, self.proposals, self.choose, state.histogram[1:])
-        rows = Rows.draft_and_verify(ids, state.cache.lengths, self.block, outcomes, self.mask_id)
+        rows = Rows.draft_and_verify(ids, state.cache.lengths, self.masks, outcomes, self.mask_id)
         at_once = rows.ids.numel() <= ONE_HEAD_ROWS
         asking = None if at_once else torch.arange(count, device=ids.device).expand(len(ids), count)
         out = meter.forward(
@@ -146,7 +152,7 @@ class Diffusion:
             drafted = tuple(n * active for n, active in zip(state.offered, state.active, strict=True))
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             state.cache.extend(counts)
-            usable = _sources(count, self.block, outcomes, self.fallback)[1]
+            usable = _sources(count, self.block, outcomes, self.fallback, self.shift)[1]
             state.offered = [usable[row[0]] for row in gained]
             for kept, offered in zip(counts, drafted, strict=True):
                 if kept and offered == self.block - 1:  # fewer drafts would have cut the outcome short
@@ -176,7 +182,7 @@ class Diffusion:
     def _chosen(self, rows: Tensor, counts: Tensor, drafts: int, outcomes: tuple[int, ...]) -> Tensor:
         """Of what the forward said at each row [B, R, ..], that of the masks that predict the next drafts after
         outcomes `counts` [B]: [B, block - 1, ..]."""
-        starts, _ = _sources(drafts, self.block, outcomes, self.fallback)
+        starts, _ = _sources(drafts, self.block, outcomes, self.fallback, self.shift)
         start = on_device(starts, rows.device)[counts]
         places = start[:, None] + torch.arange(self.block - 1, device=rows.device)
         places = places.clamp(max=rows.shape[1] - 1)
@@ -224,7 +230,7 @@ class Diffusion:
 
 @functools.lru_cache(maxsize=1024)
 def _sources(
-    drafts: int, block: int, outcomes: tuple[int, ...], fallback: Fallback
+    drafts: int, block: int, outcomes: tuple[int, ...], fallback: Fallback, shift: int = 0
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """By rows kept, 0 to `drafts`: the row of the mask that predicts the token after t, and how many masks from there
     on predict something (0: nothing was prepared)."""
@@ -233,7 +239,7 @@ def _sources(
         fitting = [r for r in outcomes if r == kept or (fallback == "nearest" and r < kept)]
         if fitting:
             ahead = kept - fitting[-1]  # masks of that block which stand on kept drafts
-            starts[kept] = drafts + outcomes.index(fitting[-1]) * block + ahead + 1
+            starts[kept] = drafts + outcomes.index(fitting[-1]) * (block - shift) + ahead + 1 - shift
             usable[kept] = max(block - 1 - ahead, 0)
     return tuple(starts), tuple(usable)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from zbench.engines.synthetic import Synthetic, parse
 from zbench.errors import UserError
+from zbench.models import zoo
 from zbench.models.cost import Cost, forward_cost, head_cost
 from zbench.models.drafters import DFlashConfig, Eagle3Config
 from zbench.models.families import AnyConfig
@@ -136,13 +138,15 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
     Rows: `block_size` = B draft rows, causal, the first of which is the last committed token; then a block of B masks
     for each prepared outcome r ("r draft rows are kept"), which sees the prefix, the first r draft rows and itself.
     Which r it is follows from the logits of the draft rows; then the head runs again, on the masks behind the first of
-    block r, unless it ran on all of few rows. A step is taken to have a whole block of drafts.
+    block r, unless it ran on all of few rows. A step is taken to have a whole block of drafts. An adapter whose masks
+    predict the token after their place saves one mask of each block.
     """
     if options["sampler"] == "denoise":
         raise UserError("diffusion: denoise takes as many forwards for a block as its confidence asks for")
     block = options["block_size"]
     proposals = block if options["proposals"] == "all" else min(options["proposals"], block)
-    if not proposals:
+    shift = _mask_shift(options["adapter"])
+    if not proposals or block == shift:
         return autoregressive(options, target)
     asked, notes = options["synthetic"], []
     chances = parse(asked, max(block - 1, 1)).chances if asked else ()
@@ -151,7 +155,7 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
         notes.append("a mean length is drawn with the least variance, so few outcomes cover every step")
     if options["adapter"]:
         notes.append("the mask adapter's own parameters are left out")
-    forwards = [diffusion_forward(target, block, outcomes, batch)]
+    forwards = [diffusion_forward(target, block, outcomes, batch, shift)]
     again = forwards[0].logits < forwards[0].rows
     if again and options["sampler"] == "logit_mix":
         forwards.append(head(target, len(outcomes)))
@@ -173,10 +177,13 @@ def prepared(drafts: int, proposals: int, choose: str = "prefix", likelihood: Se
     return tuple(sorted(ranked[:proposals]))
 
 
-def diffusion_forward(target: AnyConfig, block: int, outcomes: Sequence[int], batch: int = 1) -> Forward:
-    """A whole block of drafts, and a block of masks for each of `outcomes`."""
-    pairs = causal_pairs(block) + sum(block * (kept + block) for kept in outcomes)
-    rows = block * (1 + len(outcomes))
+def diffusion_forward(
+    target: AnyConfig, block: int, outcomes: Sequence[int], batch: int = 1, shift: int = 0
+) -> Forward:
+    """A whole block of drafts, and a block of block - shift masks for each of `outcomes`."""
+    masks = block - shift
+    pairs = causal_pairs(block) + sum(masks * (kept + masks) for kept in outcomes)
+    rows = block + masks * len(outcomes)
     return on_target(target, "draft+verify", rows, pairs, rows if batch * rows <= ONE_HEAD_ROWS else block)
 
 
@@ -220,7 +227,7 @@ def _eagle3_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> Eagle3Confi
         return Eagle3Config.of_target(target, **_given(draft_vocab=chosen.get("vocab")))
     from zbench.models import eagle3
 
-    return eagle3.read_config(_folder(chosen), target)
+    return eagle3.read_config(_folder(chosen, "eagle3"), target)
 
 
 def _dflash_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> DFlashConfig:
@@ -228,13 +235,23 @@ def _dflash_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> DFlashConfi
         return DFlashConfig.of_target(target, **_given(layers=chosen.get("layers")))
     from zbench.models import dflash
 
-    return dflash.read_config(_folder(chosen), target)
+    return dflash.read_config(_folder(chosen, "dflash"), target)
 
 
-def _folder(chosen: Mapping[str, Any]) -> str:
+def _mask_shift(chosen: Mapping[str, Any] | None) -> int:
+    if not chosen or chosen.get("random"):
+        return 0
+    from zbench.models import adapter
+
+    return adapter.mask_shift(_folder(chosen, "adapter"))
+
+
+def _folder(chosen: Mapping[str, Any], kind: zoo.Kind) -> str | Path:
+    if "zoo" in chosen:
+        return zoo.drafter(chosen["zoo"], kind)
     if "path" not in chosen:
         raise UserError(
-            f"the shape of drafter {chosen['hub']} is not known here; give {{path: FOLDER}}, {{random: true}}"
+            f"the shape of drafter {chosen['hub']} is not known here; give {{path: FOLDER}} or {{random: true}}"
         )
     return chosen["path"]
 

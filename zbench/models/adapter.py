@@ -9,7 +9,7 @@ low-rank product for it (LoRA, Hu et al. 2021, arXiv 2106.09685):
 so the model's own distribution, which verifies the drafts, is untouched. The folder is PEFT's layout:
 `adapter_config.json` (r, lora_alpha, target_modules) and `adapter_model.safetensors` with
 `base_model.model.model.layers.{i}.{module}.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]; beside these,
-`mask_embedding.weight` [masks, D] and the key `block_size`.
+`mask_embedding.weight` [masks, D] and the keys `block_size` and `mask_shift`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class AdapterConfig:
     alpha: float
     block: int  # tokens of a block in training, and so how many masks were seen together
     masks: int  # mask embeddings; the last serves every later place
+    shift: int = 0  # how far from its own place the token is that a mask predicts: 0, or 1 as tokens do
     modules: tuple[str, ...] = MODULES
 
 
@@ -74,6 +75,7 @@ def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:
             alpha=float(_positive(stored, "lora_alpha")),
             block=_positive(stored, "block_size"),
             masks=len(tensors.get(_EMBEDDING, ())),
+            shift=_shift(stored),
             modules=tuple(stored.get("target_modules") or ()),
         )
         if unknown := sorted(set(config.modules) - set(MODULES)):
@@ -82,6 +84,11 @@ def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:
     except UserError as error:
         raise UserError(f"adapter {folder}: {error}") from error
     return AdapterCheckpoint(config, tensors, loading.weights_hash([file]), f"folder {folder}")
+
+
+def mask_shift(path: str | Path) -> int:
+    """`AdapterConfig.shift` of the adapter in a folder, without its weights. Raises UserError like `load_adapter`."""
+    return _shift(loading.read_json(Path(path).expanduser() / _CONFIG))
 
 
 def save_adapter(folder: str | Path, adapter: AdapterCheckpoint) -> None:
@@ -96,6 +103,7 @@ def save_adapter(folder: str | Path, adapter: AdapterCheckpoint) -> None:
         "target_modules": list(config.modules),
         "bias": "none",
         "block_size": config.block,
+        "mask_shift": config.shift,
     }
     (folder / _CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, folder / _WEIGHTS)
@@ -204,6 +212,13 @@ def _outputs(target: ModelConfig) -> dict[str, int]:
         "q_proj": target.heads * target.head_dim, "k_proj": kv, "v_proj": kv, "o_proj": target.width,
         "gate_proj": target.ffn, "up_proj": target.ffn, "down_proj": target.width,
     }  # fmt: skip
+
+
+def _shift(stored: Mapping[str, Any]) -> int:
+    shift = stored.get("mask_shift", 0)
+    if shift not in (0, 1) or isinstance(shift, bool):
+        raise UserError(f"{_CONFIG}: mask_shift must be 0 or 1, not {shift!r}")
+    return int(shift)
 
 
 def _positive(stored: Mapping[str, Any], key: str) -> int:

