@@ -244,7 +244,7 @@ def read(file: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; write one with `zbench history add RUN`") from None
+        raise UserError(f"{file}: {error.strerror}; give the file of `zbench history add RUN --file FILE`") from None
     found, said = dict[str, Entry](), list[str]()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
