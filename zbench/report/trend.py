@@ -35,8 +35,7 @@ def table(found: Sequence[Series], every: bool = False) -> list[str]:
         shown = [series for series in mine if every or _moves(series)]
         rows = [("metric", "cell", "runs", "newest", "last change")]
         for series in shown:
-            cell = f"{series.cell} ({series.caveat})" if series.caveat else series.cell
-            rows.append((series.name, cell, _compared(series), _newest(series), _last_change(series)))
+            rows.append((series.name, _cell(series), _compared(series), _newest(series), _last_change(series)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows if shown]
         if still := len(mine) - len(shown):
@@ -65,7 +64,11 @@ def page(entries: Sequence[Entry], found: Sequence[Series], warnings: Sequence[s
             for key in dict.fromkeys((series.scenario, series.metric) for series in moving)
             for scenario, metric in [key]
         ],
-        still=[(s.scenario, s.name, s.cell, _newest(s), len(s.points)) for s in found if not _moves(s)],
+        still=[
+            (series.scenario, series.name, _cell(series), _newest(series), _counted(len(series.points), "run"))
+            for series in found
+            if not _moves(series)
+        ],
         runs=[(entry, links[entry.run], _short(entry.commit)) for entry in reversed(entries)],
         segment=SEGMENT,
         significance=f"{SIGNIFICANCE:.0%}",
@@ -74,6 +77,11 @@ def page(entries: Sequence[Entry], found: Sequence[Series], warnings: Sequence[s
         light=figures.LIGHT.series,
         dark=figures.DARK.series,
     )  # fmt: skip
+
+
+def _cell(series: Series) -> str:
+    """Its name, and what its engine's acceptance is not."""
+    return f"{series.cell} ({series.caveat})" if series.caveat else series.cell
 
 
 def _sentence(series: Series, line: Line, change: Change) -> str:
@@ -99,7 +107,7 @@ def _lead(found: Sequence[Series]) -> list[str]:
     for series, line, change in last:
         if _direction(series, change) == "worse":
             entry, _ = line.points[change.index]
-            worse.setdefault(entry.run, (entry, []))[1].append(f"{series.name} of {series.cell} {_by(change)}")
+            worse.setdefault(entry.run, (entry, []))[1].append(f"{series.name} of {_cell(series)} {_by(change)}")
     if not found:
         return ["This history is empty."]
     counts = {way: sum(_direction(series, change) == way for series, _, change in last) for way in ("worse", "better")}
