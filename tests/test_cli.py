@@ -174,7 +174,7 @@ def test_attention_prints_a_table_or_json_and_draws_a_figure(tmp_path: Path) -> 
 
 
 def test_every_command_shows_an_example_in_its_help() -> None:
-    for command in ("run", "project", "report", "validate", "schema", "roofs", "attention"):
+    for command in ("run", "project", "report", "validate", "schema", "roofs", "attention", "init"):
         assert "zbench " + command in zbench(command, "--help").output.split("Usage", 1)[1].split("\n", 1)[1]
 
 

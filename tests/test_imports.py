@@ -20,6 +20,10 @@ LIGHT = [
     "cli",
     "gate",
     "report.verdict",
+    "history",
+    "changes",
+    "report.trend",
+    "starter",
 ]
 LIGHT += ["engines.plans", "hardware.projection", "models.drafters", "report.attention", "models.attention"]
 HEAVY = ("torch", "transformers")

@@ -49,6 +49,8 @@ def main() -> None:
       zbench run scenarios/quickstart.yaml --dry-run what would be measured, with time and memory
       zbench run scenarios/quickstart.yaml --resume  finish the newest interrupted run
       zbench gate RUN --baseline last                is it worse than the run before?
+      zbench history show                            where did a metric change over time?
+      zbench init                                    start benchmarking in your own repository
       zbench roofs                                   this device's bandwidth and compute ceilings
     """
 
@@ -318,6 +320,75 @@ def gate(
     sys.exit(code)
 
 
+@main.group()
+def history() -> None:
+    """Keep runs over time, and see where a metric changed."""
+
+
+HISTORY_HELP = "The history: a file that is only ever appended to."
+
+
+@history.command("add")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--file", type=click.Path(path_type=Path), default=Path("history.jsonl"), show_default=True,
+    help=HISTORY_HELP)  # fmt: skip
+@click.option("--note", default="", help="Kept with the run and shown with it.")
+@click.option("--commit", help="Of the program under test; default: zbench's own, which the run recorded.")
+@click.option("--url", help="Where the run can be seen, for when its folder is gone: a CI job's page.")
+def history_add(runs: tuple[Path, ...], file: Path, note: str, commit: str | None, url: str | None) -> None:
+    """Append runs to a history. One that is there already is not added twice.
+
+    \b
+    Examples:
+      zbench history add reports/ci_gate-20261124-090000
+      zbench history add reports/quickstart-* --file ours.jsonl --note "new driver" --commit "$(git rev-parse HEAD)"
+    """
+    from zbench import history as kept
+
+    for run in runs:
+        click.echo(f"{run}: {kept.add(run, file, note, commit, url)} ({file})")
+
+
+@history.command("show")
+@click.argument("metrics", metavar="[METRIC]...", nargs=-1)
+@click.option("--file", type=click.Path(path_type=Path), default=Path("history.jsonl"), show_default=True,
+    help=HISTORY_HELP)  # fmt: skip
+@click.option("--cell", default="", help="Only cells whose name contains this.")
+@click.option("--last", type=click.IntRange(min=1), default=100, show_default=True, help="Only the newest runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print every point and change as JSON.")
+@click.option("--html", "page", type=click.Path(path_type=Path), metavar="OUT", help="Write a page of trends.")
+def history_show(metrics: tuple[str, ...], file: Path, cell: str, last: int, as_json: bool, page: Path | None) -> None:
+    """Show metrics over time and where they changed: those of a gate, or the METRICs named.
+
+    \b
+    Examples:
+      zbench history show
+      zbench history show decode_tps acceptance_length --cell eagle3
+      zbench history show --html trend.html
+    """
+    from zbench import history as kept
+    from zbench.cache import atomic_write
+    from zbench.report import trend
+
+    entries, warnings = kept.read(file)
+    entries = entries[-last:]
+    found = kept.series(entries, metrics, cell)
+    for warning in warnings:
+        click.echo(f"zbench: {warning}", err=True)
+    if page:
+        try:
+            atomic_write(page, trend.page(entries, found, warnings, file, page))
+        except OSError as error:
+            raise UserError(f"cannot write {page}: {error.strerror}") from error
+    if as_json:
+        click.echo(trend.as_json(found, warnings), nl=False)
+    elif page:
+        click.echo(page)
+    else:
+        for line in trend.table(found, every=bool(metrics)) or [f"{file} holds no run"]:
+            click.echo(line)
+
+
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
@@ -335,6 +406,39 @@ def validate(scenario: Path, overrides: tuple[str, ...]) -> None:
     click.echo(f"{scenario}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
     for cell in cells:
         click.echo(f"  {cell.id}")
+
+
+@main.command()
+@click.argument("folder", default=".", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace files that are there already.")
+def init(folder: Path, force: bool) -> None:
+    """Write a scenario, a gate policy and a GitHub Actions workflow into a repository, to start from.
+
+    \b
+    Examples:
+      zbench init
+      zbench init ~/src/my-model --force
+    """
+    from zbench import starter
+
+    kept = False
+    for file, done in starter.write(folder, force):
+        kept |= done == "kept"
+        click.echo(f"{done:<9} {file}")
+    if kept:
+        click.echo("What was kept has another content; --force replaces it.")
+    where = folder / "benchmarks/zbench"
+    click.echo(
+        f"\nNext:\n"
+        f"  1. put your model and your drafters into {where / 'scenario.yaml'}, and check it:\n"
+        f"     zbench validate {where / 'scenario.yaml'}\n"
+        f"  2. measure once; without a baseline this saves one, and says how to take it:\n"
+        f"     bash {where / 'ci.sh'}\n"
+        f"  3. commit the files and the baseline; on GitHub, set the repository variable ZBENCH to what pip installs.\n"
+        f"     Elsewhere, let your CI call ci.sh. Keep zbench-results/ out of git."
+    )
+    if not (folder / ".git").exists():
+        click.echo(f"note: {folder} is not the top of a git repository; GitHub reads workflows only there")
 
 
 @main.command()

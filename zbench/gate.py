@@ -246,7 +246,7 @@ def snapshot(run: Run, policy: Policy | None = None) -> Snapshot:
         scenario=manifest.scenario_hash,
         prompts=manifest.prompts_hash,
         models={name: str(facts.get("hash", "")) for name, facts in manifest.models.items()},
-        definitions={metric: _meaning(metric) for metric in METRICS if metric in gated},
+        definitions={metric: meaning(metric) for metric in METRICS if metric in gated},
         environment={} if policy.device == "any" else environment.identity(manifest.environment),
         cells=cells,
     )
@@ -264,7 +264,7 @@ def _cell(path: Path, cell: Cell, policy: Policy) -> CellSnapshot:
                 timed[metric] = _sample(metric, cell, float(_finite(found[""].value)))  # type: ignore[arg-type]
         except ValueError as error:
             raise UserError(f"{path}: {metric} of {cell.record.id}: {error}; the records are damaged") from None
-    return CellSnapshot(_digest(keys), _stable(cell), exact, timed)
+    return CellSnapshot(digest(keys), stable(cell), exact, timed)
 
 
 def _refuse_nan(run: Run) -> None:
@@ -283,7 +283,7 @@ def _finite(value: Value) -> Value:
     return value
 
 
-def _stable(cell: Cell) -> bool:
+def stable(cell: Cell) -> bool:
     """Repeats have their own seeds: only greedy tokens that nothing draws must be the same in all of them."""
     if cell.record.sampling.get("temperature") or "synthetic acceptance" in caveats(cell.record):
         return True
@@ -307,12 +307,13 @@ def _sample(metric: str, cell: Cell, value: float) -> Sample:
     return Sample(value, tuple(keys), tuple(clusters), tuple(seconds))
 
 
-def _meaning(metric: str) -> str:
+def meaning(metric: str) -> str:
+    """A digest, equal only for definitions that mean the same."""
     said = METRICS[metric]
-    return _digest([DEFINITIONS_VERSION, said.name, said.unit, said.formula, said.better])
+    return digest([DEFINITIONS_VERSION, said.name, said.unit, said.formula, said.better])
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -429,11 +430,15 @@ def _obstacles(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Itera
             yield f"model {name} has other weights or is missing on one side"
     if policy.device == "any" or baseline.portable or candidate.portable:
         return
-    on_cpu = "cpu" in (candidate.environment.get("device.backend"), baseline.environment.get("device.backend"))
-    for key in (*(f"device.{name}" for name in _SAME_DEVICE), *(_SAME_CPU if on_cpu else ())):
+    for key in same_device("cpu" in (of.environment.get("device.backend") for of in (candidate, baseline))):
         now, before = (taken.environment.get(key) for taken in (candidate, baseline))
         if now != before:
             yield f"{key} is {now}, the baseline's is {before}"
+
+
+def same_device(on_cpu: bool) -> tuple[str, ...]:
+    """The keys of a flat environment that must be equal for two times to be compared."""
+    return (*(f"device.{name}" for name in _SAME_DEVICE), *(_SAME_CPU if on_cpu else ()))
 
 
 def _notes(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Iterator[str]:

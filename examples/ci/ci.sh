@@ -1,0 +1,1 @@
+../../zbench/starter/ci.sh
