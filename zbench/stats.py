@@ -148,8 +148,8 @@ class Shift:
     def change(self) -> float:
         return float(np.expm1(self.log))
 
-    def interval(self) -> tuple[float, float]:
-        reach = stats.t.ppf(0.5 + CONFIDENCE / 2, self.n - 1) * self.error
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        reach = stats.t.ppf(0.5 + confidence / 2, self.n - 1) * self.error
         return float(np.expm1(self.log - reach)), float(np.expm1(self.log + reach))
 
     def p_slower(self, than: float) -> float:
