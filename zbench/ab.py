@@ -1,14 +1,14 @@
 """Two environments under one scenario, in turns until the clock can tell them apart: `zbench gate --ab`.
 
-Each run is a process of its own, because what a process is dealt (memory layout, clocks, neighbours) moves all its times
-together (Kalibera and Jones 2013, "Rigorous Benchmarking in Reasonable Time"): a pair of runs is one observation, however
-many prompts it has. Runs are ordered A B B A, B A A B: a steady drift of the machine cancels (duet benchmarking, Bulej et
-al. 2020, pairs runs for the same reason).
+Each run is a process of its own, because what a process is dealt (memory layout, clocks, neighbours) moves all its
+times together (Kalibera and Jones 2013, "Rigorous Benchmarking in Reasonable Time"): a pair of runs is one observation,
+however many prompts it has. Runs are ordered A B B A, B A A B: a steady drift of the machine cancels (Bulej et al. 2020,
+"Duet Benchmarking", pair runs for the same reason).
 
-Looking at growing data again and again until it pleases raises false alarms. The looks are therefore few and planned, and
-each spends its part of the level (Lan and DeMets 1983): K looks at 1 - 5%/K each, so that by the union bound all of them
-together keep 5%, whatever their correlation. The intervals are then valid at every look (repeated confidence intervals,
-Jennison and Turnbull 1989). docs/gates.md has what simulation says of it.
+Looking at growing data again and again until it pleases raises false alarms. So the looks are few and planned, and each
+spends its part of the level (Lan and DeMets 1983): K looks at 1 - 5%/K each, so that by the union bound all of them
+together keep 5%, however they are correlated. Intervals are valid at every look (repeated confidence intervals, Jennison
+and Turnbull 1989). docs/gates.md has what simulation says of it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def environment(given: str) -> Environment:
         raise UserError(f"{given}: neither a virtual environment (bin/python) nor a checkout (zbench/__init__.py)")
     if python := shutil.which(str(path)) or shutil.which(given):
         return Environment(given, python)
-    raise UserError(f"{given}: no such environment; give a virtual environment, its python, or the folder of a checkout")
+    raise UserError(
+        f"{given}: no such environment; give a virtual environment, its python, or the folder of a checkout"
+    )
 
 
 def describe(where: Environment) -> dict[str, str]:
@@ -104,8 +106,8 @@ def describe(where: Environment) -> dict[str, str]:
 def measure(where: Environment, scenario: Path, overrides: Sequence[str], out: Path) -> Path:
     """Run a scenario in a process of its own, into a run folder under `out`, with what it says in `out`/log.txt.
 
-    Raises UserError where the run did not end as a run does; cells that failed are left to the gate. On Ctrl-C the run is
-    told to end, and given time to write down what it has.
+    Raises UserError where the run did not end as a run does; cells that failed are left to the gate. On Ctrl-C the run
+    is told to end, and given time to write down what it has.
     """
     given = [part for override in overrides for part in ("-o", override)]
     command = where.command(
@@ -132,7 +134,9 @@ def measure(where: Environment, scenario: Path, overrides: Sequence[str], out: P
     try:
         return Path(json.loads(said.splitlines()[-1])["folder"])
     except (IndexError, ValueError, KeyError, TypeError):
-        raise UserError(f"{where.name}: nothing was measured: is the scenario about another device? See {log}") from None
+        raise UserError(
+            f"{where.name}: nothing was measured: is the scenario about another device? See {log}"
+        ) from None
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -176,11 +180,16 @@ def looks(most: int) -> tuple[int, ...]:
     return (*(pairs for pairs in steps if pairs < most), most)
 
 
+def order(pair: int) -> tuple[Side, Side]:
+    """A B, B A, B A, A B, from pair 1 on: what drifts falls on both, and neighbours in time are not always the same."""
+    return SIDES if pair % 4 < 2 else (SIDES[1], SIDES[0])
+
+
 def decide(pairs: Iterable[tuple[Snapshot, Snapshot]], policy: Policy, most: int) -> Iterator[Look]:
     """Take (baseline, candidate) pairs until they decide, and yield each look at them.
 
-    The first pair already decides where counts changed. Where the pairs end before a planned look, what there is gets the
-    level of that look.
+    The first pair already decides where counts changed. Where the pairs end before a planned look, what there is gets
+    the level of that look.
     """
     plan = looks(most)
     confidence = 1 - (1 - CONFIDENCE) / len(plan)
@@ -201,7 +210,7 @@ def decide(pairs: Iterable[tuple[Snapshot, Snapshot]], policy: Policy, most: int
 
 
 def judge(candidate: Sequence[Snapshot], baseline: Sequence[Snapshot], policy: Policy, confidence: float) -> Gate:
-    """The gate's verdicts on runs that were made in pairs, times at `confidence` over pairs. p is as if looked at once."""
+    """The gate's verdicts on runs made in pairs, times at `confidence` over pairs; p is as if looked at once."""
     # One file was run by both: that two versions of zbench number it otherwise says nothing.
     now, before = (replace(merged(runs), scenario="the same") for runs in (candidate, baseline))
     found = gate.judge(now, before, policy, confidence, "pairs of runs")
@@ -219,7 +228,7 @@ def judge(candidate: Sequence[Snapshot], baseline: Sequence[Snapshot], policy: P
 
 
 def merged(runs: Sequence[Snapshot]) -> Snapshot:
-    """Runs of one environment as one: counts of the first, times of all, paired by the run's place and clustered by it."""
+    """Runs of one environment as one: counts of the first, times of all, paired and clustered by the run's place."""
     cells = {}
     for name in dict.fromkeys(name for run in runs for name in run.cells):
         numbered = [(number, run.cells[name]) for number, run in enumerate(runs) if name in run.cells]
@@ -301,7 +310,9 @@ class _Record:
         content = {"kind": "zbench ab", "schema_version": SCHEMA, **self.about, "runs": self.runs}
         content |= {"stopped": self.stopped, "verdict": verdict}
         try:
-            atomic_write(self.folder / RECORD, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+            atomic_write(
+                self.folder / RECORD, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+            )
         except OSError as error:
             raise UserError(f"cannot write {self.folder}: {error.strerror}; runs that ended are kept") from error
 
@@ -319,8 +330,8 @@ def compare(
 ) -> Compared:
     """Run `scenario` in (baseline, candidate) until the gate decides, at most `most` pairs or about `minutes`.
 
-    Raises UserError: bad input, or a run that broke; NotComparable: a run folder of another schema. Runs that ended stay
-    in the folder.
+    Raises UserError: bad input, or a run that broke; NotComparable: a run folder of another schema. Runs that ended
+    stay in the folder.
     """
     from zbench import scenario as scenarios
 
@@ -390,7 +401,7 @@ def _measured(
                 return
             taken = {}
             try:
-                for side in SIDES if pair % 4 < 2 else SIDES[::-1]:  # A B, B A, B A, A B
+                for side in order(pair):
                     taken[side] = run(side, pair)
                     advance(f"{f'pair {pair} of at most {most}' if pair else 'warm-up'}, {side}")
             except KeyboardInterrupt:
@@ -402,21 +413,19 @@ def _measured(
 
 def _still(look: Look, plan: Sequence[int]) -> str:
     then = next(pairs for pairs in plan if pairs > look.pairs)
-    times = [row for row in look.found.rows if row.timed and row.required]
+    times = sum(row.timed and row.required for row in look.found.rows)
     if not look.planned:
         return f"counts of the first pair agree; the clock is looked at after {then} pairs"
     open_rows = ", ".join(f"{row.cell} {row.metric}" for row in look.undecided[:3])
     more = f" and {len(look.undecided) - 3} more" if len(look.undecided) > 3 else ""
-    return f"after {look.pairs} pairs {len(look.undecided)} of {len(times)} times are open ({open_rows}{more}); on to {then}"
+    return f"after {look.pairs} pairs {len(look.undecided)} of {times} times are open ({open_rows}{more}); on to {then}"
 
 
 def _notes(look: Look, plan: Sequence[int], record: _Record) -> Iterator[str]:
     pairs = f"{look.pairs} pair{'s' if look.pairs != 1 else ''} of runs in turns"
     level = 1 - (1 - CONFIDENCE) / len(plan)
-    if any(row.timed for row in look.found.rows):
+    if len(plan) > 1 and any(row.timed for row in look.found.rows):
         pairs += f"; intervals are {level:.1%} each, so that {len(plan)} planned looks together keep {CONFIDENCE:.0%}"
     yield f"{pairs}; stopped: {record.stopped}; all runs are in {record.folder}"
     if look.undecided and look.found.verdict == "inconclusive":
         yield "more pairs (--max-pairs), more prompts or a wider tolerance would decide what is inconclusive"
-
-

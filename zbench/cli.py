@@ -250,8 +250,8 @@ def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--write", "written", multiple=True, metavar="FORMAT=FILE", help="text, json, markdown, junit, bencher, "
     "action-benchmark-smaller or action-benchmark-bigger. Repeatable.")  # fmt: skip
 @click.option("--github", is_flag=True, help="Annotate the workflow run and write its step summary.")
-@click.option("--ab", nargs=2, metavar="BASELINE CANDIDATE", help="Instead of RUN: two environments that run --scenario "
-    "in turns until decided, each a virtual environment, its python, or the folder of a checkout.")  # fmt: skip
+@click.option("--ab", nargs=2, metavar="BASELINE CANDIDATE", help="Instead of RUN: two environments that run "
+    "--scenario in turns until decided, each a virtual environment, its python, or the folder of a checkout.")  # fmt: skip
 @click.option("--scenario", type=click.Path(path_type=Path), help="What --ab runs.")
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("reports"), help="Where the runs of --ab go.")
@@ -308,8 +308,10 @@ def gate(
 
             from zbench import ab as turns
 
-            if run or baseline or save or not scenario:
-                raise UserError("--ab takes --scenario, and neither a RUN nor --baseline or --save")
+            if scenario is None:
+                raise UserError("--ab needs --scenario FILE: what both are to run")
+            if run or baseline or save:
+                raise UserError("--ab makes its own runs: neither a RUN nor --baseline or --save goes with it")
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             compared = turns.compare(
                 ab, scenario, overrides, out, policy, max_pairs, budget_minutes, strict, Console(stderr=True)

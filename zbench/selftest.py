@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from zbench import gate
+from zbench import ab, gate
 from zbench.metrics import Run, load_run
 from zbench.records import MANIFEST, TRIALS, Manifest, TrialRecord
 from zbench.stats import CONFIDENCE
@@ -95,6 +95,30 @@ def simulated(rng: np.random.Generator, noise: Noise, slowdown: float = 0.0, pro
     for metric in TIMES:
         seconds = np.exp(base + noise(rng, prompts, REPEATS)).ravel().tolist()
         timed[metric] = gate.Sample(len(seconds) / sum(seconds), keys, clusters, tuple(seconds))
+    cell = gate.CellSnapshot("", True, {}, timed)
+    return gate.Snapshot("simulated", "", "", "", "", {}, dict.fromkeys(TIMES, ""), {"device.name": ""}, {"cell": cell})
+
+
+def drifting(rng: np.random.Generator, prompts: int, repeats: int) -> NDArray[np.float64]:
+    """A machine that warms up: each trial is 1% slower than the one before."""
+    return normal(rng, prompts, repeats) + 0.01 * np.arange(repeats)
+
+
+def in_turns(
+    rng: np.random.Generator, noise: Noise, slowdown: float, pairs: int
+) -> Iterator[tuple[gate.Snapshot, gate.Snapshot]]:
+    """Pairs of simulated runs, (baseline, candidate), whose processes differ by `noise` in the order they are made."""
+    logs = np.array([noise(rng, 1, 2 * pairs)[0] for _ in TIMES]).reshape(len(TIMES), pairs, 2)
+    for pair in range(pairs):
+        made = dict(zip(ab.order(pair + 1), logs[:, pair].T, strict=True))
+        before, now = made["baseline"], made["candidate"]
+        yield _one_time_each(before), _one_time_each(now + np.log1p(slowdown))
+
+
+def _one_time_each(logs: NDArray[np.float64]) -> gate.Snapshot:
+    timed = {
+        metric: gate.Sample(1 / s, ("p/0",), (0,), (s,)) for metric, s in zip(TIMES, np.exp(logs).tolist(), strict=True)
+    }
     cell = gate.CellSnapshot("", True, {}, timed)
     return gate.Snapshot("simulated", "", "", "", "", {}, dict.fromkeys(TIMES, ""), {"device.name": ""}, {"cell": cell})
 
