@@ -2,13 +2,13 @@
 
 Each run is a process of its own, because what a process is dealt (memory layout, clocks, neighbours) moves all its
 times together (Kalibera and Jones 2013, "Rigorous Benchmarking in Reasonable Time"): a pair of runs is one observation,
-however many prompts it has. Runs are ordered A B B A, B A A B: a steady drift of the machine cancels (Bulej et al. 2020,
-"Duet Benchmarking", pair runs for the same reason).
+however many prompts it has. Runs are ordered A B B A, B A A B: a steady drift of the machine cancels (Bulej et al.
+2020, "Duet Benchmarking", pair runs for the same reason).
 
 Looking at growing data again and again until it pleases raises false alarms. So the looks are few and planned, and each
 spends its part of the level (Lan and DeMets 1983): K looks at 1 - 5%/K each, so that by the union bound all of them
-together keep 5%, however they are correlated. Intervals are valid at every look (repeated confidence intervals, Jennison
-and Turnbull 1989). docs/gates.md has what simulation says of it.
+together keep 5%, however they are correlated. Intervals are valid at every look (repeated confidence intervals,
+Jennison and Turnbull 1989). docs/gates.md has what simulation says of it.
 """
 
 from __future__ import annotations
@@ -78,11 +78,9 @@ def environment(given: str) -> Environment:
         if (path / "zbench" / "__init__.py").is_file():
             return Environment(given, sys.executable, path)
         raise UserError(f"{given}: neither a virtual environment (bin/python) nor a checkout (zbench/__init__.py)")
-    if python := shutil.which(str(path)) or shutil.which(given):
-        return Environment(given, python)
-    raise UserError(
-        f"{given}: no such environment; give a virtual environment, its python, or the folder of a checkout"
-    )
+    if found := shutil.which(str(path)) or shutil.which(given):
+        return Environment(given, found)
+    raise UserError(f"{given}: no such environment; give a virtual environment, its python, or a checkout's folder")
 
 
 def describe(where: Environment) -> dict[str, str]:
@@ -309,10 +307,9 @@ class _Record:
     def write(self, verdict: Mapping[str, Any] | None = None) -> None:
         content = {"kind": "zbench ab", "schema_version": SCHEMA, **self.about, "runs": self.runs}
         content |= {"stopped": self.stopped, "verdict": verdict}
+        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         try:
-            atomic_write(
-                self.folder / RECORD, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-            )
+            atomic_write(self.folder / RECORD, text)
         except OSError as error:
             raise UserError(f"cannot write {self.folder}: {error.strerror}; runs that ended are kept") from error
 
