@@ -21,7 +21,15 @@ LIGHT = [
     "gate",
     "report.verdict",
 ]
-LIGHT += ["engines.plans", "hardware.projection", "models.drafters", "report.attention", "models.attention"]
+LIGHT += [
+    "ab",
+    "pytest_plugin",
+    "engines.plans",
+    "hardware.projection",
+    "models.drafters",
+    "report.attention",
+    "models.attention",
+]
 HEAVY = ("torch", "transformers")
 
 
