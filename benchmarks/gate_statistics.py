@@ -17,6 +17,7 @@ RESAMPLES = 999
 SLOWDOWN = 0.05  # the truth that the intervals are to cover
 METRIC = selftest.TIMES[0]
 PAIRS = 24  # of `--ab`, at most
+TURNS = 400
 PROCESSES: dict[str, selftest.Noise] = {
     "normal": selftest.normal,
     "log-normal": selftest.lognormal,

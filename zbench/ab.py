@@ -363,10 +363,10 @@ def compare(
         for look in decide(pairs, policy, most):
             if not look.decided and look.pairs < most and record.stopped == "running":
                 say(_still(look, plan))
-    except UserError as error:
+    except (UserError, gate.NotComparable) as error:
         record.stopped = "a run broke"
         record.write()
-        raise UserError(f"{error}; what was measured is in {record.folder}") from None
+        raise type(error)(f"{error}; what was measured is in {record.folder}") from None
     if look is None:
         record.write()
         say(f"no pair of runs has ended yet; what was measured is in {record.folder}")
