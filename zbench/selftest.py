@@ -24,6 +24,7 @@ from zbench.stats import CONFIDENCE
 SIMULATIONS = 200
 PROMPTS, REPEATS = 12, 2
 REPETITIONS = 6
+PAIRS = 16  # of `--ab`
 NOISE = 0.03  # standard deviation of the log of one simulated time
 
 Noise = Callable[[np.random.Generator, int, int], NDArray[np.float64]]  # (prompts, repeats) -> log-times
@@ -157,6 +158,14 @@ def _simulated() -> Iterator[Check]:
         }
     share = found / SIMULATIONS
     yield Check("a slowdown of the size that the gate says it sees", share >= 0.75, f"{share:.1%} failed, 80% promised")
+
+    alarms = 0
+    for _ in range(SIMULATIONS):
+        *_, last = ab.decide(in_turns(rng, normal, 0.0, PAIRS), policy(0.0), PAIRS)
+        alarms += bool(last.found.of("regressed") or last.found.of("improved"))
+    excess = binomtest(alarms, SIMULATIONS, level, alternative="greater").pvalue
+    said = f"{alarms} of {SIMULATIONS} false alarms at any of {len(ab.looks(PAIRS))} looks, {level:.0%} promised"
+    yield Check("simulated runs in turns that differ in nothing", bool(excess > 0.01), said)
 
 
 # --- A real run ---
