@@ -1,4 +1,4 @@
-"""How often the gate's verdicts on times are wrong, by simulation. Prints the table of docs/gates.md:
+"""How often the gate's verdicts on times are wrong, by simulation. Prints the two tables of docs/gates.md:
 
 python -m benchmarks.gate_statistics
 """
@@ -9,13 +9,22 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from zbench import gate, selftest, stats
+from zbench import ab, gate, selftest, stats
 
 SIMULATIONS = 1000
 BOOTSTRAPS = 300  # each with RESAMPLES resamples
 RESAMPLES = 999
 SLOWDOWN = 0.05  # the truth that the intervals are to cover
 METRIC = selftest.TIMES[0]
+PAIRS = 24  # of `--ab`, at most
+TURNS = 400
+PROCESSES: dict[str, selftest.Noise] = {
+    "normal": selftest.normal,
+    "log-normal": selftest.lognormal,
+    "bimodal": selftest.bimodal,
+    "autocorrelated": selftest.autocorrelated,
+    "drifting": selftest.drifting,
+}
 
 
 def main() -> None:
@@ -25,6 +34,34 @@ def main() -> None:
         for prompts in (6, 12, 30):
             shares = " | ".join(f"{share:.1%}" for share in row(noise, prompts))
             print(f"| {name} | {prompts} | {shares} |", flush=True)
+    print()
+    print("| noise of a process | false alarms, no tolerance | nothing changed: ok | 5% slower: ok | 9% slower: seen |")
+    print("|---|---|---|---|---|")
+    for name, noise in PROCESSES.items():
+        print(f"| {name} | {' | '.join(in_turns(noise))} |", flush=True)
+
+
+def in_turns(noise: selftest.Noise) -> Iterator[str]:
+    """Verdicts of `--ab` on three times, each of one process per run."""
+
+    def last(slowdown: float, tolerance: float) -> list[ab.Look]:
+        rng = np.random.default_rng(24)
+        policy = selftest.policy(tolerance)
+        return [
+            list(ab.decide(selftest.in_turns(rng, noise, slowdown, PAIRS), policy, PAIRS))[-1]
+            for _ in range(SIMULATIONS)
+        ]
+
+    same = last(0.0, 0.0)
+    yield f"{np.mean([bool(look.found.of('regressed') or look.found.of('improved')) for look in same]):.1%}"
+    same = last(0.0, 0.05)
+    pairs = np.quantile([look.pairs for look in same], [0.5, 0.9])
+    yield f"{np.mean([look.found.verdict == 'ok' for look in same]):.1%}, {pairs[0]:.0f} ({pairs[1]:.0f})"
+    at_it = last(0.05, 0.05)
+    yield f"{np.mean([row.verdict == 'ok' for look in at_it for row in look.found.rows]):.1%}"
+    worse = last(0.09, 0.05)
+    pairs = np.quantile([look.pairs for look in worse], [0.5, 0.9])
+    yield f"{np.mean([look.found.verdict == 'regressed' for look in worse]):.1%}, {pairs[0]:.0f} ({pairs[1]:.0f})"
 
 
 def row(noise: selftest.Noise, prompts: int) -> Iterator[float]:

@@ -30,10 +30,14 @@ GOOD = tuple(trial(group=g) for g in range(6)) + tuple(verifying([1, 2], group=g
 
 
 def taken(
-    folder: Path, trials: Sequence[TrialRecord] = GOOD, cells: Sequence[CellRecord] = CHAIN, **changes: Any
+    folder: Path,
+    trials: Sequence[TrialRecord] = GOOD,
+    cells: Sequence[CellRecord] = CHAIN,
+    policy: gate.Policy | None = None,
+    **changes: Any,
 ) -> gate.Snapshot:
     changes = {"environment": ENVIRONMENT, "scenario_hash": "s", "prompts_hash": "p", **changes}
-    return gate.snapshot(metrics.load_run(write(folder, trials, cells, **changes)))
+    return gate.snapshot(metrics.load_run(write(folder, trials, cells, **changes)), policy)
 
 
 def changed(trials: Sequence[TrialRecord], index: int, **changes: Any) -> list[TrialRecord]:
@@ -232,6 +236,24 @@ def test_a_clock_that_jumped_is_bad_input(tmp_path: Path, seconds: float) -> Non
     jumped = replace(request("p0"), ttft_seconds=seconds)
     with pytest.raises(UserError, match=r"of ar: .*the records are damaged"):
         taken(tmp_path, changed(GOOD, 0, requests=(jumped,)))
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("clock", ["decode_tps", "throughput"])
+def test_the_other_clocks_of_a_trial_may_not_jump_either(tmp_path: Path, clock: str, seconds: float) -> None:
+    ended = {"requests": (replace(request("p0"), end_seconds=1.0 + seconds),)}  # the first token came at 1.0
+    odd = ended if clock == "decode_tps" else {"wall_seconds": seconds}
+    with pytest.raises(UserError, match=r"of ar: .*the records are damaged"):
+        taken(tmp_path, changed(GOOD, 0, **odd), policy=gate.Policy(metrics={clock: gate.Rule()}))
+
+
+def test_one_trial_in_which_the_clock_leapt_ahead_is_no_regression(tmp_path: Path) -> None:
+    noise = np.random.default_rng(2).normal(1, 0.002, (2, len(GOOD)))
+    noise[1][2] *= 1000  # the machine was suspended
+    now, before = (taken(tmp_path / n, slower(GOOD, row.tolist())) for n, row in zip("ab", noise[::-1], strict=True))
+    rows = [row for row in gate.judge(now, before).rows if row.timed and row.cell == "ar"]
+    assert {row.verdict for row in rows} == {"inconclusive"}
+    assert all(row.detects is not None and row.detects > 1 for row in rows)
 
 
 def test_a_count_that_is_no_number_is_bad_input(tmp_path: Path) -> None:
@@ -448,6 +470,34 @@ def test_a_run_killed_while_writing_is_gated_on_what_it_finished(runs: tuple[Pat
     said = json.loads(result.stdout)
     assert result.exit_code == said["exit_code"] == gate.NOT_COMPARABLE
     assert {row["verdict"] for row in said["metrics"] if row["cell"] == "ar"} == {"ok"}
+
+
+@pytest.mark.parametrize("left", [0.0, 0.3, 0.9])
+def test_a_baseline_killed_while_copied_is_one_line(runs: tuple[Path, Path], tmp_path: Path, left: float) -> None:
+    now, before = runs
+    assert command(before, "--save", tmp_path / "b.json").exit_code == 0
+    whole = (tmp_path / "b.json").read_text()
+    (tmp_path / "b.json").write_text(whole[: int(left * len(whole))])
+    result = command(now, "--baseline", tmp_path / "b.json")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("zbench: ") and "not a baseline" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_run_killed_before_its_first_trial_has_only_its_plan(runs: tuple[Path, Path]) -> None:
+    now, before = runs
+    (now / "trials.jsonl").unlink()
+    result = command(now, "--baseline", before, "--json")
+    said = json.loads(result.stdout)
+    assert result.exit_code == said["exit_code"] == gate.NOT_COMPARABLE
+    assert {row["note"] for row in said["metrics"] if row["metric"] == "decode_tps"} == {"the run does not have it"}
+
+
+def test_a_file_system_that_left_zeros_behind_a_crash_costs_the_last_trial_only(runs: tuple[Path, Path]) -> None:
+    now, before = runs
+    with (now / "trials.jsonl").open("ab") as file:
+        file.write(bytes(4096))
+    assert command(now, "--baseline", before).exit_code == gate.REGRESSED
 
 
 def test_an_advisory_metric_is_reported_and_passes(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -25,7 +25,15 @@ LIGHT = [
     "report.trend",
     "starter",
 ]
-LIGHT += ["engines.plans", "hardware.projection", "models.drafters", "report.attention", "models.attention"]
+LIGHT += [
+    "ab",
+    "pytest_plugin",
+    "engines.plans",
+    "hardware.projection",
+    "models.drafters",
+    "report.attention",
+    "models.attention",
+]
 HEAVY = ("torch", "transformers")
 
 

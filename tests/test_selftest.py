@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zbench import gate, selftest, stats
+from zbench import ab, gate, selftest, stats
 
 
 @pytest.fixture
@@ -31,6 +31,13 @@ def test_intervals_that_are_too_narrow_are_noticed(monkeypatch: pytest.MonkeyPat
     honest = stats.shift
     monkeypatch.setattr(stats, "shift", lambda *a: replace(honest(*a), error=honest(*a).error / 2))
     assert "simulated runs that differ in nothing" in failed(selftest._simulated())
+
+
+@pytest.mark.usefixtures("_quick")
+def test_looks_that_do_not_share_the_level_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = ab.judge
+    monkeypatch.setattr(ab, "judge", lambda now, before, policy, _: shared(now, before, policy, 0.85))
+    assert failed(selftest._simulated()) == ["simulated runs in turns that differ in nothing"]
 
 
 @pytest.mark.usefixtures("_quick")

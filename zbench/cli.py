@@ -240,7 +240,7 @@ def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
 
 
 @main.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
 @click.option("--self-test", is_flag=True, is_eager=True, expose_value=False, callback=_self_test,
     help="Check the gate itself: what is the same must pass, the smallest change for the worse must fail.")  # fmt: skip
 @click.option("--baseline", type=click.Path(path_type=Path), help="A run folder, a file of --save, or `last`.")
@@ -252,8 +252,15 @@ def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--write", "written", multiple=True, metavar="FORMAT=FILE", help="text, json, markdown, junit, bencher, "
     "action-benchmark-smaller or action-benchmark-bigger. Repeatable.")  # fmt: skip
 @click.option("--github", is_flag=True, help="Annotate the workflow run and write its step summary.")
+@click.option("--ab", nargs=2, metavar="BASELINE CANDIDATE", help="Instead of RUN: two environments that run "
+    "--scenario in turns until decided, each a virtual environment, its python, or a checkout's folder.")  # fmt: skip
+@click.option("--scenario", type=click.Path(path_type=Path), help="What --ab runs.")
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("reports"), help="Where the runs of --ab go.")
+@click.option("--max-pairs", type=click.IntRange(min=1), default=24, show_default=True, help="Pairs of runs, of --ab.")
+@click.option("--budget-minutes", type=click.FloatRange(min=0, min_open=True), help="Time for --ab; ends between runs.")
 def gate(
-    run: Path,
+    run: Path | None,
     baseline: Path | None,
     rules: Path | None,
     save: Path | None,
@@ -262,6 +269,12 @@ def gate(
     as_json: bool,
     written: tuple[str, ...],
     github: bool,
+    ab: tuple[str, str] | None,
+    scenario: Path | None,
+    overrides: tuple[str, ...],
+    out: Path,
+    max_pairs: int,
+    budget_minutes: float | None,
 ) -> None:
     """Is RUN worse than its baseline? Counted metrics exactly, timed ones by interval and tolerance.
 
@@ -270,9 +283,11 @@ def gate(
       zbench gate reports/ci_gate-20261123-120000 --save baseline.json
       zbench gate reports/ci_gate-20261124-090000 --baseline baseline.json --write junit=gate.xml
       zbench gate reports/quickstart-20261124-090000 --baseline last --policy gate.yaml --strict
+      zbench gate --ab ../main . --scenario scenarios/quickstart.yaml --budget-minutes 20
       zbench gate --self-test
 
-    Exit codes: 0 no regression, 1 regressed, 2 bad input, 3 not comparable, 4 inconclusive (with --strict).
+    Exit codes: 0 no regression, 1 regressed, 2 bad input, 3 not comparable, 4 inconclusive (with --strict), 130
+    interrupted (--ab; what was measured is kept and judged).
     """
     import os
 
@@ -284,14 +299,34 @@ def gate(
     for kind, _, file in targets:
         if kind not in forms.FORMATS or not file:
             raise UserError(f"--write {kind}: write FORMAT=FILE with one of {', '.join(forms.FORMATS)}")
-    if not (baseline or save or written):
-        raise UserError("nothing to do: give --baseline, or --save to make RUN a baseline")
     policy = gates.load_policy(rules) if rules else gates.Policy()
     code = 0
     try:
-        taken = gates.read(run, policy)
-        found = None
-        if baseline:
+        found: gates.Gate | None = None
+        if ab:
+            import signal
+
+            from rich.console import Console
+
+            from zbench import ab as turns
+
+            if scenario is None:
+                raise UserError("--ab needs --scenario FILE: what both are to run")
+            if run or baseline or save:
+                raise UserError("--ab makes its own runs: neither a RUN nor --baseline or --save goes with it")
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            compared = turns.compare(
+                ab, scenario, overrides, out, policy, max_pairs, budget_minutes, strict, Console(stderr=True)
+            )
+            taken, found = compared.candidate, compared.found
+            code = INTERRUPTED if compared.interrupted else found.exit_code(strict)
+        elif run is None:
+            raise UserError("give a RUN, or --ab BASELINE CANDIDATE --scenario FILE")
+        elif not (baseline or save or written):
+            raise UserError("nothing to do: give --baseline, or --save to make RUN a baseline")
+        else:
+            taken = gates.read(run, policy)
+        if run and baseline:
             against = gates.last(run) if str(baseline) == "last" else baseline
             found = gates.judge(taken, gates.read(against, policy), policy)
             code = found.exit_code(strict)

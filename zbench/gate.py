@@ -177,7 +177,7 @@ class Row:
     high: float | None = None
     detects: float | None = None  # slowdown that would be called a regression with 80% power
     p: float | None = None  # two-sided, Holm-adjusted, of "no change beyond the tolerance"
-    n: int = 0  # clusters
+    n: int = 0  # clusters: prompts, or pairs of runs
     note: str = ""
 
     @property
@@ -398,8 +398,14 @@ def last(run: Path) -> Path:
 # --- Two snapshots to verdicts ---
 
 
-def judge(candidate: Snapshot, baseline: Snapshot, policy: Policy | None = None) -> Gate:
-    """Compare a run with its baseline.
+def judge(
+    candidate: Snapshot,
+    baseline: Snapshot,
+    policy: Policy | None = None,
+    confidence: float = CONFIDENCE,
+    clusters: str = "prompts",
+) -> Gate:
+    """Compare a run with its baseline. `confidence` is that of the verdicts on times, `clusters` what they are over.
 
     Raises UserError where the policy names a metric that neither has: a gate that looks at nothing passes everything.
     """
@@ -413,11 +419,11 @@ def judge(candidate: Snapshot, baseline: Snapshot, policy: Policy | None = None)
     judged = [
         found
         for cell, before in baseline.cells.items()
-        for found in _judge_cell(cell, candidate, baseline, before, policy)
+        for found in _judge_cell(cell, candidate, baseline, before, policy, clusters)
     ]
     if not judged:
         return replace(whole, reasons=("the two have no metric in common that the policy gates",))
-    return replace(whole, rows=_decided(judged), notes=tuple(_notes(candidate, baseline, policy)))
+    return replace(whole, rows=_decided(judged, confidence), notes=tuple(_notes(candidate, baseline, policy)))
 
 
 def _obstacles(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Iterator[str]:
@@ -453,7 +459,7 @@ def _notes(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Iterator[
 
 
 def _judge_cell(
-    cell: str, candidate: Snapshot, baseline: Snapshot, before: CellSnapshot, policy: Policy
+    cell: str, candidate: Snapshot, baseline: Snapshot, before: CellSnapshot, policy: Policy, clusters: str
 ) -> Iterator[tuple[Row, stats.Shift | None]]:
     """Each metric's row; a time comes with its shift, and has no verdict before all times are known."""
     now = candidate.cells.get(cell)
@@ -469,7 +475,7 @@ def _judge_cell(
             elif candidate.definitions.get(metric) != baseline.definitions.get(metric):
                 yield replace(row, note="it was defined otherwise when the baseline was taken"), None
             elif metric in TIMED:
-                yield _compare_times(row, now.timed[metric], before.timed[metric])
+                yield _compare_times(row, now.timed[metric], before.timed[metric], clusters)
             elif now.trials != before.trials and metric != "failed_trials":
                 yield replace(row, note="other trials succeeded than in the baseline; an unfinished run?"), None
             else:
@@ -501,7 +507,7 @@ def _judge_count(row: Row, stable: bool) -> Row:
     return replace(row, verdict="inconclusive", note=note)
 
 
-def _compare_times(row: Row, now: Sample, before: Sample) -> tuple[Row, stats.Shift | None]:
+def _compare_times(row: Row, now: Sample, before: Sample, of: str) -> tuple[Row, stats.Shift | None]:
     theirs = dict(zip(before.keys, before.seconds, strict=True))
     pairs = [
         (theirs[key], seconds, cluster)
@@ -515,9 +521,8 @@ def _compare_times(row: Row, now: Sample, before: Sample) -> tuple[Row, stats.Sh
     moved = stats.shift(old, new, clusters)
     row = replace(row, change=_own_sense(row, moved.change), n=moved.n)
     if moved.n < FEW:
-        return replace(row, note=stats.too_few(moved.n)), None
-    low, high = sorted(_own_sense(row, edge) for edge in moved.interval())
-    return replace(row, low=low, high=high), moved
+        return replace(row, note=stats.too_few(moved.n, of)), None
+    return row, moved
 
 
 def _own_sense(row: Row, slowdown: float) -> float:
@@ -525,10 +530,10 @@ def _own_sense(row: Row, slowdown: float) -> float:
     return 1 / (1 + slowdown) - 1 if row.better == "higher" else slowdown
 
 
-def _decided(judged: Iterable[tuple[Row, stats.Shift | None]]) -> tuple[Row, ...]:
+def _decided(judged: Iterable[tuple[Row, stats.Shift | None]], confidence: float) -> tuple[Row, ...]:
     """Verdicts on the times: a change counts where its p, adjusted for all the times looked at, is small enough."""
     judged = list(judged)
-    alpha = 1 - CONFIDENCE
+    alpha = 1 - confidence
     shifts = [(row, shift) for row, shift in judged if shift is not None]
     raw = [2 * min(shift.p_slower(row.tolerance), shift.p_faster(row.tolerance)) for row, shift in shifts]
     adjusted = iter(zip(raw, stats.holm(raw), strict=True))
@@ -537,10 +542,12 @@ def _decided(judged: Iterable[tuple[Row, stats.Shift | None]]) -> tuple[Row, ...
         if shift is not None:
             alone, p = next(adjusted)
             detects = (1 + row.tolerance) * (1 + shift.detectable(alpha / 2 / len(shifts))) - 1
-            row = replace(row, p=float(p), detects=detects)
+            edges = shift.interval(confidence)
+            low, high = sorted(_own_sense(row, edge) for edge in edges)
+            row = replace(row, low=low, high=high, p=float(p), detects=detects)
             if p <= alpha:
                 row = replace(row, verdict="regressed" if shift.log > 0 else "improved")
-            elif shift.interval()[1] < row.tolerance:
+            elif edges[1] < row.tolerance:
                 row = replace(row, verdict="ok")
             elif alone <= alpha:
                 row = replace(row, note=f"beyond the tolerance on its own, not among {len(shifts)} times looked at")

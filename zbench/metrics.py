@@ -15,7 +15,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,16 @@ import numpy as np
 import pandas as pd
 
 from zbench import stats
-from zbench.records import CellRecord, ForwardRecord, Manifest, TrialRecord, read_manifest, read_trials
+from zbench.records import (
+    CellRecord,
+    ForwardRecord,
+    Manifest,
+    StepRecord,
+    TrialRecord,
+    columns,
+    read_manifest,
+    read_trials,
+)
 from zbench.stats import Estimate, unavailable
 
 DEFINITIONS_VERSION = 3  # bump it when a metric's function changes what it computes
@@ -237,8 +247,8 @@ def load_run(path: Path) -> Run:
         manifest=manifest,
         trials=tuple(trials),
         requests=_frame(_REQUEST_COLUMNS, (row for trial in good for row in _request_rows(trial))),
-        steps=_frame(_STEP_COLUMNS, (row for trial in good for row in _step_rows(trial))),
-        forwards=_frame(_FORWARD_COLUMNS, (row for trial in good for row in _forward_rows(trial))),
+        steps=_stacked(_STEP_COLUMNS, [_steps(trial) for trial in good]),
+        forwards=_stacked(_FORWARD_COLUMNS, [_forwards(trial) for trial in good]),
         verifies=_frame(_VERIFY_COLUMNS, (row for trial in good for row in _verify_rows(trial))),
         warnings=tuple(warnings),
     )
@@ -426,8 +436,8 @@ def proposal_coverage(cell: Cell) -> Estimate:
     found = [
         (covered, trial.group)
         for trial in cell.trials
-        for step in trial.steps[1:]
-        for covered, gained, drafts in zip(step.covered, step.committed, step.drafted, strict=False)
+        for step in _decode_columns(trial, "covered", "committed", "drafted")
+        for covered, gained, drafts in zip(*step, strict=False)
         if gained and drafts == whole
     ]
     if not found:
@@ -918,39 +928,64 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
         )  # fmt: skip
 
 
-def _step_rows(trial: TrialRecord) -> Iterable[tuple]:
-    for index, (step, live) in enumerate(zip(trial.steps, _live(trial), strict=True)):
-        yield (
-            *_of_trial(trial), index, step.seconds, step.accept_seconds, step.commit_seconds, sum(step.committed), live,
-        )  # fmt: skip
+def _stacked(names: Sequence[str], trials: Sequence[dict[str, list]]) -> pd.DataFrame:
+    """One table of the columns of all trials, in the order of `names`."""
+    return pd.DataFrame({name: [*chain.from_iterable(trial[name] for trial in trials)] for name in names})
+
+
+def _steps(trial: TrialRecord) -> dict[str, list]:
+    stored = columns(StepRecord, trial.steps)
+    n = len(stored["seconds"])
+    return {
+        **_trial_columns(trial, n),
+        "step": list(range(n)),
+        **{name: stored[name] for name in ("seconds", "accept_seconds", "commit_seconds")},
+        "committed": [sum(tokens) for tokens in stored["committed"]],
+        "live": _live(stored["committed"]),
+    }
 
 
 def _verify_rows(trial: TrialRecord) -> Iterable[tuple]:
-    for index, step in enumerate(trial.steps):
-        offers = zip(trial.requests, step.drafted, step.accepted, strict=False)  # both empty where nothing is drafted
-        for request, drafted, accepted in offers:
+    stored, of = columns(StepRecord, trial.steps), _of_trial(trial)
+    for index, (drafts, kept) in enumerate(zip(stored["drafted"], stored["accepted"], strict=True)):
+        # Both are empty where nothing is drafted.
+        for request, drafted, accepted in zip(trial.requests, drafts, kept, strict=False):
             if drafted:
-                yield (*_of_trial(trial), index, request.prompt_id, request.category, drafted, accepted)
+                yield (*of, index, request.prompt_id, request.category, drafted, accepted)
 
 
-def _forward_rows(trial: TrialRecord) -> Iterable[tuple]:
-    live = dict(enumerate(_live(trial)))  # a step that gained nothing at the very end is not recorded
-    for f in trial.forwards:
-        yield (
-            *_of_trial(trial), f.step, f.model, f.role, f.rows, f.batch, f.context, f.flops,
-            f.bytes_read + f.bytes_written, f.seconds, live.get(f.step, 0), _kind(f),
-            np.nan if f.experts is None else f.experts,
-        )  # fmt: skip
+def _forwards(trial: TrialRecord) -> dict[str, list]:
+    stored = columns(ForwardRecord, trial.forwards)
+    live = dict(enumerate(_live(columns(StepRecord, trial.steps)["committed"])))
+    kinds = zip(stored["step"], stored["model"], stored["role"], stored["rows"], strict=True)
+    return {
+        **_trial_columns(trial, len(stored["step"])),
+        **{name: stored[name] for name in ("step", "model", "role", "rows", "batch", "context", "flops", "seconds")},
+        "bytes": [read + written for read, written in zip(stored["bytes_read"], stored["bytes_written"], strict=True)],
+        "live": [live.get(step, 0) for step in stored["step"]],  # a last step that gained nothing is not recorded
+        "kind": [_kind(step == 0, model, role, rows) for step, model, role, rows in kinds],
+        "experts": [np.nan if experts is None else experts for experts in stored["experts"]],
+    }
 
 
-def _live(trial: TrialRecord) -> list[int]:
-    """Sequences that still had tokens to come, per step."""
-    committed = np.array([step.committed for step in trial.steps])  # [steps, sequences]
-    return [int(n) for n in (np.cumsum(committed[::-1], axis=0)[::-1] > 0).sum(axis=1)] if len(committed) else []
+def _decode_columns(trial: TrialRecord, *names: str) -> Iterable[tuple]:
+    """These fields of every step but the prefill."""
+    stored = columns(StepRecord, trial.steps)
+    return islice(zip(*(stored[name] for name in names), strict=True), 1, None)
 
 
-def _kind(forward: ForwardRecord) -> str:
+def _trial_columns(trial: TrialRecord, n: int) -> dict[str, list]:
+    return {name: [value] * n for name, value in zip(_TRIAL_COLUMNS, _of_trial(trial), strict=True)}
+
+
+def _live(committed: Sequence[Sequence[int]]) -> list[int]:
+    """Sequences that still had tokens to come, per step, from what each step committed [steps, sequences]."""
+    return (np.cumsum(np.array(committed)[::-1], axis=0)[::-1] > 0).sum(axis=1).tolist() if len(committed) else []
+
+
+@cache
+def _kind(first: bool, model: str, role: str, rows: int) -> str:
     """Forwards that share a point of the roofline. Prefills differ in rows with every prompt, and are one kind."""
-    if forward.role == "prefill" or forward.step == 0:
-        return "prefill" if forward.model == "target" else f"{forward.model} prefill"
-    return f"{forward.role}, {forward.rows} row{'s' if forward.rows != 1 else ''}"
+    if role == "prefill" or first:
+        return "prefill" if model == "target" else f"{model} prefill"
+    return f"{role}, {rows} row{'s' if rows != 1 else ''}"

@@ -8,15 +8,17 @@ point of the scenario's matrix; a *trial* is one execution of a cell on one batc
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, overload
 
 from zbench.errors import UserError
 
 SCHEMA_VERSION = 1
 MANIFEST, TRIALS = "run.json", "trials.jsonl"
 
+T = TypeVar("T")
 Role = Literal["prefill", "decode", "draft", "verify", "draft+verify", "denoise"]
 
 
@@ -96,6 +98,58 @@ class RequestRecord:
     correct: bool | None = None  # against the prompt's reference; None where it has none that can be checked
 
 
+class Table(Sequence[T], Generic[T]):
+    """Records of one kind as a file holds them, by column; one is made when it is asked for.
+
+    Forwards are many: whoever sums them takes a column, and no record is made. Raises ValueError or TypeError where the
+    columns are not those of the kind.
+    """
+
+    __slots__ = ("_columns", "_kind")
+
+    def __init__(self, kind: type[T], columns: dict[str, list]) -> None:
+        lengths = {len(values) for values in columns.values()}
+        if len(lengths) > 1:
+            raise ValueError(f"the columns of a {kind.__name__} have different lengths")
+        rows = lengths.pop() if lengths else 0
+        known = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
+        if strange := columns.keys() - known.keys():
+            raise TypeError(f"a {kind.__name__} has no {', '.join(sorted(strange))}")
+        lacking = {name: default for name, default in known.items() if name not in columns}
+        if rows and (needed := [name for name, default in lacking.items() if default is MISSING]):
+            raise TypeError(f"a {kind.__name__} needs {', '.join(needed)}")
+        self._kind = kind
+        self._columns = {name: columns[name] if name in columns else [known[name]] * rows for name in known}
+
+    def column(self, name: str) -> list[Any]:
+        """One field of all records, as JSON has it: a tuple is a list here."""
+        return self._columns[name]
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        return self._kind(**_frozen({name: values[index] for name, values in self._columns.items()}))
+
+    def __iter__(self) -> Iterator[T]:
+        for values in zip(*self._columns.values(), strict=True):
+            yield self._kind(**_frozen(dict(zip(self._columns, values, strict=True))))
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, Table | tuple) else NotImplemented
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
     cell: str
@@ -106,8 +160,8 @@ class TrialRecord:
     started: str  # ISO 8601, UTC
     wall_seconds: float
     requests: tuple[RequestRecord, ...] = ()
-    steps: tuple[StepRecord, ...] = ()
-    forwards: tuple[ForwardRecord, ...] = ()
+    steps: Sequence[StepRecord] = ()
+    forwards: Sequence[ForwardRecord] = ()
     error: str | None = None
     peak_bytes: int | None = None  # device memory high-water mark; None where the device does not say
     kernels: dict[str, str] | None = None  # operator -> implementation that ran
@@ -120,8 +174,8 @@ class TrialRecord:
         """One line of JSON. Steps and forwards are stored by column: they are many and small."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["requests"] = [asdict(r) for r in self.requests]
-        data["steps"] = _columns(StepRecord, self.steps)
-        data["forwards"] = _columns(ForwardRecord, self.forwards)
+        data["steps"] = columns(StepRecord, self.steps)
+        data["forwards"] = columns(ForwardRecord, self.forwards)
         return json.dumps({"schema": SCHEMA_VERSION, **data}, separators=(",", ":"))
 
     @classmethod
@@ -131,8 +185,8 @@ class TrialRecord:
         if (version := data.pop("schema", None)) != SCHEMA_VERSION:
             raise ValueError(f"trial record has schema {version}, this zbench reads {SCHEMA_VERSION}")
         data["requests"] = tuple(_request(r) for r in data["requests"])
-        data["steps"] = tuple(StepRecord(**_frozen(row)) for row in _rows(data["steps"]))
-        data["forwards"] = tuple(ForwardRecord(**row) for row in _rows(data["forwards"]))
+        data["steps"] = Table(StepRecord, data["steps"])
+        data["forwards"] = Table(ForwardRecord, data["forwards"])
         return cls(**data)
 
 
@@ -238,9 +292,9 @@ def _frozen(row: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
-def _columns(kind: type, records: tuple) -> dict[str, list]:
-    return {f.name: [getattr(r, f.name) for r in records] for f in fields(kind)}
-
-
-def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def columns(kind: type[T], records: Sequence[T]) -> dict[str, list]:
+    """Records by column, as they are stored."""
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    if isinstance(records, Table):
+        return {name: records.column(name) for name in names}
+    return {name: [getattr(r, name) for r in records] for name in names}

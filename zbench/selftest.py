@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from zbench import gate
+from zbench import ab, gate
 from zbench.metrics import Run, load_run
 from zbench.records import MANIFEST, TRIALS, Manifest, TrialRecord
 from zbench.stats import CONFIDENCE
@@ -24,6 +24,7 @@ from zbench.stats import CONFIDENCE
 SIMULATIONS = 200
 PROMPTS, REPEATS = 12, 2
 REPETITIONS = 6
+PAIRS = 16  # of `--ab`
 NOISE = 0.03  # standard deviation of the log of one simulated time
 
 Noise = Callable[[np.random.Generator, int, int], NDArray[np.float64]]  # (prompts, repeats) -> log-times
@@ -99,6 +100,30 @@ def simulated(rng: np.random.Generator, noise: Noise, slowdown: float = 0.0, pro
     return gate.Snapshot("simulated", "", "", "", "", {}, dict.fromkeys(TIMES, ""), {"device.name": ""}, {"cell": cell})
 
 
+def drifting(rng: np.random.Generator, prompts: int, repeats: int) -> NDArray[np.float64]:
+    """A machine that warms up: each trial is 1% slower than the one before."""
+    return normal(rng, prompts, repeats) + 0.01 * np.arange(repeats)
+
+
+def in_turns(
+    rng: np.random.Generator, noise: Noise, slowdown: float, pairs: int
+) -> Iterator[tuple[gate.Snapshot, gate.Snapshot]]:
+    """Pairs of simulated runs, (baseline, candidate), whose processes differ by `noise` in the order they are made."""
+    logs = np.array([noise(rng, 1, 2 * pairs)[0] for _ in TIMES]).reshape(len(TIMES), pairs, 2)
+    for pair in range(pairs):
+        made = dict(zip(ab.order(pair + 1), logs[:, pair].T, strict=True))
+        before, now = made["baseline"], made["candidate"]
+        yield _one_time_each(before), _one_time_each(now + np.log1p(slowdown))
+
+
+def _one_time_each(logs: NDArray[np.float64]) -> gate.Snapshot:
+    timed = {
+        metric: gate.Sample(1 / s, ("p/0",), (0,), (s,)) for metric, s in zip(TIMES, np.exp(logs).tolist(), strict=True)
+    }
+    cell = gate.CellSnapshot("", True, {}, timed)
+    return gate.Snapshot("simulated", "", "", "", "", {}, dict.fromkeys(TIMES, ""), {"device.name": ""}, {"cell": cell})
+
+
 def policy(tolerance: float) -> gate.Policy:
     return gate.Policy(device="same", metrics={m: gate.Rule(tolerance=tolerance, required=True) for m in TIMES})
 
@@ -133,6 +158,14 @@ def _simulated() -> Iterator[Check]:
         }
     share = found / SIMULATIONS
     yield Check("a slowdown of the size that the gate says it sees", share >= 0.75, f"{share:.1%} failed, 80% promised")
+
+    alarms = 0
+    for _ in range(SIMULATIONS):
+        *_, last = ab.decide(in_turns(rng, normal, 0.0, PAIRS), policy(0.0), PAIRS)
+        alarms += bool(last.found.of("regressed") or last.found.of("improved"))
+    excess = binomtest(alarms, SIMULATIONS, level, alternative="greater").pvalue
+    said = f"{alarms} of {SIMULATIONS} false alarms at any of {len(ab.looks(PAIRS))} looks, {level:.0%} promised"
+    yield Check("simulated runs in turns that differ in nothing", bool(excess > 0.01), said)
 
 
 # --- A real run ---

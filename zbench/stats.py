@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -98,7 +98,11 @@ def share(holds: ArrayLike) -> Estimate:
     estimate = Estimate(hits / n, n=n, estimator="share of prompts")
     if n < FEW:
         return replace(estimate, note=too_few(n))
-    low, high = stats.binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
+    if not _with_intervals.get():
+        return estimate
+    from scipy.stats import binomtest
+
+    low, high = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
     return replace(estimate, low=float(low), high=float(high), estimator=f"share of prompts; {CONFIDENCE:.0%} Wilson")
 
 
@@ -128,8 +132,7 @@ def minimal_detectable_effect(
     n = len(top)
     if n < FEW:
         return replace(unavailable(too_few(n)), n=n)
-    t = stats.t(df=n - 1)
-    effect = (t.ppf(0.5 + CONFIDENCE / 2) + t.ppf(power)) * np.std(top / bottom, ddof=1) / np.sqrt(n)
+    effect = (_t(0.5 + CONFIDENCE / 2, n - 1) + _t(power, n - 1)) * np.std(top / bottom, ddof=1) / np.sqrt(n)
     return Estimate(float(np.expm1(effect)), n=n, estimator=f"paired t at {CONFIDENCE:.0%}, power {power:.0%}")
 
 
@@ -148,8 +151,8 @@ class Shift:
     def change(self) -> float:
         return float(np.expm1(self.log))
 
-    def interval(self) -> tuple[float, float]:
-        reach = stats.t.ppf(0.5 + CONFIDENCE / 2, self.n - 1) * self.error
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        reach = _t(0.5 + confidence / 2, self.n - 1) * self.error
         return float(np.expm1(self.log - reach)), float(np.expm1(self.log + reach))
 
     def p_slower(self, than: float) -> float:
@@ -162,13 +165,12 @@ class Shift:
 
     def detectable(self, alpha: float, power: float = 0.8) -> float:
         """The smallest slowdown beyond a tolerance that a one-sided test at `alpha` shows with this power."""
-        t = stats.t(df=self.n - 1)
-        return float(np.expm1((t.ppf(1 - alpha) + t.ppf(power)) * self.error))
+        return float(np.expm1((_t(1 - alpha, self.n - 1) + _t(power, self.n - 1)) * self.error))
 
     def _tail(self, distance: float) -> float:
         if self.error <= 1e-12:  # a clock that does not vary leaves nothing to test
             return 0.0 if distance > 1e-9 else 1.0
-        return float(stats.t.sf(distance / self.error, self.n - 1))
+        return float(special.stdtr(self.n - 1, -distance / self.error))
 
 
 def shift(baseline: ArrayLike, candidate: ArrayLike, clusters: ArrayLike) -> Shift:
@@ -200,7 +202,9 @@ def drift(order: ArrayLike, seconds: ArrayLike) -> Estimate:
     x, y = _vector(order), np.log(_positive(seconds))
     if len(x) < FEW or np.ptp(x) == 0:
         return replace(unavailable(too_few(len(x), "trials")), n=len(x))
-    slope, _, low, high = stats.theilslopes(y, (x - x.min()) / np.ptp(x), alpha=CONFIDENCE)
+    from scipy.stats import theilslopes
+
+    slope, _, low, high = theilslopes(y, (x - x.min()) / np.ptp(x), alpha=CONFIDENCE)
     value, low, high = (float(np.expm1(edge)) for edge in (slope, low, high))
     estimate = Estimate(value, low, high, len(x), f"Theil-Sen slope of log seconds; {CONFIDENCE:.0%} interval")
     if low > DRIFT_BOUND or high < -DRIFT_BOUND:
@@ -214,19 +218,26 @@ def too_few(n: int, what: str = "prompts") -> str:
     return f"too few {what} for an interval ({n} of at least {FEW})"
 
 
+def _t(probability: float, freedom: int) -> float:
+    """Quantile of Student's t. What scipy.stats would call, without the second that its import takes."""
+    return float(special.stdtrit(freedom, probability))
+
+
 def _log_ratios(baseline: ArrayLike, candidate: ArrayLike) -> NDArray[np.float64]:
     return np.log(_positive(baseline)) - np.log(_positive(candidate))
 
 
 def _interval(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> tuple[float, float]:
     """Expanded percentile interval over clusters with the sums `top` and `bottom`, both [n]."""
+    from scipy.stats import bootstrap
+
     n = len(top)
     ratios = top / bottom
     if np.ptp(ratios) <= 1e-12 * np.abs(ratios).max():
         return float(ratios.min()), float(ratios.max())
     # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal in place of t (Hesterberg 2015).
-    tail = stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf((1 - CONFIDENCE) / 2, n - 1))
-    interval = stats.bootstrap(
+    tail = special.ndtr(np.sqrt(n / (n - 1)) * _t((1 - CONFIDENCE) / 2, n - 1))
+    interval = bootstrap(
         (top, bottom),
         lambda t, b, axis: t.sum(axis=axis) / b.sum(axis=axis),
         paired=True,

@@ -1,0 +1,57 @@
+"""What a file holds is what was written, record by record and column by column."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.test_metrics import trial, verifying
+from zbench.records import ForwardRecord, StepRecord, Table, TrialRecord, columns
+
+STEPS = st.lists(
+    st.builds(
+        StepRecord, *[st.floats(0, 9)] * 3, st.tuples(st.integers(0, 4)), st.just((4,)), st.tuples(st.integers(0, 3)),
+        st.just((True,)),
+    ),
+    max_size=6,
+)  # fmt: skip
+
+
+@given(STEPS, st.integers(-7, 7), st.integers(-7, 7))
+def test_a_table_is_the_tuple_of_its_records(made: list[StepRecord], start: int, stop: int) -> None:
+    whole = tuple(made)
+    table = Table(StepRecord, json.loads(json.dumps(columns(StepRecord, whole))))
+    assert table == whole and whole == table
+    assert (len(table), tuple(table), table[start:stop]) == (len(whole), whole, whole[start:stop])
+    assert columns(StepRecord, tuple(table)) == columns(StepRecord, whole)
+    for i in range(-len(whole), len(whole)):
+        assert table[i] == whole[i]
+    with pytest.raises(IndexError):
+        table[len(whole)]
+    assert table != (*whole, StepRecord(1.0, 0.0, 0.0, (1,)))
+
+
+@pytest.mark.parametrize("made", [trial(), verifying([1, 2]), trial(steps=(), forwards=())])
+def test_a_trial_reads_back_equal_and_writes_the_same_line(made: TrialRecord) -> None:
+    read = TrialRecord.from_json(made.to_json())
+    assert read == made
+    assert read.to_json() == made.to_json()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda c: c["seconds"].pop(), "the columns of a ForwardRecord have different lengths"),
+        (lambda c: c.pop("seconds"), "a ForwardRecord needs seconds"),
+        (lambda c: c.update(odd=[1, 2, 3]), "a ForwardRecord has no odd"),
+    ],
+)
+def test_a_damaged_table_is_refused_when_it_is_read(damage: Any, said: str) -> None:
+    stored = columns(ForwardRecord, trial().forwards)
+    damage(stored)
+    with pytest.raises((TypeError, ValueError), match=said):
+        Table(ForwardRecord, stored)
