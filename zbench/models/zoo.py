@@ -91,7 +91,15 @@ class Shipped:
 
 
 SHIPPED_FOLDER = Path(__file__).parents[1] / "zoo"
-SHIPPED: dict[str, Shipped] = {}
+SHIPPED: dict[str, Shipped] = {
+    "smollm2-135m-tidar": Shipped(
+        kind="adapter",
+        weights_sha256="61fae1e3ef9a790e3148ae595f6a9435013de2b1dbc15d45bbf85fcf0a507b40",
+        parameters=7_330_752,
+        source="TiDAR mask adapter, `zbench train tidar` on the model's own text: README.md in its folder",
+        target="smollm2-135m",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
