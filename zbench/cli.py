@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             for line in str(error).splitlines():
-                click.echo(f"zbench: {line}", err=True)
+                if os.environ.get("RANK", "0") == "0":  # torchrun's other ranks say the same
+                    click.echo(f"zbench: {line}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("zbench: interrupted", err=True)
@@ -125,6 +127,8 @@ def run(
     console = Console(stderr=True)
     folder = runner.latest(out, wanted) if resume == Path("newest") else resume
     outcome = runner.run(wanted, out, console, folder, allow_pickle)
+    if not runner.ranks.is_first():
+        return
     page = None
     if report:
         from zbench.report import render
@@ -289,8 +293,6 @@ def gate(
     Exit codes: 0 no regression, 1 regressed, 2 bad input, 3 not comparable, 4 inconclusive (with --strict), 130
     interrupted (--ab; what was measured is kept and judged).
     """
-    import os
-
     from zbench import gate as gates
     from zbench.cache import atomic_write
     from zbench.report import verdict as forms
