@@ -199,8 +199,8 @@ class TrialRecord:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["requests"] = [asdict(r) for r in self.requests]
         data["steps"] = columns(StepRecord, self.steps)
-        data["forwards"] = columns(ForwardRecord, self.forwards)
-        data["ranks"] = columns(RankRecord, self.ranks)
+        data["forwards"] = _stored(ForwardRecord, self.forwards)
+        data["ranks"] = _stored(RankRecord, self.ranks)
         return json.dumps({"schema": SCHEMA_VERSION, **data}, separators=(",", ":"))
 
     @classmethod
@@ -321,14 +321,13 @@ def _frozen(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def columns(kind: type[T], records: Sequence[T]) -> dict[str, list]:
-    """Records by column, as they are stored; a field that may be None and always is, is left out."""
-    known = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
+    """Records by column, as they are stored."""
+    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     if isinstance(records, Table):
-        found = {name: records.column(name) for name in known}
-    else:
-        found = {name: [getattr(r, name) for r in records] for name in known}
-    return {
-        name: values
-        for name, values in found.items()
-        if known[name] is not None or any(value is not None for value in values)
-    }
+        return {name: records.column(name) for name in names}
+    return {name: [getattr(r, name) for r in records] for name in names}
+
+
+def _stored(kind: type[T], records: Sequence[T]) -> dict[str, list]:
+    """`columns` without those that are None throughout: most models have no experts, most runs one rank."""
+    return {name: values for name, values in columns(kind, records).items() if set(map(type, values)) != {type(None)}}

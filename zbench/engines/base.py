@@ -219,6 +219,7 @@ class Meter:
 
     def __init__(self, device: Device, team: Team = ALONE) -> None:
         self.device, self.team = device, team
+        team.taken()  # what ran since the last trial (the lossless check does) is none of this one's
         self._steps: list[_Step] = []
         self._forwards: list[_Forward] = []
 

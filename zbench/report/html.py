@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -14,6 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, caveats, definitions_hash
 from zbench.report.figures import Drawn
 from zbench.report.findings import Point, Results, answers, interval, main_kind, quantity, speculation, warnings
+
+if TYPE_CHECKING:
+    from zbench.report.scaling import Scaling
 
 # (heading, metric, part); part "main" is the kind of forward that takes most of decode.
 ENGINE_COLUMNS = (
@@ -104,8 +107,11 @@ class Notes:
         return [(mark, text) for text, mark in self.marks.items()]
 
 
-def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Drawn]]) -> str:
-    """The HTML. `drawn` holds the figures of the first points; further points are shown as tables only."""
+def page(
+    results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Drawn]], across: Sequence[Scaling] = ()
+) -> str:
+    """The HTML. `drawn` holds the figures of the first points; further points are shown as tables only. `across` is
+    what a run over several devices has beside them."""
     manifest = results.run.manifest
     figures = [*drawn, *([] for _ in results.points[len(drawn) :])]
     template = templates().get_template("report.html")
@@ -115,6 +121,10 @@ def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Draw
         answers=answers(results),
         warnings=warnings(results),
         overview=image(overview) if overview else None,
+        across=[
+            {"label": part.label, "sentences": part.sentences, "table": part.table, "figures": map(image, part.figures)}
+            for part in across
+        ],
         points=[
             {
                 "label": point.label,
@@ -221,7 +231,7 @@ def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[
     for cell in cells:
         kind = main_kind(cell)
         entries = [
-            _entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
+            entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
             for heading, metric, part in (columns if cell.trials else ())
         ]
         rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
@@ -233,7 +243,7 @@ def _forward_table(results: Results, point: Point) -> Table | None:
     columns = [c for c in FORWARD_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
     notes = Notes()
     rows = [
-        Line(f"{cell.record.label}: {kind}", [_entry(h, results.row(cell, m, kind), notes) for h, m in columns])
+        Line(f"{cell.record.label}: {kind}", [entry(h, results.row(cell, m, kind), notes) for h, m in columns])
         for cell in point.cells
         for kind in cell.forwards["kind"].unique()
     ]
@@ -246,7 +256,7 @@ def _category_table(results: Results, point: Point) -> Table | None:
     rows = [
         Line(
             f"{cell.record.label}: {category}",
-            [_entry(heading, results.row(cell, metric, category), notes) for heading, metric in CATEGORY_COLUMNS],
+            [entry(heading, results.row(cell, metric, category), notes) for heading, metric in CATEGORY_COLUMNS],
             ", ".join(caveats(cell.record)),
         )
         for cell in point.cells
@@ -261,7 +271,8 @@ def _known(results: Results, cells: Sequence[Cell], metric: str) -> bool:
     return any(row.value is not None for row in results.rows if row.metric == metric and row.cell in ids)
 
 
-def _entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
+def entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
+    """A metric as a table shows it."""
     reason = row.note.removeprefix("unavailable: ")
     if row.value is None:
         if reason == "this is the baseline":
