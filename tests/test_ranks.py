@@ -30,7 +30,7 @@ from zbench.records import RankRecord, RequestRecord, TrialRecord, read_manifest
 from zbench.scenario import ParallelSpec
 
 SHAPE = (
-    "{family: llama, layers: 4, width: 64, ffn: 96, heads: 6, kv_heads: 3, head_dim: 16, vocab: 301, max_positions: 512}"
+    "{family: llama, layers: 4, width: 64, ffn: 96, heads: 6, kv_heads: 3, head_dim: 16, vocab: 301, max_positions: 99}"
 )
 SCENARIO = f"""
 name: spread
@@ -50,7 +50,6 @@ ignore_eos: true
 repeats: 1
 warmup: {{prompts: 1, output_tokens: 2}}
 """
-CPU = run.devices.resolve("cpu")
 
 
 def started(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
@@ -138,11 +137,12 @@ def test_all_engines_emit_the_tokens_of_one_process(tmp_path: Path, roofs_on_fil
     assert one.forwards[1].flops / 2 < two.forwards[1].flops < one.forwards[1].flops  # 2 of 3 key heads are rank 0's
 
 
-def underway(tmp_path: Path, **more: Any) -> tuple[list[subprocess.Popen[str]], Path, Path]:
+def underway(tmp_path: Path) -> tuple[list[subprocess.Popen[str]], Path, Path]:
     """A run of two ranks in the middle of its trials."""
     path = tmp_path / "long.yaml"
-    text = SCENARIO.replace("output_tokens: 12", "output_tokens: 400").replace("name: spread", "name: long")
-    path.write_text(text + "parallel: {tensor: 2, timeout_seconds: 3}\n")
+    text = SCENARIO.replace("output_tokens: 12", "output_tokens: 60").replace("name: spread", "name: long")
+    alone = "".join(line for line in text.splitlines(True) if "- {" not in line)  # autoregressive is enough
+    path.write_text(alone + "parallel: {tensor: 2, timeout_seconds: 8}\n")
     processes = started(2, "zbench", "run", str(path), "--out", str(tmp_path), "--no-report")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -168,7 +168,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, list[str]]:
     ("how", "said"),
     [
         (signal.SIGKILL, "zbench: rank 1 died, so the run ended; what was finished is kept, continue with --resume"),
-        (signal.SIGSTOP, "zbench: rank 1 was not heard of for 3 s, so the run ended;"),
+        (signal.SIGSTOP, "zbench: rank 1 was not heard of for 8 s, so the run ended;"),
     ],
 )
 def test_a_lost_rank_ends_the_run_in_one_line(
@@ -189,13 +189,13 @@ def test_a_lost_rank_ends_the_run_in_one_line(
     if how == signal.SIGKILL:
         resumed = started(2, "zbench", "run", str(path), "--resume", str(folder), "--no-report")
         assert [ended(process) for process in resumed] == [(0, []), (0, [])]
-        assert len(read_trials(folder)[0]) == 24
+        assert len(read_trials(folder)[0]) == 6
 
 
 @pytest.mark.slow
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
-    path.write_text(SCENARIO + "parallel: {tensor: 2}\ncontext: 511\n".replace("context: 511\n", ""))
+    path.write_text(SCENARIO + "parallel: {tensor: 2}\n")
     override = ("-o", "output_tokens=2000")
     processes = started(2, "zbench", "run", str(path), "--out", str(tmp_path), *override)
     (code, lines), (other, silence) = (ended(process) for process in processes)

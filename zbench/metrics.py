@@ -359,7 +359,8 @@ def throughput(cell: Cell) -> Estimate:
 )
 def throughput_per_device(cell: Cell) -> Estimate:
     whole = throughput(cell)
-    value, low, high = (None if v is None else float(v) / cell.record.tensor for v in (whole.value, whole.low, whole.high))
+    edges = (whole.value, whole.low, whole.high)
+    value, low, high = (None if edge is None else float(edge) / cell.record.tensor for edge in edges)
     return replace(whole, value=value, low=low, high=high)
 
 
@@ -744,8 +745,8 @@ def parallel_efficiency(cell: Cell) -> Estimate:
 @metric(
     "communication_share",
     "1",
-    "seconds in collectives, waiting for other ranks included / seconds of the same forwards, where they were timed; of "
-    "rank 0, in decode and by kind of forward",
+    "seconds in collectives, waiting for other ranks included / seconds of the same forwards, where they were timed; "
+    "of rank 0, in decode and by kind of forward",
     "lower",
 )
 def communication_share(cell: Cell) -> dict[str, Estimate]:

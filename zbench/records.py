@@ -280,6 +280,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: not the manifest of a run ({_one_line(error)}); run the scenario again") from None
 
 
+def schema_version(manifest: Path) -> Any:
+    """Of a manifest file, whatever else is wrong with it; None where it does not say."""
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("schema_version")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
     """The trials of a run folder, the last good one of each key, and what is to be said about the file.
 

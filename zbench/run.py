@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from zbench.engines import lossless
 from zbench.engines.base import Engine, Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
-from zbench.hardware import device as devices
 from zbench.hardware import environment, roofs, specs
 from zbench.hardware.device import Device
 from zbench.models import loading, zoo
@@ -291,7 +289,7 @@ def _measure(
             before.release()
         before = point.shared
         limit, replicas = point.scenario.parallel.timeout_seconds, point.scenario.parallel.data
-        rounds = (list(side) for _, side in groupby(trials, lambda t: (t.cell.id, t.repeat, t.group // replicas)))
+        rounds = [trials[i : i + replicas] for i in range(0, len(trials), replicas)]  # as `plan` lays them out
         open_rounds = [side for side in rounds if any(trial.key not in done for trial in side)]
         if not open_rounds:
             continue

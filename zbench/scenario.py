@@ -743,7 +743,7 @@ class Scenario(_Strict):
             if engine.name == "reference":
                 raise ValueError("reference decodes on one rank only; leave it out where parallel.tensor is above 1")
             if engine.options.get("execution") == "native":
-                raise ValueError("execution: native runs on one rank only; leave it out where parallel.tensor is above 1")
+                raise ValueError("execution: native runs on one rank only; not where parallel.tensor is above 1")
         return self
 
     @property

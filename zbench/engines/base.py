@@ -340,9 +340,7 @@ class Meter:
                     committed=sum(steps[f.step].committed) if decided else 0,
                     experts=cost.experts,
                     collective_bytes=cost.collective_bytes if self.team.size > 1 else None,
-                    collective_seconds=None
-                    if f.collectives is None
-                    else sum(seconds(*span) for span in f.collectives),
+                    collective_seconds=None if f.collectives is None else sum(seconds(*span) for span in f.collectives),
                 )
             )
         return steps, tuple(forwards)

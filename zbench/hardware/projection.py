@@ -275,9 +275,9 @@ _DIFFUSION = (
 
 
 _PARALLEL = (
-    "Several devices: rank 0 holds the largest share and every step takes as long as there. Collectives take no time: their "
-    "bytes are counted, but at decode sizes it is their latency that costs, which no spec sheet has. So this is the most "
-    "that tensor parallelism could gain."
+    "Several devices: rank 0 holds the largest share, and every step takes as long as there. Collectives take no time: "
+    "their bytes are counted, but at decode sizes it is their latency that costs, which no spec sheet has. So this is the "
+    "most that tensor parallelism could gain."
 )
 
 
@@ -292,7 +292,7 @@ def _assumptions(peaks: Peaks) -> list[str]:
         "No overhead: launches, the host, sampling, acceptance and moving the cache take no time.",
         "Traffic is the least there can be: each weight once per forward, each sequence's cache once, new keys, values "
         "and logits once; activations stay on the chip.",
-        "Every sequence has the same number of committed tokens; one device holds everything, unless parallel says more.",
+        "Every sequence has the same number of committed tokens; one device holds everything, but for parallel.tensor.",
         "Acceptance is what the scenario's synthetic option says, never a measurement.",
     ]
 

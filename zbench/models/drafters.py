@@ -110,9 +110,7 @@ class DFlashConfig:
         taps = dflash_taps(target.layers, min(layers, max(target.layers - 3, 1)))
         return cls(body, taps, target.vocab - 1, block)
 
-    def cost(
-        self, read: int, block: int, contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE
-    ) -> Cost:
+    def cost(self, read: int, block: int, contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
         """Of reading `read` new tokens per sequence, then drafting a block (0: none) after contexts[b] tokens. Every
         rank has the drafter's layers whole; the head is the target's and shared as `shard` says, unless it has one."""
         body, batch = self.body, len(contexts)

@@ -83,9 +83,7 @@ class Model(Protocol):
         ...
 
 
-def build(
-    model: LoadedModel, dtype: torch.dtype, device: torch.device, execution: str, team: Team = ALONE
-) -> Model:
+def build(model: LoadedModel, dtype: torch.dtype, device: torch.device, execution: str, team: Team = ALONE) -> Model:
     """The loaded model on a device, by its architecture. Raises NativeUnavailable as the architectures do."""
     from zbench.models import transformer, zaya
 

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from zbench.models.families import AnyConfig
-from zbench.models.shard import Shard
+from zbench.models.shard import WHOLE, Shard
 
 Mark = Any  # of `hardware.device`
 Spans = list[tuple[Mark, Mark]]
+# Renamed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 class RankLost(Exception):
@@ -29,7 +31,7 @@ class Team:
 
     def __init__(
         self,
-        shard: Shard = Shard(),
+        shard: Shard = WHOLE,
         group: Any = None,
         mark: Callable[[], Mark] = lambda: None,
         timed_every: int = 1,
@@ -66,7 +68,7 @@ class Team:
         # Equal parts on the wire: the shares differ by one token at most, and the first rank has the most.
         mine = torch.nn.functional.pad(flat, (0, sizes[0] - flat.shape[1])).contiguous()
         parts = mine.new_empty(self.size * len(mine), sizes[0])
-        self._timed(lambda: dist.all_gather_into_tensor(parts, mine, group=self.group))
+        self._timed(lambda: _all_gather(parts, mine, group=self.group))
         each = zip(parts.view(self.size, *mine.shape), sizes, strict=True)
         whole = torch.cat([part[:, :size] for part, size in each], 1)
         return whole.view(*logits.shape[:-1], config.vocab)
@@ -94,4 +96,3 @@ class Team:
 
 
 ALONE = Team()
-

@@ -167,9 +167,7 @@ class Transformer:
         routing: Routing | None = None,
     ) -> Cost:
         """See `Model.cost`; a dense model has no routing."""
-        return forward_cost(
-            self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, shard=self.team.shard
-        )
+        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, shard=self.team.shard)
 
     @torch.inference_mode()
     def forward(

@@ -46,7 +46,14 @@ class ZayaCache(Cache):
     """
 
     def __init__(
-        self, config: ZayaConfig, delayed: int, batch: int, capacity: int, dtype: torch.dtype, state: torch.dtype, device
+        self,
+        config: ZayaConfig,
+        delayed: int,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        state: torch.dtype,
+        device,
     ) -> None:
         """`config` and `delayed`, the delayed channels of the values, are those of this rank's part."""
         super().__init__(config, batch, capacity, dtype, device)
@@ -283,9 +290,7 @@ class Zaya:
         return cpu.unavailable_reason() or ""
 
     def new_cache(self, batch: int, capacity: int) -> ZayaCache:
-        return ZayaCache(
-            self.part, self.values[1], batch, capacity, self.dtype, self.activations, self.device
-        )
+        return ZayaCache(self.part, self.values[1], batch, capacity, self.dtype, self.activations, self.device)
 
     def cost(
         self,
@@ -296,9 +301,7 @@ class Zaya:
         routing: Routing | None = None,
     ) -> Cost:
         """See `Model.cost`."""
-        return forward_cost(
-            self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, routing, self.team.shard
-        )
+        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, routing, self.team.shard)
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[
     for cell in cells:
         kind = main_kind(cell)
         entries = [
-            entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
+            _entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
             for heading, metric, part in (columns if cell.trials else ())
         ]
         rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
@@ -243,7 +243,7 @@ def _forward_table(results: Results, point: Point) -> Table | None:
     columns = [c for c in FORWARD_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
     notes = Notes()
     rows = [
-        Line(f"{cell.record.label}: {kind}", [entry(h, results.row(cell, m, kind), notes) for h, m in columns])
+        Line(f"{cell.record.label}: {kind}", [_entry(h, results.row(cell, m, kind), notes) for h, m in columns])
         for cell in point.cells
         for kind in cell.forwards["kind"].unique()
     ]
@@ -256,7 +256,7 @@ def _category_table(results: Results, point: Point) -> Table | None:
     rows = [
         Line(
             f"{cell.record.label}: {category}",
-            [entry(heading, results.row(cell, metric, category), notes) for heading, metric in CATEGORY_COLUMNS],
+            [_entry(heading, results.row(cell, metric, category), notes) for heading, metric in CATEGORY_COLUMNS],
             ", ".join(caveats(cell.record)),
         )
         for cell in point.cells
@@ -271,8 +271,7 @@ def _known(results: Results, cells: Sequence[Cell], metric: str) -> bool:
     return any(row.value is not None for row in results.rows if row.metric == metric and row.cell in ids)
 
 
-def entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
-    """A metric as a table shows it."""
+def _entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
     reason = row.note.removeprefix("unavailable: ")
     if row.value is None:
         if reason == "this is the baseline":
@@ -286,6 +285,11 @@ def entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
     for unit in IN_HEADING:
         text = text.removesuffix(unit)
     return Entry(heading, text, interval(row), notes.mark(kept), row.status == "error")
+
+
+def shown(heading: str, row: MetricRow, notes: Notes) -> Entry:
+    """A metric as the tables of all pages show it."""
+    return _entry(heading, row, notes)
 
 
 def _failure(results: Results, cell: Cell) -> str:

@@ -10,7 +10,7 @@ from zbench.metrics import Cell, caveats
 from zbench.report import figures
 from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
 from zbench.report.findings import Results, interval, main_kind, quantity
-from zbench.report.html import Line, Notes, Table, entry
+from zbench.report.html import Line, Notes, Table, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def _table(results: Results, group: Group) -> Table:
         for cell in group.of(engine):
             kind = main_kind(cell)
             entries = [
-                entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
+                shown(heading, results.row(cell, metric, kind if part == "main" else part), notes)
                 for heading, metric, part in COLUMNS
             ]
             rows.append(Line(f"{engine}: {_place(cell)}", entries, ", ".join(caveats(cell.record))))
@@ -146,9 +146,7 @@ def _figures(results: Results, group: Group) -> list[Drawn]:
 Dots = list[tuple[int, float, float | None, float | None]]  # devices, value, interval
 
 
-def _curve(
-    results: Results, group: Group, metric: str, part: str, title: str, caption: str, unit: str
-) -> Drawn | None:
+def _curve(results: Results, group: Group, metric: str, part: str, title: str, caption: str, unit: str) -> Drawn | None:
     lines: dict[str, Dots] = {}
     for cell in group.cells:
         row = results.row(cell, metric, part)
@@ -170,7 +168,9 @@ def _curve(
         axes.set_xscale("log", base=2)
         axes.set_xticks(group.sizes, labels=[str(size) for size in group.sizes])
         axes.minorticks_off()
-        axes.set(xlabel="devices that hold the model", ylabel=unit, ylim=(0, 1 if metric == "communication_share" else None))
+        axes.set(
+            xlabel="devices that hold the model", ylabel=unit, ylim=(0, 1 if metric == "communication_share" else None)
+        )
         figures.legend_below(axes, min(2, len(lines)))
 
     said = "; ".join(
@@ -211,14 +211,21 @@ def _roofline(results: Results, group: Group) -> Drawn | None:
                     str(devices), (at_x, at_y), xytext=(6, -3), textcoords="offset points", fontsize=7,
                     color=theme.muted,
                 )  # fmt: skip
-        axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="intensity, FLOP per byte", ylabel="FLOP/s per device")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlim=(left, right),
+            xlabel="intensity, FLOP per byte",
+            ylabel="FLOP/s per device",
+        )
         axes.yaxis.set_major_formatter(EngFormatter(places=0))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
         figures.legend_below(axes, min(2, len(lines)))
 
     said = "; ".join(
-        f"{engine} " + ", ".join(f"{x:.3g} FLOP per byte and {quantity(y, 'FLOP/s')} on {n}" for n, x, y in sorted(dots))
+        f"{engine} "
+        + ", ".join(f"{x:.3g} FLOP per byte and {quantity(y, 'FLOP/s')} on {n}" for n, x, y in sorted(dots))
         for engine, dots in lines.items()
     )
     return _drawn(
