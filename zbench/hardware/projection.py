@@ -276,8 +276,8 @@ _DIFFUSION = (
 
 _PARALLEL = (
     "Several devices: rank 0 holds the largest share, and every step takes as long as there. Collectives take no time: "
-    "their bytes are counted, but at decode sizes it is their latency that costs, which no spec sheet has. So this is the "
-    "most that tensor parallelism could gain."
+    "their bytes are counted, but at decode sizes it is their latency that costs, which no spec sheet has. So this is "
+    "the most that tensor parallelism could gain."
 )
 
 
