@@ -32,7 +32,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             for line in str(error).splitlines():
-                if os.environ.get("RANK", "0") == "0":  # torchrun's other ranks say the same
+                if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other ranks say the same
                     click.echo(f"zbench: {line}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
@@ -125,9 +125,10 @@ def run(
     # A terminated run is an interrupted run: what was finished is kept, locks are released.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True)
-    folder = runner.latest(out, wanted) if resume == Path("newest") else resume
+    first = runner.ranks.is_first()
+    folder = runner.latest(out, wanted) if resume == Path("newest") and first else resume
     outcome = runner.run(wanted, out, console, folder, allow_pickle)
-    if not runner.ranks.is_first():
+    if not first:
         return
     page = None
     if report:

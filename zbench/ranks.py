@@ -70,21 +70,39 @@ class World:
         except UserError as error:
             raise UserError(f"rank {self.rank} has no GPU of its own: {error}") from error
 
-    def member(self, wanted: ParallelSpec, device: Device) -> Member | None:
-        """This rank's place at a point that wants so many; None: it has none and waits. Every rank must ask for the
-        same points in the same order."""
+    def meet(self, wanted: Sequence[ParallelSpec], name: str) -> None:
+        """Form the teams of all points. Making a group waits for its ranks, so first all must be fit for it.
+
+        Raises UserError, on every rank, where there are too few ranks, too many, or one has no device."""
+        if self.size == 1:
+            return
+        error, device = None, None
+        try:
+            device = self.device(name)
+            for each in wanted:
+                self._check(each)
+            if (most := max(each.ranks for each in wanted)) < self.size:
+                error = f"torchrun started {self.size} ranks, but there is work for {most}: see the key parallel"
+        except UserError as reason:
+            error = str(reason)
+        self.agreed(error)
+        assert device is not None
+        for each in wanted:
+            if (key := (each.tensor, each.data)) not in self._teams:
+                self._teams[key] = self._joined(each, device)
+
+    def member(self, wanted: ParallelSpec) -> Member | None:
+        """This rank's place at a point; None: it has none and waits. Raises UserError where ranks are missing."""
+        self._check(wanted)
+        return self._teams[wanted.tensor, wanted.data] if self.size > 1 else Member()
+
+    def _check(self, wanted: ParallelSpec) -> None:
         if wanted.ranks > self.size:
             started = f"torchrun started {self.size}" if self.size > 1 else "this is one process"
             raise UserError(
                 f"parallel: tensor {wanted.tensor} x data {wanted.data} needs {wanted.ranks} ranks, {started}; run:"
                 f" torchrun --nproc-per-node {wanted.ranks} -m zbench run ..."
             )
-        if self.size == 1:
-            return Member()
-        key = (wanted.tensor, wanted.data)
-        if key not in self._teams:
-            self._teams[key] = self._joined(wanted, device)
-        return self._teams[key]
 
     def _joined(self, wanted: ParallelSpec, device: Device) -> Member | None:
         mine = None

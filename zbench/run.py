@@ -114,7 +114,7 @@ def prepare(
     files: dict[str, loading.LoadedModel] = {}
     points = []
     for at, cells in scenario.points(wanted):
-        member = world.member(at.parallel, device)
+        member = world.member(at.parallel)
         weights = repr((at.model_spec, at.dtype))
         if weights not in files:
             say(f"loading {at.model_name} ({at.dtype})")
@@ -194,15 +194,12 @@ def _run(
         if world.rank == 0:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    points, wrong = (), None
+    world.meet([at.parallel for at, _ in scenario.points(wanted)], wanted.device)
+    points, wrong = tuple[Point, ...](), None
     try:
         points = prepare(wanted, say, allow_pickle, world)
-        if (most := max(point.scenario.parallel.ranks for point in points)) < world.size:
-            wrong = f"torchrun started {world.size} ranks, but {wanted.name} has work for {most}: see the key parallel"
     except UserError as error:
         wrong = str(error)
-        if world.size == 1:
-            raise
     world.agreed(wrong)
     device = points[0].device
     snapshot = environment.snapshot(device, wanted.threads)
