@@ -358,9 +358,9 @@ class Watch(threading.Thread):
             rank, error = failed[replica]
             return {"ranks": [rank], "text": f"rank {rank} failed alone ({error})"}
         if stuck:
-            behind = [rank for moved, rank in stuck if moved == min(stuck)[0]]
-            names = f"rank {behind[0]}" if len(behind) == 1 else f"ranks {', '.join(map(str, behind))}"
-            return {"ranks": behind, "text": f"{names} made no progress for {self.limit:g} s"}
+            last = [rank for moved, rank in stuck if moved == min(stuck)[0]]
+            names = f"rank {last[0]}" if len(last) == 1 else f"ranks {', '.join(map(str, last))}"
+            return {"ranks": last, "text": f"{names} made no progress for {self.limit:g} s"}
         return None
 
     def _end(self, found: dict[str, Any]) -> None:

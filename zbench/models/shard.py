@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from zbench.errors import UserError
 from zbench.models import families
-from zbench.models.config import ModelConfig
 from zbench.models.families import AnyConfig
 from zbench.models.zaya_config import ZayaConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Config = TypeVar("Config", ModelConfig, ZayaConfig)
+Config = TypeVar("Config", bound=AnyConfig)
 CHANNELS = 8  # inner channels go in such units where they can: GPU products want rows of 16 bytes
 
 
