@@ -270,7 +270,7 @@ def trial(tokens: tuple[int, ...], error: str | None = None) -> TrialRecord:
 
 
 def row(rank: int) -> RankRecord:
-    return RankRecord(rank, 0, "cpu", 1.0, 0.9, None, None, 0.0, 1.0, 1.0)
+    return RankRecord(rank, 0, "cpu", 1.0, 0.9, 0.0, 1.0, 1.0)
 
 
 def test_ranks_that_emit_different_tokens_have_failed() -> None:

@@ -165,11 +165,11 @@ class RankRecord:
     device: str  # as its driver names it
     wall_seconds: float
     forward_seconds: float
-    collective_seconds: float | None  # of the forwards in which they were timed, see `timed_seconds`
-    timed_seconds: float | None  # seconds of those forwards
     collective_bytes: float
     flops: float
     bytes: float  # read and written
+    collective_seconds: float | None = None  # of the forwards in which they were timed
+    timed_seconds: float | None = None  # seconds of those forwards
     peak_bytes: int | None = None
 
 
