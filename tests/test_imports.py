@@ -34,6 +34,7 @@ LIGHT += [
     "report.attention",
     "models.attention",
 ]
+LIGHT += ["compare", "report.compare", "report.scaling", "models.shard"]
 HEAVY = ("torch", "transformers")
 
 

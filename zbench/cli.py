@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             for line in str(error).splitlines():
-                click.echo(f"zbench: {line}", err=True)
+                if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other ranks say the same
+                    click.echo(f"zbench: {line}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:
             click.echo("zbench: interrupted", err=True)
@@ -123,8 +125,11 @@ def run(
     # A terminated run is an interrupted run: what was finished is kept, locks are released.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True)
-    folder = runner.latest(out, wanted) if resume == Path("newest") else resume
+    first = runner.ranks.is_first()
+    folder = runner.latest(out, wanted) if resume == Path("newest") and first else resume
     outcome = runner.run(wanted, out, console, folder, allow_pickle)
+    if not first:
+        return
     page = None
     if report:
         from zbench.report import render
@@ -227,6 +232,48 @@ def report(folder: Path) -> None:
     click.echo(render(folder))
 
 
+@main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--cross-hardware", is_flag=True, help="Compare what is the same in different scenarios, and say what is left out."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where the folder goes."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout; write no folder.")
+def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bool) -> None:
+    """Runs side by side, from any machines, as one page: compare.html, with CSV and JSON. Needs neither torch nor the
+    devices. The first run is what the others are held against.
+
+    \b
+    Examples:
+      zbench compare mi300x/quickstart-20261123-120000 h100/quickstart-20261123-130000
+      zbench compare reports/quickstart-2026112*       before, after, and after that
+      zbench compare cpu_run gpu_run --cross-hardware  scenarios that name different devices
+      zbench compare RUN RUN --json | jq .answers
+
+    Exit codes: 0 compared, 2 bad input, 3 not comparable (other scenario, prompts, weights or format).
+    """
+    from zbench import compare as comparing
+    from zbench import gate as gates
+    from zbench.report import compare as pages
+
+    try:
+        found = comparing.compare(runs, cross_hardware)
+    except gates.NotComparable as reason:
+        click.echo(f"zbench: not comparable: {reason}", err=True)
+        sys.exit(gates.NOT_COMPARABLE)
+    if as_json:
+        click.echo(pages.to_json(found), nl=False)
+        return
+    page = pages.render(found, out)
+    for line in pages.answers(found):
+        click.echo(line)
+    for note in found.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"comparison: {page}")
+
+
 def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
     if not asked or context.resilient_parsing:
         return
@@ -289,8 +336,6 @@ def gate(
     Exit codes: 0 no regression, 1 regressed, 2 bad input, 3 not comparable, 4 inconclusive (with --strict), 130
     interrupted (--ab; what was measured is kept and judged).
     """
-    import os
-
     from zbench import gate as gates
     from zbench.cache import atomic_write
     from zbench.report import verdict as forms

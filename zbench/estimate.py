@@ -11,6 +11,7 @@ from typing import Any
 from zbench import prompts, scenario
 from zbench.models import families, zoo
 from zbench.models.cost import forward_cost
+from zbench.models.shard import Shard
 
 CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only this estimate uses it
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -23,7 +24,7 @@ class Estimate:
     cell: str
     trials: int
     tokens: int  # output tokens over all trials, if none ends early
-    memory_bytes: float | None  # weights and KV cache
+    memory_bytes: float | None  # weights and KV cache, of the fullest device
     # Predicted floor: autoregressive traffic at the measured bandwidth; experts as uniform routing would hit them.
     seconds: float | None
 
@@ -43,9 +44,10 @@ def estimate(wanted: scenario.Scenario) -> list[Estimate]:
         if config is not None:
             memory = memory_bytes(config, at, context)
             if roofs is not None:
-                middle = forward_cost(config, 1, [context + at.output_tokens // 2] * at.batch, at.batch, itemsize)
+                contexts, shard = [context + at.output_tokens // 2] * at.batch, Shard(0, at.parallel.tensor)
+                middle = forward_cost(config, 1, contexts, at.batch, itemsize, shard=shard)
                 traffic = middle.bytes_read + middle.bytes_written
-                seconds = trials * at.output_tokens * traffic / roofs["bandwidth"]["read"]["value"]
+                seconds = trials / at.parallel.data * at.output_tokens * traffic / roofs["bandwidth"]["read"]["value"]
         tokens = at.repeats * len(chosen) * at.output_tokens
         found += [Estimate(cell.id, trials, tokens, memory, seconds) for cell in cells]
     return found
@@ -76,10 +78,10 @@ def longest_prompt(chosen: Sequence[prompts.Prompt]) -> int:
 
 
 def memory_bytes(config: families.AnyConfig, at: scenario.Scenario, context: int) -> float:
-    """Weights of the target, and the cache of a batch at its fullest."""
-    itemsize = ITEMSIZE[at.dtype]
-    full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize)
-    return families.parameter_count(config) * itemsize + full.kv_bytes
+    """Weights of the target, and the cache of a batch at its fullest; on the fullest of several devices."""
+    itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
+    full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize, shard=shard)
+    return shard.parameters(config) * itemsize + full.kv_bytes
 
 
 def model_config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:

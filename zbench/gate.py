@@ -270,7 +270,9 @@ def _cell(path: Path, cell: Cell, policy: Policy) -> CellSnapshot:
 def _refuse_nan(run: Run) -> None:
     """Sums of a table leave NaN out without a word, and a count that leaves something out is a wrong count."""
     for what, table in (("forward", run.forwards), ("step", run.steps)):
-        numbers = table.select_dtypes("number").drop(columns="experts", errors="ignore")  # NaN for a dense model
+        # NaN for a dense model, and where one device has it all.
+        absent = ["experts", "collective_bytes", "collective_seconds"]
+        numbers = table.select_dtypes("number").drop(columns=absent, errors="ignore")
         if (odd := ~np.isfinite(numbers.to_numpy(dtype=float))).any():
             row, column = np.argwhere(odd)[0]
             where = f"{numbers.columns[column]} of a {what} of {table['cell'].iloc[row]}"

@@ -76,7 +76,10 @@ class Run:
     def cells(self) -> tuple[Cell, ...]:
         """The planned cells with their records, baselines attached, in the manifest's order."""
         bare = {record.id: self._cell(record) for record in self.manifest.cells}
-        return tuple(replace(cell, baseline=_baseline_of(cell, bare.values())) for cell in bare.values())
+        return tuple(
+            replace(cell, baseline=_baseline_of(cell, bare.values()), alone=_alone(cell, bare.values()))
+            for cell in bare.values()
+        )
 
     def _cell(self, record: CellRecord) -> Cell:
         mine = [trial for trial in self.trials if trial.cell == record.id]
@@ -107,6 +110,12 @@ class Cell:
     roofs: dict[str, Any] | None
     specs: dict[str, Any] | None
     baseline: Cell | None = None
+    alone: Cell | None = None  # the same engine on one device, where this one has several
+
+    @property
+    def devices(self) -> int:
+        """That the cell takes: every replica's."""
+        return self.record.tensor * self.record.replicas
 
     @property
     def decoded(self) -> pd.DataFrame:
@@ -340,6 +349,19 @@ def decode_tps(cell: Cell) -> Estimate:
 def throughput(cell: Cell) -> Estimate:
     tokens = [sum(len(request.output_ids) for request in trial.requests) for trial in cell.trials]
     return stats.ratio(tokens, [t.wall_seconds for t in cell.trials], [t.group for t in cell.trials])
+
+
+@metric(
+    "throughput_per_device",
+    "tokens/s",
+    "throughput / devices that hold the model between them (parallel.tensor); each replica of several has its own",
+    "higher",
+)
+def throughput_per_device(cell: Cell) -> Estimate:
+    whole = throughput(cell)
+    edges = (whole.value, whole.low, whole.high)
+    value, low, high = (None if edge is None else float(edge) / cell.record.tensor for edge in edges)
+    return replace(whole, value=value, low=low, high=high)
 
 
 @metric("tokens_per_forward", "tokens", "committed tokens / forwards of the target, in decode", "higher")
@@ -699,7 +721,63 @@ def floor_seconds(cell: Cell) -> dict[str, Estimate]:
 
 
 @metric(
-    "bound", "", "overhead where measured > 2 x floor, else the larger term of the floor: memory or compute", "none"
+    "parallel_efficiency",
+    "1",
+    "decode seconds per token of the same engine on one device / (devices that hold the model x those here), same "
+    "prompt and repeat; geometric mean over pairs",
+    "higher",
+)
+def parallel_efficiency(cell: Cell) -> Estimate:
+    if cell.devices == 1:
+        raise Unavailable("this is one device")
+    if cell.alone is None or not cell.alone.trials:
+        raise Unavailable("the engine was not run on one device at this point of the matrix")
+    ran, before = ((c.trials[0].kernels or {}).get("forward") for c in (cell, cell.alone))
+    if ran != before:
+        raise Unavailable(f"one device ran other kernels ({before}) than these ({ran})")
+    pairs = cell.decoded.merge(cell.alone.decoded, on=["prompt_id", "repeat"], suffixes=("", "_baseline"))
+    if pairs.empty:
+        raise Unavailable("no prompt succeeded both here and on one device")
+    theirs, mine = _seconds_per_token(pairs)
+    return stats.paired_ratio(theirs, mine * cell.record.tensor, pairs["group"])
+
+
+@metric(
+    "communication_share",
+    "1",
+    "seconds in collectives, waiting for other ranks included / seconds of the same forwards, where they were timed; "
+    "of rank 0, in decode and by kind of forward",
+    "lower",
+)
+def communication_share(cell: Cell) -> dict[str, Estimate]:
+    timed = {kind: f.dropna(subset="collective_seconds") for kind, f in _shared(cell)}
+    decode = [f[f["step"] > 0] for f in timed.values()]
+    parts = {"decode": pd.concat(decode)} | timed
+    return {
+        part: stats.ratio(f["collective_seconds"], f["seconds"], f["group"])
+        if len(f)
+        else unavailable("the collectives of no such forward were timed")
+        for part, f in parts.items()
+    }
+
+
+@metric(
+    "collective_bytes",
+    "B",
+    "bytes that a rank sends in the collectives of one forward of this kind, counted from shapes: 2 (n - 1)/n of what "
+    "n ranks sum, (n - 1)/n of the logits they gather",
+    "lower",
+)
+def collective_bytes(cell: Cell) -> dict[str, Estimate]:
+    return {kind: stats.mean(f["collective_bytes"], f["group"]) for kind, f in _shared(cell)}
+
+
+@metric(
+    "bound",
+    "",
+    "overhead where measured > 2 x floor (communication, if collectives are most of what is beyond the floor), else "
+    "the larger term of the floor: memory or compute",
+    "none",
 )
 def bound(cell: Cell) -> dict[str, Estimate]:
     return {kind: _bound(cell, forwards) for kind, forwards in _kinds(cell)}
@@ -768,6 +846,16 @@ def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
     except Unavailable as reason:
         return {"": unavailable(str(reason))}
     return result if isinstance(result, dict) else {"": result}
+
+
+def _alone(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
+    def place(other: Cell) -> tuple[str, dict[str, Any]]:
+        point = {axis: v for axis, v in other.record.point.items() if axis.split(".")[0] != "parallel"}
+        return other.record.label, point
+
+    if cell.devices == 1:
+        return None
+    return next((c for c in cells if c.devices == 1 and place(c) == place(cell)), None)
 
 
 def _baseline_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
@@ -866,6 +954,13 @@ def _kinds(cell: Cell) -> list[tuple[str, pd.DataFrame]]:
     return [(str(kind), forwards) for kind, forwards in cell.seen_forwards.groupby("kind", sort=False)]
 
 
+def _shared(cell: Cell) -> list[tuple[str, pd.DataFrame]]:
+    """By kind, the forwards of models that several ranks hold between them; raises Unavailable on one device."""
+    if cell.record.tensor == 1:
+        raise Unavailable("one device holds the model: there is nothing to communicate")
+    return _kinds(cell)
+
+
 def _floors(cell: Cell, forwards: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     """Seconds that memory and arithmetic would need at the measured roofs, per forward."""
     return forwards["bytes"] / cell.roof("bandwidth"), forwards["flops"] / cell.roof("flops")
@@ -875,8 +970,11 @@ def _bound(cell: Cell, forwards: pd.DataFrame) -> Estimate:
     memory, compute = _floors(cell, forwards)
     over_floor = forwards["seconds"].sum() / np.maximum(memory, compute).sum()
     larger = "memory" if memory.sum() >= compute.sum() else "compute"
+    beyond = 1 - 1 / over_floor  # share of the time
+    timed = forwards.dropna(subset="collective_seconds")
+    talking = timed["collective_seconds"].sum() / timed["seconds"].sum() if len(timed) else 0.0
     return Estimate(
-        "overhead" if over_floor > OVERHEAD else larger,
+        larger if over_floor <= OVERHEAD else "communication" if talking > beyond / 2 else "overhead",
         n=forwards["group"].nunique(),
         estimator="sums over forwards",
         note=f"measured {over_floor:.2f} × floor",
@@ -908,7 +1006,7 @@ _STEP_COLUMNS = (
 _VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
-    "experts",
+    *(_NOT_ALWAYS := ("experts", "collective_bytes", "collective_seconds")),
 )  # fmt: skip
 
 
@@ -964,7 +1062,7 @@ def _forwards(trial: TrialRecord) -> dict[str, list]:
         "bytes": [read + written for read, written in zip(stored["bytes_read"], stored["bytes_written"], strict=True)],
         "live": [live.get(step, 0) for step in stored["step"]],  # a last step that gained nothing is not recorded
         "kind": [_kind(step == 0, model, role, rows) for step, model, role, rows in kinds],
-        "experts": [np.nan if experts is None else experts for experts in stored["experts"]],
+        **{name: [np.nan if value is None else value for value in stored[name]] for name in _NOT_ALWAYS},
     }
 
 

@@ -30,6 +30,10 @@ class ForwardRecord:
     per sequence before it. `flops`, `bytes_read` and `bytes_written` are counted from shapes for the
     whole forward (all sequences). `committed` is summed over the batch. `experts` is the mean over layers of
     the distinct experts that the router sent a row to; None for a dense model.
+
+    Where several ranks hold the model between them, all but `seconds` and `committed` are rank 0's part of it, and no
+    rank has more. `collective_bytes` is what it sends to the others; `collective_seconds` the share of `seconds` spent
+    in collectives, waiting for the others included (None: not timed in this forward, see `models/team.py`).
     """
 
     step: int  # index of the step it belongs to; step 0 is the prefill
@@ -44,6 +48,8 @@ class ForwardRecord:
     seconds: float
     committed: int
     experts: float | None = None
+    collective_bytes: float | None = None
+    collective_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,23 @@ class Table(Sequence[T], Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
+class RankRecord:
+    """What one rank did in a trial, summed over its forwards."""
+
+    rank: int
+    replica: int
+    device: str  # as its driver names it
+    wall_seconds: float
+    forward_seconds: float
+    collective_bytes: float
+    flops: float
+    bytes: float  # read and written
+    collective_seconds: float | None = None  # of the forwards in which they were timed
+    timed_seconds: float | None = None  # seconds of those forwards
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
     cell: str
     group: int  # index of the batch of prompts
@@ -165,6 +188,7 @@ class TrialRecord:
     error: str | None = None
     peak_bytes: int | None = None  # device memory high-water mark; None where the device does not say
     kernels: dict[str, str] | None = None  # operator -> implementation that ran
+    ranks: tuple[RankRecord, ...] = ()  # of the replica that ran it; empty for a run of one process
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -175,7 +199,8 @@ class TrialRecord:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["requests"] = [asdict(r) for r in self.requests]
         data["steps"] = columns(StepRecord, self.steps)
-        data["forwards"] = columns(ForwardRecord, self.forwards)
+        data["forwards"] = _stored(ForwardRecord, self.forwards)
+        data["ranks"] = _stored(RankRecord, self.ranks)
         return json.dumps({"schema": SCHEMA_VERSION, **data}, separators=(",", ":"))
 
     @classmethod
@@ -187,6 +212,7 @@ class TrialRecord:
         data["requests"] = tuple(_request(r) for r in data["requests"])
         data["steps"] = Table(StepRecord, data["steps"])
         data["forwards"] = Table(ForwardRecord, data["forwards"])
+        data["ranks"] = tuple(Table(RankRecord, data.get("ranks", {})))
         return cls(**data)
 
 
@@ -207,6 +233,8 @@ class CellRecord:
     output_tokens: int
     sampling: dict[str, Any]
     baseline: bool  # the cell others at the same point are compared with
+    tensor: int = 1  # ranks that hold a model between them
+    replicas: int = 1  # of the model, each on so many ranks, which share the prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +278,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: {error.strerror}; give the folder that `zbench run` wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not the manifest of a run ({_one_line(error)}); run the scenario again") from None
+
+
+def schema_version(manifest: Path) -> Any:
+    """Of a manifest file, whatever else is wrong with it; None where it does not say."""
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("schema_version")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
@@ -298,3 +334,8 @@ def columns(kind: type[T], records: Sequence[T]) -> dict[str, list]:
     if isinstance(records, Table):
         return {name: records.column(name) for name in names}
     return {name: [getattr(r, name) for r in records] for name in names}
+
+
+def _stored(kind: type[T], records: Sequence[T]) -> dict[str, list]:
+    """`columns` without those that are None throughout: most models have no experts, most runs one rank."""
+    return {name: values for name, values in columns(kind, records).items() if set(map(type, values)) != {type(None)}}

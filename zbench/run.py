@@ -17,19 +17,21 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import zbench
-from zbench import accuracy, engines, prompts, scenario
+from zbench import accuracy, engines, prompts, ranks, scenario
 from zbench.cache import atomic_write, new_folder
 from zbench.engines import lossless
 from zbench.engines.base import Engine, Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
-from zbench.hardware import device as devices
 from zbench.hardware import environment, roofs, specs
 from zbench.hardware.device import Device
 from zbench.models import loading, zoo
 from zbench.models.families import parameter_count
+from zbench.models.shard import Shard
+from zbench.models.team import RankLost
 from zbench.models.zaya_config import ZayaConfig
 from zbench.progress import track
+from zbench.ranks import Member, World
 from zbench.records import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -71,6 +73,7 @@ class Point:
     shared: engines.Shared
     batches: tuple[tuple[tuple[prompts.Prompt, list[int]], ...], ...]
     warmup: tuple[list[int], ...]
+    member: Member | None  # this rank's place here; None: it has none
     checked: dict[tuple, LosslessCheck] = field(default_factory=dict)
 
 
@@ -96,21 +99,33 @@ class Outcome:
         return ", ".join(parts)
 
 
-def prepare(wanted: scenario.Scenario, say: Callable[[str], None], allow_pickle: bool = False) -> tuple[Point, ...]:
+def prepare(
+    wanted: scenario.Scenario,
+    say: Callable[[str], None],
+    allow_pickle: bool = False,
+    world: World | None = None,
+) -> tuple[Point, ...]:
     """Load models, tokenise prompts and check that everything fits. Raises UserError before anything is measured."""
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
-    device = devices.resolve(wanted.device)
+    world = world or World()
+    device = world.device(wanted.device)
     models: dict[str, tuple[engines.Shared, Any]] = {}
+    files: dict[str, loading.LoadedModel] = {}
     points = []
     for at, cells in scenario.points(wanted):
-        key = repr((at.model_spec, at.dtype))
-        if key not in models:
+        member = world.member(at.parallel)
+        weights = repr((at.model_spec, at.dtype))
+        if weights not in files:
             say(f"loading {at.model_name} ({at.dtype})")
-            loaded = _load(at)
-            shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle)
+            files[weights] = _load(at)
+        key = f"{weights} {at.parallel.tensor} {at.parallel.data}"
+        if key not in models:
+            loaded, team = files[weights], member.team if member else None
+            shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle, team)
             models[key] = (shared, loading.load_tokenizer(loaded))
         shared, tokenizer = models[key]
+        Shard(0, at.parallel.tensor).check(shared.model.config)
         for cell in cells:
             engines.check(cell.engine, cell.options, shared.model.config)
         chosen = prompts.load(at.prompts)
@@ -123,9 +138,14 @@ def prepare(wanted: scenario.Scenario, say: Callable[[str], None], allow_pickle:
             )
         pairs = list(zip(chosen, encoded, strict=True))
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
+        if len(batches) % at.parallel.data:
+            raise UserError(
+                f"{len(batches)} batches of prompts cannot be shared evenly by parallel.data {at.parallel.data}:"
+                " give prompts another limit, or another batch"
+            )
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
-        points.append(Point(at, cells, tokenizer, device, shared, batches, warmup))
+        points.append(Point(at, cells, tokenizer, device, shared, batches, warmup, member))
     return tuple(points)
 
 
@@ -141,13 +161,14 @@ def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:
     drift of the machine falls on all of them alike."""
     planned, order = [], 0
     for point in points:
-        trials = []
+        trials, replicas = [], point.scenario.parallel.data
         for repeat in range(point.scenario.repeats):
-            for group in range(len(point.batches)):
-                cells = point.cells if (repeat + group) % 2 == 0 else tuple(reversed(point.cells))
+            for first in range(0, len(point.batches), replicas):  # what the replicas decode side by side
+                cells = point.cells if (repeat + first // replicas) % 2 == 0 else tuple(reversed(point.cells))
                 for cell in cells:
-                    trials.append(Trial(cell, group, repeat, order))
-                    order += 1
+                    for group in range(first, first + replicas):
+                        trials.append(Trial(cell, group, repeat, order))
+                        order += 1
         planned.append((point, trials))
     return planned
 
@@ -160,33 +181,61 @@ def run(
     allow_pickle: bool = False,
 ) -> Outcome:
     """Measure a scenario into a run folder under `out`, or finish the one at `resume`."""
+    with ranks.joined() as world:
+        return _run(wanted, out, console, resume, allow_pickle, world)
+
+
+def _run(
+    wanted: scenario.Scenario, out: Path, console: Console, resume: Path | None, allow_pickle: bool, world: World
+) -> Outcome:
     began = time.monotonic()
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if world.rank == 0:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    points = prepare(wanted, say, allow_pickle)
+    world.meet([at.parallel for at, _ in scenario.points(wanted)], wanted.device)
+    points, wrong = tuple[Point, ...](), None
+    try:
+        points = prepare(wanted, say, allow_pickle, world)
+    except UserError as error:
+        wrong = str(error)
+    world.agreed(wrong)
     device = points[0].device
     snapshot = environment.snapshot(device, wanted.threads)
+    if world.size > 1:
+        snapshot["ranks"] = _ranks(world.all((snapshot["system"]["host"], snapshot["device"])))
     planned = plan(points)
     total = sum(len(trials) for _, trials in planned)
-    if resume is None:
-        folder = new_folder(out, wanted.name)
-        dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
-        measured = roofs.load_or_measure(device, dtypes, progress=say)
-        manifest = _manifest(wanted, points, snapshot, measured)
+    folder, finished = Path(), set[tuple[str, int, int]]()
+    if world.rank == 0:
+        if resume is None:
+            folder = new_folder(out, wanted.name)
+            dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
+            measured = roofs.load_or_measure(device, dtypes, progress=say)
+            manifest = _manifest(wanted, points, snapshot, measured)
+            try:
+                atomic_write(folder / MANIFEST, manifest.to_json())
+            except OSError as error:
+                raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        else:
+            folder = resume
+            finished = _finished(folder, wanted, points, snapshot)
+    folder, finished = world.told((folder, finished))
+    measured_trials = _measure(planned, finished, wanted.budget_seconds, began, world)
+    if world.rank:
         try:
-            atomic_write(folder / MANIFEST, manifest.to_json())
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}") from error
-        finished: set[tuple[str, int, int]] = set()
-    else:
-        folder = resume
-        finished = _finished(folder, wanted, points, snapshot)
+            for _ in measured_trials:
+                pass
+        except KeyboardInterrupt:
+            world.interrupted()
+        except _BudgetSpent:
+            pass
+        return Outcome(folder, total, len(finished), 0)
     failed, stopped = 0, None
     with _locked(folder), _Log(folder / TRIALS) as log, track(total, len(finished), console) as advance:
         try:
-            for record in _measure(planned, finished, wanted.budget_seconds, began):
+            for record in measured_trials:
                 log.append(record)
                 failed += record.status == "error"
                 if record.status == "ok":
@@ -194,9 +243,19 @@ def run(
                 advance(_headline(record))
         except KeyboardInterrupt:
             stopped = INTERRUPTED
+            world.interrupted()
         except _BudgetSpent:
             stopped = "the scenario's time budget is spent"
     return Outcome(folder, total, len(finished), failed, stopped)
+
+
+def _ranks(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, str]:
+    """Which device each rank has, on which of the hosts, for the record: "host 0, NVIDIA ..., uuid"."""
+    hosts = list(dict.fromkeys(host for host, _ in found))
+    return {
+        f"rank {rank}": f"host {hosts.index(host)}, {facts['id']}, {facts['name']}, {facts['uuid']}"
+        for rank, (host, facts) in enumerate(found)
+    }
 
 
 def in_memory(wanted: scenario.Scenario) -> tuple[Manifest, list[TrialRecord]]:
@@ -211,8 +270,14 @@ class _BudgetSpent(Exception):
 
 
 def _measure(
-    planned: list[tuple[Point, list[Trial]]], finished: set, budget: float | None, began: float
+    planned: list[tuple[Point, list[Trial]]],
+    finished: set[tuple[str, int, int]],
+    budget: float | None,
+    began: float,
+    world: World | None = None,
 ) -> Iterator[TrialRecord]:
+    world = world or World()
+    done = frozenset(finished)  # rank 0 goes on to add to it, and ranks must not differ in what is left
     before: engines.Shared | None = None
     ready: dict[str, Engine | Exception] = {}
     for point, trials in planned:
@@ -220,14 +285,22 @@ def _measure(
         if before is not None and before is not point.shared:
             before.release()
         before = point.shared
-        open_trials = [trial for trial in trials if trial.key not in finished]
-        if not open_trials:
+        limit, replicas = point.scenario.parallel.timeout_seconds, point.scenario.parallel.data
+        rounds = [trials[i : i + replicas] for i in range(0, len(trials), replicas)]  # as `plan` lays them out
+        open_rounds = [side for side in rounds if any(trial.key not in done for trial in side)]
+        if not open_rounds:
             continue
-        ready |= _engines(point)
-        for trial in open_trials:
-            if budget is not None and time.monotonic() - began > budget:
-                raise _BudgetSpent
-            yield measure(point, trial, ready[trial.cell.id])
+        world.follow(point.member)
+        with world.measuring(limit * ranks.LOADING):
+            ready |= _engines(point) if point.member else {}
+            world.told(None)
+        with world.measuring(limit):
+            for side in open_rounds:
+                if world.told(budget is not None and time.monotonic() - began > budget):
+                    raise _BudgetSpent
+                mine = next((t for t in side if point.member and t.group % replicas == point.member.replica), None)
+                record = measure(point, mine, ready[mine.cell.id]) if mine else None
+                yield from world.collected(record, point.member, point.device)
 
 
 def _engines(point: Point) -> dict[str, Engine | Exception]:
@@ -242,8 +315,10 @@ def _engines(point: Point) -> dict[str, Engine | Exception]:
                 ids = point.warmup[start : start + batch]
                 ids = ids + (ids[-1],) * (batch - len(ids))
                 request = _request(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
-                engine.generate(ids, request, Meter(point.device))
+                engine.generate(ids, request, Meter(point.device, point.shared.team))
             built[cell.id] = engine
+        except RankLost:
+            raise
         except Exception as error:  # one engine that cannot run here must not end the others' run
             built[cell.id] = error
     return built
@@ -258,7 +333,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
     try:
         if isinstance(engine, Exception):
             raise engine
-        meter = Meter(point.device)
+        meter = Meter(point.device, point.shared.team)
         seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
         request = _request(point, seeds, point.scenario.output_tokens)
         point.device.reset_peak()
@@ -299,6 +374,8 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
             peak_bytes=peak,
             kernels=engine.kernels,
         )
+    except RankLost:
+        raise
     except Exception as error:  # out of memory, a kernel that fails: an error row, and the rest goes on
         message = next(iter(str(error).splitlines()), "") or "no message"
         if point.device.type == "cuda":

@@ -558,6 +558,22 @@ class WarmupSpec(_Strict):
     output_tokens: Count = Field(default=16, description="Tokens decoded for each.")
 
 
+class ParallelSpec(_Strict):
+    """The ranks of a point: `torchrun` starts the processes, one per GPU."""
+
+    tensor: Count = Field(
+        default=1, description="Ranks that hold one model between them: heads, MLPs and vocabulary are shared out."
+    )
+    data: Count = Field(default=1, description="Replicas of the model that share the prompts, `tensor` ranks each.")
+    timeout_seconds: float = Field(
+        default=120, gt=0, description="A rank that has made no progress for so long ends the run."
+    )
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.data
+
+
 class BudgetSpec(_Strict):
     """When to stop early. What was measured until then is kept, and the run can be resumed."""
 
@@ -663,6 +679,11 @@ class Scenario(_Strict):
     sampling: SamplingSpec = Field(default=SamplingSpec(), description="How tokens are chosen.")
     batch: Count = Field(default=1, description="Prompts decoded together.")
     threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's choice.")
+    parallel: ParallelSpec = Field(
+        default=ParallelSpec(),
+        description="Over how many ranks the model and the prompts are spread (see docs/parallel.md). As an axis of the"
+        " matrix, parallel.tensor measures several sizes in one run.",
+    )
     repeats: Count = Field(default=2, description="Times that every prompt is measured on every engine.")
     lossless_check: bool = Field(
         True,
@@ -715,6 +736,15 @@ class Scenario(_Strict):
         if baseline is not None and titles and baseline not in titles:
             raise ValueError(f"no engine is labelled {baseline!r}; {_nearest(baseline, titles)}")
         return baseline
+
+    @model_validator(mode="after")
+    def _can_be_spread(self) -> Scenario:
+        for engine in self.engines if self.parallel.tensor > 1 else ():
+            if engine.name == "reference":
+                raise ValueError("reference decodes on one rank only; leave it out where parallel.tensor is above 1")
+            if engine.options.get("execution") == "native":
+                raise ValueError("execution: native runs on one rank only; not where parallel.tensor is above 1")
+        return self
 
     @property
     def baseline_label(self) -> str:
@@ -906,6 +936,8 @@ def content_hash(scenario: Scenario) -> str:
     """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter. Nor
     does the hardware that it is about: on which device something was measured, the environment says."""
     content = scenario.model_dump(mode="json", exclude={"name", "description", "hardware"})
+    if scenario.parallel.ranks == 1:  # as in scenarios from before there was such a key
+        del content["parallel"]
     labels = [
         {**engine, "label": spec.title} for engine, spec in zip(content["engines"], scenario.engines, strict=True)
     ]
@@ -1155,6 +1187,8 @@ def _cells(at: Scenario, point: dict[str, Any]) -> tuple[CellRecord, ...]:
             output_tokens=at.output_tokens,
             sampling=at.sampling.model_dump(),
             baseline=engine.title == at.baseline_label,
+            tensor=at.parallel.tensor,
+            replicas=at.parallel.data,
         )
         for engine in at.engines
     )

@@ -17,20 +17,31 @@ if TYPE_CHECKING:
     from zbench.models.families import AnyConfig
     from zbench.models.loading import LoadedModel
     from zbench.models.model import Model
+    from zbench.models.team import Team
 
 
 class Shared:
     """What engines on the same model have in common: the target, loaded onto the device once."""
 
-    def __init__(self, model: LoadedModel, dtype: torch.dtype, device: Device, allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        dtype: torch.dtype,
+        device: Device,
+        allow_pickle: bool = False,
+        team: Team | None = None,
+    ) -> None:
+        from zbench.models.team import ALONE
+
         self.model, self.dtype, self.device, self.allow_pickle = model, dtype, device, allow_pickle
+        self.team = team or ALONE
         self._targets: dict[str, Model] = {}
 
     def target(self, execution: str) -> Model:
         from zbench.models.model import build
 
         if execution not in self._targets:
-            self._targets[execution] = build(self.model, self.dtype, self.device.torch, execution)
+            self._targets[execution] = build(self.model, self.dtype, self.device.torch, execution, self.team)
         return self._targets[execution]
 
     def release(self) -> None:
@@ -120,7 +131,7 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
             checkpoint = adapters.random_adapter(config, chosen["seed"], chosen["rank"], block, shared.dtype)
         else:
             checkpoint = adapters.load_adapter(_drafter_folder(chosen, "adapter"), config)
-        adapter = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device)
+        adapter = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device, shared.team.shard)
     mask_id = _mask_id(options, config)
     threshold = 0.9 if options["threshold"] is None else options["threshold"]
     engine: Engine

@@ -25,6 +25,7 @@ from zbench.models.cache import Cache
 from zbench.models.cost import Cost
 from zbench.models.model import Model, Output, routing
 from zbench.models.rows import Rows
+from zbench.models.team import ALONE, Spans, Team
 from zbench.records import ForwardRecord, Role, StepRecord
 
 Finish = Literal["eos", "length"]
@@ -198,6 +199,7 @@ class _Forward:
     cost: Callable[[], Cost]
     start: Mark
     end: Mark
+    collectives: Spans | None
 
 
 @dataclass(slots=True)
@@ -215,12 +217,14 @@ class _Step:
 class Meter:
     """Times one trial. Marks are taken while decoding and turned into seconds and bytes afterwards: no added sync."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    def __init__(self, device: Device, team: Team = ALONE) -> None:
+        self.device, self.team = device, team
+        team.taken()  # what ran since the last trial (the lossless check does) is none of this one's
         self._steps: list[_Step] = []
         self._forwards: list[_Forward] = []
 
     def begin_step(self) -> None:
+        self.team.alive += 1
         self._steps.append(_Step(self.device.mark()))
 
     def end_step(self) -> None:
@@ -293,7 +297,8 @@ class Meter:
         name: str = "target",
     ) -> None:
         """A forward that ran elsewhere between two marks."""
-        self._forwards.append(_Forward(len(self._steps) - 1, name, role, rows, contexts, cost, start, end))
+        collectives = self.team.taken()
+        self._forwards.append(_Forward(len(self._steps) - 1, name, role, rows, contexts, cost, start, end, collectives))
 
     def records(self) -> tuple[tuple[StepRecord, ...], tuple[ForwardRecord, ...]]:
         """Resolve all marks. Call after the decode; steps that gained nothing at the very end are dropped."""
@@ -334,6 +339,8 @@ class Meter:
                     seconds=seconds(f.start, f.end),
                     committed=sum(steps[f.step].committed) if decided else 0,
                     experts=cost.experts,
+                    collective_bytes=cost.collective_bytes if self.team.size > 1 else None,
+                    collective_seconds=None if f.collectives is None else sum(seconds(*span) for span in f.collectives),
                 )
             )
         return steps, tuple(forwards)

@@ -287,7 +287,7 @@ def run_head(model: Model, hidden: Tensor, contexts: list[int], meter: Meter) ->
         "draft",
         hidden.shape[1],
         contexts,
-        lambda: head_cost(model.config, wanted, model.dtype.itemsize),
+        lambda: head_cost(model.config, wanted, model.dtype.itemsize, model.team.shard),
         start,
         meter.device.mark(),
         name="head",

@@ -19,6 +19,7 @@ from zbench.models import zoo
 from zbench.models.cost import Cost, forward_cost, head_cost
 from zbench.models.drafters import DFlashConfig, Eagle3Config
 from zbench.models.families import AnyConfig
+from zbench.models.shard import WHOLE, Shard
 from zbench.records import Role
 
 # Up to so many rows of all sequences the head of a diffusion engine runs on all of them at once: else it reads its
@@ -34,7 +35,7 @@ class Forward:
     rows: int
     pairs: int  # (row, visible new row): what attention computes beside the committed prefix
     logits: int  # rows that ask for logits
-    cost: Callable[[Sequence[int], int], Cost]  # (committed tokens of each sequence, bytes per element)
+    cost: Callable[..., Cost]  # (committed tokens of each sequence, bytes per element, shard=WHOLE): one rank's
     model: Literal["target", "drafter", "head"] = "target"
 
 
@@ -59,8 +60,8 @@ def plan(engine: str, options: Mapping[str, Any], target: AnyConfig, batch: int 
 def on_target(target: AnyConfig, role: Role, rows: int, pairs: int, logits: int) -> Forward:
     """A forward of the target."""
 
-    def cost(contexts: Sequence[int], itemsize: int) -> Cost:
-        return forward_cost(target, rows, contexts, logits * len(contexts), itemsize, pairs)
+    def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
+        return forward_cost(target, rows, contexts, logits * len(contexts), itemsize, pairs, shard=shard)
 
     return Forward(role, rows, pairs, logits, cost)
 
@@ -92,7 +93,7 @@ def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
         # Level 0 reads what was committed, padded to the longest path; each later one the beam of the level before.
         rows, pairs, wanted = (depth + 1, causal_pairs(depth + 1), 1) if index == 0 else (k, k * index, k)
 
-        def cost(contexts: Sequence[int], itemsize: int) -> Cost:
+        def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:  # every rank has it whole
             return drafter.cost(rows, contexts, wanted * len(contexts), pairs, index == 0, itemsize)
 
         return Forward("draft", rows, pairs, wanted, cost, "drafter")
@@ -124,9 +125,9 @@ def dflash(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     drafter = _dflash_drafter(options["drafter"], target)
     block = options["block"] or drafter.block
 
-    def cost(contexts: Sequence[int], itemsize: int) -> Cost:
+    def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
         # It also reads the target's features of the rows verified last, as many as the block has.
-        return drafter.cost(block, block, contexts, itemsize)
+        return drafter.cost(block, block, contexts, itemsize, shard)
 
     draft = Forward("draft", block, block * block, block - 1, cost, "drafter")
     return Plan((draft, on_target(target, "verify", block, causal_pairs(block), block)), block - 1)
@@ -190,8 +191,8 @@ def diffusion_forward(
 def head(target: AnyConfig, rows: int) -> Forward:
     """The output head alone, on rows of a forward that was just made."""
 
-    def cost(contexts: Sequence[int], itemsize: int) -> Cost:
-        return head_cost(target, rows * len(contexts), itemsize)
+    def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
+        return head_cost(target, rows * len(contexts), itemsize, shard)
 
     return Forward("draft", rows, 0, rows, cost, "head")
 

@@ -11,7 +11,7 @@ the sum of its forwards (`engines/plans.py`). Everything of this module is a pre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import zbench
@@ -21,6 +21,7 @@ from zbench.errors import UserError
 from zbench.hardware import specs
 from zbench.models.cost import Cost
 from zbench.models.families import AnyConfig
+from zbench.models.shard import WHOLE, Shard
 from zbench.models.zaya_config import ZayaConfig
 from zbench.records import CellRecord
 
@@ -76,6 +77,7 @@ class ForwardTime:
     predicted_compute_seconds: float
     predicted_seconds: float
     predicted_bound: Bound
+    collective_bytes: float = 0.0  # that one device sends; they take no time here
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class EngineStep:
     acceptance: str | None = None  # what was asked for, in words: "synthetic (length 3.2)"
     predicted_tokens_per_step: float | None = None
     predicted_tokens_per_second: float | None = None  # of one sequence
-    predicted_throughput: float | None = None  # tokens/s of the whole batch
+    predicted_throughput: float | None = None  # tokens/s of the whole batch, and of all replicas
     predicted_speedup: float | None = None  # over an autoregressive step
     unavailable: str | None = None
     notes: tuple[str, ...] = ()
@@ -135,7 +137,7 @@ class PointProjection:
     batch: int
     context: int  # committed tokens of each sequence
     context_from: Literal["the scenario", "the longest prompt, by its characters"]
-    memory_bytes: float  # weights of the target and a full cache
+    memory_bytes: float  # weights of the target and a full cache; of the fullest device
     fits: bool | None  # None: the device's memory is not known
     predicted_autoregressive_seconds: float
     predicted_autoregressive_bound: Bound
@@ -145,6 +147,8 @@ class PointProjection:
     predicted_row_curve: tuple[tuple[int, float], ...]  # (rows, time over that of one row)
     engines: tuple[EngineStep, ...]
     blocks: tuple[BlockCount, ...]
+    tensor: int = 1  # devices that hold the model between them: counts and times are those of rank 0
+    replicas: int = 1
 
     @property
     def label(self) -> str:
@@ -244,6 +248,8 @@ def project(wanted: scenario.Scenario, peaks: Peaks) -> Projection:
             assumptions.append(_MOE)
         if any(step.engine == "diffusion" for step in points[-1].engines):
             assumptions.append(_DIFFUSION)
+        if at.parallel.tensor > 1:
+            assumptions.append(_PARALLEL)
     return Projection(
         schema_version=SCHEMA_VERSION,
         label="predicted",
@@ -268,6 +274,13 @@ _DIFFUSION = (
 )
 
 
+_PARALLEL = (
+    "Several devices: rank 0 holds the largest share, and every step takes as long as there. Collectives take no time: "
+    "their bytes are counted, but at decode sizes it is their latency that costs, which no spec sheet has. So this is "
+    "the most that tensor parallelism could gain."
+)
+
+
 def _assumptions(peaks: Peaks) -> list[str]:
     def reached(fraction: float) -> str:
         return "all of it, the roof itself" if fraction == 1 else f"{fraction:g} of it"
@@ -279,7 +292,7 @@ def _assumptions(peaks: Peaks) -> list[str]:
         "No overhead: launches, the host, sampling, acceptance and moving the cache take no time.",
         "Traffic is the least there can be: each weight once per forward, each sequence's cache once, new keys, values "
         "and logits once; activations stay on the chip.",
-        "One device holds everything, and every sequence has the same number of committed tokens.",
+        "Every sequence has the same number of committed tokens; one device holds everything, but for parallel.tensor.",
         "Acceptance is what the scenario's synthetic option says, never a measurement.",
     ]
 
@@ -291,10 +304,12 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
             f"prompt and output need {context + at.output_tokens} tokens, {at.model_name} takes"
             f" {target.max_positions}: shorten context, prompts or output_tokens"
         )
-    where = Where(target, [context] * at.batch, at.dtype, peaks)
+    shard = Shard(0, at.parallel.tensor)
+    shard.check(target)
+    where = Where(target, [context] * at.batch, at.dtype, peaks, shard)
     memory = estimate.memory_bytes(target, at, context)
     one = where.chain_seconds(1)
-    steps = [engine_step(cell, where, one) for cell in cells]
+    steps = [_of_all_replicas(engine_step(cell, where, one), at.parallel.data) for cell in cells]
     ridge = _smallest(where.is_compute_bound)
     group = target.heads / target.kv_heads
     return PointProjection(
@@ -317,7 +332,14 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
         blocks=tuple(
             table for cell in cells if cell.engine == "diffusion" and (table := block_count(cell, where, one))
         ),
+        tensor=at.parallel.tensor,
+        replicas=at.parallel.data,
     )
+
+
+def _of_all_replicas(step: EngineStep, replicas: int) -> EngineStep:
+    whole = step.predicted_throughput
+    return step if whole is None else replace(step, predicted_throughput=whole * replicas)
 
 
 _CURVE = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 272, 384, 512)
@@ -331,9 +353,10 @@ class Where:
     contexts: Sequence[int]
     dtype: str
     peaks: Peaks
+    shard: Shard = WHOLE
 
     def cost(self, forward: plans.Forward) -> Cost:
-        return forward.cost(self.contexts, estimate.ITEMSIZE[self.dtype])
+        return forward.cost(self.contexts, estimate.ITEMSIZE[self.dtype], self.shard)
 
     def seconds(self, forward: plans.Forward) -> float:
         return self.peaks.seconds(self.cost(forward), self.dtype)
@@ -365,6 +388,7 @@ class Where:
             compute,
             self.peaks.seconds(cost, self.dtype),
             "compute" if compute > memory else "memory",
+            cost.collective_bytes,
         )
 
 

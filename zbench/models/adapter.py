@@ -32,6 +32,7 @@ from zbench.models import loading
 from zbench.models.checkpoint import check_tensors
 from zbench.models.config import ModelConfig, tensor_shapes
 from zbench.models.cost import Cost
+from zbench.models.shard import WHOLE, Shard, channels
 
 LowRank = tuple[Tensor, Tensor]  # A [r, in], B [out, r]; the scale alpha / r is in B
 
@@ -150,11 +151,19 @@ class MaskAdapter:
     """An adapter on its target's device, in its dtype; `Transformer.forward` takes it."""
 
     def __init__(
-        self, checkpoint: AdapterCheckpoint, target: ModelConfig, dtype: torch.dtype, device: torch.device
+        self,
+        checkpoint: AdapterCheckpoint,
+        target: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard = WHOLE,
     ) -> None:
+        """`shard` is the part of the target that this rank holds."""
         self.config, self.dtype = checkpoint.config, dtype
         self.mask_embedding = checkpoint.tensors[_EMBEDDING].to(device=device, dtype=dtype)  # [masks, D]
         scale = self.config.alpha / self.config.rank
+
+        columns, rows = _parts(target, shard)
 
         def fused(layer: int, part: str, names: Sequence[str]) -> LowRank | None:
             adapted = [name for name in names if name in self.config.modules]
@@ -171,9 +180,13 @@ class MaskAdapter:
                 for name in names
             ]
             b = torch.block_diag(*sides) * scale
+            if shard.size > 1:
+                a, b = a[:, columns.get(names[0], slice(None))], b[rows.get(names[0], slice(None))]
             return a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
 
-        self._low_rank = sum(t.numel() for name, t in checkpoint.tensors.items() if name != _EMBEDDING)
+        local = shard.of(target)
+        ends = {name: _inputs(local)[name] + _outputs(local)[name] for name in self.config.modules}
+        self._low_rank = target.layers * self.config.rank * sum(ends.values())
         self.layers = tuple(
             AdaptedLayer(
                 qkv=fused(layer, "self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -219,6 +232,23 @@ def _shift(stored: Mapping[str, Any]) -> int:
     if shift not in (0, 1) or isinstance(shift, bool):
         raise UserError(f"{_CONFIG}: mask_shift must be 0 or 1, not {shift!r}")
     return int(shift)
+
+
+def _inputs(target: ModelConfig) -> dict[str, int]:
+    inner = {"o_proj": target.heads * target.head_dim, "down_proj": target.ffn}
+    return {name: inner.get(name, target.width) for name in MODULES}
+
+
+def _parts(target: ModelConfig, shard: Shard) -> tuple[dict[str, slice], dict[str, list[int]]]:
+    """What a rank has of A's columns and of B's rows, by the first module of a fused projection; no entry: all."""
+    heads, kv = (channels(r, target.head_dim) for r in (shard.heads(target), shard.kv_heads(target)))
+    ffn, q, k = shard.ffn(target), target.heads * target.head_dim, target.kv_heads * target.head_dim
+    columns = {"o_proj": slice(heads.start, heads.stop), "down_proj": slice(ffn.start, ffn.stop)}
+    rows = {
+        "q_proj": [*heads, *(q + i for i in kv), *(q + k + i for i in kv)],
+        "gate_proj": [*ffn, *(target.ffn + i for i in ffn)],
+    }
+    return columns, rows
 
 
 def _positive(stored: Mapping[str, Any], key: str) -> int:

@@ -3,7 +3,8 @@
 Traffic is the least a forward can do: each weight once, each sequence's cached keys and values once, the new keys
 and values and the logits written once. Activations between operators are left out, they stay in cache at decode
 sizes; so a byte count never exceeds the real traffic and `floor_seconds` is a floor. Of a mixture of experts only the
-experts that the router hit are read.
+experts that the router hit are read. Where several ranks share a model, a cost is that of one rank's shard, and what it
+sends to the others is counted apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zbench.models.config import ModelConfig
+from zbench.models.shard import WHOLE, Shard, collective_bytes
 from zbench.models.zaya_config import CONV_TAPS, ZayaConfig
 
 LOGIT_BYTES = 4  # logits are float32 whatever the weights are
@@ -34,6 +36,7 @@ class Cost:
     kv_bytes: float  # the convolutions' state included, where there is one
     bytes_written: float
     experts: float | None = None  # distinct experts per layer, where a router was seen; never an expectation
+    collective_bytes: float = 0.0  # sent to other ranks, beside the memory traffic
 
     @property
     def bytes_read(self) -> float:
@@ -58,6 +61,7 @@ def forward_cost(
     itemsize: int,
     pairs: float | None = None,
     routing: Routing | None = None,
+    shard: Shard = WHOLE,
 ) -> Cost:
     """Cost of a forward of `rows` rows for each of len(contexts) sequences with that many committed tokens.
 
@@ -68,11 +72,12 @@ def forward_cost(
     Per layer, with R = rows and C = context: qkv 2 R D (q + 2 kv) d, scores and values 4 q d (R C + pairs), output
     2 R q d D, gated MLP 6 R D F; then the head 2 wanted D V. ZAYA's layers have further, with z = (q + kv) d channels,
     W the router's width and E experts: convolutions 4 R z (1 + d), router 2 R (D W + 2 W² + W (E + 1)); the MLP
-    counts for the rows that an expert computes.
+    counts for the rows that an expert computes. With a `shard`, heads, F and V are those of that rank; each rank looks
+    up every row's embedding and ends with all logits.
     """
     if isinstance(config, ZayaConfig):
-        return _zaya_cost(config, rows, contexts, wanted, itemsize, pairs, routing)
-    c = config
+        return _zaya_cost(config, rows, contexts, wanted, itemsize, pairs, routing, shard)
+    c, vocab = shard.of(config), len(shard.vocab(config))
     batch, total_rows = len(contexts), rows * len(contexts)
     pairs = rows * (rows + 1) // 2 if pairs is None else pairs
     qkv_width, q_width = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
@@ -81,12 +86,12 @@ def forward_cost(
     windows = c.windows or (None,) * c.layers
     tokens = sum(min(context, w + rows - 1) if w else context for w in windows for context in contexts)
     attended = rows * tokens + c.layers * batch * pairs
-    flops = 2 * c.layers * total_rows * projections + 4 * q_width * attended + 2 * wanted * c.width * c.vocab
+    flops = 2 * c.layers * total_rows * projections + 4 * q_width * attended + 2 * wanted * c.width * vocab
 
     small = 2 * c.width + (2 * c.head_dim if c.qk_norm else 0)
     small += (qkv_width if c.qkv_bias else 0) + (c.width if c.out_bias else 0)
     small += (2 * c.ffn + c.width) if c.mlp_bias else 0
-    head = (c.vocab + 1) * c.width if wanted else 0
+    head = (vocab + 1) * c.width if wanted else 0
     weights = c.layers * (projections + small) + head + total_rows * c.width  # the last: embedding rows looked up
     per_token = 2 * c.kv_heads * c.head_dim
     return Cost(
@@ -94,6 +99,7 @@ def forward_cost(
         weight_bytes=float(weights * itemsize),
         kv_bytes=float(tokens * per_token * itemsize),
         bytes_written=float(batch * rows * c.layers * per_token * itemsize + wanted * c.vocab * LOGIT_BYTES),
+        collective_bytes=collective_bytes(config, total_rows, wanted, itemsize, shard.size, LOGIT_BYTES),
     )
 
 
@@ -105,13 +111,15 @@ def _zaya_cost(
     itemsize: int,
     pairs: float | None,
     routing: Routing | None,
+    shard: Shard,
 ) -> Cost:
-    c = config
+    c, vocab = shard.of(config), len(shard.vocab(config))
+    values, delayed = map(len, shard.values(config))
     batch, total_rows = len(contexts), rows * len(contexts)
     pairs = rows * (rows + 1) // 2 if pairs is None else pairs
     used = routing or Routing(expected_experts(c.experts, total_rows), total_rows)
     q_width, router, expert = c.heads * c.head_dim, c.router_width, 3 * c.width * c.ffn
-    projections = c.width * (c.mixed + 2 * c.delayed) + q_width * c.width
+    projections = c.width * (c.mixed + values + delayed) + q_width * c.width
     convolutions = CONV_TAPS * c.mixed * (1 + c.head_dim)
     gate = c.width * router + 2 * router**2 + router * (c.experts + 1)
     products = projections + convolutions + gate
@@ -122,28 +130,31 @@ def _zaya_cost(
     biases = 2 * c.mixed + 3 * router + c.experts + 1
     small = norms_and_scales + biases + router  # the last: the router's norm
     states = (c.layers - 1) * router
-    head = (c.vocab + 1) * c.width if wanted else 0
+    head = (vocab + 1) * c.width if wanted else 0
     outside = states + head + (total_rows + 2) * c.width  # embedding rows looked up, their scale and bias
     weights = c.layers * (products + small + used.hit * expert) + outside
     per_token = 2 * c.kv_heads * c.head_dim
-    state = CONV_TAPS * c.mixed + c.delayed  # of a sequence: the last inputs of the convolutions, the delayed value
+    state = CONV_TAPS * c.mixed + delayed  # of a sequence: the last inputs of the convolutions, the delayed value
     begun = sum(context > 0 for context in contexts)
     return Cost(
-        flops=float(c.layers * per_layer + 2 * wanted * c.width * c.vocab),
+        flops=float(c.layers * per_layer + 2 * wanted * c.width * vocab),
         weight_bytes=float(weights * itemsize),
         kv_bytes=float(c.layers * (sum(contexts) * per_token + begun * state) * itemsize),
         bytes_written=float(
             c.layers * (total_rows * per_token + batch * state) * itemsize + wanted * c.vocab * LOGIT_BYTES
         ),
         experts=routing.hit if routing else None,
+        collective_bytes=collective_bytes(config, total_rows, wanted, itemsize, shard.size, LOGIT_BYTES),
     )
 
 
-def head_cost(config: ModelConfig | ZayaConfig, wanted: int, itemsize: int) -> Cost:
+def head_cost(config: ModelConfig | ZayaConfig, wanted: int, itemsize: int, shard: Shard = WHOLE) -> Cost:
     """Cost of the final norm and the head alone, on `wanted` rows."""
+    vocab = len(shard.vocab(config))
     return Cost(
-        flops=float(2 * wanted * config.width * config.vocab),
-        weight_bytes=float((config.vocab + 1) * config.width * itemsize),
+        flops=float(2 * wanted * config.width * vocab),
+        weight_bytes=float((vocab + 1) * config.width * itemsize),
         kv_bytes=0.0,
         bytes_written=float(wanted * config.vocab * LOGIT_BYTES),
+        collective_bytes=collective_bytes(config, 0, wanted, itemsize, shard.size, LOGIT_BYTES),
     )

@@ -221,6 +221,7 @@ class DFlashDrafter:
     def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Model) -> None:
         """`tensors` as in a DFlashCheckpoint."""
         self.config, self.device, self._target_vocab = config, target.device, target.config.vocab
+        self._shard = target.team.shard
         weights = {
             name: tensor.to(device=target.device, dtype=target.dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in tensors.items()
@@ -293,7 +294,7 @@ class DFlashDrafter:
 
     def cost(self, read: int, block: int, contexts: Sequence[int]) -> Cost:
         """Of reading `read` new tokens per sequence, then drafting a block; see `DFlashConfig.cost`."""
-        return self.config.cost(read, block, contexts, self._body.dtype.itemsize)
+        return self.config.cost(read, block, contexts, self._body.dtype.itemsize, self._shard)
 
 
 def _store(cache: Cache, slots: Tensor, keys: Tensor, values: Tensor) -> None:

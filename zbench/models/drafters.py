@@ -12,6 +12,7 @@ from zbench.errors import UserError
 from zbench.models.config import ModelConfig
 from zbench.models.cost import LOGIT_BYTES, Cost, forward_cost
 from zbench.models.families import AnyConfig
+from zbench.models.shard import WHOLE, Shard, collective_bytes
 
 EAGLE3_VOCAB = 8192  # draft vocabulary of a drafter that nobody trained
 DFLASH_LAYERS, DFLASH_BLOCK = 5, 16  # as released
@@ -109,8 +110,9 @@ class DFlashConfig:
         taps = dflash_taps(target.layers, min(layers, max(target.layers - 3, 1)))
         return cls(body, taps, target.vocab - 1, block)
 
-    def cost(self, read: int, block: int, contexts: Sequence[int], itemsize: int) -> Cost:
-        """Of reading `read` new tokens per sequence, then drafting a block (0: none) after contexts[b] tokens."""
+    def cost(self, read: int, block: int, contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
+        """Of reading `read` new tokens per sequence, then drafting a block (0: none) after contexts[b] tokens. Every
+        rank has the drafter's layers whole; the head is the target's and shared as `shard` says, unless it has one."""
         body, batch = self.body, len(contexts)
         kv = body.layers * 2 * body.kv_heads * body.head_dim
         fusing = body.width * (len(self.taps) * body.width + kv) if read else 0
@@ -124,12 +126,14 @@ class DFlashConfig:
         if not block:
             return reading
         layers = forward_cost(body, block, contexts, 0, itemsize, block * block)
-        logits, head = batch * (block - 1), body.width * body.vocab
+        shard = WHOLE if self.own_head else shard
+        logits, head = batch * (block - 1), body.width * len(shard.vocab(body))
         return Cost(
             flops=reading.flops + layers.flops + 2 * logits * head,
             weight_bytes=reading.weight_bytes + layers.weight_bytes + itemsize * (head + body.width),
             kv_bytes=layers.kv_bytes,
             bytes_written=reading.bytes_written + layers.bytes_written + LOGIT_BYTES * logits * body.vocab,
+            collective_bytes=collective_bytes(body, 0, logits, itemsize, shard.size, LOGIT_BYTES),
         )
 
 

@@ -14,6 +14,7 @@ from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing
 from zbench.models.families import AnyConfig
 from zbench.models.rows import Rows
+from zbench.models.team import ALONE, Team
 from zbench.models.zaya_config import ZayaConfig
 
 if TYPE_CHECKING:
@@ -28,13 +29,15 @@ class Output:
 
 
 class Model(Protocol):
-    """`embedding` [V, D] and `head` may be shared by a drafter; `kernels` says what runs each operator."""
+    """`embedding` [V, D] and `head` may be shared by a drafter; `kernels` says what runs each operator; `team` are the
+    ranks that hold it between them, `config` is that of the whole model."""
 
     kernels: dict[str, str]
     execution: str
     dtype: torch.dtype
     device: torch.device
     embedding: Tensor
+    team: Team
 
     @property
     def config(self) -> AnyConfig: ...
@@ -80,13 +83,13 @@ class Model(Protocol):
         ...
 
 
-def build(model: LoadedModel, dtype: torch.dtype, device: torch.device, execution: str) -> Model:
+def build(model: LoadedModel, dtype: torch.dtype, device: torch.device, execution: str, team: Team = ALONE) -> Model:
     """The loaded model on a device, by its architecture. Raises NativeUnavailable as the architectures do."""
     from zbench.models import transformer, zaya
 
     if isinstance(model.config, ZayaConfig):
-        return zaya.Zaya(model.config, model.tensors, dtype, device, execution)
-    return transformer.Transformer(model.config, model.tensors, dtype, device, execution)
+        return zaya.Zaya(model.config, model.tensors, dtype, device, execution, team)
+    return transformer.Transformer(model.config, model.tensors, dtype, device, execution, team=team)
 
 
 def wanted_rows(rows: Rows, cache: Cache, logits: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost, Routing, forward_cost
 from zbench.models.model import Output, wanted_rows
 from zbench.models.rows import Rows
+from zbench.models.team import ALONE, Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class Transformer:
 
     `execution` is "native" (CPU, `kernels/cpu.cpp`) or "torch"; "auto" takes native where it can run.
     `self.kernels` says which implementation runs each operator, for the run's record. `self.embedding` [V, D] and
-    `head` may be shared by a drafter; a `headless` model has layers only and gives hidden states, no logits.
+    `head` may be shared by a drafter; a `headless` model has layers only and gives hidden states, no logits. With a
+    `team` this is one rank's part of it, run by torch.
     """
 
     def __init__(
@@ -116,15 +118,22 @@ class Transformer:
         device: torch.device | str = "cpu",
         execution: str = "auto",
         headless: bool = False,
+        team: Team = ALONE,
     ) -> None:
         """Raises KeyError on missing tensors, NativeUnavailable when native was asked for and cannot be had."""
         self.config, self.dtype, self.device, self.headless = config, dtype, torch.device(device), headless
+        self.team, self._part = team, team.shard.of(config)
         self.inv_freq = inverse_frequencies(config).to(self.device)
-        weights = Weights.from_hf(tensors, config, dtype, self.device, headless)
+        weights = Weights.from_hf(team.shard.tensors(tensors, config), config, dtype, self.device, headless)
+        if team.size > 1 and config.tied:
+            mine = team.shard.vocab(config)
+            weights = replace(weights, head=weights.embedding[mine.start : mine.stop])
         self.embedding, self._norm = weights.embedding, weights.norm.float()
         self._native: cpu.Decoder | None = None
         self._weights: Weights | None = None
         reason = "" if self.device.type == "cpu" else f"device is {self.device.type}"
+        if team.size > 1:
+            reason = "the native decoder runs on one rank only"
         if execution != "torch" and not reason:
             try:
                 self._native = cpu.Decoder(config, weights, self.inv_freq, dtype)
@@ -137,7 +146,7 @@ class Transformer:
         self.execution = "native" if self._native else "torch"
         name = f"native ({cpu.instruction_set()})" if self._native else "torch"
         fallback = {"why_not_native": reason} if reason and self.device.type == "cpu" else {}
-        self.kernels = {"forward": name, **fallback}
+        self.kernels = {"forward": name, **fallback, **team.kernels}
 
     @property
     def weights(self) -> Weights:
@@ -147,7 +156,7 @@ class Transformer:
         return self._weights
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        return Cache(self.config, batch, capacity, self.dtype, self.device, panels=self._native is not None)
+        return Cache(self._part, batch, capacity, self.dtype, self.device, panels=self._native is not None)
 
     def cost(
         self,
@@ -158,7 +167,7 @@ class Transformer:
         routing: Routing | None = None,
     ) -> Cost:
         """See `Model.cost`; a dense model has no routing."""
-        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs)
+        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, shard=self.team.shard)
 
     @torch.inference_mode()
     def forward(
@@ -199,7 +208,8 @@ class Transformer:
         if self._native is not None:
             return self._native.head(hidden)
         assert self._weights is not None and self._weights.head is not None
-        return F.linear(hidden.to(self.dtype), self._weights.head).float()
+        mine = F.linear(hidden.to(self.dtype), self._weights.head).float()
+        return self.team.gather_vocab(mine, self.config)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -209,7 +219,7 @@ class Transformer:
     def _torch_forward(
         self, rows: Rows, cache: Cache, wanted: Tensor, capture: Sequence[int], adapter: MaskAdapter | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        c, weights = self.config, self._weights
+        c, weights, team = self._part, self._weights, self.team
         assert weights is not None
         batch, count = rows.ids.shape
         total = max(cache.sizes) + count
@@ -247,12 +257,12 @@ class Transformer:
                 enable_gqa=True,
             )
             inner = mixed.transpose(1, 2).reshape(batch, count, -1)
-            x = x + add_low_rank(F.linear(inner, layer.out, layer.out_bias), inner, low.out, masked)
+            x = x + team.reduce(add_low_rank(F.linear(inner, layer.out, layer.out_bias), inner, low.out, masked))
             inner = rms_norm(x, layer.mlp_norm, c.rms_eps)
             both = add_low_rank(F.linear(inner, layer.gate_up, layer.gate_up_bias), inner, low.gate_up, masked)
             gate, up = both.chunk(2, -1)
             inner = F.silu(gate) * up
-            x = x + add_low_rank(F.linear(inner, layer.down, layer.down_bias), inner, low.down, masked)
+            x = x + team.reduce(add_low_rank(F.linear(inner, layer.down, layer.down_bias), inner, low.down, masked))
         if c.layers in capture:
             hidden[c.layers] = x.float()
         if self.headless:

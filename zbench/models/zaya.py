@@ -33,6 +33,7 @@ from zbench.models.cost import Cost, Routing, forward_cost
 from zbench.models.model import Output, count_choices, wanted_rows
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
+from zbench.models.team import ALONE, Team
 from zbench.models.transformer import attention_mask, rms_norm, rotate
 from zbench.models.zaya_config import CONV_TAPS, ZayaConfig
 
@@ -45,12 +46,20 @@ class ZayaCache(Cache):
     """
 
     def __init__(
-        self, config: ZayaConfig, batch: int, capacity: int, dtype: torch.dtype, state: torch.dtype, device
+        self,
+        config: ZayaConfig,
+        delayed: int,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        state: torch.dtype,
+        device,
     ) -> None:
+        """`config` and `delayed`, the delayed channels of the values, are those of this rank's part."""
         super().__init__(config, batch, capacity, dtype, device)
         shape = (config.layers, batch)
         self.mixed = torch.zeros(*shape, CONV_TAPS, config.mixed, dtype=state, device=device)
-        self.delayed = torch.zeros(*shape, 1, config.delayed, dtype=state, device=device)
+        self.delayed = torch.zeros(*shape, 1, delayed, dtype=state, device=device)
         self._sequence = torch.arange(batch, device=device)[:, None]
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # parents, mixed and delayed of the last forward
 
@@ -199,7 +208,7 @@ class Block:
     """One layer: attention, then experts."""
 
     def __init__(self, model: Zaya, tensors: Mapping[str, Tensor], index: int) -> None:
-        c = model.config
+        c = model.part
         layer, mlp = (_Layer(model, tensors, f"model.layers.{index}.{part}") for part in ("", "mlp."))
         qkv = "self_attn.qkv_proj."
         self.attention_norm, self.mlp_norm = (
@@ -230,7 +239,7 @@ class Zaya:
     """A loaded model on one device; a `Model`.
 
     `execution` "auto" takes the native CPU kernel for the projections where it can run, and torch for all else;
-    "native" insists on it, "torch" does without.
+    "native" insists on it, "torch" does without. With a `team` this is one rank's part of the model.
     """
 
     def __init__(
@@ -240,10 +249,13 @@ class Zaya:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         execution: str = "auto",
+        team: Team = ALONE,
     ) -> None:
         """`tensors` by their Hugging Face names. Raises KeyError on missing ones, NativeUnavailable when native was
         asked for and cannot be had."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.team, self.part, tensors = team, team.shard.of(config), team.shard.tensors(tensors, config)
+        self.values = tuple(map(len, team.shard.values(config)))  # channels of the current token, of the one before
         reason = self._why_not_native() if execution != "torch" else "torch was asked for"
         if execution == "native" and reason:
             raise cpu.NativeUnavailable(reason)
@@ -257,12 +269,15 @@ class Zaya:
             self.kernels |= {"projections": name, "experts": f"{name}, one after another"}
         elif execution != "torch" and self.device.type == "cpu":
             self.kernels["why_not_native"] = reason
+        self.kernels |= team.kernels
         outer = _Layer(self, tensors, "model.")
         self.embedding = outer.stored("embed_tokens.weight")
         self._scale, self._bias = (outer.exact(f"input_hidden_states_{name}") for name in ("scale", "bias"))
         self._blocks = [Block(self, tensors, index) for index in range(config.layers)]
         self._norm = outer.vector("norm.weight")
-        head = self.embedding if config.tied else _Layer(self, tensors, "").stored("lm_head.weight")
+        mine = team.shard.vocab(config)
+        tied = self.embedding[mine.start : mine.stop]
+        head = tied if config.tied else _Layer(self, tensors, "").stored("lm_head.weight")
         self._head = Projection(head, self.native)
         pairs = torch.arange(0, config.rotary_dim, 2, device=self.device).float() / config.rotary_dim
         self._inv_freq = 1.0 / config.rope_theta**pairs
@@ -275,7 +290,7 @@ class Zaya:
         return cpu.unavailable_reason() or ""
 
     def new_cache(self, batch: int, capacity: int) -> ZayaCache:
-        return ZayaCache(self.config, batch, capacity, self.dtype, self.activations, self.device)
+        return ZayaCache(self.part, self.values[1], batch, capacity, self.dtype, self.activations, self.device)
 
     def cost(
         self,
@@ -286,12 +301,12 @@ class Zaya:
         routing: Routing | None = None,
     ) -> Cost:
         """See `Model.cost`."""
-        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, routing)
+        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, routing, self.team.shard)
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] that passed a final norm -> logits [..., V] float32."""
-        return self._head(hidden.float())
+        return self.team.gather_vocab(self._head(hidden.float()), self.config)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -323,15 +338,19 @@ class Zaya:
             if index in capture:
                 hidden[index] = x
             mixed = step.attend(index, block, self._normed(x, block.attention_norm))
-            x = block.after_attention(block.out(mixed), x)
+            x = block.after_attention(self._sum(block.out(mixed)), x)
             flat = self._normed(x, block.mlp_norm).flatten(0, 1)
             choice, weight, state = block.router(flat, state)
             choices.append(choice)
-            x = block.after_mlp((block.experts(flat, choice) * weight).view_as(x), x)
+            x = block.after_mlp((self._sum(block.experts(flat, choice)) * weight).view_as(x), x)
         if c.layers in capture:
             hidden[c.layers] = x
         found = self.logits(x.flatten(0, 1)[wanted])
         return Output(found.view(batch, -1, c.vocab), hidden, count_choices(choices, c.experts))
+
+    def _sum(self, part: Tensor) -> Tensor:
+        """Over the ranks; it travels in the model's own type, which the native kernel does not give."""
+        return self.team.reduce(part, self.dtype)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x.to(self.activations), weight, self.config.rms_eps)
@@ -342,7 +361,7 @@ class _Step:
 
     def __init__(self, model: Zaya, rows: Rows, cache: ZayaCache) -> None:
         batch, count = rows.ids.shape
-        self.config, self.dtype, self.cache = model.config, model.dtype, cache
+        self.config, self.values, self.dtype, self.cache = model.part, model.values, model.dtype, cache
         self.total = max(cache.sizes) + count
         self.slots = cache.lengths[:, None] + torch.arange(count, device=model.device)
         self.sequence = torch.arange(batch, device=model.device)[:, None]
@@ -373,7 +392,7 @@ class _Step:
     def _project(self, block: Block, h: Tensor, mixed: Tensor, delayed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, R, D] -> q [B, R, H, d], k and v [B, R, kv, d], normalised; rows go into `mixed` and `delayed`."""
         c, (batch, count, _) = self.config, h.shape
-        z, v, late = block.qkv(h).split((c.mixed, c.delayed, c.delayed), -1)
+        z, v, late = block.qkv(h).split((c.mixed, *self.values), -1)
         mixed[:, CONV_TAPS:], delayed[:, 1:] = z, late
         of_parent, of_row = block.depthwise
         y = mixed[self.sequence, self.before] * of_parent + mixed[:, 1:] * of_row + block.depthwise_bias

@@ -197,6 +197,9 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
         return (
             f"overhead-bound: {(measured or 0) / (floor or 1):.1f}× the time that memory or arithmetic alone would need"
         )
+    if bound.value == "communication":
+        talking = results.value(cell, "communication_share", kind) or 0
+        return f"communication-bound: {quantity(talking, '1')} of it is spent in collectives"
     if bound.value is None:
         return f"not classified ({bound.note.removeprefix('unavailable: ')})"
     metric, roof = ("mbu", "read bandwidth") if bound.value == "memory" else ("mfu", f"{cell.record.dtype} rate")

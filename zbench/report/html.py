@@ -6,7 +6,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -14,6 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, caveats, definitions_hash
 from zbench.report.figures import Drawn
 from zbench.report.findings import Point, Results, answers, interval, main_kind, quantity, speculation, warnings
+
+if TYPE_CHECKING:
+    from zbench.report.scaling import Scaling
 
 # (heading, metric, part); part "main" is the kind of forward that takes most of decode.
 ENGINE_COLUMNS = (
@@ -104,8 +107,11 @@ class Notes:
         return [(mark, text) for text, mark in self.marks.items()]
 
 
-def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Drawn]]) -> str:
-    """The HTML. `drawn` holds the figures of the first points; further points are shown as tables only."""
+def page(
+    results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Drawn]], across: Sequence[Scaling] = ()
+) -> str:
+    """The HTML. `drawn` holds the figures of the first points; further points are shown as tables only. `across` is
+    what a run over several devices has beside them."""
     manifest = results.run.manifest
     figures = [*drawn, *([] for _ in results.points[len(drawn) :])]
     template = templates().get_template("report.html")
@@ -115,6 +121,10 @@ def page(results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Draw
         answers=answers(results),
         warnings=warnings(results),
         overview=image(overview) if overview else None,
+        across=[
+            {"label": part.label, "sentences": part.sentences, "table": part.table, "figures": map(image, part.figures)}
+            for part in across
+        ],
         points=[
             {
                 "label": point.label,
@@ -275,6 +285,11 @@ def _entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
     for unit in IN_HEADING:
         text = text.removesuffix(unit)
     return Entry(heading, text, interval(row), notes.mark(kept), row.status == "error")
+
+
+def shown(heading: str, row: MetricRow, notes: Notes) -> Entry:
+    """A metric as the tables of all pages show it."""
+    return _entry(heading, row, notes)
 
 
 def _failure(results: Results, cell: Cell) -> str:

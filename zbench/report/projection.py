@@ -175,7 +175,7 @@ def _engine_table(point: Data) -> Table:
 
 
 def _forward_table(point: Data) -> Table:
-    rows = []
+    rows, spread = [], point.get("tensor", 1) > 1
     for step in point["engines"]:
         for forward in step["forwards"]:
             traffic = forward["bytes_read"] + forward["bytes_written"]
@@ -186,6 +186,7 @@ def _forward_table(point: Data) -> Table:
                 "Bytes": quantity(traffic, "B"),
                 "FLOPs": quantity(forward["flops"], "FLOP"),
                 "FLOP per byte": quantity(forward["flops"] / traffic, ""),
+                **({"Sent": quantity(forward["collective_bytes"], "B")} if spread else {}),
                 "Bound by": forward["predicted_bound"],
             }
             name = f"{step['label']}: {forward['role']}, {forward['rows']} rows"

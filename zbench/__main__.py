@@ -1,0 +1,5 @@
+"""`python -m zbench`, which is what `torchrun -m zbench` runs."""
+
+from zbench.cli import main
+
+main(prog_name="zbench")
