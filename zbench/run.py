@@ -25,6 +25,7 @@ from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.hardware import device as devices
 from zbench.hardware import environment, roofs, specs
+from zbench.hardware import telemetry as sensors
 from zbench.hardware.device import Device
 from zbench.models import loading, zoo
 from zbench.models.families import parameter_count
@@ -42,6 +43,7 @@ from zbench.records import (
     read_manifest,
     read_trials,
 )
+from zbench.telemetry import TELEMETRY
 
 INTERRUPTED = "interrupted"
 
@@ -184,9 +186,15 @@ def run(
         folder = resume
         finished = _finished(folder, wanted, points, snapshot)
     failed, stopped = 0, None
-    with _locked(folder), _Log(folder / TRIALS) as log, track(total, len(finished), console) as advance:
+    period = wanted.telemetry.period_ms and wanted.telemetry.period_ms / 1e3
+    with (
+        _locked(folder),
+        _Log(folder / TRIALS) as log,
+        sensors.watching(device, folder / TELEMETRY, period) as watch,
+        track(total, len(finished), console) as advance,
+    ):
         try:
-            for record in _measure(planned, finished, wanted.budget_seconds, began):
+            for record in _measure(planned, finished, wanted.budget_seconds, began, watch):
                 log.append(record)
                 failed += record.status == "error"
                 if record.status == "ok":
@@ -211,7 +219,11 @@ class _BudgetSpent(Exception):
 
 
 def _measure(
-    planned: list[tuple[Point, list[Trial]]], finished: set, budget: float | None, began: float
+    planned: list[tuple[Point, list[Trial]]],
+    finished: set,
+    budget: float | None,
+    began: float,
+    watch: sensors.Watch = sensors.OFF,
 ) -> Iterator[TrialRecord]:
     before: engines.Shared | None = None
     ready: dict[str, Engine | Exception] = {}
@@ -227,7 +239,7 @@ def _measure(
         for trial in open_trials:
             if budget is not None and time.monotonic() - began > budget:
                 raise _BudgetSpent
-            yield measure(point, trial, ready[trial.cell.id])
+            yield measure(point, trial, ready[trial.cell.id], watch)
 
 
 def _engines(point: Point) -> dict[str, Engine | Exception]:
@@ -249,7 +261,7 @@ def _engines(point: Point) -> dict[str, Engine | Exception]:
     return built
 
 
-def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialRecord:
+def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: sensors.Watch = sensors.OFF) -> TrialRecord:
     """Run one trial. Whatever goes wrong in an engine becomes an error record."""
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     batch = point.batches[trial.group]
@@ -262,9 +274,10 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
         seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
         request = _request(point, seeds, point.scenario.output_tokens)
         point.device.reset_peak()
-        begin = time.perf_counter()
-        generated = engine.generate([ids for _, ids in batch], request, meter)
-        wall = time.perf_counter() - begin
+        with watch.window(trial.key):
+            begin = time.perf_counter()
+            generated = engine.generate([ids for _, ids in batch], request, meter)
+            wall = time.perf_counter() - begin
         peak = point.device.peak_bytes()
         steps, forwards = meter.records()
         ends = meter.step_ends()
