@@ -34,6 +34,7 @@ LIGHT += [
     "report.attention",
     "models.attention",
 ]
+LIGHT += ["telemetry", "hardware.telemetry", "report.telemetry", "trace"]
 HEAVY = ("torch", "transformers")
 
 

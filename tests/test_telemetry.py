@@ -130,9 +130,9 @@ def with_telemetry(folder: Path, watts: float = 150.0, **sensors: Any) -> Path:
     """A run of invented numbers, longer than it says: each trial is given ten times its seconds."""
     write_run(folder, engines=("autoregressive", "transformers generate"))
     head = {
-        "schema": telemetry.SCHEMA_VERSION, "began": "2025-01-01T00:00:00.000+00:00", "device": "Invented", "period": 0.1,
-        "source": "invented",
-        "sensors": dict.fromkeys(telemetry.SENSORS, {"unit": "x"})
+        "schema": telemetry.SCHEMA_VERSION, "began": "2025-01-01T00:00:00.000+00:00", "device": "Invented",
+        "source": "invented", "period": 0.1,
+        "sensors": {name: {"unit": "x"} for name in telemetry.SENSORS}
         | {"energy": {"unit": "J", "of": "<b>board</b>", "update_seconds": 0.02}} | sensors,
     }  # fmt: skip
     lines: list[Any] = [head]

@@ -759,9 +759,9 @@ def peak_bytes(cell: Cell) -> Estimate:
 @metric(
     "joules_per_token",
     "J/token",
-    "energy of the device over the trials / all committed tokens, prefill and idle power included; by its counter, else "
-    "by the integral of power. Only from 10 s of trials on, if both agree to 5% over the run and the counter's update "
-    "interval adds at most 5%",
+    "energy of the device over the trials / all committed tokens, prefill and idle power included; by its counter, "
+    "else by the integral of power. Only from 10 s of trials on, if both agree to 5% over the run and the counter's "
+    "update interval adds at most 5%",
     "lower",
 )
 def joules_per_token(cell: Cell) -> Estimate:

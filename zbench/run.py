@@ -253,7 +253,7 @@ def _engines(point: Point) -> dict[str, Engine | Exception]:
             for start in range(0, len(point.warmup), batch):
                 ids = point.warmup[start : start + batch]
                 ids = ids + (ids[-1],) * (batch - len(ids))
-                request = _request(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
+                request = request_of(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
                 engine.generate(ids, request, Meter(point.device))
             built[cell.id] = engine
         except Exception as error:  # one engine that cannot run here must not end the others' run
@@ -272,7 +272,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             raise engine
         meter = Meter(point.device)
         seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
-        request = _request(point, seeds, point.scenario.output_tokens)
+        request = request_of(point, seeds, point.scenario.output_tokens)
         point.device.reset_peak()
         with watch.window(trial.key):
             begin = time.perf_counter()
@@ -345,7 +345,7 @@ def hash_ids(ids: Sequence[int]) -> str:
     return hashlib.sha256(b"".join(token.to_bytes(8, "little", signed=True) for token in ids)).hexdigest()
 
 
-def _request(point: Point, seeds: Sequence[int], limit: int) -> Request:
+def request_of(point: Point, seeds: Sequence[int], limit: int) -> Request:
     at = point.scenario
     sampling = Sampling(at.sampling.temperature, at.sampling.top_p, at.sampling.top_k)
     eos = frozenset() if at.ignore_eos else frozenset(point.shared.model.config.eos_ids)

@@ -1097,7 +1097,7 @@ def cells(scenario: Scenario) -> tuple[CellRecord, ...]:
 
 
 # What the runner takes once for all points of a run.
-_WHOLE_RUN = ("name", "description", "device", "hardware", "engines", "baseline", "threads", "budget")
+_WHOLE_RUN = ("name", "description", "device", "hardware", "engines", "baseline", "threads", "budget", "telemetry")
 _MATRIX = ("matrix", "include", "exclude")
 
 _Setting = dict[str, tuple[Any, _Origin]]  # axis -> its value at one point, and where that was written

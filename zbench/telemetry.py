@@ -222,8 +222,8 @@ def trial_energy(telemetry: Telemetry, keys: list[Key]) -> tuple[np.ndarray, np.
         worst = max(_update_interval(segment) for _, segment in found) / (seconds.mean() * np.sqrt(len(seconds)))
         if worst > COUNTER_ERROR:
             raise NoEnergy(
-                f"the energy counter moves too rarely for trials of {seconds.mean():.2g} s: it may be off by {worst:.0%}"
-                " (raise output_tokens, batch or repeats)"
+                f"the energy counter moves too rarely for trials of {seconds.mean():.2g} s: it may be off by"
+                f" {worst:.0%} (raise output_tokens, batch or repeats)"
             )
         return np.array(joules), seconds, "energy counter"
     joules = [_integrated(segment, key) for key, segment in found]

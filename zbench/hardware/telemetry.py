@@ -1,9 +1,10 @@
-"""Power, energy, clocks, temperature and throttling while a run lasts, sampled by a thread that costs under 1% of a core.
+"""Power, energy, clocks, temperature and throttling while a run lasts, sampled by a thread under 1% of a core.
 
-A device has one source: NVML, amdsmi, or for a CPU the kernel's files (RAPL energy counters, cpufreq, hwmon). Each sensor
-is asked once before the run; one that is missing, forbidden or says "N/A" is "unavailable: <why>" from then on, and never
-a zero. A GPU is found by its UUID or PCI address, as its index means something else to torch than to the vendor's library
-(CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, partitions). `zbench/telemetry.py` reads what is written.
+A device has one source: NVML, amdsmi, or for a CPU the kernel's files (RAPL energy counters, cpufreq, hwmon). Each
+sensor is asked once before the run; one that is missing, forbidden or says "N/A" is "unavailable: <why>" from then on,
+and never a zero. A GPU is found by its UUID or PCI address, as its index means something else to torch than to the
+vendor's library (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, partitions). `zbench/telemetry.py`
+reads what is written.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ SHARE = 0.01  # of one core: what sampling may cost; where a sample takes longer
 _POWERCAP = Path("/sys/class/powercap")
 _CPUS = Path("/sys/devices/system/cpu")
 _ABSENT = (None, "", "N/A", 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)  # what amdsmi says of a sensor that is not there
-# NVML's reasons for a clock below the requested one (nvmlClocksEventReason*). Idling and a clock that the user asked for
-# are reasons too, but no throttling.
+# NVML's reasons for a clock below the requested one (nvmlClocksEventReason*). Idling and a clock that the user asked
+# for are reasons too, but no throttling.
 _NVML_REASONS = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -122,7 +123,7 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# NVIDIA ----------------------------------------------------------------------------------------------------------------
+# NVIDIA --------------------------------------------------------------------------------------------------------------
 
 
 def nvml_source(name: str, uuid: str, address: str) -> Source:
@@ -175,7 +176,7 @@ def nvml_source(name: str, uuid: str, address: str) -> Source:
     return Source("NVML", name, sensors)
 
 
-# AMD -------------------------------------------------------------------------------------------------------------------
+# AMD -----------------------------------------------------------------------------------------------------------------
 
 
 def amd_source(name: str, address: str) -> Source:
@@ -258,7 +259,7 @@ def _first(found: Mapping[str, Any], *keys: str) -> float | None:
     return next((float(found[key]) for key in keys if not _absent(found.get(key))), None)
 
 
-# CPU -------------------------------------------------------------------------------------------------------------------
+# CPU -----------------------------------------------------------------------------------------------------------------
 
 
 class Rapl:
@@ -316,7 +317,7 @@ def cpu_source(name: str, powercap: Path = _POWERCAP, cpus: Path = _CPUS) -> Sou
 
 
 class _Busy:
-    """Share of all CPUs' time that was not idle since it was last asked; None over less than 50 ms, a few clock ticks."""
+    """Share of all CPUs' time that was not idle since it was last asked; None over less than 50 ms, a few ticks."""
 
     def __init__(self) -> None:
         self._at, self._busy, self._all = time.monotonic(), *self._times()
@@ -366,7 +367,7 @@ def _throttle_counts(cpus: Path) -> Sensor | str:
     return Sensor(read)
 
 
-# The thread ------------------------------------------------------------------------------------------------------------
+# The thread ----------------------------------------------------------------------------------------------------------
 
 
 class Sampler:
@@ -491,7 +492,7 @@ def _short(name: str, value: float) -> float:
 
 
 def _update_seconds(read: Callable[[], float | str | None], patience: float = 0.4) -> float | None:
-    """Mean time between changes of a counter, s, watched for `patience` at most; None where it changes less than twice."""
+    """Mean s between changes of a counter, watched for `patience` s at most; None where it changes less than twice."""
     began = time.monotonic()
     last = read()
     changes: list[float] = []

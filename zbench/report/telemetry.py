@@ -95,7 +95,7 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:].replace("_", " ")
 
 
-# Sensors over time -----------------------------------------------------------------------------------------------------
+# Sensors over time ---------------------------------------------------------------------------------------------------
 
 _Values = Callable[[Segment], np.ndarray | None]
 
