@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pandas as pd
 
-from zbench import stats, telemetry
+from zbench import stats
 from zbench.records import (
     CellRecord,
     ForwardRecord,
@@ -35,6 +35,8 @@ from zbench.records import (
     read_trials,
 )
 from zbench.stats import Estimate, unavailable
+from zbench.telemetry import NoEnergy, Telemetry, trial_energy
+from zbench.telemetry import read as read_telemetry
 
 DEFINITIONS_VERSION = 3  # bump it when a metric's function changes what it computes
 ROOF_TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
@@ -71,7 +73,7 @@ class Run:
     forwards: pd.DataFrame
     verifies: pd.DataFrame
     warnings: tuple[str, ...]
-    telemetry: telemetry.Telemetry | None = None  # None: none was recorded
+    telemetry: Telemetry | None = None  # None: none was recorded
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -109,7 +111,7 @@ class Cell:
     roofs: dict[str, Any] | None
     specs: dict[str, Any] | None
     baseline: Cell | None = None
-    telemetry: telemetry.Telemetry | None = None
+    telemetry: Telemetry | None = None
 
     @property
     def decoded(self) -> pd.DataFrame:
@@ -181,8 +183,8 @@ class Cell:
         """joules, seconds, tokens, group and how they are known, one row per trial (see `telemetry.trial_energy`)."""
         keys = [trial.key for trial in self.trials]
         try:
-            joules, seconds, how = telemetry.trial_energy(self._telemetry, keys)
-        except telemetry.NoEnergy as reason:
+            joules, seconds, how = trial_energy(self._telemetry, keys)
+        except NoEnergy as reason:
             raise Unavailable(str(reason)) from None
         tokens = [sum(len(request.output_ids) for request in trial.requests) for trial in self.trials]
         groups = [trial.group for trial in self.trials]
@@ -197,7 +199,7 @@ class Cell:
         return [values for values, _ in found], [group for _, group in found]
 
     @property
-    def _telemetry(self) -> telemetry.Telemetry:
+    def _telemetry(self) -> Telemetry:
         if self.telemetry is None:
             raise Unavailable("no telemetry was recorded")
         return self.telemetry
@@ -271,7 +273,7 @@ def load_run(path: Path) -> Run:
     if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
         warnings.append(f"trials.jsonl has trials of cells that run.json does not plan: {', '.join(strangers)}")
     good = [trial for trial in trials if trial.status == "ok"]
-    sensors = telemetry.read(path)
+    sensors = read_telemetry(path)
     warnings += sensors.warnings if sensors else ()
     return Run(
         path=path,

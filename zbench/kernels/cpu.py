@@ -123,7 +123,8 @@ _recorded: list[Timed] | None = None
 def recording() -> Iterator[list[Timed]]:
     """Within it every native call is timed section by section, at the cost of a clock reading for each."""
     global _recorded
-    _recorded = found = []
+    found: list[Timed] = []
+    _recorded = found
     try:
         yield found
     finally:
