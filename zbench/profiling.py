@@ -421,7 +421,9 @@ def table(result: dict[str, Any], most: int = 20) -> str:
         f"operators explain {result['explained']:.1%} of the profiled steps; the rest is Python, launches and gaps",
         "",
     ]
-    rows = [("operator", "", "calls", "time", "share", "FLOPs", "bytes", "FLOP/s", "B/s", "of roof")]
+    rows: list[tuple[str, ...]] = [
+        ("operator", "", "calls", "time", "share", "FLOPs", "bytes", "FLOP/s", "B/s", "of roof")
+    ]
     for entry in result["operators"][:most]:
         seconds, flops, moved = entry["seconds"], entry["flops"], entry["bytes"]
         rows.append((

@@ -53,8 +53,8 @@ def said(results: Results) -> list[str]:
     sentences = [f"{_capital(' and '.join(words))} unavailable: {why}." for why, words in missing.items()]
     if last.has("energy") or last.has("power"):
         sentences += _energy_words(results)
-        sensor = last.sensors["energy" if last.has("energy") else "power"]
-        of = f" ({sensor['of']})" if isinstance(sensor, dict) and sensor.get("of") else ""
+        facts = last.sensors["energy" if last.has("energy") else "power"]
+        of = f" ({facts['of']})" if isinstance(facts, dict) and facts.get("of") else ""
         sentences.append(f"Energy is the whole device’s{of}, what it draws when idle included, by {last.source}.")
     sentences += [_throttled(results, cell) for cell in results.run.cells if results.value(cell, "throttled")]
     return [*sentences, _cost(last)]
