@@ -35,6 +35,7 @@ LIGHT += [
     "models.attention",
 ]
 LIGHT += ["compare", "report.compare", "report.scaling", "models.shard"]
+LIGHT += ["telemetry", "hardware.telemetry", "report.telemetry", "trace"]
 HEAVY = ("torch", "transformers")
 
 

@@ -304,3 +304,18 @@ def test_an_engine_that_does_not_fit_its_model_is_refused_before_anything_runs(
     with pytest.raises(UserError, match=complaint):
         run.run(wanted(tmp_path, text=SCENARIO.replace("reference", engine)), tmp_path / "out", QUIET)
     assert not (tmp_path / "out").exists()
+
+
+def test_sensors_are_sampled_around_every_trial_unless_switched_off(tmp_path: Path) -> None:
+    from zbench import telemetry
+
+    outcome = run.run(wanted(tmp_path, "telemetry.period_ms=20"), tmp_path / "out", QUIET)
+    found = telemetry.read(outcome.folder)
+    assert found is not None and found.last.period == 0.02
+    assert set(found.last.windows) == {record.key for record in run.read_trials(outcome.folder)[0]}
+    for record in run.read_trials(outcome.folder)[0]:
+        start, end = found.last.windows[record.key]
+        assert end - start >= record.wall_seconds
+    off = run.run(wanted(tmp_path, "telemetry=off"), tmp_path / "off", QUIET)
+    assert telemetry.read(off.folder) is None
+    assert run.read_manifest(off.folder).scenario_hash == run.read_manifest(outcome.folder).scenario_hash

@@ -53,6 +53,7 @@ def main() -> None:
       zbench gate RUN --baseline last                is it worse than the run before?
       zbench history show                            where did a metric change over time?
       zbench init                                    start benchmarking in your own repository
+      zbench profile scenarios/quickstart.yaml       time per operator, and a trace
       zbench roofs                                   this device's bandwidth and compute ceilings
     """
 
@@ -216,6 +217,45 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
     for line in pages.headline(folder):
         click.echo(line)
     click.echo(f"projection: {page}")
+
+
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@click.option("--engine", help="Label or name of the engine; default: the scenario's baseline.")
+@click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Decode steps to profile.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print profile.json on stdout instead of the table.")
+def profile(
+    scenario: Path, overrides: tuple[str, ...], engine: str | None, steps: int, out: Path, as_json: bool
+) -> None:
+    """Where a decode step goes: time per operator with FLOPs, bytes and share of the roof, and a Chrome trace.
+
+    \b
+    Examples:
+      zbench profile scenarios/quickstart.yaml
+      zbench profile scenarios/quickstart.yaml -o 'engines=[{name: autoregressive, execution: torch}]' --steps 8
+      zbench profile scenarios/speculative.yaml --engine eagle3 --json
+
+    The first point of the matrix and its first batch of prompts are taken. Open trace.json in ui.perfetto.dev.
+    """
+    from zbench import profiling
+    from zbench import scenario as scenarios
+    from zbench.cache import new_folder
+
+    wanted = scenarios.load(scenario, overrides)
+    folder = new_folder(out, f"{wanted.name}-profile")
+    try:
+        found = profiling.profile(wanted, engine, steps, folder, lambda line: click.echo(line, err=True))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    finally:
+        if not any(folder.iterdir()):  # nothing came of it
+            folder.rmdir()
+    click.echo(json.dumps(found, indent=1) if as_json else profiling.table(found))
+    click.echo(f"profile: {folder / profiling.PROFILE}, {folder / profiling.TRACE}", err=as_json)
 
 
 @main.command()

@@ -35,6 +35,8 @@ from zbench.records import (
     read_trials,
 )
 from zbench.stats import Estimate, unavailable
+from zbench.telemetry import NoEnergy, Telemetry, trial_energy
+from zbench.telemetry import read as read_telemetry
 
 DEFINITIONS_VERSION = 3  # bump it when a metric's function changes what it computes
 ROOF_TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
@@ -71,6 +73,7 @@ class Run:
     forwards: pd.DataFrame
     verifies: pd.DataFrame
     warnings: tuple[str, ...]
+    telemetry: Telemetry | None = None  # None: none was recorded
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -93,6 +96,7 @@ class Run:
             verifies=self.verifies[self.verifies["cell"] == record.id],
             roofs=self.manifest.roofs,
             specs=self.manifest.specs,
+            telemetry=self.telemetry,
         )
 
 
@@ -110,6 +114,7 @@ class Cell:
     roofs: dict[str, Any] | None
     specs: dict[str, Any] | None
     baseline: Cell | None = None
+    telemetry: Telemetry | None = None
     alone: Cell | None = None  # the same engine on one device, where this one has several
 
     @property
@@ -182,6 +187,32 @@ class Cell:
             raise Unavailable(f"no {key} roof was measured on this device")
         return float(roof["value"])
 
+    @cached_property
+    def energy(self) -> pd.DataFrame:
+        """joules, seconds, tokens, group and how they are known, one row per trial (see `telemetry.trial_energy`)."""
+        keys = [trial.key for trial in self.trials]
+        try:
+            joules, seconds, how = trial_energy(self._telemetry, keys)
+        except NoEnergy as reason:
+            raise Unavailable(str(reason)) from None
+        tokens = [sum(len(request.output_ids) for request in trial.requests) for trial in self.trials]
+        groups = [trial.group for trial in self.trials]
+        return pd.DataFrame({"joules": joules, "seconds": seconds, "tokens": tokens, "group": groups, "how": how})
+
+    def sampled(self, sensor: str) -> tuple[list[np.ndarray], list[int]]:
+        """(samples of each trial, group of each), for the trials that have any."""
+        found = [(self._telemetry.samples(trial.key, sensor), trial.group) for trial in self.trials]
+        found = [(values, group) for values, group in found if len(values)]
+        if not found:
+            raise Unavailable(self._telemetry.why_not(sensor))
+        return [values for values, _ in found], [group for _, group in found]
+
+    @property
+    def _telemetry(self) -> Telemetry:
+        if self.telemetry is None:
+            raise Unavailable("no telemetry was recorded")
+        return self.telemetry
+
     def spec(self, kind: Literal["bandwidth", "flops"]) -> float:
         """The dense spec-sheet peak, in B/s or in FLOP/s for this cell's dtype."""
         if self.specs is None:
@@ -251,6 +282,8 @@ def load_run(path: Path) -> Run:
     if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
         warnings.append(f"trials.jsonl has trials of cells that run.json does not plan: {', '.join(strangers)}")
     good = [trial for trial in trials if trial.status == "ok"]
+    sensors = read_telemetry(path)
+    warnings += sensors.warnings if sensors else ()
     return Run(
         path=path,
         manifest=manifest,
@@ -260,6 +293,7 @@ def load_run(path: Path) -> Run:
         forwards=_stacked(_FORWARD_COLUMNS, [_forwards(trial) for trial in good]),
         verifies=_frame(_VERIFY_COLUMNS, (row for trial in good for row in _verify_rows(trial))),
         warnings=tuple(warnings),
+        telemetry=sensors,
     )
 
 
@@ -802,6 +836,70 @@ def peak_bytes(cell: Cell) -> Estimate:
     return Estimate(float(max(peaks)), n=len({trial.group for trial in cell.trials}), estimator="maximum")
 
 
+@metric(
+    "joules_per_token",
+    "J/token",
+    "energy of the device over the trials / all committed tokens, prefill and idle power included; by its counter, "
+    "else by the integral of power. Only from 10 s of trials on, if both agree to 5% over the run and the counter's "
+    "update interval adds at most 5%",
+    "lower",
+)
+def joules_per_token(cell: Cell) -> Estimate:
+    return _of_energy(cell, cell.energy["joules"], cell.energy["tokens"])
+
+
+@metric("tokens_per_joule", "token/J", "all committed tokens / energy of the device, as in joules_per_token", "higher")
+def tokens_per_joule(cell: Cell) -> Estimate:
+    return _of_energy(cell, cell.energy["tokens"], cell.energy["joules"])
+
+
+@metric(
+    "energy_delay_product",
+    "J·s/token²",
+    "sum of (joules of a trial x its seconds) / sum of (its tokens squared), with joules as in joules_per_token",
+    "lower",
+)
+def energy_delay_product(cell: Cell) -> Estimate:
+    return _of_energy(cell, cell.energy["joules"] * cell.energy["seconds"], cell.energy["tokens"] ** 2)
+
+
+@metric("mean_power", "W", "energy of the device over the trials / their seconds, as in joules_per_token", "none")
+def mean_power(cell: Cell) -> Estimate:
+    return _of_energy(cell, cell.energy["joules"], cell.energy["seconds"])
+
+
+@metric("core_clock", "Hz", "mean of the samples of the core clock during trials", "none")
+def core_clock(cell: Cell) -> Estimate:
+    return _mean_of_samples(cell, "core_clock")
+
+
+@metric("temperature", "°C", "highest sample of the temperature during trials", "none")
+def temperature(cell: Cell) -> Estimate:
+    trials, groups = cell.sampled("temperature")
+    hottest = max(float(values.max()) for values in trials)
+    return Estimate(hottest, n=len(set(groups)), estimator="maximum")
+
+
+@metric(
+    "activity", "1", "mean of the samples of the device's activity during trials: what is busy, the device says", "none"
+)
+def activity(cell: Cell) -> Estimate:
+    return _mean_of_samples(cell, "activity")
+
+
+@metric("memory_activity", "1", "mean of the samples of the memory controller's activity during trials", "none")
+def memory_activity(cell: Cell) -> Estimate:
+    return _mean_of_samples(cell, "memory_activity")
+
+
+@metric("throttled", "1", "samples during trials at which the device says that it throttles / all of them", "lower")
+def throttled(cell: Cell) -> Estimate:
+    trials, groups = cell.sampled("throttle")
+    estimate = stats.ratio([sum(map(bool, values)) for values in trials], [len(values) for values in trials], groups)
+    reasons = dict.fromkeys(why for values in trials for value in values if value for why in value.split(", "))
+    return replace(estimate, note="; ".join(filter(None, (", ".join(reasons), estimate.note))))
+
+
 @metric("forwards_per_sequence", "forwards", "forwards in decode, per sequence and model", "lower")
 def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
     return {
@@ -867,6 +965,16 @@ def _per_group(top: pd.DataFrame, numerator: str, bottom: pd.DataFrame, denomina
     sums = pd.concat([top.groupby("group")[numerator].sum(), bottom.groupby("group")[denominator].sum()], axis=1)
     sums = sums.fillna(0)
     return stats.ratio(sums[numerator], sums[denominator], sums.index)
+
+
+def _of_energy(cell: Cell, top: pd.Series, bottom: pd.Series) -> Estimate:
+    estimate = stats.ratio(top, bottom, cell.energy["group"])
+    return replace(estimate, estimator=f"{estimate.estimator}; {cell.energy['how'].iloc[0]}")
+
+
+def _mean_of_samples(cell: Cell, sensor: str) -> Estimate:
+    trials, groups = cell.sampled(sensor)
+    return stats.ratio([values.sum() for values in trials], [len(values) for values in trials], groups)
 
 
 def _canvases(cell: Cell) -> pd.DataFrame:

@@ -1,8 +1,9 @@
 """What a run writes down. Plain frozen dataclasses and their JSON form; no torch here.
 
-A run folder holds `run.json` (the manifest: what was to be measured, on what) and `trials.jsonl`
-(one line per finished trial, appended and synced as it ends). A *cell* is one engine setting at one
-point of the scenario's matrix; a *trial* is one execution of a cell on one batch of prompts.
+A run folder holds `run.json` (the manifest: what was to be measured, on what), `trials.jsonl`
+(one line per finished trial, appended and synced as it ends) and, where sensors were sampled,
+`telemetry.jsonl` (see `telemetry.py`). A *cell* is one engine setting at one point of the scenario's
+matrix; a *trial* is one execution of a cell on one batch of prompts.
 """
 
 from __future__ import annotations

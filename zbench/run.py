@@ -24,6 +24,7 @@ from zbench.engines.base import Engine, Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs, specs
+from zbench.hardware import telemetry as sensors
 from zbench.hardware.device import Device
 from zbench.models import loading, zoo
 from zbench.models.families import parameter_count
@@ -44,6 +45,7 @@ from zbench.records import (
     read_manifest,
     read_trials,
 )
+from zbench.telemetry import TELEMETRY
 
 INTERRUPTED = "interrupted"
 
@@ -222,10 +224,9 @@ def _run(
             folder = resume
             finished = _finished(folder, wanted, points, snapshot)
     folder, finished = world.told((folder, finished))
-    measured_trials = _measure(planned, finished, wanted.budget_seconds, began, world)
     if world.rank:
         try:
-            for _ in measured_trials:
+            for _ in _measure(planned, finished, wanted.budget_seconds, began, world):
                 pass
         except KeyboardInterrupt:
             world.interrupted()
@@ -233,9 +234,15 @@ def _run(
             pass
         return Outcome(folder, total, len(finished), 0)
     failed, stopped = 0, None
-    with _locked(folder), _Log(folder / TRIALS) as log, track(total, len(finished), console) as advance:
+    period = wanted.telemetry.period_ms and wanted.telemetry.period_ms / 1e3
+    with (
+        _locked(folder),
+        _Log(folder / TRIALS) as log,
+        sensors.watching(device, folder / TELEMETRY, period) as watch,
+        track(total, len(finished), console) as advance,
+    ):
         try:
-            for record in measured_trials:
+            for record in _measure(planned, finished, wanted.budget_seconds, began, world, watch):
                 log.append(record)
                 failed += record.status == "error"
                 if record.status == "ok":
@@ -275,6 +282,7 @@ def _measure(
     budget: float | None,
     began: float,
     world: World | None = None,
+    watch: sensors.Watch = sensors.OFF,
 ) -> Iterator[TrialRecord]:
     world = world or World()
     done = frozenset(finished)  # rank 0 goes on to add to it, and ranks must not differ in what is left
@@ -299,7 +307,7 @@ def _measure(
                 if world.told(budget is not None and time.monotonic() - began > budget):
                     raise _BudgetSpent
                 mine = next((t for t in side if point.member and t.group % replicas == point.member.replica), None)
-                record = measure(point, mine, ready[mine.cell.id]) if mine else None
+                record = measure(point, mine, ready[mine.cell.id], watch) if mine else None
                 yield from world.collected(record, point.member, point.device)
 
 
@@ -314,7 +322,7 @@ def _engines(point: Point) -> dict[str, Engine | Exception]:
             for start in range(0, len(point.warmup), batch):
                 ids = point.warmup[start : start + batch]
                 ids = ids + (ids[-1],) * (batch - len(ids))
-                request = _request(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
+                request = request_of(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
                 engine.generate(ids, request, Meter(point.device, point.shared.team))
             built[cell.id] = engine
         except RankLost:
@@ -324,7 +332,7 @@ def _engines(point: Point) -> dict[str, Engine | Exception]:
     return built
 
 
-def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialRecord:
+def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: sensors.Watch = sensors.OFF) -> TrialRecord:
     """Run one trial. Whatever goes wrong in an engine becomes an error record."""
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     batch = point.batches[trial.group]
@@ -335,11 +343,12 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception) -> TrialReco
             raise engine
         meter = Meter(point.device, point.shared.team)
         seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
-        request = _request(point, seeds, point.scenario.output_tokens)
+        request = request_of(point, seeds, point.scenario.output_tokens)
         point.device.reset_peak()
-        begin = time.perf_counter()
-        generated = engine.generate([ids for _, ids in batch], request, meter)
-        wall = time.perf_counter() - begin
+        with watch.window(trial.key):
+            begin = time.perf_counter()
+            generated = engine.generate([ids for _, ids in batch], request, meter)
+            wall = time.perf_counter() - begin
         peak = point.device.peak_bytes()
         steps, forwards = meter.records()
         ends = meter.step_ends()
@@ -409,7 +418,7 @@ def hash_ids(ids: Sequence[int]) -> str:
     return hashlib.sha256(b"".join(token.to_bytes(8, "little", signed=True) for token in ids)).hexdigest()
 
 
-def _request(point: Point, seeds: Sequence[int], limit: int) -> Request:
+def request_of(point: Point, seeds: Sequence[int], limit: int) -> Request:
     at = point.scenario
     sampling = Sampling(at.sampling.temperature, at.sampling.top_p, at.sampling.top_k)
     eos = frozenset() if at.ignore_eos else frozenset(point.shared.model.config.eos_ids)

@@ -580,6 +580,23 @@ class BudgetSpec(_Strict):
     minutes: float | None = Field(default=None, gt=0, description="Wall time of the run; null means until it is done.")
 
 
+class TelemetrySpec(_Strict):
+    """Power, energy, clocks, temperature and throttling, sampled while engines decode. `telemetry: off` for none."""
+
+    period_ms: Annotated[int, Field(ge=10, le=10_000)] | None = Field(
+        default=100, description="Time between samples; longer where one would cost more than 1% of a core. null: off."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_off(cls, value: Any) -> Any:
+        return {"period_ms": None} if value is False else value  # what YAML makes of `off`
+
+
+def _or_off(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, {"const": False}]
+
+
 def _engine_branch(value: Any) -> str | None:
     if isinstance(value, str):
         return f"{_BRANCH}name" if value in ENGINES else None
@@ -692,6 +709,12 @@ class Scenario(_Strict):
     )
     warmup: WarmupSpec = Field(default=WarmupSpec(), description="What runs before the measurement.")
     budget: BudgetSpec = Field(default=BudgetSpec(), description="When to stop early.")
+    telemetry: TelemetrySpec = Field(
+        default=TelemetrySpec(),
+        description="Sampling of power, energy, clocks and temperature: {period_ms: N}, or off.",
+        examples=[{"period_ms": 50}, False],
+        json_schema_extra=_or_off,
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the run; every request's own seed follows from it.")
     matrix: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(
         default={},
@@ -934,8 +957,9 @@ def json_schema() -> dict[str, Any]:
 
 def content_hash(scenario: Scenario) -> str:
     """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter. Nor
-    does the hardware that it is about: on which device something was measured, the environment says."""
-    content = scenario.model_dump(mode="json", exclude={"name", "description", "hardware"})
+    does the hardware that it is about: on which device something was measured, the environment says. Nor do the sensors
+    that were read meanwhile."""
+    content = scenario.model_dump(mode="json", exclude={"name", "description", "hardware", "telemetry"})
     if scenario.parallel.ranks == 1:  # as in scenarios from before there was such a key
         del content["parallel"]
     labels = [
@@ -1105,7 +1129,7 @@ def cells(scenario: Scenario) -> tuple[CellRecord, ...]:
 
 
 # What the runner takes once for all points of a run.
-_WHOLE_RUN = ("name", "description", "device", "hardware", "engines", "baseline", "threads", "budget")
+_WHOLE_RUN = ("name", "description", "device", "hardware", "engines", "baseline", "threads", "budget", "telemetry")
 _MATRIX = ("matrix", "include", "exclude")
 
 _Setting = dict[str, tuple[Any, _Origin]]  # axis -> its value at one point, and where that was written

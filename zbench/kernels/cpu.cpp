@@ -11,6 +11,7 @@
 // is fused everywhere alike (the build forbids the compiler to contract on its own), and AVX512-BF16's dot product.
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -342,6 +343,7 @@ struct zb_batch {
     float *logits, *captured;                   // [wanted,V], [captures,B*R,D]
     void* workspace;
     int64_t workspace_bytes;
+    int64_t* times;                             // [4 + 8 L] ns of the steady clock after each section; or null
 };
 }
 
@@ -560,6 +562,13 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     if (!space.ok) return 1;
     const int wanted = (int)batch.wanted;
 
+    // Sections end at barriers, so that the first thread's clock is everyone's.
+    int64_t* times = batch.times;
+    auto mark = [&](int thread) {
+        if (times && thread == 0) *times++ = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    };
+    mark(0);
+
     Barrier team;
 #pragma omp parallel num_threads(threads)
     {
@@ -595,7 +604,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             }
         }
         auto residual_row = [&](int m) { return residual + (int64_t)m * D; };
-        team.wait(n);
+        team.wait(n); mark(t);
         for (int l = 0; l <= model.layers; l++) {
             // Rows m0..m1 of the residual are complete here: the barrier below the down projection saw to that.
             while (capture < batch.captures && batch.capture_layers[capture] == l) {
@@ -609,10 +618,10 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             W* values = (W*)batch.values + (int64_t)l * B * G * S * d;
 
             normalise(residual_row, layer.attention_norm, eps, D, normed, M, t, n);
-            team.wait(n);
+            team.wait(n); mark(t);
             Plus plus = adapt<1>(low ? low->qkv + l : nullptr, normed, between, delta, layer.qkv_bias, batch.masks, M, QKV, t, n, team);
             project<1>((const W*)layer.qkv, normed, M, QKV, t, n, Assign{qkv, QKV, QKV, plus});
-            team.wait(n);
+            team.wait(n); mark(t);
             for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
                 int m = (int)(i / (H + G)), h = (int)(i % (H + G));
                 float* x = qkv + (int64_t)m * QKV + (int64_t)h * d;
@@ -626,7 +635,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 W* v = values + (head * S + slot) * d;
                 for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
             }
-            team.wait(n);
+            team.wait(n); mark(t);
             for (int64_t task = (int64_t)B * G * tasks_per_head * t / n; task < (int64_t)B * G * tasks_per_head * (t + 1) / n; task++) {
                 int head = (int)(task / tasks_per_head), first = (int)(task % tasks_per_head) * per_task;
                 int b = head / G, g = head % G;
@@ -650,27 +659,28 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                     for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
                 }
             }
-            team.wait(n);
+            team.wait(n); mark(t);
             plus = adapt<1>(low ? low->out + l : nullptr, attended, between, delta, layer.out_bias, batch.masks, M, D, t, n, team);
             project<1>((const W*)layer.out, attended, M, D, t, n, Accumulate{residual, D, plus});
-            team.wait(n);
+            team.wait(n); mark(t);
             normalise(residual_row, layer.mlp_norm, eps, D, normed, M, t, n);
-            team.wait(n);
+            team.wait(n); mark(t);
             plus = adapt<2>(low ? low->gate_up + l : nullptr, normed, between, delta, layer.gate_up_bias, batch.masks, M, 2 * F, t, n, team);
             project<2>((const W*)layer.gate_up, normed, M, 2 * F, t, n, Gate<W>{gated, plus});
-            team.wait(n);
+            team.wait(n); mark(t);
             plus = adapt<1>(low ? low->down + l : nullptr, gated, between, delta, layer.down_bias, batch.masks, M, D, t, n, team);
             project<1>((const W*)layer.down, gated, M, D, t, n, Accumulate{residual, D, plus});
-            team.wait(n);
+            team.wait(n); mark(t);
         }
         // Only the rows that ask for logits pass the final norm and the head.
         const Acts<W> asking{act, D, height(wanted)};
         auto wanted_row = [&](int w) { return residual + batch.logit_rows[w] * D; };
         if (wanted) normalise(wanted_row, model.norm, eps, D, asking, wanted, t, n);
-        team.wait(n);
+        team.wait(n); mark(t);
         if (wanted)
             project<1>((const W*)model.head, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, {}});
     }
+    mark(0);
     return 0;
 }
 

@@ -16,8 +16,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -76,7 +81,54 @@ class _Batch(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
         *((name, ctypes.c_void_p) for name in ("logit_rows", "capture_layers", "logits", "captured", "workspace")),
         ("workspace_bytes", ctypes.c_int64),
+        ("times", ctypes.c_void_p),
     ]
+
+
+# What a forward of the native decoder does, in order: once, then for each layer, then once.
+BEFORE, LAYER, AFTER = (
+    ("embed",),
+    ("attention norm", "qkv", "rotate and store", "attention", "out", "mlp norm", "gate_up", "down"),
+    ("final norm", "head"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """One native call while `recording`: `times` are ns of `time.perf_counter_ns` at its start and after each section.
+
+    `shape` is (outputs, inputs) of a lone projection over `rows` rows, and None for a forward.
+    """
+
+    sections: tuple[str, ...]
+    times: tuple[int, ...]
+    rows: int  # of the whole batch
+    contexts: tuple[int, ...] = ()
+    pairs: float = 0.0  # (row, visible new row) pairs, of the whole batch
+    wanted: int = 0
+    config: Any = None
+    itemsize: int = 0
+    shape: tuple[int, int] | None = None
+
+    def spans(self) -> Iterator[tuple[str, int, int]]:
+        """(section, start, end), ns."""
+        for name, (start, end) in zip(self.sections, pairwise(self.times), strict=True):
+            yield name, start, end
+
+
+_recorded: list[Timed] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Timed]]:
+    """Within it every native call is timed section by section, at the cost of a clock reading for each."""
+    global _recorded
+    found: list[Timed] = []
+    _recorded = found
+    try:
+        yield found
+    finally:
+        _recorded = None
 
 
 def available() -> bool:
@@ -198,6 +250,7 @@ def _linear(library: ctypes.CDLL, x: Tensor, packed: Tensor, outputs: int) -> Te
     m, k = x.shape
     x = x.contiguous()
     y, scratch = torch.empty(m, outputs), torch.empty((m + TALL) * k)
+    start = time.perf_counter_ns()
     library.zb_linear(
         ctypes.c_void_p(packed.data_ptr()),
         ctypes.c_int64(packed.dtype == torch.bfloat16),
@@ -206,6 +259,9 @@ def _linear(library: ctypes.CDLL, x: Tensor, packed: Tensor, outputs: int) -> Te
         ctypes.c_void_p(y.data_ptr()),
         *(ctypes.c_int64(v) for v in (m, outputs, k, torch.get_num_threads())),
     )
+    if _recorded is not None:
+        times = (start, time.perf_counter_ns())
+        _recorded.append(Timed(("projection",), times, m, itemsize=packed.element_size(), shape=(outputs, k)))
     return y
 
 
@@ -328,6 +384,8 @@ class Decoder:
         captured = torch.empty(len(capture), batch, rows, self.config.width)
         layers = torch.tensor(capture, dtype=torch.int64)
         threads = torch.get_num_threads()
+        sections = BEFORE + LAYER * self.config.layers + AFTER
+        times = None if _recorded is None else torch.zeros(1 + len(sections), dtype=torch.int64)
         self._reserve(batch, rows, capacity, threads, adapter.rank if adapter else 0)
         arguments = _Batch(
             batch,
@@ -343,9 +401,23 @@ class Decoder:
             values.data_ptr(),
             *(t.data_ptr() for t in (logit_rows, layers, logits, captured, self._workspace)),
             self._workspace.numel(),
+            None if times is None else times.data_ptr(),
         )
         if self._library.zb_forward(ctypes.byref(self._model), ctypes.byref(arguments)):
             raise RuntimeError("native forward: workspace too small")
+        if times is not None and _recorded is not None:
+            _recorded.append(
+                Timed(
+                    sections,
+                    tuple(times.tolist()),
+                    batch * rows,
+                    tuple(lengths.tolist()),
+                    float(visible.sum()),
+                    logit_rows.numel(),
+                    self.config,
+                    self.dtype.itemsize,
+                )
+            )
         return logits, captured
 
     def _reserve(self, batch: int, rows: int, capacity: int, threads: int, rank: int) -> None:
@@ -370,6 +442,7 @@ def commit(keys: Tensor, values: Tensor, capacity: int, lengths: Tensor, slots: 
     """Move cached rows: slots [B, K] absolute, ascending, -1 padded -> directly after each sequence's prefix."""
     layers, batch, heads, _, dim = values.shape
     numbers = (values.element_size(), layers, batch, heads, capacity, dim)
+    start = time.perf_counter_ns()
     _library().zb_commit(
         ctypes.c_void_p(keys.data_ptr()),
         ctypes.c_void_p(values.data_ptr()),
@@ -378,6 +451,8 @@ def commit(keys: Tensor, values: Tensor, capacity: int, lengths: Tensor, slots: 
         ctypes.c_void_p(slots.data_ptr()),
         ctypes.c_int64(slots.shape[1]),
     )
+    if _recorded is not None:
+        _recorded.append(Timed(("cache commit",), (start, time.perf_counter_ns()), slots.numel()))
 
 
 if __name__ == "__main__":

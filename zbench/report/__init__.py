@@ -22,12 +22,15 @@ def render(run_folder: Path) -> Path:
         return projection.render(Path(run_folder))
     from zbench.cache import atomic_write
     from zbench.metrics import load_run
-    from zbench.report import export, figures, html, scaling
+    from zbench.report import export, figures, html, scaling, telemetry
     from zbench.report.findings import Results
 
     results = Results.of(load_run(Path(run_folder)))
     overview = figures.draw_overview(results)
-    drawn = [figures.draw(results, point) for point in results.points[:POINTS_DRAWN]]
+    drawn = [
+        [*figures.draw(results, point), *figures.draw(results, point, telemetry.PLOTS)]
+        for point in results.points[:POINTS_DRAWN]
+    ]
     across = scaling.sections(results)
     files: dict[str, str | bytes] = {
         "metrics.csv": export.to_csv(results),

@@ -63,7 +63,7 @@ class Plot:
     height: Callable[[Results, Sequence[Cell]], float]  # inches
     draw: Callable[[Axes, Theme, Results, Sequence[Cell]], None]
     alt: Callable[[Results, Sequence[Cell]], str]
-    section: Literal["results", "speculation"] = "results"
+    section: Literal["results", "speculation", "telemetry"] = "results"
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class Drawn:
         return {f"{self.name}{suffixes[t]}.{kind}": data for kind, images in kinds for t, data in images.items()}
 
 
-def draw(results: Results, point: Point) -> list[Drawn]:
-    """All figures that the point has data for."""
-    return [_drawn(plot, results, point.cells, point.label) for plot in PLOTS if plot.applies(results, point.cells)]
+def draw(results: Results, point: Point, plots: Sequence[Plot] | None = None) -> list[Drawn]:
+    """All figures that the point has data for, of those listed in `PLOTS` or in `plots`."""
+    chosen = PLOTS if plots is None else plots
+    return [_drawn(plot, results, point.cells, point.label) for plot in chosen if plot.applies(results, point.cells)]
 
 
 def draw_overview(results: Results) -> Drawn | None:

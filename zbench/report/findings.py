@@ -24,6 +24,7 @@ from zbench.stats import FEW
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
+_PREFIXED |= {"FLOP", "W", "J/token", "J·s/token²", "Hz"}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, caveats, definitions_hash
+from zbench.report import telemetry
 from zbench.report.figures import Drawn
 from zbench.report.findings import Point, Results, answers, interval, main_kind, quantity, speculation, warnings
 
@@ -61,7 +62,14 @@ DIFFUSION_COLUMNS = (
     ("Masked places per request", "diffusion_canvas_positions", ""),
 )
 CATEGORY_COLUMNS = (("Acceptance length", "category_acceptance_length"), ("Speedup", "category_speedup"))
-IN_HEADING = (" tokens/s", " tokens", "/token", " FLOP/B", " experts")  # units that the headings say already
+IN_HEADING = (
+    " tokens/s",
+    " tokens",
+    "/token",
+    " FLOP/B",
+    " experts",
+    " token/J",
+)  # units that the headings say already
 # Shown in every row or nowhere, as they exist for some engines and devices only.
 OPTIONAL = {"acceptance_length", "accuracy", "proposal_coverage", "experts_per_forward", "mbu_spec", "mfu_spec"}
 
@@ -136,10 +144,13 @@ def page(
                 "speculation": [sentence for cell in point.cells if (sentence := speculation(cell, results))],
                 "speculation_figures": [image(figure) for figure in mine if figure.section == "speculation"],
                 "categories": _category_table(results, point),
+                "telemetry": _telemetry_table(results, point),
+                "telemetry_figures": [image(figure) for figure in mine if figure.section == "telemetry"],
             }
             for point, mine in zip(results.points, figures, strict=True)
         ],
         undrawn=len(results.points) - len(drawn),
+        telemetry=telemetry.said(results),
         environment=_flat_sections(manifest.environment),
         roofs=_roofs(results),
         scenario=yaml.safe_dump(manifest.scenario, sort_keys=False, allow_unicode=True),
@@ -222,6 +233,19 @@ def _diffusion_table(results: Results, point: Point) -> Table | None:
     """One row per engine that fills canvases of masks; None where none does."""
     cells = [cell for cell in point.cells if results.value(cell, "diffusion_steps_per_canvas") is not None]
     return _by_engine(results, cells, DIFFUSION_COLUMNS) if cells else None
+
+
+def _telemetry_table(results: Results, point: Point) -> Table | None:
+    """One row per engine; None where no sensor said anything."""
+    columns = [c for c in telemetry.COLUMNS if _known(results, point.cells, c[1])]
+    if not columns:
+        return None
+    table = _by_engine(results, point.cells, columns)
+    for line, cell in zip(table.rows, point.cells, strict=True):
+        if cell.trials:
+            seconds = sum(trial.wall_seconds for trial in cell.trials)
+            line.entries.insert(0, Entry("Trials", str(len(cell.trials)), quantity(seconds, "s")))
+    return Table(["Trials", *table.headings], table.rows, table.notes)
 
 
 def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[str, str, str]]) -> Table:

@@ -1,0 +1,155 @@
+"""Profiles on a tiny model: what operators add up to, and what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.test_run import SHAPE
+from zbench import profiling, scenario
+from zbench.cli import main
+from zbench.errors import UserError
+from zbench.hardware import roofs
+from zbench.hardware.device import Device
+from zbench.kernels import cpu
+from zbench.models.cost import forward_cost
+
+ENGINES = """
+engines:
+  - {name: autoregressive, label: ours}
+  - {name: autoregressive, label: on torch, execution: torch}
+  - {name: eagle3, drafter: {random: true}, depth: 2}
+  - {name: diffusion, block_size: 4, synthetic: {length: 2}}
+  - reference
+"""
+SCENARIO = f"""
+name: tiny
+model: {{config: {SHAPE.replace("300", "304").replace("256", "1024")}, weights: random}}
+dtype: float32
+device: cpu
+prompts: {{set: quickstart, limit: 2}}
+context: 20
+batch: 2
+threads: 1
+{ENGINES}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _made_up_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = {"value": 1e10, "low": 1e10, "high": 1e10, "n": 1, "unit": "B/s"}
+    made_up = {"bandwidth": {"read": rate}, "flops": {"float32": {**rate, "unit": "FLOP/s"}}}
+    monkeypatch.setattr(roofs, "load_or_measure", lambda *_, **__: made_up)
+
+
+def profiled(tmp_path: Path, engine: str | None, steps: int = 3) -> dict[str, Any]:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SCENARIO)
+    found = profiling.profile(scenario.load(path, ()), engine, steps, tmp_path, lambda _: None)
+    assert json.loads((tmp_path / profiling.PROFILE).read_text()) == json.loads(json.dumps(found))
+    assert "of roof" in profiling.table(found)
+    return found
+
+
+def flops(found: dict[str, Any]) -> float:
+    return sum(operator["flops"] or 0 for operator in found["operators"])
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no native decoder here")
+def test_native_sections_add_up_to_the_counted_forward(tmp_path: Path) -> None:
+    found = profiled(tmp_path, "ours")
+    native = {operator["name"]: operator for operator in found["operators"] if operator["kind"] == "native"}
+    assert set(native) == {*cpu.BEFORE, *cpu.LAYER, *cpu.AFTER}
+    assert native["gate_up"]["calls"] == 2 and native["head"]["calls"] == 1
+    (counted, moved) = found["counts"]
+    assert counted["analytic"] == counted["counted"]  # two other steps than those that were profiled, at other contexts
+    per_token = 2 * 2 * 4 * 64 * 2  # batch, layers, scores and values of a width of 64, on a mean two steps later
+    assert flops(found) == pytest.approx(counted["analytic"], abs=4 * per_token)
+    assert not moved["flagged"] or moved["disagreement"] < 0.5  # a tiny model's activations are not small
+    assert 0 < found["explained"] <= 1.001
+    assert set(found["phases_seconds_per_step"]) == {"decode", "accept", "commit", "host gap"}
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no native decoder here")
+def test_section_flops_and_bytes_are_those_of_the_cost_model() -> None:
+    from zbench.models.config import ModelConfig
+
+    config = ModelConfig(
+        family="llama", layers=3, width=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=304, rms_eps=1e-5,
+        rope_theta=1e4, max_positions=256, tied=True,
+    )  # fmt: skip
+    names = cpu.BEFORE + cpu.LAYER * 3 + cpu.AFTER
+    contexts, rows, wanted = (5, 9), 4, 3
+    pairs = 2 * rows * (rows + 1) / 2
+    call = cpu.Timed(names, tuple(range(len(names) + 1)), 2 * rows, contexts, pairs, wanted, config, 4)
+    found = profiling.sections(call)
+    cost = forward_cost(config, rows, contexts, wanted, 4)
+    assert sum(o.flops or 0 for o in found) == cost.flops
+    norms = 4 * (3 * 2 * 64 + 64)  # read from cache, so left out of sections
+    assert sum(o.bytes or 0 for o in found) == cost.bytes_read + cost.bytes_written - norms
+
+
+def test_torch_operators_are_counted_from_their_shapes(tmp_path: Path) -> None:
+    found = profiled(tmp_path, "on torch")
+    assert {operator["kind"] for operator in found["operators"]} == {"torch"}
+    assert flops(found) == pytest.approx(found["counts"][0]["analytic"], rel=0.02)
+    assert found["explained"] < 1.001
+    mm = next(operator for operator in found["operators"] if operator["name"] == "aten::mm")
+    assert mm["calls"] == 4 * 2 + 1
+    assert mm["of_roof"] > 0 and mm["roof"] in ("memory", "compute")
+
+
+@pytest.mark.parametrize("engine", ["eagle3", "diffusion"])
+def test_drafting_engines_have_their_phases_and_equal_counts(tmp_path: Path, engine: str) -> None:
+    found = profiled(tmp_path, engine)
+    assert found["counts"][0]["disagreement"] < profiling.DISAGREEMENT
+    assert {"eagle3": "verify", "diffusion": "draft+verify"}[engine] in found["phases_seconds_per_step"]
+
+
+def test_the_trace_has_steps_forwards_and_native_sections(tmp_path: Path) -> None:
+    profiled(tmp_path, "ours", steps=2)
+    events = json.loads((tmp_path / profiling.TRACE).read_text())["traceEvents"]
+    steps = [e for e in events if e.get("name") == profiling.STEP]
+    assert len(steps) == 2
+    assert sum(e.get("name") == "decode, 1 rows" for e in events) >= 2
+    native = [e for e in events if e.get("cat") == "native"]
+    if cpu.available():
+        assert len(native) == 2 * len(cpu.BEFORE + cpu.LAYER * 2 + cpu.AFTER)
+        inside = [any(s["ts"] <= e["ts"] and e["ts"] + e["dur"] <= s["ts"] + s["dur"] for s in steps) for e in native]
+        assert all(inside)
+
+
+def test_a_count_that_is_off_by_more_than_a_tenth_is_flagged() -> None:
+    alike, apart = (profiling.Count("FLOPs", "FLOP", 100, counted, None, {}) for counted in (109.0, 111.0))
+    assert not alike.flagged and apart.flagged and apart.disagreement == pytest.approx(0.11)
+    assert profiling.Count("bytes", "B", 100, None, None, {}).disagreement is None
+
+
+def test_what_cannot_be_profiled_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no engine 'dflash' in the scenario; it has ours"):
+        profiled(tmp_path, "dflash")
+    with pytest.raises(UserError, match="cannot be taken step by step"):
+        profiled(tmp_path, "reference")
+    with pytest.raises(UserError, match="fewer --steps"):
+        profiled(tmp_path, "eagle3", steps=500)
+
+
+def test_the_command_leaves_no_folder_where_nothing_came_of_it(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(SCENARIO)
+    out = tmp_path / "out"
+    command = ["profile", str(tmp_path / "tiny.yaml"), "--out", str(out), "--engine", "nobody"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 2 and not list(out.iterdir())
+
+
+def test_hardware_counters_are_named_with_why_they_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: None)
+    for device in (Device("cpu", "cpu", None, "x"), Device("cuda", "rocm", 0, "x"), Device("cuda", "cuda", 0, "x")):
+        for counter in profiling.counters(device):
+            assert counter["status"].startswith(("unavailable: ", "here, but not read"))

@@ -1,0 +1,74 @@
+"""Operators of a Chrome trace, against a recorded one of an MI300X and against counts that are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zbench import trace
+
+MI300X = json.loads((Path(__file__).parent / "recorded_trace.json").read_text())
+
+
+def event(name: str, start: float, duration: float, dims: Any = (), types: Any = (), **more: Any) -> dict[str, Any]:
+    arguments = {"Input Dims": list(dims), "Input type": list(types)}
+    return {"ph": "X", "cat": "cpu_op", "name": name, "tid": 1, "ts": start, "dur": duration, "args": arguments} | more
+
+
+def test_a_recorded_kernel_has_the_work_of_the_operator_that_launched_it() -> None:
+    kernel = next(o for o in trace.operators(MI300X) if o.kind == "kernel")
+    assert (kernel.name, kernel.calls) == ("attn_fwd.kd", 1)
+    assert kernel.seconds == pytest.approx(85232.206e-6)
+    assert kernel.flops == 4 * 32 * 32768**2 * 128
+    assert kernel.bytes == 4 * 32768 * 32 * 128 * 2
+    assert 200e12 < kernel.flops / kernel.seconds < 210e12
+
+
+def test_an_operator_has_the_time_that_it_does_not_spend_in_others() -> None:
+    outer, inner = (o for o in trace.operators(MI300X) if o.kind == "torch")
+    assert outer.seconds == pytest.approx((360.488 - 220.099) * 1e-6)
+    assert inner.seconds == pytest.approx(220.099e-6)
+
+
+def test_only_what_lies_within_the_spans_counts() -> None:
+    span = {"ph": "X", "cat": "user_annotation", "name": "step", "ts": 10, "dur": 10, "args": {}}
+    calls = [event("aten::mm", at, 1) for at in (5, 12, 18, 25)]
+    assert len(trace.operators({"traceEvents": [span, *calls]}, within="step")) == 2
+    assert trace.operators(MI300X, within="step") == []
+
+
+def test_threads_do_not_nest() -> None:
+    calls = [event("a", 0, 10), event("b", 2, 3, tid=2), event("c", 2, 3), event("d", 6, 1), event("e", 11, 1)]
+    own = {o.name: o.seconds * 1e6 for o in trace.operators({"traceEvents": calls})}
+    assert own == pytest.approx({"a": 6, "b": 3, "c": 3, "d": 1, "e": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "flops", "elements"),
+    [
+        ("mm", [[3, 8], [8, 5]], 2 * 3 * 8 * 5, 24 + 40 + 15),
+        ("addmm", [[5], [3, 8], [8, 5]], 2 * 3 * 8 * 5, 24 + 40 + 15),
+        ("bmm", [[2, 3, 8], [2, 8, 5]], 2 * 2 * 3 * 8 * 5, 48 + 80 + 30),
+        ("mv", [[3, 8], [8]], 2 * 3 * 8, 24 + 8 + 3),
+        (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            [[1, 9, 1, 64], [1, 3, 4, 64], [1, 3, 4, 64]],
+            4 * 9 * 4 * 64,
+            2 * 9 * 64 + 2 * 3 * 4 * 64,
+        ),
+        ("mul", [[4, 6], [6]], 0, 24 + 6 + 24),
+    ],
+)
+def test_flops_and_bytes_follow_from_shapes(name: str, dims: list, flops: float, elements: int) -> None:
+    (found,) = trace.operators({"traceEvents": [event(f"aten::{name}", 0, 1, dims, ["c10::BFloat16"] * len(dims))]})
+    assert (found.flops, found.bytes) == (flops, 2 * elements)
+
+
+def test_what_no_rule_knows_is_unknown_and_not_zero() -> None:
+    (found,) = trace.operators({"traceEvents": [event("aten::index", 0, 1, [[49152, 576], []], ["float", ""])]})
+    assert found.flops is None and found.bytes is None
+    both = trace.gathered([found, trace.Operator("aten::index", "torch", 1, 2.0, 5.0, 5.0)])
+    assert both == [trace.Operator("aten::index", "torch", 2, found.seconds + 2.0, None, None)]

@@ -1,0 +1,455 @@
+"""Where a decode step goes: time per operator with FLOPs, bytes and share of the roof, a Chrome trace, and counts.
+
+The same steps are decoded up to three times: plainly, for what a step takes; under torch's profiler, with the native
+decoder timing its own sections, which torch does not see; and on torch operators alone under `FlopCounterMode` and the
+profiler, to count FLOPs and bytes once more, on another way than `models/cost.py` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as torch_profiler
+
+from zbench import engines, run, scenario, trace
+from zbench.cache import atomic_write
+from zbench.engines.base import Meter, Output, State, Stepper, commit
+from zbench.errors import UserError
+from zbench.hardware import roofs
+from zbench.hardware.device import Device
+from zbench.kernels import cpu
+from zbench.models.model import Model
+from zbench.trace import Operator
+
+PROFILE, TRACE = "profile.json", "trace.json"
+SCHEMA_VERSION = 1
+WARM = 2  # steps before those that count
+COUNTED = 2  # steps that are counted on torch operators, which is slow
+GAIN = 34  # tokens that a step of a drafting engine may gain at most: the largest block of masks and its bonus
+DISAGREEMENT = 0.10  # between two counts, from which it is flagged
+STEP = "zbench step"
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """One quantity of a decode step, counted on different ways; None with a reason where a way is not open."""
+
+    what: str
+    unit: str
+    analytic: float
+    counted: float | None
+    measured: float | None
+    why_not: dict[str, str]
+
+    @property
+    def disagreement(self) -> float | None:
+        """The largest relative difference from the analytic count."""
+        others = [value for value in (self.counted, self.measured) if value is not None]
+        return max((abs(value / self.analytic - 1) for value in others), default=None)
+
+    @property
+    def flagged(self) -> bool:
+        return (self.disagreement or 0) > DISAGREEMENT
+
+
+class _Spans(Meter):
+    """A meter that also names steps, forwards and phases in the trace."""
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        with record_function(STEP), super().step():
+            yield
+
+    @contextlib.contextmanager
+    def phase(self, name: Literal["accept", "commit"]) -> Iterator[None]:
+        with record_function(name), super().phase(name):
+            yield
+
+    def forward(self, model: Model, role: Any, rows: Any, *arguments: Any, **options: Any) -> Output:
+        with record_function(f"{role}, {rows.ids.shape[1]} rows"):
+            return super().forward(model, role, rows, *arguments, **options)
+
+
+class _TorchOnly(engines.Shared):
+    """Everything on torch operators, which are what can be counted."""
+
+    def target(self, execution: str) -> Model:
+        return super().target("torch")
+
+
+def profile(
+    wanted: scenario.Scenario, engine: str | None, steps: int, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Profile one engine at the scenario's first point; write `profile.json` and `trace.json` into the folder.
+
+    Raises UserError where the engine is not in the scenario, or cannot be taken step by step.
+    """
+    at, cells = scenario.points(wanted)[0]
+    cell = _chosen(cells, engine)
+    (point,) = run.prepare(_with_engine(at, cell.label), say)
+    device, config = point.device, point.shared.model.config
+    built = engines.create(cell.engine, cell.options, point.shared)
+    if not (hasattr(built, "start") and hasattr(built, "step")):
+        raise UserError(f"{cell.label} decodes in transformers’ own loop, which cannot be taken step by step")
+    prompts = [ids for _, ids in point.batches[0]]
+    longest = max(len(ids) for ids in prompts)
+    gain = 1 if cell.engine == "autoregressive" else GAIN
+    if longest + (1 + WARM + steps) * gain > config.max_positions:
+        raise UserError(
+            f"{steps} steps after {longest} tokens may exceed the model’s {config.max_positions}: fewer --steps"
+        )
+
+    def decode(engine: Any, meter: Meter, count: int, around: Callable[[], Any]) -> None:
+        limit = (2 + WARM + count) * gain
+        request = replace(run.request_of(point, [0] * len(prompts), limit), eos_ids=frozenset())
+        stepper = cast("Stepper[State]", engine)
+        finish: list[Any] = ["length"] * len(prompts)
+        warm = Meter(device)
+        with warm.step():
+            state = stepper.start(prompts, request, warm)
+            commit([[token] for token in state.last.tolist()], state.outputs, state.active, request, finish)
+
+        def one(used: Meter) -> None:
+            with used.step():
+                step = stepper.step(state, used)
+                gained = commit(step.tokens, state.outputs, state.active, request, finish)
+                used.gained(gained, step.drafted, step.accepted)
+
+        for _ in range(WARM):
+            one(warm)
+        device.synchronize()
+        with around():
+            for _ in range(count):
+                one(meter)
+            device.synchronize()
+
+    say(f"decoding {steps} steps of {cell.label} plainly")
+    plain = Meter(device)
+    decode(built, plain, steps, contextlib.nullcontext)
+    say("decoding them under the profiler")
+    spans = _Spans(device)
+    profiled = _Profiled(device)
+    decode(built, spans, steps, profiled.running)
+    say(f"counting {COUNTED} steps on torch operators")
+    counts = _counts(point, cell, decode, device)
+    measured = roofs.load_or_measure(device, (at.dtype,), progress=say)
+    content = profiled.write(folder / TRACE)
+    found = _operators(content, profiled.native, steps)
+    record = _record(plain, spans, found, steps)
+    result = {
+        "schema": SCHEMA_VERSION,
+        "scenario": wanted.name,
+        "engine": cell.label,
+        "point": cell.point,
+        "model": cell.model,
+        "dtype": at.dtype,
+        "device": device.name,
+        "batch": len(prompts),
+        "prompt_tokens": [len(ids) for ids in prompts],
+        "kernels": built.kernels,
+        "steps": steps,
+        **record,
+        "roofs": {"bandwidth": measured["bandwidth"]["read"], "flops": measured["flops"].get(at.dtype)},
+        "operators": [_row(operator, steps, measured, at.dtype) for operator in found],
+        "counts": [asdict(c) | {"disagreement": c.disagreement, "flagged": c.flagged} for c in counts],
+        "counters": counters(device),
+        "notes": _notes(profiled.native, device),
+    }
+    atomic_write(folder / PROFILE, json.dumps(result, indent=1, allow_nan=False))
+    return result
+
+
+def _chosen(cells: Sequence[Any], engine: str | None) -> Any:
+    if engine is None:
+        return next((cell for cell in cells if cell.baseline), cells[0])
+    for name in ("label", "id", "engine"):
+        for cell in cells:
+            if getattr(cell, name) == engine:
+                return cell
+    raise UserError(f"no engine {engine!r} in the scenario; it has {', '.join(cell.label for cell in cells)}")
+
+
+def _with_engine(at: scenario.Scenario, label: str) -> scenario.Scenario:
+    """The scenario with that engine alone, so that nothing else is checked or loaded."""
+    return at.model_copy(
+        update={"engines": tuple(e for e in at.engines if e.title == label), "baseline": None, "matrix": {}}
+    )
+
+
+class _Profiled:
+    """Torch's profiler and the native decoder's own clock around the same steps."""
+
+    def __init__(self, device: Device) -> None:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        self._profiler = torch_profiler(activities=activities, record_shapes=True)
+        self._mark = f"{STEP} clock"
+        self._clock = 0
+        self.native: list[cpu.Timed] = []
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with self._profiler, cpu.recording() as native:
+            with record_function(self._mark):
+                self._clock = time.perf_counter_ns()
+            yield
+        self.native = native
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """The Chrome trace, native sections included, which have a track of their own; also as read back."""
+        self._profiler.export_chrome_trace(str(path))
+        content = json.loads(path.read_text())
+        events = content["traceEvents"]
+        mark = next(e for e in events if e.get("cat") == "user_annotation" and e["name"] == self._mark)
+        track = {"pid": mark["pid"], "tid": "native decoder"}
+        for call in self.native:
+            for name, start, end in call.spans():
+                span = {"ts": mark["ts"] + (start - self._clock) / 1e3, "dur": (end - start) / 1e3}
+                events.append({"ph": "X", "cat": "native", "name": name, **track, **span})
+        atomic_write(path, json.dumps(content))
+        return content
+
+
+def _operators(content: dict[str, Any], native: Sequence[cpu.Timed], steps: int) -> list[Operator]:
+    """Native sections and torch's operators within the steps; the device's kernels instead, where there are any."""
+    seen = trace.operators(content, within=STEP)
+    kernels = [operator for operator in seen if operator.kind == "kernel"]
+    return trace.gathered([*(kernels or seen), *(o for call in native for o in sections(call))])
+
+
+def sections(call: cpu.Timed) -> list[Operator]:
+    """The sections of one native call, with FLOPs and bytes as `models/cost.py` counts them: activations stay in cache,
+    so a norm has none."""
+    work: dict[str, tuple[float | None, float | None]] = {}
+    m, size = call.rows, call.itemsize
+    if call.shape:
+        n, k = call.shape
+        work["projection"] = 2.0 * m * n * k, float(n * k * size + m * n * 4)
+    elif c := call.config:
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        rows = m // len(call.contexts)
+        windows = c.windows or (None,) * c.layers
+        read = (
+            sum(min(n, w + rows - 1) if w else n for w in windows for n in call.contexts) / c.layers
+        )  # of a mean layer
+        work = {
+            "embed": (0.0, float(m * c.width * size)),
+            "qkv": _projection(m, c.width, q + 2 * kv, size),
+            "rotate and store": (0.0, float(2 * m * kv * size)),
+            "attention": (4.0 * q * (rows * read + call.pairs), float(2 * kv * size * read)),
+            "out": _projection(m, q, c.width, size),
+            "gate_up": _projection(m, c.width, 2 * c.ffn, size),
+            "down": _projection(m, c.ffn, c.width, size),
+            "head": (
+                2.0 * call.wanted * c.width * c.vocab,
+                float(c.vocab * (c.width * size + 4 * call.wanted)) if call.wanted else 0.0,
+            ),
+        }
+    return [
+        Operator(name, "native", 1, (end - start) / 1e9, *work.get(name, (None, None)))
+        for name, start, end in call.spans()
+    ]
+
+
+def _projection(rows: int, inputs: int, outputs: int, size: int) -> tuple[float, float]:
+    return 2.0 * rows * inputs * outputs, float(inputs * outputs * size)
+
+
+def _record(plain: Meter, spans: Meter, found: Sequence[Operator], steps: int) -> dict[str, Any]:
+    """What a step takes with and without the profiler, its phases, and how much of it the operators explain."""
+    (bare, _), (watched, forwards) = plain.records(), spans.records()
+    seconds = np.array([step.seconds for step in watched])
+    phases: dict[str, float] = {}
+    for forward in forwards:
+        phases[forward.role] = phases.get(forward.role, 0.0) + forward.seconds / steps
+    phases["accept"] = sum(step.accept_seconds for step in watched) / steps
+    phases["commit"] = sum(step.commit_seconds for step in watched) / steps
+    phases["host gap"] = float(seconds.mean()) - sum(phases.values())
+    explained = sum(operator.seconds for operator in found) / float(seconds.sum())
+    return {
+        "step_seconds": _spread([step.seconds for step in bare]),
+        "profiled_step_seconds": _spread(seconds),
+        "phases_seconds_per_step": phases,
+        "explained": explained,
+    }
+
+
+def _spread(seconds: Any) -> dict[str, float | int]:
+    low, middle, high = (float(v) for v in np.quantile(seconds, (0.25, 0.5, 0.75)))
+    return {
+        "median": middle,
+        "quarter": low,
+        "three_quarters": high,
+        "mean": float(np.mean(seconds)),
+        "n": len(seconds),
+    }
+
+
+def _row(operator: Operator, steps: int, measured: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Per step. `of_roof` is what memory or arithmetic alone would need at the measured roofs, over the time."""
+    bandwidth = measured["bandwidth"]["read"]["value"]
+    rate = measured["flops"].get(dtype)
+    of_roof, bound = None, None
+    if operator.flops is not None and operator.bytes is not None and rate and (operator.flops or operator.bytes):
+        memory, compute = operator.bytes / bandwidth, operator.flops / rate["value"]
+        bound = "memory" if memory >= compute else "compute"
+        of_roof = max(memory, compute) / operator.seconds if operator.seconds else None
+    per_step = {
+        key: None if v is None else v / steps for key, v in asdict(operator).items() if key not in ("name", "kind")
+    }
+    return {"name": operator.name, "kind": operator.kind, **per_step, "of_roof": of_roof, "roof": bound}
+
+
+def _counts(point: run.Point, cell: Any, decode: Callable[..., None], device: Device) -> list[Count]:
+    """FLOPs and bytes of a step: analytic, and counted on torch's operators; per step, over the same steps."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shared = _TorchOnly(point.shared.model, point.shared.dtype, device, point.shared.allow_pickle)
+    built = engines.create(cell.engine, cell.options, shared)
+    counter = FlopCounterMode(display=False)
+    native: list[cpu.Timed] = []
+
+    @contextlib.contextmanager
+    def counting() -> Iterator[None]:
+        # The counter knows no fused attention on a CPU (pytorch issue 195460) and would say 0.
+        with sdpa_kernel(SDPBackend.MATH), counter, cpu.recording() as called:
+            yield
+        native.extend(called)
+
+    first, second = Meter(device), _Spans(device)
+    decode(built, first, COUNTED, counting)
+    profiled = _Profiled(device)
+    decode(built, second, COUNTED, profiled.running)
+    shared.release()
+    # A drafter's projections stay native on a CPU, out of sight of both: their shapes are known.
+    counted = counter.get_total_flops() + sum(o.flops or 0 for call in native for o in sections(call))
+    forwards, again = first.records()[1], second.records()[1]
+    moved = _moved(profiled)
+    unread = {"measured": "no hardware counter is read, see counters"}
+    pairs = (
+        ("FLOPs", "FLOP/step", sum(f.flops for f in forwards), counted),
+        ("bytes", "B/step", sum(f.bytes_read + f.bytes_written for f in again), moved),
+    )
+    return [Count(what, unit, one / COUNTED, other / COUNTED, None, unread) for what, unit, one, other in pairs]
+
+
+def _moved(profiled: _Profiled) -> float:
+    """Bytes of the operands and results of all products and attentions: weights, cache, and their activations."""
+    with tempfile.TemporaryDirectory() as folder:
+        seen = trace.operators(profiled.write(Path(folder) / TRACE), within=STEP)
+    seen = [operator for operator in seen if operator.kind == "torch"]
+    found = [*seen, *(o for call in profiled.native for o in sections(call))]
+    return sum(o.bytes for o in found if o.flops and o.bytes)
+
+
+def counters(device: Device) -> list[dict[str, str]]:
+    """Hardware counters and tools that could measure bytes and FLOPs: which are here. zbench reads none yet."""
+    unread = "here, but not read by zbench: use it beside"
+    if device.type == "cpu":
+        folder = Path("/sys/bus/event_source/devices")
+        found = [p.name for p in folder.glob("*") if p.name.startswith(("uncore_imc", "amd_df", "amd_umc"))]
+        why = f"unavailable: {folder} has no memory controller (uncore_imc, amd_umc), usual in virtual machines"
+        return [
+            {"name": "memory controller (perf)", "status": f"{unread} ({', '.join(sorted(found))})" if found else why}
+        ]
+    known = (
+        [_tool("rocprofv3", "FETCH_SIZE, WRITE_SIZE", unread)] if device.backend == "rocm" else [_gpm(device, unread)]
+    )
+    if device.backend == "cuda":
+        known.append(_tool("ncu", "dram__bytes", unread))
+    proton = importlib.util.find_spec("triton") and importlib.util.find_spec("triton.profiler")
+    return [*known, {"name": "Proton", "status": unread if proton else "unavailable: triton.profiler is not installed"}]
+
+
+def _tool(name: str, counts: str, unread: str) -> dict[str, str]:
+    there = shutil.which(name)
+    return {"name": f"{name} ({counts})", "status": unread if there else f"unavailable: {name} is not on the PATH"}
+
+
+def _gpm(device: Device, unread: str) -> dict[str, str]:
+    name = "NVML GPM (DRAM and tensor activity)"
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device.torch).uuid}")
+        there = nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice
+    except Exception as error:
+        return {"name": name, "status": f"unavailable: {error}"}
+    return {"name": name, "status": unread if there else "unavailable: this GPU has no GPM"}
+
+
+def _notes(native: Sequence[cpu.Timed], device: Device) -> list[str]:
+    notes = ["FLOPs and bytes of operators follow from shapes: every operand once, as if nothing else were cached."]
+    if native:
+        notes.append(
+            "The native decoder times its own sections, at the barriers between them; torch’s profiler sees none of it."
+            " What happens within a section (waiting at its barrier included) is not seen."
+        )
+    elif device.type == "cpu":
+        notes.append("Operators of torch have the time of their own on the calling thread.")
+    else:
+        notes.append("Kernels have their time on the device; what they leave of the step is the device waiting.")
+    return notes
+
+
+def table(result: dict[str, Any], most: int = 20) -> str:
+    """The result for people: the step, its operators, the counts, and what is not seen."""
+    from zbench.report.findings import quantity
+
+    def shown(value: float | None, unit: str) -> str:
+        return "unknown" if value is None else quantity(value, unit) if value else "–"
+
+    step, watched = result["step_seconds"], result["profiled_step_seconds"]
+    lines = [
+        f"{result['engine']} on {result['device']}, {result['model']}, {result['dtype']}, batch {result['batch']}",
+        f"step {quantity(step['median'], 's')} (middle half {quantity(step['quarter'], 's')} to "
+        f"{quantity(step['three_quarters'], 's')}, n = {step['n']});"
+        f" under the profiler {quantity(watched['median'], 's')}",
+        f"operators explain {result['explained']:.1%} of the profiled steps; the rest is Python, launches and gaps",
+        "",
+    ]
+    rows: list[tuple[str, ...]] = [
+        ("operator", "", "calls", "time", "share", "FLOPs", "bytes", "FLOP/s", "B/s", "of roof")
+    ]
+    for entry in result["operators"][:most]:
+        seconds, flops, moved = entry["seconds"], entry["flops"], entry["bytes"]
+        rows.append((
+            entry["name"].removeprefix("aten::")[:44], entry["kind"], f"{entry['calls']:g}", quantity(seconds, "s"),
+            f"{seconds / watched['mean']:.1%}", shown(flops, "FLOP"), shown(moved, "B"),
+            shown(flops and flops / seconds, "FLOP/s"), shown(moved and moved / seconds, "B/s"),
+            "unknown" if entry["of_roof"] is None else f"{entry['of_roof']:.0%} {entry['roof']}",
+        ))  # fmt: skip
+    if rest := result["operators"][most:]:
+        seconds = sum(entry["seconds"] for entry in rest)
+        rows.append(
+            (f"{len(rest)} others", "", "", quantity(seconds, "s"), f"{seconds / watched['mean']:.1%}", *[""] * 5)
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]).rstrip())
+    lines += ["", "phases of a step: " + ", ".join(
+        f"{name} {quantity(seconds, 's')}" for name, seconds in result["phases_seconds_per_step"].items()
+    )]  # fmt: skip
+    for count in result["counts"]:
+        ways = [f"analytic {shown(count['analytic'], count['unit'].removesuffix('/step'))}"]
+        ways.append(f"counted {shown(count['counted'], count['unit'].removesuffix('/step'))}")
+        ways.append(f"measured unavailable: {count['why_not']['measured']}")
+        flag = f"  DISAGREE by {count['disagreement']:.0%}" if count["flagged"] else ""
+        lines.append(f"{count['what']} of a step: {'; '.join(ways)}{flag}")
+    lines += [f"{counter['name']}: {counter['status']}" for counter in result["counters"]]
+    return "\n".join([*lines, *result["notes"]])
