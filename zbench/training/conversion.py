@@ -132,7 +132,8 @@ class Conversion:
             tokens.append(torch.full_like(positions[1], c.mask_id or 0))
         angles = torch.cat(positions)[:, None, None].float() * self._inv_freq
         turn = angles.cos(), angles.sin()
-        x = F.embedding(torch.cat(tokens), weights.embedding)
+        # From float32: the mask's gradient is a sum over all masks, which bfloat16 would lose.
+        x = F.embedding(torch.cat(tokens), self.parameters["model.embed_tokens.weight"]).to(self.target.dtype)
         for layer in weights.layers:
             x = self._layer(layer, x, turn, batch, longest, anchors)
         clean, masked = rms_norm(x, weights.norm, c.rms_eps).tensor_split([batch * longest])
