@@ -777,7 +777,7 @@ def _training(command: Any) -> Any:
     options = (
         click.option("--model", required=True, help=MODEL_HELP),
         click.option("--data", required=True, type=click.Path(path_type=Path), help="A corpus of `zbench train data`."),
-        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the drafter."),
+        click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of what is trained."),
         click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="How long to train."),
         click.option("--steps", type=click.IntRange(min=1), help="How long to train; repeatable bit by bit."),
         click.option("--resume", is_flag=True, help="Go on with the run in --out."),
@@ -788,7 +788,7 @@ def _training(command: Any) -> Any:
         click.option(
             "--rate",
             type=click.FloatRange(min=0, min_open=True),
-            help="Peak learning rate; default 0.002 for tidar, 0.001 for the others.",
+            help="Peak learning rate; default 0.002 for tidar, 0.001 for eagle3 and dflash, 0.0001 for full.",
         ),
         click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"])),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm."),
@@ -850,11 +850,48 @@ def train_dflash(block: int, layers: int, **options: Any) -> None:
     _train(options, lambda target, corpus, seed: DFlash(target, DFlashSettings(block=block, layers=layers), seed), 1e-3)
 
 
+@train.command("full")
+@_training
+@click.option(
+    "--alpha",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Weight of the autoregressive loss beside the masks'.",
+)
+@click.option("--block", default=8, show_default=True, type=click.IntRange(2, 32), help="Masks of a block.")
+@click.option("--no-masks", is_flag=True, help="Autoregressive loss only.")
+@click.option("--mask-id", type=click.IntRange(min=0), help="Token that is the mask; default: one that no text has.")
+@click.option("--prompts", is_flag=True, help="Predict prompts too, not answers alone.")
+def train_full(alpha: float, block: int, no_masks: bool, mask_id: int | None, prompts: bool, **options: Any) -> None:
+    """Convert a model as TiDAR does: all weights learn, and what comes out drafts for itself without an adapter.
+
+    It is a model of its own, with a distribution of its own: its drafts are verified against that, not the original.
+
+    \b
+    Examples:
+      zbench train full --model smollm2-135m --data corpus --out converted --minutes 600
+      torchrun --nproc-per-node 8 -m zbench train full --model ~/models/mine --data corpus --out converted --steps 5000
+    """
+    from zbench.training.conversion import Conversion, ConversionSettings, unused_token
+
+    def objective(target: Any, corpus: Any, seed: int) -> Conversion:
+        source = target.loaded.path
+        if source and source.resolve() == options["out"].resolve():
+            raise UserError("--out is the model's own folder, which training must not change; choose another")
+        if no_masks:
+            return Conversion(target, ConversionSettings(None, block, None, prompts))
+        mask = unused_token(corpus.conversations, target.config, mask_id)
+        return Conversion(target, ConversionSettings(alpha, block, mask, prompts))
+
+    _train(options, objective, 1e-4)
+
+
 def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     import torch
     from rich.console import Console
 
-    from zbench.hardware import device as devices
+    from zbench import ranks
     from zbench.models import loading
     from zbench.progress import amounts
     from zbench.training import trainer
@@ -865,23 +902,33 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
         torch.set_num_threads(options["threads"])
     if (options["steps"] is None) == (options["minutes"] is None):
         raise UserError("say how long to train: --minutes or --steps")
-    loaded = loading.load(_model_spec(options["model"]))
-    corpus = load_corpus(options["data"], loaded.weights_hash)
-    target = Target(loaded, getattr(torch, options["dtype"]), devices.resolve(options["device"]).torch)
+    console = Console(stderr=True, quiet=not ranks.is_first())
     given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
-    console = Console(stderr=True)
-    with amounts(1.0, console) as advance:
-        last = trainer.train(
-            objective(target, corpus, options["seed"]),
-            target,
-            corpus,
-            options["out"],
-            trainer.Settings(**given, rate=options["rate"] or rate),
-            options["resume"],
-            advance,
-            lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
-        )
-    click.echo(json.dumps(last))
+    with ranks.joined("the last checkpoint is kept, continue with --resume") as world:
+
+        def prepare() -> tuple[Any, ...]:
+            loaded = loading.load(_model_spec(options["model"]))
+            corpus = load_corpus(options["data"], loaded.weights_hash)
+            target = Target(loaded, getattr(torch, options["dtype"]), world.device(options["device"]).torch)
+            return objective(target, corpus, options["seed"]), target, corpus
+
+        prepared = world.together(prepare)
+        with amounts(1.0, console) as advance, world.measuring(trainer.STALLED):
+            try:
+                last = trainer.train(
+                    *prepared,
+                    options["out"],
+                    trainer.Settings(**given, rate=options["rate"] or rate),
+                    options["resume"],
+                    advance,
+                    lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+                    world,
+                )
+            except KeyboardInterrupt:
+                world.interrupted()
+                raise
+    if world.rank == 0:
+        click.echo(json.dumps(last))
 
 
 def _model_spec(name: str) -> str | dict[str, str]:

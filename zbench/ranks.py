@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -123,7 +123,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        with self._waiting():
+        with self.waiting():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -132,7 +132,7 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with self._waiting():
+        with self.waiting():
             dist.all_gather_object(found, value)
         return found
 
@@ -143,6 +143,19 @@ class World:
             if len(set(found)) == 1:
                 raise UserError(said[0])
             raise UserError("\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found) if one))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives on this rank, once it has ended on all. Raises UserError on all where it did on one."""
+        if self.size == 1:
+            return work()
+        done: list[T] = []
+        wrong = None
+        try:
+            done.append(work())
+        except UserError as error:
+            wrong = str(error)
+        self.agreed(wrong)
+        return done[0]
 
     def collected(self, record: TrialRecord | None, member: Member | None, device: Device) -> list[TrialRecord]:
         """Each replica's record of the trial that just ended, on rank 0; none elsewhere."""
@@ -186,7 +199,8 @@ class World:
             self.watch.decide(None)
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
+        """Around collectives of the caller's own. Raises RankLost where one fails."""
         if self.watch:
             self.watch.waiting = True
         try:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.test_cli import refused, zbench
 from tests.tiny import oracle
-from zbench.models import adapter, dflash, eagle3, families
+from zbench.models import adapter, dflash, eagle3, families, loading
 from zbench.models.tokenizer import byte_tokenizer
 
 
@@ -27,8 +27,18 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
     made = zbench("train", "data", "--model", folder, "--out", corpus, "--tokens", 3000, "--device", "cpu")
     assert made.exit_code == 0, made.output
     shared = ["--model", folder, "--data", corpus, "--steps", 2, "--batch", 2, "--dtype", "float32", "--device", "cpu"]
-    loaders = {"tidar": adapter.load_adapter, "eagle3": eagle3.load_drafter, "dflash": dflash.load_drafter}
-    own = {"tidar": ["--rank", 2], "eagle3": ["--draft-vocab", 64, "--depth", 2], "dflash": ["--layers", 1]}
+    loaders = {
+        "tidar": adapter.load_adapter,
+        "eagle3": eagle3.load_drafter,
+        "dflash": dflash.load_drafter,
+        "full": lambda folder, config: loading.load({"path": str(folder)}),
+    }
+    own = {
+        "tidar": ["--rank", 2],
+        "eagle3": ["--draft-vocab", 64, "--depth", 2],
+        "dflash": ["--layers", 1],
+        "full": ["--block", 4],
+    }
     for name, load in loaders.items():
         trained = zbench("train", name, *shared, *own[name], "--out", tmp_path / name)
         assert trained.exit_code == 0, trained.output
@@ -37,6 +47,11 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
         load(tmp_path / name, config)
     log = (tmp_path / "tidar" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]
+    converted = json.loads((tmp_path / "full" / "config.json").read_text())
+    assert 0 <= converted.pop("mask_token_id") < 300
+    original = json.loads((folder / "config.json").read_text())
+    assert converted == original and (tmp_path / "full" / "tokenizer.json").is_file()
+    refused(zbench("train", "full", *shared, "--out", folder), "--out is the model's own folder")
 
 
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Training drafters for a model from text that the model writes itself: data, one trainer, three objectives."""
+"""Training drafters for a model from text that the model writes itself: data, one trainer, its objectives."""

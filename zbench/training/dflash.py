@@ -40,7 +40,7 @@ class DFlash:
     """`parameters` in the published names, float32; embedding and head are the target's."""
 
     name = "dflash"
-    context = False
+    asks, context = True, False
 
     def __init__(self, target: Target, settings: DFlashSettings, seed: int) -> None:
         self.target, self.settings = target, settings
@@ -81,7 +81,8 @@ class DFlash:
             head, bias, ids = sampled_head(head, ids, OTHERS, generator)
         total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, 1), weights, bias)
         right = best.view_as(drafted) == read.batch.ids.gather(1, drafted.flatten(1)).view_as(drafted)
-        return Scores(total / weights.sum().clamp(min=1e-6), right[real], int(real.sum()) * (s.block - 1))
+        weight = weights.sum()
+        return Scores(total / weight.clamp(min=1e-6), right[real], int(real.sum()) * (s.block - 1), weight)
 
     def _forward(self, read: Read, anchors: Tensor) -> Tensor:
         """Hidden states [S, A, block, D] after the final norm."""

@@ -57,7 +57,7 @@ class Eagle3:
     """`parameters` in the published names, float32."""
 
     name = "eagle3"
-    context = False
+    asks, context = True, False
 
     def __init__(
         self, target: Target, settings: Eagle3Settings, conversations: Sequence[Conversation], seed: int
@@ -118,7 +118,7 @@ class Eagle3:
             drafted = ids.new_zeros(ids.shape)
             drafted[learnt] = self.known[best]
             right.append((drafted == batch.ids.gather(1, places))[whole])
-        return Scores(total / max(mass, 1.0), torch.stack(right, -1), tokens)
+        return Scores(total / max(mass, 1.0), torch.stack(right, -1), tokens, torch.tensor(mass))
 
     def _layer(
         self,

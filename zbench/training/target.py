@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from zbench.errors import UserError
 from zbench.models.config import ModelConfig
 from zbench.models.loading import LoadedModel
 from zbench.models.rows import Rows
-from zbench.models.transformer import Transformer
+from zbench.models.transformer import Transformer, Weights
 from zbench.training.corpus import Conversation, Role
 
 TOP = 16  # tokens of a target distribution that are kept; they hold nearly all of its mass
@@ -60,6 +61,12 @@ class Read:
     top_ids: Tensor  # [S, T, TOP]
     top_probs: Tensor  # [S, T, TOP] float32; zero where the next token is no answer's
 
+    @classmethod
+    def of_text(cls, batch: Batch) -> Read:
+        """For an objective that asks no target: the batch alone."""
+        nothing = torch.zeros(*batch.ids.shape, 0, device=batch.ids.device)
+        return cls(batch, None, None, {}, nothing.long(), nothing)
+
     @property
     def bytes(self) -> int:
         optional = [tensor for tensor in (self.keys, self.values) if tensor is not None]
@@ -86,10 +93,16 @@ class Target:
         """Raises UserError for an architecture that cannot be trained against."""
         if not isinstance(loaded.config, ModelConfig) or loaded.config.windows:
             raise UserError(f"{loaded.name}: drafters can be trained for dense models without sliding windows only")
-        self.config, self.dtype, self.device = loaded.config, dtype, device
+        self.config, self.dtype, self.device, self.loaded = loaded.config, dtype, device, loaded
+
+    @cached_property
+    def _model(self) -> Transformer:
         # Torch, not the native decoder: its products are the faster ones for hundreds of rows.
-        self._model = Transformer(loaded.config, loaded.tensors, dtype, device, "torch")
-        self.weights = self._model.weights
+        return Transformer(self.config, self.loaded.tensors, self.dtype, self.device, "torch")
+
+    @property
+    def weights(self) -> Weights:
+        return self._model.weights
 
     @property
     def head(self) -> Tensor:

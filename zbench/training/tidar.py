@@ -64,7 +64,7 @@ class Tidar:
             self.parameters[name] = tensor.to(target.device).requires_grad_()
         self._inv_freq = inverse_frequencies(c).to(target.device)
         self.capture: tuple[int, ...] = ()
-        self.context = True
+        self.context = self.asks = True
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -87,7 +87,8 @@ class Tidar:
             head, bias, ids = sampled_head(head, ids, OTHERS, generator)
         total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, 1), weights, bias)
         right = best.view_as(places) == read.batch.ids.gather(1, places.flatten(1)).view_as(places)
-        return Scores(total / weights.sum().clamp(min=1.0), right[real], int(real.sum()) * masks)
+        weight = weights.sum()
+        return Scores(total / weight.clamp(min=1.0), right[real], int(real.sum()) * masks, weight)
 
     def _forward(self, read: Read, anchors: Tensor, masks: int) -> Tensor:
         target, c, weights = self.target, self.target.config, self.target.weights

@@ -3,6 +3,9 @@
 All randomness follows from the seed and the number of the step, so that a run that was interrupted goes on as if it
 had not been: bit by bit where its length was given in steps. Where it was given in minutes, the learning rate follows
 the clock.
+
+Several ranks (`zbench.ranks`, started by torchrun) take the batches of one order in turn, and step on the mean gradient
+of what they learn from: what one process does with their batches joined. Rank 0 alone evaluates, writes and speaks.
 """
 
 from __future__ import annotations
@@ -12,21 +15,24 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.models.config import parameter_count
+from zbench.ranks import World
 from zbench.training.corpus import Conversation, Corpus
 from zbench.training.target import Batch, Read, Target
 
 STATE, PROGRESS, LOG = "training.safetensors", "training.json", "log.jsonl"
+STALLED = 1800.0  # seconds without progress after which a rank counts as lost; an evaluation is shorter
 _TIMED = 3  # steps that say how long the others will take
 _FIRST = 10  # the step after which a run measured in minutes is evaluated first: a broken one shows soon
 _CONTEXT = 256  # tokens, for the estimate of memory
@@ -39,15 +45,19 @@ class Scores:
 
     loss: Tensor
     right: Tensor  # [n, drafts] bool: whether the draft at each place is the conversation's token; of evaluations only
-    tokens: int  # drafted, of which the loss is a mean
+    tokens: int  # drafted
+    weight: Tensor  # of these in all: the loss is a sum divided by it
+    parts: dict[str, Tensor] = field(default_factory=dict)  # what the loss is made of, for evaluations
 
 
 class Objective(Protocol):
-    """`parameters` are float32 leaves that require gradients; `capture` names the hidden states it reads, `context`
-    says whether it reads the target's keys and values."""
+    """`parameters` are float32 leaves that require gradients. `asks` says whether it asks the frozen target; without
+    that a read is the batch alone. `capture` names the hidden states it reads, `context` says whether it reads the
+    target's keys and values."""
 
     name: str
     parameters: dict[str, Tensor]
+    asks: bool
     capture: tuple[int, ...]
     context: bool
 
@@ -96,60 +106,112 @@ def train(
     resume: bool = False,
     advance: Callable[[float, str], None] = lambda done, what: None,
     say: Callable[[str], None] = lambda line: None,
+    world: World | None = None,
 ) -> dict[str, Any]:
-    """Train into `out`, which holds the drafter after every evaluation; returns the last evaluation.
+    """Train into `out`, which holds what was trained after every evaluation; returns the last evaluation, on rank 0.
 
     Raises UserError where there is nothing to resume, or what is there is of another run.
     """
+    world = world or World()
+    if world.rank:
+        advance, say = (lambda done, what: None), (lambda line: None)
     if (settings.steps is None) == (settings.minutes is None):
         raise UserError("say how long to train: a number of steps or of minutes")
     training = [_cut(c, settings.longest) for c in corpus.part(held_out=False)]
     held_out = [_cut(c, settings.longest) for c in corpus.part(held_out=True)][: settings.held_out]
-    if len(training) < settings.batch or not held_out:
+    if len(training) < settings.batch * world.size or not held_out:
         raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
     optimizer = torch.optim.AdamW(list(objective.parameters.values()), settings.rate, (0.9, 0.95), weight_decay=0.0)
-    state = _restore(objective, optimizer, settings, out) if resume else _State()
-    if not resume and (out / PROGRESS).exists():
-        raise UserError(f"{out} holds a run already; continue it with --resume, or choose another folder")
-    say(estimate(objective, target, settings))
+
+    def begin() -> _State:
+        if resume:
+            return _restore(objective, optimizer, settings, out, world.size)
+        if (out / PROGRESS).exists():
+            raise UserError(f"{out} holds a run already; continue it with --resume, or choose another folder")
+        return _State()
+
+    state = world.together(begin)  # a rank that does not see the folder must not leave the others waiting
+    learners = Learners(world, target.device)
+    say(estimate(objective, target, settings, world.size))
     batches = form_batches(training, settings.batch, settings.seed)
     reader = Reader(target, objective, batches, settings.remember)
     tests = [Batch.of(part) for part in _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)]
     test_reader = Reader(target, objective, tests, settings.remember)
-    first, order = state.step, batch_order(len(batches), settings.seed, state.step)
+    first, order = state.step, batch_order(len(batches), settings.seed, state.step * world.size)
     seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
     began = time.monotonic() - seconds_before
+
+    def clock() -> float:
+        """Rank 0's, that all go through the same schedule."""
+        return world.told(time.monotonic() - began)
+
     while (share := _share(state, settings)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * schedule(share, settings)
-        loss, tokens = _step(objective, optimizer, reader.read(next(order)), settings, state.step)
+        read = reader.read([next(order) for _ in range(world.size)][world.rank])
+        loss, tokens = _step(objective, optimizer, read, settings, state.step, learners)
         state.step, state.tokens = state.step + 1, state.tokens + tokens
-        state.seconds = time.monotonic() - began
+        state.seconds = clock()
         share = _share(state, settings)
         if state.step == first + _TIMED:
             say(forecast(state.seconds - seconds_before, share, settings))
         if share >= 1.0 or _due(state, evaluated, settings):
-            last = evaluate(objective, test_reader, settings.seed)
-            last |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
-            state.seconds = time.monotonic() - began
-            evaluated = state.seconds
-            _save(objective, optimizer, settings, state, last, out)
-            say(f"step {state.step}, {state.tokens} tokens: held out {_said(last)}")
+            if world.rank == 0:
+                last = evaluate(objective, test_reader, settings.seed)
+                last |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
+            evaluated = state.seconds = clock()
+            if world.rank == 0:
+                _save(objective, optimizer, settings, state, last, out, world.size)
+                say(f"step {state.step}, {state.tokens} tokens: held out {_said(last)}")
         rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
         advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
     return last
 
 
+class Learners:
+    """The ranks of a run as one learner."""
+
+    def __init__(self, world: World, device: torch.device) -> None:
+        self.world = world
+        on_gpus = world.size > 1 and device.type == "cuda"
+        self._group = dist.new_group(backend="nccl") if on_gpus else None  # None: gloo, which all ranks have joined
+
+    def mean(self, parameters: Sequence[Tensor], scores: Scores) -> tuple[float, int]:
+        """Every gradient becomes the ranks' mean, each counting for as much as its loss is a mean of; returns loss and
+        tokens of all. One collective per parameter, all under way at once: no copy of the gradients."""
+        if self.world.size == 1:
+            return scores.loss.item(), scores.tokens
+        weight = scores.weight.item()
+        said = self.world.all((weight, weight * scores.loss.item(), scores.tokens))
+        whole = max(sum(one[0] for one in said), 1e-9)
+        with self.world.waiting():
+            under_way = []
+            for parameter in parameters:
+                parameter.grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+                parameter.grad *= weight / whole
+                under_way.append(dist.all_reduce(parameter.grad, group=self._group, async_op=True))
+            for work in under_way:
+                work.wait()
+        return sum(one[1] for one in said) / whole, sum(one[2] for one in said)
+
+
 def _step(
-    objective: Objective, optimizer: torch.optim.Optimizer, read: Read, settings: Settings, step: int
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    read: Read,
+    settings: Settings,
+    step: int,
+    learners: Learners,
 ) -> tuple[float, int]:
+    # The same on all ranks, so that they do the same amount of work.
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     scores = objective.score(read, generator)
     optimizer.zero_grad()
     scores.loss.backward()
+    loss, tokens = learners.mean(list(objective.parameters.values()), scores)
     torch.nn.utils.clip_grad_norm_(list(objective.parameters.values()), settings.clip)
     optimizer.step()
-    return scores.loss.item(), scores.tokens
+    return loss, tokens
 
 
 @torch.no_grad()
@@ -157,14 +219,18 @@ def evaluate(objective: Objective, reader: Reader, seed: int) -> dict[str, Any]:
     """Of drafts at random places of held-out answers: how often each place is right and reached, and `accepted`, one
     token for the target's own plus the mean run of right drafts (a decode's tokens per step, nearly)."""
     right, losses = [], []
+    parts: dict[str, list[float]] = {}
     for index in range(len(reader.batches)):
         scores = objective.score(reader.read(index), torch.Generator().manual_seed(seed + index), evaluate=True)
         right.append(scores.right)
         losses.append(scores.loss.item())
+        for name, part in scores.parts.items():
+            parts.setdefault(f"held_out_loss_{name}", []).append(part.item())
     joined = torch.cat(right).float()
     reached = joined.cumprod(1).mean(0)
     return {
         "held_out_loss": sum(losses) / len(losses),
+        **{name: sum(values) / len(values) for name, values in parts.items()},
         "accepted": 1.0 + float(reached.sum()),
         "right": [round(x, 4) for x in joined.mean(0).tolist()],
         "reached": [round(x, 4) for x in reached.tolist()],
@@ -211,6 +277,8 @@ class Reader:
         if number in self._kept:
             return self._kept[number].to(self.target.device)
         objective = self.objective
+        if not objective.asks:
+            return Read.of_text(self.batches[number].to(self.target.device))
         read = self.target.read(self.batches[number].to(self.target.device), objective.capture, objective.context)
         if read.bytes <= self._room:
             self._room -= read.bytes
@@ -218,19 +286,22 @@ class Reader:
         return read
 
 
-def estimate(objective: Objective, target: Target, settings: Settings) -> str:
-    """What training will need, before it starts. How long a step takes, the first steps tell."""
+def estimate(objective: Objective, target: Target, settings: Settings, ranks: int = 1) -> str:
+    """What training will need (each rank of several), before it starts. How long a step takes, the first ones tell."""
     c, itemsize = target.config, target.dtype.itemsize
     learned = sum(p.numel() for p in objective.parameters.values())
-    state = 16 * learned + itemsize * parameter_count(c)  # value, gradient and two moments in float32; the target
+    # Value, gradient and two moments in float32; the target, or what learns as a forward reads it.
+    state = 16 * learned + itemsize * parameter_count(c)
     # Per row and layer that gradients pass: residual and norms, SwiGLU, attention over a context of usual length.
     per_row = 10 * c.width + 6 * c.ffn + 3 * c.heads * _CONTEXT
     rows, layers = objective.rows
     activations = settings.batch * rows * layers * per_row * itemsize
     length = f"{settings.steps} steps" if settings.steps else f"{settings.minutes:g} minutes"
+    kept = f", up to {settings.remember:g} GB of kept reads" if objective.asks else ""
+    several = f" on {ranks} ranks, each with" if ranks > 1 else ";"
     return (
-        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}; {state / 1e9:.1f} GB of weights and "
-        f"optimiser, about {activations / 1e9:.1f} GB of activations, up to {settings.remember:g} GB of kept reads"
+        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}{several} {state / 1e9:.1f} GB of "
+        f"weights and optimiser, about {activations / 1e9:.1f} GB of activations{kept}"
     )
 
 
@@ -265,6 +336,7 @@ def _save(
     state: _State,
     evaluation: dict[str, Any],
     out: Path,
+    ranks: int,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for name, parameter in objective.parameters.items():
@@ -278,19 +350,32 @@ def _save(
         objective.save(out)
         with (out / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(evaluation) + "\n")
-        atomic_write(out / STATE, save(tensors))
-        atomic_write(out / PROGRESS, json.dumps({**_identity(objective, settings), "state": asdict(state)}, indent=1))
+        save_whole(out / STATE, tensors)
+        stored = {**_identity(objective, settings, ranks), "state": asdict(state)}
+        atomic_write(out / PROGRESS, json.dumps(stored, indent=1))
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
 
 
-def _restore(objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings, out: Path) -> _State:
+def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all, and without a second copy of its tensors in memory."""
+    part = file.with_name(f".{file.name}.part")
     try:
-        stored = json.loads((out / PROGRESS).read_text(encoding="utf-8"))
+        save_file(tensors, part)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _restore(
+    objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings, out: Path, ranks: int
+) -> _State:
+    try:
+        stored = {"ranks": 1, **json.loads((out / PROGRESS).read_text(encoding="utf-8"))}
         tensors = load_file(out / STATE)
     except (OSError, ValueError) as error:
         raise UserError(f"{out} has no run to resume; leave --resume out to begin one") from error
-    for key, value in _identity(objective, settings).items():
+    for key, value in _identity(objective, settings, ranks).items():
         if stored.get(key) != value:
             raise UserError(f"{out} was trained with another {key}: {stored.get(key)}, not {value}")
     state = _State(**stored["state"])
@@ -304,16 +389,17 @@ def _restore(objective: Objective, optimizer: torch.optim.Optimizer, settings: S
     return state
 
 
-def _identity(objective: Objective, settings: Settings) -> dict[str, Any]:
+def _identity(objective: Objective, settings: Settings, ranks: int) -> dict[str, Any]:
     """What must be the same for a run to go on; how long it is may change."""
     given = asdict(settings)
     kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest")}
-    return {"objective": objective.name, "recipe": asdict(objective.settings), "settings": kept}
+    return {"objective": objective.name, "recipe": asdict(objective.settings), "settings": kept, "ranks": ranks}
 
 
 def _said(evaluation: dict[str, Any]) -> str:
     places = " ".join(f"{x:.2f}" for x in evaluation["reached"])
-    return f"{evaluation['accepted']:.2f} tokens per step (reached: {places})"
+    loss = f"loss {evaluation['held_out_loss']:.3f}"
+    return f"{loss}, {evaluation['accepted']:.2f} tokens per step (reached: {places})" if places else loss
 
 
 def _cut(conversation: Conversation, longest: int) -> Conversation:
