@@ -275,8 +275,8 @@ def test_points_on_one_model_share_it_and_another_dtype_replaces_it(
     alive: list[str] = []
 
     class Counted(transformer.Transformer):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             alive.append(str(self.dtype))
 
     released: list[int] = []
