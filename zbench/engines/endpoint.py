@@ -21,6 +21,7 @@ from zbench.serving import counters
 from zbench.serving.client import Answer, Client, EndpointError, Exchange, Load, read_stream
 from zbench.serving.process import Wanted
 
+DEATH_SECONDS = 3.0  # how long after its connections a dying server may be there
 SETTLE_SECONDS = 1.0  # how long a server's counters may lag behind its answers
 _FINISH: dict[str, Finish] = {"length": "length", "stop": "eos"}
 _RESETS = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
@@ -161,8 +162,7 @@ class Endpoint:
         if not problems:
             return answers
         index, first = problems[0]
-        time.sleep(0.2)  # a dying server is reaped after its connections break
-        dead = self.server.why_dead() if self.server else None
+        dead = self.server.why_dead(patience=DEATH_SECONDS) if self.server else None
         hint = ""
         if self.options["send"] == "tokens" and self.options["api"] == "completions" and "prompt" in first:
             hint = " (if the server takes no token ids, set send: text)"

@@ -17,13 +17,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from zbench.errors import UserError
 from zbench.serving import supervise
 from zbench.serving.client import EndpointError
+
+if TYPE_CHECKING:
+    from zbench.scenario import Scenario
 
 POLL_SECONDS = 0.2
 LOG_TAIL = 2  # lines of a dead server's log that an error repeats
@@ -47,7 +50,7 @@ class Wanted:
         or wants a folder that there is not."""
         server = options["server"]
         command = tuple(server["command"])
-        if shutil.which(os.path.expanduser(command[0])) is None:  # noqa: PTH111
+        if _program(command[0]) is None:
             raise UserError(f"endpoint: there is no program {command[0]!r} here to start the server with")
         if model is None and any("{model}" in word for word in command):
             raise UserError("endpoint: {model} is the folder of a model, and random weights have none")
@@ -98,10 +101,7 @@ class Server:
         root = self.url.rstrip("/").removesuffix("/v1")
         if _answers(root, wanted.health):
             raise EndpointError(f"something answers at {root} already; stop it, or leave out server to measure it")
-        self.command = command = [
-            os.path.expanduser(wanted.command[0]),  # noqa: PTH111
-            *map(filled, wanted.command[1:]),
-        ]
+        self.command = command = [_program(wanted.command[0]) or wanted.command[0], *map(filled, wanted.command[1:])]
         self.log = _new_file(logs, "server-" + re.sub(r"[^\w.-]+", "-", Path(command[0]).name))
         say(f"starting {Path(command[0]).name} at {root}, log in {self.log}")
         environment = {**os.environ, **{key: filled(value) for key, value in wanted.environment.items()}}
@@ -119,10 +119,11 @@ class Server:
             self.stop()
             raise
 
-    def why_dead(self) -> str | None:
-        """How the server ended, with the end of its log; None while it runs."""
-        code = self._process.poll()
-        if code is None:
+    def why_dead(self, patience: float = 0.0) -> str | None:
+        """How the server ended, with the end of its log; None while it runs, after so many seconds still."""
+        try:
+            code = self._process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
             return None
         tail = self.log.read_text(encoding="utf-8", errors="replace").split("\n")[-LOG_TAIL - 1 :]
         said = " | ".join(line.strip() for line in tail if line.strip())
@@ -147,6 +148,40 @@ class Server:
                 return
             time.sleep(POLL_SECONDS)
         raise EndpointError(f"the server was not healthy after {wanted.startup:g} s; its log is {self.log.name}")
+
+
+def serve(wanted: Scenario, label: str | None, logs: Path, say: Callable[[str], None]) -> None:
+    """Start the server of one engine of a scenario and wait until it ends. Raises UserError where there is none, or
+    where it ends by itself."""
+    from zbench.models import loading
+
+    named = {engine.title: engine.options for engine in wanted.engines if engine.options.get("server")}
+    if not named:
+        raise UserError(f"scenario {wanted.name} starts no server: give an endpoint the key server")
+    if label is None and len(named) > 1:
+        raise UserError(f"scenario {wanted.name} has several servers; choose one with --engine: {', '.join(named)}")
+    if label is not None and label not in named:
+        raise UserError(f"no engine with a server is labelled {label!r}; there are {', '.join(named)}")
+    options = named[label or next(iter(named))]
+    needs_model = any("{model}" in word for word in options["server"]["command"])
+    folder = loading.load(wanted.model_spec, wanted.dtype).path if needs_model else Path()
+    servers = Servers(logs, say)
+    try:
+        server = servers.ensure(Wanted.of(options, folder))
+        say(f"ready: {server.url} (Ctrl-C stops it)")
+        while not (why := server.why_dead(patience=1.0)):
+            pass
+        raise UserError(why)
+    except EndpointError as error:
+        raise UserError(str(error)) from error
+    finally:
+        servers.stop()
+
+
+def _program(name: str) -> str | None:
+    """The path of a program: from PATH, or installed beside this Python."""
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _answers(root: str, health: str) -> int | None:
