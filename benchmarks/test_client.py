@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 
 from zbench.serving.client import Client, Load, read_stream
-from zbench.serving.process import _free_port
+from zbench.serving.process import free_port
 
 TOKENS, ROUNDS = 256, 3
 MEASURED = 100.0  # tokens/s of a sequence of the default model on a CPU (docs/performance.md)
@@ -26,7 +26,7 @@ MARGIN = 20
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    port = _free_port()
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.serving.server", str(port)], stdout=subprocess.PIPE, text=True
     )

@@ -20,7 +20,7 @@ from zbench.errors import UserError
 from zbench.hardware import environment, roofs
 from zbench.models import families
 from zbench.models.tokenizer import byte_tokenizer
-from zbench.serving.process import _free_port
+from zbench.serving.process import free_port
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-very-secret"
@@ -44,7 +44,7 @@ def _no_measured_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    port = _free_port()
+    port = free_port()
     running = subprocess.Popen(
         [sys.executable, "-m", "tests.serving.server", str(port)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

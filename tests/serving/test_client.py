@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zbench.serving.client import Client, EndpointError, Load, read_stream
-from zbench.serving.process import _free_port
+from zbench.serving.process import free_port
 
 KEY = "sk-very-secret"
 
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    port = _free_port()
+    port = free_port()
     running = subprocess.Popen(
         [sys.executable, "-m", "tests.serving.server", str(port)], stdout=subprocess.PIPE, text=True
     )
@@ -138,7 +138,7 @@ def test_a_retried_request_keeps_its_time_of_submission(server: str) -> None:
 
 
 def test_nothing_answers_where_no_server_is() -> None:
-    client = Client(f"http://127.0.0.1:{_free_port()}/v1")
+    client = Client(f"http://127.0.0.1:{free_port()}/v1")
     assert client.get("/v1/models") is None
     (exchange,), _ = client.run("/completions", bodies("null"), Load(), 0)
     assert exchange.error and exchange.error.startswith("ConnectError")

@@ -91,7 +91,7 @@ class Server:
     """A started server. Raises EndpointError unless it becomes healthy."""
 
     def __init__(self, wanted: Wanted, logs: Path, say: Callable[[str], None]) -> None:
-        port = _free_port()
+        port = free_port()
 
         def filled(text: str) -> str:
             return text.replace("{port}", str(port)).replace("{model}", wanted.model)
@@ -194,7 +194,7 @@ def _answers(root: str, health: str) -> int | None:
             return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
