@@ -50,6 +50,7 @@ def main() -> None:
       zbench run scenarios/quickstart.yaml           measure, then write a report
       zbench run scenarios/quickstart.yaml --dry-run what would be measured, with time and memory
       zbench run scenarios/quickstart.yaml --resume  finish the newest interrupted run
+      zbench serve scenarios/endpoint.yaml           only start the server that a scenario names
       zbench gate RUN --baseline last                is it worse than the run before?
       zbench history show                            where did a metric change over time?
       zbench init                                    start benchmarking in your own repository
@@ -256,6 +257,28 @@ def profile(
             folder.rmdir()
     click.echo(json.dumps(found, indent=1) if as_json else profiling.table(found))
     click.echo(f"profile: {folder / profiling.PROFILE}, {folder / profiling.TRACE}", err=as_json)
+
+
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@click.option("--engine", help="Label of the endpoint whose server to start; default: the only one with a server.")
+@click.option("--logs", type=click.Path(path_type=Path), default=Path(), help="Folder of its log; default: here.")
+def serve(scenario: Path, overrides: tuple[str, ...], engine: str | None, logs: Path) -> None:
+    """Start the server that a scenario names, as `zbench run` would, and keep it up until Ctrl-C.
+
+    \b
+    Examples:
+      zbench serve scenarios/endpoint.yaml
+      zbench serve mine.yaml --engine "vllm eagle3"
+    """
+    import signal
+
+    from zbench import scenario as scenarios
+    from zbench.serving import process
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process.serve(scenarios.load(scenario, overrides), engine, logs, click.echo)
 
 
 @main.command()

@@ -381,7 +381,7 @@ def decode_tps(cell: Cell) -> Estimate:
 
 @metric("throughput", "tokens/s", "all committed tokens / wall, whole batch, prefill included", "higher")
 def throughput(cell: Cell) -> Estimate:
-    tokens = [sum(len(request.output_ids) for request in trial.requests) for trial in cell.trials]
+    tokens = [sum(request.tokens for request in trial.requests) for trial in cell.trials]
     return stats.ratio(tokens, [t.wall_seconds for t in cell.trials], [t.group for t in cell.trials])
 
 
@@ -617,6 +617,8 @@ def agreement(cell: Cell) -> dict[str, Estimate]:
         raise Unavailable(NOT_THE_TARGETS)
     if cell.record.sampling.get("temperature"):
         raise Unavailable("outputs are sampled, so they may differ by design")
+    if any((trial.kernels or {}).get("prefix cache") == "unique" for trial in cell.trials):
+        raise Unavailable("every prompt to the server had a prefix of its own, so outputs differ by design")
     pairs = cell.pairs
     outputs = list(zip(pairs["output_ids"], pairs["output_ids_baseline"], strict=True))
     prefixes = [_common_prefix(mine, theirs) for mine, theirs in outputs]
@@ -1130,7 +1132,7 @@ def _of_trial(trial: TrialRecord) -> tuple[str, int, int, int]:
 def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
     for r in trial.requests:
         yield (
-            *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, len(r.output_ids), r.ttft_seconds,
+            *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, r.ttft_seconds,
             r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct,
         )  # fmt: skip
 
@@ -1196,3 +1198,6 @@ def _kind(first: bool, model: str, role: str, rows: int) -> str:
     if role == "prefill" or first:
         return "prefill" if model == "target" else f"{model} prefill"
     return f"{role}, {rows} row{'s' if rows != 1 else ''}"
+
+
+from zbench import serving_metrics  # noqa: E402, F401  (registers what servers are measured by)

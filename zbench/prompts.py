@@ -93,8 +93,7 @@ def _around_the_gap(prompt: Prompt, tokenizer: Any) -> tuple[list[int], list[int
     """Token ids of what comes before the user's words, and of those words to the end."""
     if not tokenizer.chat_template:
         return tokenizer.encode(""), tokenizer.encode(prompt.text, add_special_tokens=False)
-    mark = "\N{REPLACEMENT CHARACTER}"
-    before, _, after = _chat(mark, tokenizer).partition(mark)
+    before, after = _template(tokenizer)
     return (
         tokenizer.encode(before, add_special_tokens=False),
         tokenizer.encode(prompt.text + after, add_special_tokens=False),
@@ -104,6 +103,35 @@ def _around_the_gap(prompt: Prompt, tokenizer: Any) -> tuple[list[int], list[int
 def _chat(text: str, tokenizer: Any) -> str:
     message = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+
+def user_text(ids: Sequence[int], tokenizer: Any) -> str:
+    """The user's words within an encoded prompt: what a server that applies the template itself is to be sent.
+
+    Raises UserError where the prompt was cut within its template.
+    """
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not tokenizer.chat_template:
+        return text
+    before, after = _template(tokenizer)
+    if not (text.startswith(before) and text.endswith(after)):
+        raise UserError("a prompt is cut within its chat template, so that chat cannot send it; set context higher")
+    return text[len(before) : len(text) - len(after)]
+
+
+def marked(ids: Sequence[int], tokenizer: Any, mark: str) -> list[int]:
+    """An encoded prompt with `mark` in front of the user's words, or in front of all where the template is cut."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    before = _template(tokenizer)[0] if tokenizer.chat_template else ""
+    start = len(before) if text.startswith(before) else 0
+    return tokenizer.encode(text[:start] + mark + text[start:], add_special_tokens=False)
+
+
+def _template(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template writes before and after the user's words."""
+    mark = "\N{REPLACEMENT CHARACTER}"
+    before, _, after = _chat(mark, tokenizer).partition(mark)
+    return before, after
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -88,8 +88,58 @@ class LosslessCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """What a server says of its drafting, over one request or one trial; None is what it does not say.
+
+    `accepted_at[i]` counts the verify steps that accepted more than i drafts. `length` is only set where a server
+    gives a mean and no counts.
+    """
+
+    source: str
+    verifies: int | None = None
+    drafted: int | None = None
+    accepted: int | None = None
+    accepted_at: tuple[int, ...] = ()
+    length: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRecord:
+    """How a server answered one request, as its client saw it. Times are seconds since the request was due.
+
+    Due is the arrival that an open load drew; in a closed load it is when a place was free.
+    """
+
+    due_seconds: float  # since the trial's submit
+    queued_seconds: float  # how long the client held it back, no place being free
+    chunk_seconds: tuple[float, ...]  # when each chunk with text arrived
+    tokenised: int  # tokens of the text by the model's own tokenizer, and 1 where the end of the text is a token
+    ids_from: Literal["server", "text"]  # whether the server gave the token ids, or they come from its text
+    prompt_tokens: int | None = None  # as the server counts, as below; None where it does not say
+    output_tokens: int | None = None
+    cached_tokens: int | None = None  # of the prompt, found in its prefix cache
+    attempts: int = 1
+    speculation: Speculation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRecord:
+    """What was learnt of a server over one trial. Counters are differences between before and after."""
+
+    kind: str  # "vllm", "sglang", "tensorrt_llm", "llama.cpp", ... or "unknown"
+    version: str
+    speculation: Speculation | None
+    diffusion: dict[str, int] | None  # vLLM's diffusion counters
+    why_not: str  # why there is no speculation; "" where there is
+    client_cpu_seconds: float  # processor time of the client's thread while the load ran
+    load: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One prompt's output within a trial. Times are seconds since the trial's submit."""
+    """One prompt's output within a trial. Times are seconds since the trial's submit, or since a served request was
+    due."""
 
     prompt_id: str
     category: str
@@ -103,6 +153,13 @@ class RequestRecord:
     seed: int
     check: LosslessCheck | None = None  # None: not checked
     correct: bool | None = None  # against the prompt's reference; None where it has none that can be checked
+    served: ServedRecord | None = None  # of a server; None for an engine of this process
+
+    @property
+    def tokens(self) -> int:
+        """Output tokens: as the server counted them, where it did."""
+        counted = self.served.output_tokens if self.served else None
+        return len(self.output_ids) if counted is None else counted
 
 
 class Table(Sequence[T], Generic[T]):
@@ -190,6 +247,7 @@ class TrialRecord:
     peak_bytes: int | None = None  # device memory high-water mark; None where the device does not say
     kernels: dict[str, str] | None = None  # operator -> implementation that ran
     ranks: tuple[RankRecord, ...] = ()  # of the replica that ran it; empty for a run of one process
+    server: ServerRecord | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -202,6 +260,7 @@ class TrialRecord:
         data["steps"] = columns(StepRecord, self.steps)
         data["forwards"] = _stored(ForwardRecord, self.forwards)
         data["ranks"] = _stored(RankRecord, self.ranks)
+        data["server"] = asdict(self.server) if self.server else None
         return json.dumps({"schema": SCHEMA_VERSION, **data}, separators=(",", ":"))
 
     @classmethod
@@ -214,6 +273,7 @@ class TrialRecord:
         data["steps"] = Table(StepRecord, data["steps"])
         data["forwards"] = Table(ForwardRecord, data["forwards"])
         data["ranks"] = tuple(Table(RankRecord, data.get("ranks", {})))
+        data["server"] = _told(ServerRecord, data.get("server"))
         return cls(**data)
 
 
@@ -322,7 +382,15 @@ def _one_line(error: Exception) -> str:
 
 def _request(data: dict[str, Any]) -> RequestRecord:
     check = LosslessCheck(**data["check"]) if data["check"] else None
-    return RequestRecord(**{**_frozen(data), "check": check})
+    return RequestRecord(**{**_frozen(data), "check": check, "served": _told(ServedRecord, data.get("served"))})
+
+
+def _told(kind: type, data: dict[str, Any] | None) -> Any:
+    """A record with what a server said of its drafting within."""
+    if data is None:
+        return None
+    speculation = data.get("speculation")
+    return kind(**{**_frozen(data), "speculation": Speculation(**_frozen(speculation)) if speculation else None})
 
 
 def _frozen(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +43,7 @@ from zbench.records import (
     LosslessCheck,
     Manifest,
     RequestRecord,
+    ServedRecord,
     TrialRecord,
     read_manifest,
     read_trials,
@@ -125,7 +128,7 @@ def prepare(
         if key not in models:
             loaded, team = files[weights], member.team if member else None
             shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle, team)
-            models[key] = (shared, loading.load_tokenizer(loaded))
+            models[key] = (shared, shared.tokenizer)
         shared, tokenizer = models[key]
         Shard(0, at.parallel.tensor).check(shared.model.config)
         for cell in cells:
@@ -160,19 +163,35 @@ def _load(at: scenario.Scenario) -> loading.LoadedModel:
 
 def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:
     """Every trial in execution order. Engines alternate A B, B A from one batch of prompts to the next, so that a
-    drift of the machine falls on all of them alike."""
+    drift of the machine falls on all of them alike. Servers that the run starts share the device, so that only one is
+    up at a time: with several, it is they that alternate, from one repeat to the next."""
     planned, order = [], 0
     for point in points:
         trials, replicas = [], point.scenario.parallel.data
         for repeat in range(point.scenario.repeats):
-            for first in range(0, len(point.batches), replicas):  # what the replicas decode side by side
-                cells = point.cells if (repeat + first // replicas) % 2 == 0 else tuple(reversed(point.cells))
-                for cell in cells:
-                    for group in range(first, first + replicas):
-                        trials.append(Trial(cell, group, repeat, order))
-                        order += 1
+            together = _together(point.cells)
+            for part in together if repeat % 2 == 0 else reversed(together):
+                for first in range(0, len(point.batches), replicas):  # what the replicas decode side by side
+                    for cell in part if (repeat + first // replicas) % 2 == 0 else tuple(reversed(part)):
+                        for group in range(first, first + replicas):
+                            trials.append(Trial(cell, group, repeat, order))
+                            order += 1
         planned.append((point, trials))
     return planned
+
+
+def _together(cells: Sequence[CellRecord]) -> list[tuple[CellRecord, ...]]:
+    """Cells that can alternate: all of them, unless they start more than one server."""
+    parts: dict[str, list[CellRecord]] = {}
+    for cell in cells:
+        parts.setdefault(_server(cell), []).append(cell)
+    return [tuple(part) for part in parts.values()] if len(parts.keys() - {""}) > 1 else [tuple(cells)]
+
+
+def _server(cell: CellRecord) -> str:
+    """The server that a cell starts; "" for none."""
+    server = cell.options.get("server")
+    return json.dumps([server, cell.options["url"], cell.options["api_key_env"]], sort_keys=True) if server else ""
 
 
 def run(
@@ -233,6 +252,8 @@ def _run(
         except _BudgetSpent:
             pass
         return Outcome(folder, total, len(finished), 0)
+    for point in points:
+        point.shared.logs, point.shared.say = folder, say
     failed, stopped = 0, None
     period = wanted.telemetry.period_ms and wanted.telemetry.period_ms / 1e3
     with (
@@ -287,35 +308,62 @@ def _measure(
     world = world or World()
     done = frozenset(finished)  # rank 0 goes on to add to it, and ranks must not differ in what is left
     before: engines.Shared | None = None
-    ready: dict[str, Engine | Exception] = {}
-    for point, trials in planned:
-        ready.clear()  # engines hold their model
-        if before is not None and before is not point.shared:
+    try:
+        for point, trials in planned:
+            if before is not None and before is not point.shared:
+                before.release()
+            before = point.shared
+            limit, replicas = point.scenario.parallel.timeout_seconds, point.scenario.parallel.data
+            rounds = [trials[i : i + replicas] for i in range(0, len(trials), replicas)]  # as `plan` lays them out
+            open_rounds = [side for side in rounds if any(trial.key not in done for trial in side)]
+            if not open_rounds:
+                continue
+            world.follow(point.member)
+            for cells, sides in _parts(point, open_rounds):
+                with contextlib.ExitStack() as engines_of_part:
+                    ready: dict[str, Engine | Exception] = {}
+                    with world.measuring(limit * ranks.LOADING):
+                        if point.member:
+                            ready = engines_of_part.enter_context(_engines(point, cells))
+                        world.told(None)
+                    with world.measuring(limit):
+                        for side in sides:
+                            if world.told(budget is not None and time.monotonic() - began > budget):
+                                raise _BudgetSpent
+                            member = point.member
+                            mine = next((t for t in side if member and t.group % replicas == member.replica), None)
+                            record = measure(point, mine, ready[mine.cell.id], watch) if mine else None
+                            yield from world.collected(record, member, point.device)
+    finally:
+        if before is not None:
             before.release()
-        before = point.shared
-        limit, replicas = point.scenario.parallel.timeout_seconds, point.scenario.parallel.data
-        rounds = [trials[i : i + replicas] for i in range(0, len(trials), replicas)]  # as `plan` lays them out
-        open_rounds = [side for side in rounds if any(trial.key not in done for trial in side)]
-        if not open_rounds:
-            continue
-        world.follow(point.member)
-        with world.measuring(limit * ranks.LOADING):
-            ready |= _engines(point) if point.member else {}
-            world.told(None)
-        with world.measuring(limit):
-            for side in open_rounds:
-                if world.told(budget is not None and time.monotonic() - began > budget):
-                    raise _BudgetSpent
-                mine = next((t for t in side if point.member and t.group % replicas == point.member.replica), None)
-                record = measure(point, mine, ready[mine.cell.id], watch) if mine else None
-                yield from world.collected(record, point.member, point.device)
 
 
-def _engines(point: Point) -> dict[str, Engine | Exception]:
-    """Build and warm up every engine of a point; one that fails is kept as its exception."""
+def _parts(point: Point, rounds: Iterable[list[Trial]]) -> Iterator[tuple[tuple[CellRecord, ...], list[list[Trial]]]]:
+    """Runs of rounds whose cells can alternate, with those cells."""
+    together = {cell.id: cells for cells in _together(point.cells) for cell in cells}
+    for cells, part in itertools.groupby(rounds, key=lambda side: together[side[0].cell.id]):
+        yield cells, list(part)
+
+
+@contextlib.contextmanager
+def _engines(point: Point, cells: Sequence[CellRecord]) -> Iterator[dict[str, Engine | Exception]]:
+    """Build and warm up the engines of these cells; one that fails is kept as its exception. Closes what holds more
+    than memory, and lets go of the rest: engines hold their model."""
+    ready: dict[str, Engine | Exception] = {}
+    try:
+        ready |= _ready(point, cells)
+        yield ready
+    finally:
+        for engine in ready.values():
+            getattr(engine, "close", lambda: None)()
+        ready.clear()
+
+
+def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exception]:
     at = point.scenario
     built: dict[str, Engine | Exception] = {}
-    for cell in point.cells:
+    for cell in cells:
         try:
             engine = engines.create(cell.engine, cell.options, point.shared)
             batch = len(point.batches[0])
@@ -348,40 +396,49 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
         with watch.window(trial.key):
             begin = time.perf_counter()
             generated = engine.generate([ids for _, ids in batch], request, meter)
-            wall = time.perf_counter() - begin
+            wall = generated.wall_seconds or time.perf_counter() - begin
         peak = point.device.peak_bytes()
         steps, forwards = meter.records()
         ends = meter.step_ends()
-        requests = tuple(
-            RequestRecord(
+        sent = generated.prompts or [ids for _, ids in batch]
+        requests = []
+        for row, ((prompt, _), ids, output, finish) in enumerate(
+            zip(batch, sent, generated.outputs, generated.finish, strict=True)
+        ):
+            served = generated.served[row] if generated.served else None
+            if served:
+                first, end = served.chunk_seconds[0], served.chunk_seconds[-1]
+            else:
+                first, end = ends[0], ends[max(i for i, step in enumerate(steps) if step.committed[row])]
+            text = point.tokenizer.decode(output, skip_special_tokens=True)
+            record = RequestRecord(
                 prompt_id=prompt.id,
                 category=prompt.category,
                 prompt_tokens=len(ids),
                 output_ids=tuple(output),
                 output_hash=hash_ids(output),
-                text=(text := point.tokenizer.decode(output, skip_special_tokens=True)),
+                text=text,
                 finish=finish,
-                ttft_seconds=ends[0],
-                end_seconds=ends[max(i for i, step in enumerate(steps) if step.committed[row])],
+                ttft_seconds=first,
+                end_seconds=end,
                 seed=seeds[row],
-                check=_check(point, engine, ids, output, request, row),
+                check=_check(point, engine, ids, output, request, row) if _sure(served) else None,
                 correct=accuracy.correct(text, prompt.reference),
+                served=served,
             )
-            for row, ((prompt, ids), output, finish) in enumerate(
-                zip(batch, generated.outputs, generated.finish, strict=True)
-            )
-        )
+            requests.append(record)
         wrong = [r for r in requests if engine.exact and r.check and r.check.verdict == "different"]
         return replace(
             blank,
             status="error" if wrong else "ok",
             error=_not_lossless(wrong[0]) if wrong else None,
             wall_seconds=wall,
-            requests=requests,
+            requests=tuple(requests),
             steps=steps,
             forwards=forwards,
             peak_bytes=peak,
             kernels=engine.kernels,
+            server=generated.server,
         )
     except RankLost:
         raise
@@ -392,8 +449,13 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
         return replace(blank, wall_seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {message}")
 
 
+def _sure(served: ServedRecord | None) -> bool:
+    """Whether the ids are those that were emitted: read back from a text, they might be others of the same spelling."""
+    return served is None or served.ids_from == "server" or served.output_tokens in (None, served.tokenised)
+
+
 def _check(
-    point: Point, engine: Engine, prompt: list[int], output: list[int], request: Request, row: int
+    point: Point, engine: Engine, prompt: Sequence[int], output: list[int], request: Request, row: int
 ) -> LosslessCheck | None:
     skipped = engine.exact is None or (not engine.exact and not request.sampling.greedy)
     if skipped or not point.scenario.lossless_check:
@@ -434,7 +496,7 @@ def _seed(base: int, prompt_id: str, repeat: int) -> int:
 def _headline(record: TrialRecord) -> str:
     if record.status == "error":
         return f"{record.cell} failed: {record.error}"
-    tokens = sum(len(request.output_ids) for request in record.requests)
+    tokens = sum(request.tokens for request in record.requests)
     return f"{record.cell} {tokens / record.wall_seconds:.1f} tokens/s"
 
 

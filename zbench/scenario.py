@@ -377,12 +377,142 @@ class DiffusionSpec(EngineSpec):
         return self
 
 
+class EndpointLoad(_Strict):
+    """How the requests of a trial arrive. Closed: so many at a time. Open: at a rate, whatever is still running."""
+
+    concurrency: Count | None = Field(None, description="Requests in flight at most; null does not limit them.")
+    rate: float | None = Field(
+        None, gt=0, description="Mean arrivals per second; null sends as soon as a place is free."
+    )
+    arrivals: Literal["poisson", "constant"] = Field("poisson", description="Gaps between arrivals at that rate.")
+
+    @model_validator(mode="after")
+    def _has_no_idle_option(self) -> EndpointLoad:
+        if self.concurrency is None and self.rate is None:
+            raise ValueError("give concurrency, rate or both; without load all prompts of a batch are sent at once")
+        if self.rate is None and "arrivals" in self.model_fields_set:
+            raise ValueError("arrivals does nothing without rate")
+        return self
+
+
+class EndpointLimits(_Strict):
+    """What a request must keep to count as goodput. At least one."""
+
+    ttft: float | None = Field(None, gt=0, description="Seconds to the first token.")
+    tpot: float | None = Field(None, gt=0, description="Seconds per token after the first.")
+    latency: float | None = Field(None, gt=0, description="Seconds to the last token.")
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> EndpointLimits:
+        if not any((self.ttft, self.tpot, self.latency)):
+            raise ValueError("give ttft, tpot or latency, in seconds")
+        return self
+
+
+_SECRET = re.compile(r"api[-_]?key|token$|secret|password|authorization", re.IGNORECASE)
+
+
+class EndpointServer(_Strict):
+    """A server that the run starts, watches and stops. In the command, {port} is a free port and {model} the folder of
+    the scenario's model."""
+
+    command: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        description="Program and arguments, no shell.", examples=[["vllm", "serve", "{model}", "--port", "{port}"]]
+    )
+    health: str = Field(
+        "/health", pattern="^/", description="Path that answers 200 once the server can serve; /v1/models if unknown."
+    )
+    startup: float = Field(600, gt=0, description="Seconds that it may take to become healthy.")
+    environment: dict[str, str] = Field(
+        {}, description="Variables added to those that zbench runs with.", examples=[{"OMP_NUM_THREADS": "2"}]
+    )
+
+    @model_validator(mode="after")
+    def _has_no_secret(self) -> EndpointServer:
+        for word in (*self.command, *self.environment):
+            if (word.startswith("-") or word in self.environment) and _SECRET.search(word.split("=")[0]):
+                raise ValueError(
+                    f"{word.split('=')[0]} would be written to the run folder; set it in the environment zbench runs in"
+                )
+        return self
+
+
+class EndpointSpec(EngineSpec):
+    """A server that speaks the OpenAI API: vLLM, SGLang, TensorRT-LLM, llama.cpp, transformers serve, ..."""
+
+    name: Literal["endpoint"] = Field(description="Which engine decodes.")
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/@?#\s]+(/[^?#\s]*)?$",
+        description="Base of its API; /v1 is added to a bare host. null is where `server` listens.",
+        examples=["http://127.0.0.1:8000/v1"],
+    )
+    server: EndpointServer | None = Field(None, description="Server to start; null means that it runs already.")
+    served_model: str | None = Field(
+        None, min_length=1, description="Name of the model there; null takes the first that it lists."
+    )
+    api: Literal["completions", "chat"] = Field(
+        "completions", description="completions continues the very prompt; chat lets the server apply its template."
+    )
+    send: Literal["tokens", "text"] = Field(
+        "tokens", description="completions: prompts as token ids, or as text for servers that take no ids."
+    )
+    load: EndpointLoad | None = Field(None, description="How requests arrive; null sends a whole batch at once.")
+    limits: EndpointLimits | None = Field(None, description="What goodput demands of a request; null reports none.")
+    prefix_cache: Literal["auto", "reset", "unique", "keep"] = Field(
+        "auto",
+        description="What keeps repeats from measuring the server's prefix cache. reset asks the server to empty it"
+        " before every trial, unique puts a few tokens of its own before the words of every prompt, keep does nothing;"
+        " auto resets where the server can, does nothing where it has no such cache, and else is unique.",
+    )
+    timeout: float = Field(600, gt=0, description="Seconds that a request may take.")
+    retries: int = Field(0, ge=0, le=10, description="Times that a request refused at once is sent again.")
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="Environment variable with the API key; the key itself is never written.",
+        examples=["OPENAI_API_KEY"],
+    )
+    extra: dict[str, Any] = Field(
+        {},
+        description="More fields of the request's body.",
+        examples=[{"chat_template_kwargs": {"enable_thinking": False}}],
+    )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> EndpointSpec:
+        if self.url is None and self.server is None:
+            raise ValueError("give url, or server with the command that starts it")
+        if self.url is None and not any("{port}" in word for word in self.server.command):  # type: ignore[union-attr]
+            raise ValueError("the server's command has no {port}; say where it listens with url")
+        if self.api == "chat" and "send" in self.model_fields_set:
+            raise ValueError("send is for api: completions; chat sends messages")
+        own = {
+            "model",
+            "prompt",
+            "messages",
+            "stream",
+            "stream_options",
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "seed",
+            "n",
+        }
+        if taken := sorted(own & self.extra.keys()):
+            raise ValueError(f"extra.{taken[0]} is set by the scenario itself")
+        if secret := next((key for key in self.extra if _SECRET.search(key)), None):
+            raise ValueError(f"extra.{secret} would be written to the run folder; use api_key_env")
+        return self
+
+
 ENGINES: dict[str, type[EngineSpec]] = {
     "autoregressive": AutoregressiveSpec,
     "eagle3": Eagle3Spec,
     "dflash": DFlashSpec,
     "diffusion": DiffusionSpec,
     "reference": ReferenceSpec,
+    "endpoint": EndpointSpec,
 }
 
 

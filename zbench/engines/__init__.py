@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from zbench.models.loading import LoadedModel
     from zbench.models.model import Model
     from zbench.models.team import Team
+    from zbench.serving.process import Servers
 
 
 class Shared:
@@ -36,6 +38,8 @@ class Shared:
         self.model, self.dtype, self.device, self.allow_pickle = model, dtype, device, allow_pickle
         self.team = team or ALONE
         self._targets: dict[str, Model] = {}
+        self.logs: Path | None = None  # where servers that are started log; None takes a temporary folder
+        self.say: Callable[[str], None] = lambda line: None
 
     def target(self, execution: str) -> Model:
         from zbench.models.model import build
@@ -48,6 +52,21 @@ class Shared:
         """Let go of what was loaded onto the device; it is loaded again when asked for."""
         self._targets.clear()
         self.__dict__.pop("transformers", None)
+        if "servers" in self.__dict__:
+            self.servers.stop()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from zbench.models.loading import load_tokenizer
+
+        return load_tokenizer(self.model)
+
+    @cached_property
+    def servers(self) -> Servers:
+        """The servers that engines on this model start."""
+        from zbench.serving.process import Servers
+
+        return Servers(self.logs, self.say)
 
     @cached_property
     def transformers(self) -> Any:
@@ -156,6 +175,12 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
     return engine
 
 
+def _endpoint(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines.endpoint import Endpoint
+
+    return Endpoint(options, shared)
+
+
 def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
     """What can be said of an engine's options once the model's shape is known. Raises UserError before anything is
     loaded or measured."""
@@ -168,6 +193,14 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
             zoo.drafter(chosen["zoo"], "adapter" if option == "adapter" else name)  # type: ignore[arg-type]
         if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
             raise UserError(f"{name}: {option} folder {chosen['path']} does not exist")
+    if name == "endpoint":
+        variable = options["api_key_env"]
+        if variable and not os.environ.get(variable):
+            raise UserError(f"endpoint: the environment has no {variable}; export it, the key is never written")
+        if options["server"]:
+            from zbench.serving.process import Wanted
+
+            Wanted.of(options, Path())
     if name == "diffusion":
         if options["adapter"] and not isinstance(config, ModelConfig):
             raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")
@@ -202,6 +235,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
     "dflash": _dflash,
     "diffusion": _diffusion,
     "reference": _reference,
+    "endpoint": _endpoint,
 }
 
 

@@ -26,7 +26,7 @@ from zbench.models.cost import Cost
 from zbench.models.model import Model, Output, routing
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Spans, Team
-from zbench.records import ForwardRecord, Role, StepRecord
+from zbench.records import ForwardRecord, Role, ServedRecord, ServerRecord, StepRecord
 
 Finish = Literal["eos", "length"]
 
@@ -96,8 +96,15 @@ class Stepper(Protocol[S]):
 
 @dataclass(frozen=True, slots=True)
 class Generated:
+    """What came of a batch. A server also says what it was sent, when each request was answered, and how long all took:
+    it has no steps that a meter could time."""
+
     outputs: list[list[int]]
     finish: list[Finish]
+    prompts: Sequence[Sequence[int]] | None = None  # as sent, where that differs from what was asked for
+    served: Sequence[ServedRecord] = ()
+    wall_seconds: float | None = None
+    server: ServerRecord | None = None
 
 
 def generate(engine: Stepper[S], prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:

@@ -61,6 +61,19 @@ DIFFUSION_COLUMNS = (
     ("Tokens per denoising", "diffusion_committed_per_step", ""),
     ("Masked places per request", "diffusion_canvas_positions", ""),
 )
+SERVER_COLUMNS = (
+    ("First token, median", "served_ttft", "p50"),
+    ("99th percentile", "served_ttft", "p99"),
+    ("Between chunks, median", "inter_chunk_latency", "p50"),
+    ("Whole request, median", "request_latency", "p50"),
+    ("99th percentile", "request_latency", "p99"),
+    ("Requests/s", "request_throughput", ""),
+    ("Goodput", "goodput", ""),
+    ("Waited at the client", "client_queue", ""),
+    ("Client’s share", "client_share", ""),
+    ("Acceptance length", "server_acceptance_length", ""),
+    ("Output tokens off by", "token_count_difference", "output"),
+)
 CATEGORY_COLUMNS = (("Acceptance length", "category_acceptance_length"), ("Speedup", "category_speedup"))
 IN_HEADING = (
     " tokens/s",
@@ -141,6 +154,7 @@ def page(
                 "figures": [image(figure) for figure in mine if figure.section == "results"],
                 "speculation_table": _speculation_table(results, point),
                 "diffusion_table": _diffusion_table(results, point),
+                "server_table": _server_table(results, point),
                 "speculation": [sentence for cell in point.cells if (sentence := speculation(cell, results))],
                 "speculation_figures": [image(figure) for figure in mine if figure.section == "speculation"],
                 "categories": _category_table(results, point),
@@ -246,6 +260,12 @@ def _telemetry_table(results: Results, point: Point) -> Table | None:
             seconds = sum(trial.wall_seconds for trial in cell.trials)
             line.entries.insert(0, Entry("Trials", str(len(cell.trials)), quantity(seconds, "s")))
     return Table(["Trials", *table.headings], table.rows, table.notes)
+
+
+def _server_table(results: Results, point: Point) -> Table | None:
+    """One row per server; None where there is none."""
+    cells = [cell for cell in point.cells if results.value(cell, "request_throughput") is not None]
+    return _by_engine(results, cells, SERVER_COLUMNS) if cells else None
 
 
 def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[str, str, str]]) -> Table:

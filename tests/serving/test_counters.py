@@ -1,0 +1,153 @@
+"""What servers say of their drafting, on recorded answers (recorded/README.md): differences, and never a guess."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zbench.records import Speculation
+from zbench.serving import counters
+from zbench.serving.client import read_stream
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+def recorded(name: str) -> Any:
+    text = (RECORDED / name).read_text()
+    return json.loads(text) if name.endswith(".json") else text
+
+
+def later(text: str, by: dict[str, float]) -> str:
+    """The same metrics with some samples grown."""
+    lines = []
+    for line in text.splitlines():
+        sample = line.rsplit(" ", 1)
+        grown = next((n for start, n in by.items() if line.startswith(start)), 0)
+        lines.append(line if line.startswith("#") or not grown else f"{sample[0]} {float(sample[1]) + grown}")
+    return "\n".join(lines)
+
+
+def test_vllms_engines_are_summed_and_created_times_are_not_counts() -> None:
+    reading = counters.read(recorded("vllm_metrics.txt"))
+    assert reading.samples["vllm:spec_decode_num_drafts_total", ""] == 22 + 15 + 29 + 20 + 25 + 24 + 27 + 26
+
+
+def test_counters_count_by_difference_and_never_cumulatively() -> None:
+    before = recorded("llamacpp_metrics.txt")
+    prefix = "llamacpp:spec_decode_num_"
+    after = later(
+        before,
+        {
+            f"{prefix}drafts": 10,
+            f"{prefix}draft_tokens": 30,
+            f"{prefix}accepted_tokens_total": 12,
+            f'{prefix}accepted_tokens_per_pos_total{{position="0"}}': 9,
+            f'{prefix}accepted_tokens_per_pos_total{{position="1"}}': 3,
+        },
+    )
+    told = counters.told(counters.read(before), counters.read(after), [None])
+    assert told.speculation == Speculation(f"{prefix}* by difference", 10, 30, 12, (9, 3, 0))
+    nothing = counters.told(counters.read(after), counters.read(after), [None])
+    assert nothing.speculation is None and "nothing was drafted" in nothing.why_not
+
+
+def test_a_restarted_server_is_said_so_and_gives_no_figure() -> None:
+    text = recorded("llamacpp_metrics.txt")
+    told = counters.told(counters.read(later(text, {"llamacpp": 5})), counters.read(text), [None])
+    assert told.speculation is None and "restarted" in told.why_not
+
+
+def test_other_clients_of_the_server_are_noticed() -> None:
+    before = 'vllm:request_success_total{finished_reason="stop"} 7.0'
+    after = 'vllm:request_success_total{finished_reason="stop"} 9.0'
+    assert counters.told(counters.read(before), counters.read(after), [None] * 2).notes == ()
+    assert "others" in counters.told(counters.read(before), counters.read(after), [None]).notes[0]
+
+
+def test_vllm_says_per_request_and_that_goes_before_the_whole_servers_counters() -> None:
+    chunk = recorded("vllm_chunk.json")
+    said = counters.of_response(chunk)
+    assert said is not None
+    assert (said.verifies, said.drafted, said.accepted, said.accepted_at) == (43, 129, 10, (4, 3, 3))
+    assert counters.cached_tokens(chunk) == 0
+    told = counters.told(counters.NOTHING, counters.NOTHING, [said, said]).speculation
+    assert told is not None and (told.verifies, told.accepted, told.accepted_at) == (86, 20, (8, 6, 6))
+    mean = chunk["metrics"]["speculative_decoding"]["mean_acceptance_length"]
+    assert 1 + said.accepted / said.verifies == pytest.approx(mean)
+    assert counters.told(counters.NOTHING, counters.NOTHING, [said, None]).speculation is None
+
+
+@pytest.mark.parametrize("place", [("sglext",), ("choices", 0, "meta_info"), ("metadata", "spec")])
+def test_sglangs_object_is_found_wherever_a_release_puts_it(place: tuple) -> None:
+    body: Any = recorded("sglang_sglext.json")
+    for key in reversed(place):
+        body = [body] if isinstance(key, int) else {key: body}
+    said = counters.of_response(body)
+    assert said == Speculation("spec_verify_ct", 43, 215, 63, (32, 18, 7, 3, 3))
+    assert sum(said.accepted_at) == said.accepted
+
+
+def test_sglangs_gauge_is_reported_as_the_gauge_that_it_is() -> None:
+    reading = counters.read(recorded("sglang_metrics.txt"))
+    said = counters.told(reading, reading, [None]).speculation
+    assert said is not None and said.length == 2.8 and said.verifies is None and "gauge" in said.source
+
+
+def test_llamacpps_timings_count_drafts_but_no_verify_steps() -> None:
+    said = counters.of_response({"timings": recorded("llamacpp_timings.json")})
+    assert said == Speculation("timings", None, 347, 65)
+    chunk = recorded("llamacpp_chunk.json")
+    assert counters.of_response(chunk) is None  # nothing was drafted
+    assert counters.cached_tokens(chunk) == 236
+
+
+def test_tensorrt_llms_iterations_are_summed_unless_some_were_lost() -> None:
+    spec = {"numDraftTokens": 24, "numAcceptedTokens": 12, "numRequestsWithDraftTokens": 8}
+    one = {"iter": 1, "specDecodingStats": spec}
+    none = {"iter": 2, "specDecodingStats": None}
+    after = counters.read(json.dumps([one, none, one]))
+    said = counters.told(counters.NOTHING, after, [None]).speculation
+    assert said == Speculation("specDecodingStats of every iteration", 16, 48, 24)
+    many = counters.told(counters.NOTHING, counters.read(json.dumps([one] * 1000)), [None])
+    assert many.speculation is None and "lost" in many.why_not
+
+
+def test_vllms_diffusion_counters_count_by_difference() -> None:
+    names = ("num_denoising_steps", "num_committed_tokens", "num_canvas_positions")
+
+    def text(steps: int, committed: int, positions: int) -> str:
+        values = zip(names, (steps, committed, positions), strict=True)
+        return "\n".join(f'vllm:diffusion_{name}_total{{engine="0"}} {value}' for name, value in values)
+
+    told = counters.told(counters.read(text(5, 50, 160)), counters.read(text(7, 70, 224)), [None])
+    assert told.diffusion == {"steps": 2, "committed": 20, "positions": 64}
+    assert told.speculation is None
+
+
+def test_an_unknown_server_reports_nothing() -> None:
+    told = counters.told(counters.NOTHING, counters.NOTHING, [None])
+    assert told.speculation is None and told.why_not == "not reported by the server"
+
+
+@given(st.text())
+def test_whatever_metrics_says_is_read_without_error(text: str) -> None:
+    counters.read(text)
+
+
+@given(st.lists(st.integers(1, 40), max_size=12))
+def test_a_stream_reads_the_same_however_it_is_cut(cuts: list[int]) -> None:
+    whole = (RECORDED / "transformers_stream.txt").read_bytes()
+    pieces, start = [], 0
+    for cut in cuts:
+        pieces.append((float(len(pieces)), whole[start : start + cut]))
+        start += cut
+    pieces.append((float(len(pieces)), whole[start:]))
+    answer = read_stream(pieces)
+    assert answer.finish == "length" and answer.usage["completion_tokens"] == 8
+    assert list(answer.chunks) == sorted(answer.chunks)
+    assert answer.text == read_stream([(0.0, whole)]).text
