@@ -3,7 +3,7 @@
 Every step feeds each of the given numbers of rows once, at the same context: the token to decode next and, behind it,
 riders, as a verify would feed drafts. Riders are the prompt's own tokens, so that a router of experts sees text. One
 token is committed per step, the one that follows the row that all these forwards share, so that the output is the
-target's own and is checked like any other. Row counts go up and down in turn: a drift of the machine falls on all.
+target's own and is checked like any other. Row counts go down and up in turn: a drift of the machine falls on all.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Forward:
             riders = torch.tensor([[prompt[i % len(prompt)] for i in range(most - 1)] for prompt in prompts])
             return ForwardState(
                 state.cache, state.sampler, state.sampler.pick(logits, [0] * len(prompts)), state.outputs, state.active,
-                riders.to(self.model.device).long(), self.rows,
+                riders.to(self.model.device).long(), self.rows[::-1],
             )  # fmt: skip
 
     def step(self, state: ForwardState, meter: Meter) -> Step:

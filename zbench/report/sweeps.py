@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zbench.metrics import SLACK, Cell, caveats, row_floors
+from zbench.metrics import SLACK, Cell, caveats, row_floors, row_medians
 from zbench.report.figures import MARKERS, Plot, Theme, legend_below, shortened
 from zbench.report.findings import Results, point_label, quantity
 from zbench.report.readings import (
@@ -89,7 +89,7 @@ def _rows(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> 
     axes.axhline(SLACK, color=theme.muted, lw=0.9, ls=(0, (1, 2)))
     if any(bounds.values()):
         floors = row_floors(cell)
-        one = results.value(cell, "forward_seconds", row_kind(1)) or np.nan
+        one = float(np.exp(np.log(row_medians(cell)[1]).mean()))
         fine = np.geomspace(1, max(rows), 200)
         memory, compute = (np.interp(fine, floors.index, floors[name]) / one for name in ("memory", "compute"))
         axes.plot(fine, np.maximum(memory, compute), color=theme.ink, lw=1.2, ls=DASHED,
