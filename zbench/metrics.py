@@ -1077,7 +1077,7 @@ def _canvases(cell: Cell) -> pd.DataFrame:
             else:
                 finished = steps = len(live)
                 masks = {i: masked[i] - 1 - max(trial.steps[i].drafted, default=0) for i in live if i in masked}
-                each = {n // len(trial.steps[i].prepared) for i, n in masks.items()} or {block}
+                each = {n // len(p) for i, n in masks.items() if (p := trial.steps[i].prepared)} or {block}
                 positions = max(each) + sum(masks.values())  # the prompt's own forward carries a block too
             rows.append((trial.group, steps, finished, positions, sum(gained[i] for i in live)))
     return pd.DataFrame(rows, columns=["group", "steps", "finished", "positions", "committed"])

@@ -218,7 +218,7 @@ def test_without_roofs_a_sweep_still_tells_its_free_rows(tmp_path: Path) -> None
 TINY = """\
 name: tiny
 model:
-  config: {family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 128, max_positions: 512}
+  config: {family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 260, max_positions: 512}
   weights: random
 dtype: float32
 device: cpu

@@ -106,7 +106,8 @@ def _rows(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> 
     _ticks(axes, "x", rows)
     _mark_rows(axes, theme, results, cell)
     _bound_legend(axes, theme, set(bounds.values()))
-    legend_below(axes, 2)
+    if any(bounds.values()):
+        legend_below(axes, 2)
 
 
 def _mark_rows(axes: Axes, theme: Theme, results: Results, cell: Cell) -> None:
