@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,6 +110,8 @@ def measure(tmp_path: Path) -> Any:
         ("bytes_per_token", "", 200.0),
         ("flops_per_token", "", 400.0),
         ("peak_bytes", "", 77.0),
+        ("step_seconds", "", 1.0),
+        ("predicted_step_seconds", "", 0.2),
     ],
 )
 def test_a_metric_is_what_its_formula_says(measure: Any, metric: str, part: str, value: float) -> None:
@@ -637,3 +640,72 @@ def test_a_lossy_sampler_is_the_reason_for_other_tokens(measure: Any) -> None:
     row = measure([trial(), other], (cell(), cell("d", "diffusion", options=options)))["d", "agreement", "tokens"]
     assert row.value == pytest.approx(2 / 3)
     assert "sampler logit_mix changes the output by design" in row.note
+
+
+# --- Forwards of several numbers of rows ---
+
+
+def swept(label: str = "rows", group: int = 0, seconds: Sequence[float] = (1.0, 1.05, 1.25, 4.0)) -> TrialRecord:
+    """Steps of forwards of 1, 2, 4 and 16 rows; at the roofs memory takes 0.5 s, and arithmetic 0.1 s for each row."""
+    steps = tuple(StepRecord(9.0, 0.1, 0.1, (1,)) for _ in range(3))
+    forwards = [forward(0, "prefill", rows=10)]
+    for step in (1, 2):
+        forwards += [
+            forward(step, rows=rows, seconds=time, flops=1000.0 * rows, bytes_read=500.0, bytes_written=0.0)
+            for rows, time in zip((1, 2, 4, 16), seconds, strict=True)
+        ]
+    return trial(label, group, steps=steps, forwards=tuple(forwards), wall_seconds=27.0)
+
+
+ROWS = cell("rows", "forward", options={"rows": [1, 2, 4, 16]}, baseline=True)
+
+
+def test_rows_that_ride_along_are_timed_against_one(measure: Any) -> None:
+    rows = measure([swept(group=group) for group in range(6)], (ROWS,))
+    assert [rows["rows", "row_cost", str(r)].value for r in (1, 2, 4, 16)] == pytest.approx([1, 1.05, 1.25, 4])
+    free = rows["rows", "free_token_slots", "measured"]
+    assert free.value == pytest.approx(2.5)  # a quarter of the way from 1.05 to 1.25
+    assert (free.low, free.high) == pytest.approx((2.5, 2.5))
+    assert rows["rows", "free_token_slots", "roofs"].value == pytest.approx(4 + 12 * 0.1 / 2.2)  # 1 up to 4, 3.2 at 16
+    ridge = rows["rows", "ridge_rows", "measured"]
+    assert ridge.value == pytest.approx(12 / (4 - 1.25))
+    assert rows["rows", "ridge_rows", "roofs"].value == pytest.approx(5)
+    assert [rows["rows", "bound", f"decode, {r} rows"].value for r in (2, 4, 16)] == [
+        "overhead",
+        "overhead",
+        "overhead",
+    ]
+
+
+def test_what_would_mix_forwards_of_different_rows_is_not_given(measure: Any) -> None:
+    rows = measure([swept()], (ROWS,))
+    for name in metrics.NOT_OF_FORWARDS:
+        assert "different numbers of rows" in rows["rows", name, ""].note
+    assert set(metrics.NOT_OF_FORWARDS) <= set(metrics.METRICS)
+    assert "does not time forwards" in measure([trial()])["ar", "row_cost", ""].note
+
+
+def test_a_curve_without_a_knee_has_no_ridge_and_at_least_as_many_free_rows_as_were_measured(measure: Any) -> None:
+    rows = measure([swept(seconds=(1.0, 1.0, 1.05, 1.08))], (ROWS,))
+    assert rows["rows", "ridge_rows", "measured"].value is None
+    assert "less than twice" in rows["rows", "ridge_rows", "measured"].note
+    free = rows["rows", "free_token_slots", "measured"]
+    assert free.value == 16
+    assert "at least" in free.note
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.5, 9), min_size=2, max_size=9), st.floats(0.6, 8))
+def test_a_crossing_is_where_the_line_through_the_values_first_passes_the_limit(
+    values: list[float], limit: float
+) -> None:
+    rows, line = np.cumsum(np.arange(1.0, len(values) + 1)), np.array(values)
+    found = float(metrics.crossing(rows, line, limit))
+    before = np.linspace(rows[0], found, 50)[:-1] if found > rows[0] else np.array([])
+    assert (np.interp(before, rows, line) <= limit * (1 + 1e-9)).all()
+    if line[0] <= limit < line.max():
+        assert np.interp(found, rows, line) == pytest.approx(limit)
+    elif line.max() <= limit:
+        assert found == rows[-1]
+    both = metrics.crossing(rows, np.array([line, line[::-1]]), limit)
+    assert both[0] == found

@@ -183,7 +183,7 @@ def test_the_baseline_is_the_one_named_or_the_first_autoregressive_or_the_first(
         (TEXT.replace("- auto", "- outo"), "s.yaml:4: unknown engine 'outoregressive'; did you mean 'autoregressive'?"),
         (
             TEXT.replace("e: reference", "e: x"),
-            "s.yaml:5: unknown engine 'x'; known: autoregressive, eagle3, dflash, diffusion, reference",
+            "s.yaml:5: unknown engine 'x'; known: autoregressive, eagle3, dflash, diffusion, forward, reference",
         ),
         (TEXT.replace("name: reference", "label: x"), "s.yaml:5: missing key 'name' in engines[1]"),
         (TEXT.replace("prompt_lookup", "yes"), "s.yaml:6: engines[1].assisted: expected 'prompt_lookup', found true"),
@@ -511,3 +511,77 @@ def test_a_diffusion_setting_that_cannot_be_is_said_in_one_line(folder, options,
     )
     assert told.startswith(f"s.yaml:5: {said}")
     assert "\n" not in told
+
+
+# --- Engines that sweep options ---
+
+
+SWEEP = """\
+name: mini
+model: smollm2-135m
+engines:
+  - autoregressive
+  - name: diffusion
+    label: blocks
+    mask_id: 1
+    sweep:
+      block_size: [2, 4]
+      proposals:
+        - 1
+        - 2
+prompts: {set: quickstart}
+"""
+
+
+def test_an_engine_that_sweeps_options_stands_for_one_for_every_combination(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(SWEEP)
+    found = scenario.load(path).engines
+    assert [engine.title for engine in found[1:]] == [
+        f"blocks, block_size {block}, proposals {count}" for block in (2, 4) for count in (1, 2)
+    ]
+    assert [(e.options["block_size"], e.options["proposals"]) for e in found[1:]] == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert all("sweep" not in cell.options for cell in scenario.cells(scenario.load(path)))
+    written_out = SWEEP[: SWEEP.index("  - name: diffusion")] + "".join(
+        f"  - {{name: diffusion, label: '{e.title}', mask_id: 1, block_size: {e.options['block_size']},"
+        f" proposals: {e.options['proposals']}}}\n"
+        for e in found[1:]
+    )
+    other = tmp_path / "other.yaml"
+    other.write_text(written_out + "prompts: {set: quickstart}\n")
+    assert scenario.content_hash(scenario.load(path)) == scenario.content_hash(scenario.load(other))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("        - 2", "        - 99"), "s.yaml:12: engines[2].proposals: expected 0 to 33 or all, found 99"),
+        (("      proposals:", "      proposal:"), "s.yaml:11: unknown key 'proposal' in engines[1]"),
+        (("[2, 4]", "[]"), "s.yaml:9: engines[1].sweep.block_size: expected at least one item"),
+        (("[2, 4]", "4"), "s.yaml:9: engines[1].sweep.block_size: expected a list, found 4"),
+    ],
+)
+def test_a_wrong_sweep_is_told_where_it_was_written(tmp_path, wrong, said):
+    path = tmp_path / "s.yaml"
+    path.write_text(SWEEP.replace(*wrong))
+    with pytest.raises(UserError) as error:
+        scenario.load(path)
+    assert said in str(error.value).replace(f"{tmp_path}/", "")
+
+
+def test_a_swept_option_may_be_nested(folder):
+    swept = {"name": "diffusion", "block_size": 3, "synthetic": {"rate": 0}, "sweep": {"synthetic.rate": [0.5, 0.75]}}
+    found = load(folder, MINIMAL | {"engines": [swept]}).engines
+    assert [(e.title, e.options["synthetic"]) for e in found] == [
+        ("diffusion, synthetic.rate 0.5", {"rate": 0.5}), ("diffusion, synthetic.rate 0.75", {"rate": 0.75})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 4], [1, 4, 2], [1, 2, 2], [0, 1]])
+def test_raw_forwards_take_ascending_numbers_of_rows_from_one_on(folder, rows):
+    engines = [{"name": "forward", "rows": rows}]
+    assert "rows" in complaint(folder, MINIMAL | {"engines": engines})
+    assert load(folder, MINIMAL | {"engines": [{"name": "forward", "rows": [1, 7]}]}).engines[0].options["rows"] == (
+        1,
+        7,
+    )

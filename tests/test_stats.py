@@ -172,3 +172,26 @@ def test_the_minimal_effect_is_found_about_as_often_as_its_power_says() -> None:
     scale = np.std([np.log(noise)[i::n].mean() for i in range(n)], ddof=1)
     found = [ttest_1samp(rng.normal(np.log1p(effect), scale, n), 0).pvalue < 0.05 for _ in range(1000)]  # type: ignore[arg-type]
     assert 0.75 <= np.mean(found) <= 0.85
+
+
+@quick
+@given(st.lists(positive, min_size=stats.FEW, max_size=12))
+def test_a_statistic_of_means_has_the_interval_of_the_mean_where_it_is_the_mean(values: list[float]) -> None:
+    table = np.column_stack([values, np.ones(len(values))])
+    found = stats.resampled(table, np.arange(len(values)), lambda means: means[..., 0])
+    plain = stats.mean(values, np.arange(len(values)))
+    assert found.value == pytest.approx(plain.value)
+    assert found.low is not None and plain.low is not None and found.high is not None and plain.high is not None
+    spread = float(np.ptp(values)) or 1.0
+    assert abs(found.low - plain.low) < 0.05 * spread  # two draws of resamples
+    assert abs(found.high - plain.high) < 0.05 * spread
+
+
+def test_a_statistic_that_cannot_tell_is_unavailable_and_one_that_often_cannot_has_no_interval() -> None:
+    table, clusters = np.arange(6.0)[:, None], np.arange(6)
+    assert stats.resampled(table, clusters, lambda m: np.where(m[..., 0] > 9, 1.0, np.nan)).value is None
+    found = stats.resampled(table, clusters, lambda m: np.where(m[..., 0] >= 2.5, m[..., 0], np.nan))
+    assert (found.value, found.low, found.high) == (2.5, None, None)
+    assert "do not tell" in found.note
+    few = stats.resampled(table[:4], clusters[:4], lambda m: m[..., 0])
+    assert (few.value, few.low) == (1.5, None)

@@ -49,7 +49,12 @@ def estimate(wanted: scenario.Scenario) -> list[Estimate]:
                 traffic = middle.bytes_read + middle.bytes_written
                 seconds = trials / at.parallel.data * at.output_tokens * traffic / roofs["bandwidth"]["read"]["value"]
         tokens = at.repeats * len(chosen) * at.output_tokens
-        found += [Estimate(cell.id, trials, tokens, memory, seconds) for cell in cells]
+        for cell in cells:
+            forwards = (
+                len(cell.options["rows"]) if cell.engine == "forward" else 1
+            )  # of each token, all of them at least this
+            least = None if seconds is None else seconds * forwards
+            found.append(Estimate(cell.id, trials, tokens, memory, least))
     return found
 
 

@@ -41,13 +41,22 @@ from zbench.telemetry import read as read_telemetry
 DEFINITIONS_VERSION = 3  # bump it when a metric's function changes what it computes
 ROOF_TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
 WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
-OVERHEAD = 2.0  # measured over floor, beyond which neither memory nor arithmetic is what limits
+# Measured over floor, beyond which neither memory nor arithmetic explains the time: not even one after the other, whose
+# sum is at most twice the larger of them.
+OVERHEAD = 2.0
+SLACK = 1.1  # rows are free while a forward takes at most this many times that of one row
 
 SWITCHING = ("accept", "commit", "host gap")
 PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", "denoise", *SWITCHING)
 UNSEEN = "the forwards of a foreign engine are not seen"
 SYNTHETIC, RANDOM_DRAFTER, RANDOM_ADAPTER = "synthetic acceptance", "random drafter", "random mask adapter"
 NOT_THE_TARGETS = "acceptance is synthetic, so the tokens are not the target's"
+
+# Of an engine that times raw forwards these would mix unlike ones.
+NOT_OF_FORWARDS = frozenset({
+    "tpot", "decode_tps", "throughput", "tokens_per_forward", "tokens_per_weighted_forward", "speedup",
+    "category_speedup", "minimal_detectable_effect", "rows_per_forward", "bytes_per_token", "flops_per_token",
+})  # fmt: skip
 
 Better = Literal["higher", "lower", "none"]
 Result = Estimate | dict[str, Estimate]
@@ -830,6 +839,74 @@ def steady_state_slope(cell: Cell) -> Estimate:
     return stats.drift(medians.index, medians)
 
 
+@metric("step_seconds", "s", "mean seconds of a decode step", "lower")
+def step_seconds(cell: Cell) -> Estimate:
+    return stats.mean(cell.decode_steps["seconds"], cell.decode_steps["group"])
+
+
+@metric(
+    "predicted_step_seconds",
+    "s",
+    "predicted: sum over the forwards of a decode step of max(bytes / measured read bandwidth, FLOPs / measured rate), "
+    "nothing else taking time; mean of steps",
+    "none",
+)
+def predicted_step_seconds(cell: Cell) -> Estimate:
+    forwards, steps = cell.decode_forwards, cell.decode_steps
+    return _per_group(
+        forwards.assign(floor=np.maximum(*_floors(cell, forwards))), "floor", steps.assign(steps=1), "steps"
+    )
+
+
+@metric(
+    "row_cost",
+    "ratio",
+    "t(R) / t(1): median decode forward of R rows / of one row, same prompts and repeat; geometric mean over pairs",
+    "lower",
+)
+def row_cost(cell: Cell) -> dict[str, Estimate]:
+    medians = row_medians(cell)
+    groups = medians.index.get_level_values("group")
+    return {str(rows): stats.paired_ratio(medians[rows], medians[1], groups) for rows in medians.columns}
+
+
+@metric(
+    "free_token_slots",
+    "rows",
+    "the most rows R, interpolated between those measured, up to which no forward takes more than 1.1 x t(1); "
+    "measured: from row_cost; roofs: predicted, from max(bytes / measured read bandwidth, FLOPs / measured rate)",
+    "higher",
+)
+def free_token_slots(cell: Cell) -> dict[str, Estimate]:
+    rows, logs, groups = row_logs(cell)
+    measured = stats.resampled(logs, groups, lambda means: crossing(rows, np.exp(means), SLACK))
+    if measured.value == rows[-1]:
+        measured = replace(measured, note="; ".join(filter(None, (measured.note, "at least: the most rows measured"))))
+    return {"measured": measured, "roofs": _at_roofs(cell, _free_at_roofs)}
+
+
+@metric(
+    "ridge_rows",
+    "rows",
+    "measured: t(1) / seconds of each further row between the two largest numbers of rows, where the largest takes 2 x "
+    "t(1) or more; roofs: predicted, the rows from which FLOPs / measured rate exceeds bytes / measured read bandwidth",
+    "none",
+)
+def ridge_rows(cell: Cell) -> dict[str, Estimate]:
+    rows, logs, groups = row_logs(cell)
+
+    def ridge(means: np.ndarray) -> np.ndarray:
+        times = np.exp(means)  # over t(1)
+        slope = (times[..., -1] - times[..., -2]) / (rows[-1] - rows[-2])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where((times[..., -1] >= 2) & (slope > 0), 1 / slope, np.nan)
+
+    measured = stats.resampled(logs, groups, ridge)
+    if measured.value is None:
+        measured = unavailable(f"{rows[-1]:.0f} rows, the most measured, take less than twice as long as one")
+    return {"measured": measured, "roofs": _at_roofs(cell, _ridge_at_roofs)}
+
+
 @metric("peak_bytes", "B", "high-water mark of device memory, largest of all trials", "lower")
 def peak_bytes(cell: Cell) -> Estimate:
     peaks = [trial.peak_bytes for trial in cell.trials if trial.peak_bytes is not None]
@@ -941,6 +1018,8 @@ def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
     """The metric of one cell by part, {"": ...} where it has none; what is not known says why."""
     if not cell.trials and definition.name != "failed_trials":
         return {"": unavailable("every trial failed" if cell.failed else "no trial was run")}
+    if cell.record.engine == "forward" and definition.name in NOT_OF_FORWARDS:
+        return {"": unavailable("this engine times forwards of different numbers of rows at every token")}
     try:
         result = definition.function(cell)
     except Unavailable as reason:
@@ -1075,6 +1154,63 @@ def _shared(cell: Cell) -> list[tuple[str, pd.DataFrame]]:
 def _floors(cell: Cell, forwards: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     """Seconds that memory and arithmetic would need at the measured roofs, per forward."""
     return forwards["bytes"] / cell.roof("bandwidth"), forwards["flops"] / cell.roof("flops")
+
+
+def row_medians(cell: Cell) -> pd.DataFrame:
+    """Median seconds of a decode forward [(group, repeat), rows], where the engine times several numbers of rows."""
+    if cell.record.engine != "forward":
+        raise Unavailable("the engine does not time forwards of several numbers of rows")
+    forwards = cell.decode_forwards
+    if forwards.empty:
+        raise Unavailable("no request emitted a second token")
+    return forwards.groupby(["group", "repeat", "rows"])["seconds"].median().unstack()
+
+
+def row_logs(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows [k], log t(R) / t(1) [trials, k], group [trials]) of `row_medians`."""
+    medians = row_medians(cell)
+    logs = np.log(medians.to_numpy())
+    return medians.columns.to_numpy(dtype=float), logs - logs[:, :1], medians.index.get_level_values("group").to_numpy()
+
+
+def row_floors(cell: Cell) -> pd.DataFrame:
+    """Predicted seconds [rows, (memory, compute)] at the measured roofs, of a decode forward of so many rows."""
+    forwards = cell.decode_forwards
+    memory, compute = _floors(cell, forwards)
+    return pd.DataFrame({"memory": memory, "compute": compute}).groupby(forwards["rows"]).mean()
+
+
+def crossing(rows: np.ndarray, values: np.ndarray, limit: float) -> np.ndarray:
+    """Rows [...] at which values [..., len(rows)] first pass a limit, interpolated; the last where they never do."""
+    over = values > limit
+    at = np.where(over.any(-1), over.argmax(-1), len(rows))  # never 0 where the first value is within the limit
+    after, before = np.clip(at, 1, len(rows) - 1), np.clip(at - 1, 0, len(rows) - 2)
+    left, right = (np.take_along_axis(values, index[..., None], -1)[..., 0] for index in (before, after))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        part = np.clip((limit - left) / (right - left), 0, 1)
+    found = rows[before] + part * (rows[after] - rows[before])
+    return np.where(at == len(rows), rows[-1], np.where(at == 0, rows[0], found))
+
+
+def _at_roofs(cell: Cell, tell: Callable[[pd.DataFrame], Estimate]) -> Estimate:
+    try:
+        floors = row_floors(cell)
+    except Unavailable as reason:
+        return unavailable(str(reason))
+    return replace(tell(floors), n=cell.decode_forwards["group"].nunique(), estimator="predicted from measured roofs")
+
+
+def _free_at_roofs(floors: pd.DataFrame) -> Estimate:
+    rows, floor = floors.index.to_numpy(dtype=float), floors.max(axis=1).to_numpy()
+    value = float(crossing(rows, floor / floor[0], SLACK))
+    return Estimate(value, note="at least: the most rows measured" if value == rows[-1] else "")
+
+
+def _ridge_at_roofs(floors: pd.DataFrame) -> Estimate:
+    rows, share = floors.index.to_numpy(dtype=float), (floors["compute"] / floors["memory"]).to_numpy()
+    if share[-1] <= 1:
+        return unavailable(f"memory takes longer than arithmetic at {rows[-1]:.0f} rows, the most measured")
+    return Estimate(float(crossing(rows, share, 1.0)))
 
 
 def _bound(cell: Cell, forwards: pd.DataFrame) -> Estimate:

@@ -76,6 +76,13 @@ class EngineSpec(_Strict):
         description="What reports call it; unique in the scenario. Default: the name and the options that were set.",
         examples=["transformers generate"],
     )
+    sweep: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = Field(
+        default={},
+        exclude=True,  # a file's engines are written out when it is read
+        description="Dotted options and the values that each takes: stands for one engine for every combination, whose"
+        " label says which.",
+        examples=[{"proposals": [1, 2, 4]}],
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -101,6 +108,27 @@ class AutoregressiveSpec(EngineSpec):
         default="auto",
         description="What runs the model: native (own CPU kernels), torch (its operators) or auto (native if it can).",
     )
+
+
+class ForwardSpec(EngineSpec):
+    """Times forwards of several numbers of rows at every decoded token: how many tokens can ride in one forward."""
+
+    name: Literal["forward"] = Field(description="Which engine decodes.")
+    rows: Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Items] = Field(
+        default=(1, 2, 4, 8, 16, 32, 64),
+        description="Rows per sequence of the forwards, ascending from 1; all rows ask for logits, one is committed.",
+    )
+    execution: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="What runs the model: native (own CPU kernels), torch (its operators) or auto (native if it can).",
+    )
+
+    @field_validator("rows")
+    @classmethod
+    def _ascend_from_one(cls, rows: tuple[int, ...]) -> tuple[int, ...]:
+        if len(rows) < 2 or rows[0] != 1 or any(next_ <= one for one, next_ in itertools.pairwise(rows)):
+            raise ValueError("give at least two numbers of rows, ascending from 1")
+        return rows
 
 
 class ReferenceSpec(EngineSpec):
@@ -162,6 +190,14 @@ class SyntheticLength(_Strict):
     length: float = Field(ge=1, description="Mean tokens gained per step, the bonus token included.", examples=[3.2])
 
 
+class SyntheticRate(_Strict):
+    """Acceptance of one rate."""
+
+    rate: float = Field(
+        ge=0, le=1, description="Chance that a draft is accepted once the one before it was.", examples=[0.7]
+    )
+
+
 class SyntheticRates(_Strict):
     """Acceptance of given rates."""
 
@@ -188,6 +224,7 @@ _DRAFTERS: dict[str, type[_Strict]] = {
 }
 _SYNTHETICS: dict[str, type[_Strict]] = {
     "length": SyntheticLength,
+    "rate": SyntheticRate,
     "rates": SyntheticRates,
     "histogram": SyntheticHistogram,
 }
@@ -200,6 +237,7 @@ _Drafter = Annotated[
 ]
 _Synthetic = Annotated[
     Annotated[SyntheticLength, Tag(f"{_BRANCH}length")]
+    | Annotated[SyntheticRate, Tag(f"{_BRANCH}rate")]
     | Annotated[SyntheticRates, Tag(f"{_BRANCH}rates")]
     | Annotated[SyntheticHistogram, Tag(f"{_BRANCH}histogram")],
     _key_branch(_SYNTHETICS),
@@ -215,8 +253,9 @@ class SpeculativeSpec(EngineSpec):
     )
     synthetic: _Synthetic | None = Field(
         None,
-        description="Draw how many drafts are accepted, by {length: L}, {rates: [...]} or {histogram: {...}}, instead"
-        " of verifying them: the speed is real, the text is not, and every figure says so. null verifies.",
+        description="Draw how many drafts are accepted, by {length: L}, {rate: C}, {rates: [...]} or {histogram:"
+        " {...}}, instead of verifying them: the speed is real, the text is not, and every figure says so. null"
+        " verifies.",
         examples=[{"length": 3.2}],
     )
 
@@ -349,8 +388,9 @@ class DiffusionSpec(EngineSpec):
     )
     synthetic: _Synthetic | None = Field(
         None,
-        description="Draw how many drafts are accepted, by {length: L}, {rates: [...]} or {histogram: {...}}, instead"
-        " of verifying them: the speed is real, the text is not, and every figure says so. null verifies.",
+        description="Draw how many drafts are accepted, by {length: L}, {rate: C}, {rates: [...]} or {histogram:"
+        " {...}}, instead of verifying them: the speed is real, the text is not, and every figure says so. null"
+        " verifies.",
         examples=[{"length": 3.2}],
     )
 
@@ -511,6 +551,7 @@ ENGINES: dict[str, type[EngineSpec]] = {
     "eagle3": Eagle3Spec,
     "dflash": DFlashSpec,
     "diffusion": DiffusionSpec,
+    "forward": ForwardSpec,
     "reference": ReferenceSpec,
     "endpoint": EndpointSpec,
 }
@@ -1064,7 +1105,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
     `overrides` are "key=value": a dotted key of the scenario and a YAML value, applied in order.
     Raises UserError, with one line for each thing that is wrong.
     """
-    document = _override(_parse(_read(Path(path)), str(path)), overrides)
+    document = _written_out(_override(_parse(_read(Path(path)), str(path)), overrides))
     scenario, problems = _check(document, Scenario)
     if scenario is None:
         raise _user_error(problems)
@@ -1126,6 +1167,35 @@ def _path(dotted: str) -> _Path:
     """ "sampling.top_p" -> ("sampling", "top_p"). Axes of the matrix are themselves dotted keys."""
     head, _, rest = dotted.partition(".")
     return (head, rest) if head == "matrix" and rest else tuple(dotted.split("."))
+
+
+def _written_out(document: _Document) -> _Document:
+    """Each engine that sweeps options as one engine for every combination. Malformed sweeps stay as they are."""
+    engines = document.data.get("engines") if isinstance(document.data, dict) else None
+    if not isinstance(engines, list):
+        return document
+    origins = {path: origin for path, origin in document.origins.items() if path[:1] != ("engines",) or len(path) == 1}
+    found: list[Any] = []
+    for index, engine in enumerate(engines):
+        here: _Path = ("engines", index)
+        inside = {path[2:]: origin for path, origin in document.origins.items() if path[:2] == here}
+        sweep = engine.get("sweep") if isinstance(engine, dict) else None
+        valid = isinstance(sweep, dict) and all(isinstance(values, list) and values for values in sweep.values())
+        if not valid or not isinstance(sweep, dict):
+            origins |= {("engines", len(found), *rest): origin for rest, origin in inside.items()}
+            found.append(engine)
+            continue
+        for chosen in itertools.product(*(enumerate(values) for values in sweep.values())):
+            one = {key: value for key, value in engine.items() if key != "sweep"}
+            words = [str(one.get("label") or one.get("name"))]
+            origins |= {("engines", len(found), *rest): origin for rest, origin in inside.items()}
+            for key, (place, value) in zip(sweep, chosen, strict=True):
+                one = _replaced(one, _path(key), value)
+                words.append(f"{key} {value}")
+                where = document.origin((*here, "sweep", key, place))
+                origins[("engines", len(found), *_path(key))] = where
+            found.append({**one, "label": ", ".join(words)})
+    return _Document({**document.data, "engines": found}, origins)
 
 
 def _check(document: _Document, kind: type[_Model]) -> tuple[_Model | None, list[_Problem]]:

@@ -7,7 +7,7 @@ All randomness is seeded: the same records give the same interval, to the last b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -136,6 +136,37 @@ def minimal_detectable_effect(
     return Estimate(float(np.expm1(effect)), n=n, estimator=f"paired t at {CONFIDENCE:.0%}, power {power:.0%}")
 
 
+def resampled(
+    rows: ArrayLike, clusters: ArrayLike, statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> Estimate:
+    """A statistic of the means of several columns that were measured together, with a cluster-bootstrap interval.
+
+    `rows` [observations, k]; `statistic` takes means [..., k] to [...] and may say nan where they do not tell. Every
+    cluster counts alike. The interval leaves such resamples out; it is not given where they are more than a tail.
+    """
+    data, labels = np.asarray(rows, dtype=float), np.asarray(clusters)
+    names, index = np.unique(labels, return_inverse=True)
+    n = len(names)
+    means = np.array([data[index == i].mean(0) for i in range(n)])
+    value = float(statistic(means.mean(0)))
+    if not np.isfinite(value):
+        return unavailable("the columns do not tell")
+    estimate = Estimate(value, n=n, estimator="statistic of means")
+    if n < FEW:
+        return replace(estimate, note=too_few(n))
+    if not _with_intervals.get():
+        return estimate
+    counts = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    found = statistic(counts @ means / n)
+    found, tail = found[np.isfinite(found)], _tail(n)
+    if len(found) < (1 - tail) * RESAMPLES:
+        return replace(estimate, note="no interval: many resamples of the prompts do not tell")
+    low, high = np.quantile(found, [tail, 1 - tail])
+    return replace(
+        estimate, low=float(low), high=float(high), estimator=f"statistic of means; {CONFIDENCE:.0%} cluster bootstrap"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Shift:
     """How much slower a candidate is, as Student's t sees it on the log-ratios of paired clusters.
@@ -235,8 +266,7 @@ def _interval(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> tuple[fl
     ratios = top / bottom
     if np.ptp(ratios) <= 1e-12 * np.abs(ratios).max():
         return float(ratios.min()), float(ratios.max())
-    # The plain percentile interval is too narrow by sqrt((n - 1) / n) and by normal in place of t (Hesterberg 2015).
-    tail = special.ndtr(np.sqrt(n / (n - 1)) * _t((1 - CONFIDENCE) / 2, n - 1))
+    tail = _tail(n)
     interval = bootstrap(
         (top, bottom),
         lambda t, b, axis: t.sum(axis=axis) / b.sum(axis=axis),
@@ -249,6 +279,12 @@ def _interval(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> tuple[fl
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def _tail(n: int) -> float:
+    """Of the resamples of n clusters, on either side: the plain percentile interval is too narrow by
+    sqrt((n - 1) / n) and by normal in place of t (Hesterberg 2015)."""
+    return float(special.ndtr(np.sqrt(n / (n - 1)) * _t((1 - CONFIDENCE) / 2, n - 1)))
 
 
 def _cluster_sums(

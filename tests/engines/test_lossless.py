@@ -15,6 +15,17 @@ from zbench.hardware import device
 PROMPT = [5, 9, 14, 200]
 
 
+def test_a_prompt_of_several_chunks_is_checked_where_its_output_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = runtime("smollm", "auto"), [5, 9, 14, 200, 7, 8, 9, 10, 11]
+    request = Request(6, Sampling(), (3,))
+    output = Autoregressive(model).generate([prompt], request, Meter(device.resolve("cpu"))).outputs[0]
+    for rows in (2, 4, 9, 10):  # whole chunks of the prompt decide nothing
+        monkeypatch.setattr(lossless, "PREFILL_ROWS", rows)
+        assert lossless.check(model, prompt, output, request, 0).verdict == "exact"
+        found = lossless.check(model, prompt, [(output[0] + 1) % 300, *output[1:]], request, 0)
+        assert (found.verdict, found.first) == ("different", 0)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_token_is_a_near_tie_only_within_rounding(

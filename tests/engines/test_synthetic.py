@@ -137,3 +137,10 @@ def test_a_decode_gains_the_requested_length_per_step_and_is_reproducible() -> N
     steps = [step for step in meter.records()[0] if step.accepted]
     accepted = [1 + count for step in steps[:15] for count in step.accepted]
     assert sum(accepted) / len(accepted) == pytest.approx(2.5, abs=4 * 0.5 / len(accepted) ** 0.5)
+
+
+@given(st.floats(0, 1), st.integers(1, 12))
+def test_one_rate_is_the_same_rate_for_every_draft(rate: float, drafts: int) -> None:
+    assert parse({"rate": rate}, drafts).chances == parse({"rates": [rate] * drafts}, drafts).chances
+    with pytest.raises(UserError, match="from 0 to 1"):
+        parse({"rate": rate + 1.5}, drafts)

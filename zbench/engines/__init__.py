@@ -82,6 +82,12 @@ def _autoregressive(options: dict[str, Any], shared: Shared) -> Engine:
     return Autoregressive(shared.target(options["execution"]))
 
 
+def _forward(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines.forward import Forward
+
+    return Forward(shared.target(options["execution"]), options["rows"])
+
+
 def _reference(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.engines.reference import Reference
 
@@ -234,6 +240,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
     "eagle3": _eagle3,
     "dflash": _dflash,
     "diffusion": _diffusion,
+    "forward": _forward,
     "reference": _reference,
     "endpoint": _endpoint,
 }

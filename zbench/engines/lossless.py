@@ -35,7 +35,8 @@ def check(model: Model, prompt: Sequence[int], output: Sequence[int], request: R
     mismatches, worst, near = [], 0.0, True
     for start in range(0, ids.shape[1], PREFILL_ROWS):
         chunk = ids[:, start : start + PREFILL_ROWS]
-        wanted = torch.arange(max(first - start, 0), chunk.shape[1], device=model.device)[None]
+        skipped = min(max(first - start, 0), chunk.shape[1])
+        wanted = torch.arange(skipped, chunk.shape[1], device=model.device)[None]
         logits = model.forward(Rows.chain(chunk, cache.lengths), cache, logits=wanted).logits
         cache.extend([chunk.shape[1]])
         if not wanted.numel():

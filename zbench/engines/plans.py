@@ -76,6 +76,11 @@ def autoregressive(options: Mapping[str, Any], target: AnyConfig, batch: int = 1
     return Plan((on_target(target, "decode", 1, 1, 1),))
 
 
+def forward(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
+    """One forward for each number of rows, logits for all of them; they are timed one by one and make no step."""
+    return Plan(tuple(on_target(target, "decode", rows, causal_pairs(rows), rows) for rows in options["rows"]))
+
+
 def reference(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
     """`generate` of transformers: what it computes, at the roofs; prompt lookup drafts without a model."""
     if options["assisted"] is None:
@@ -265,6 +270,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 _PLANS: dict[str, Callable[[Mapping[str, Any], AnyConfig, int], Plan]] = {
     "autoregressive": autoregressive,
+    "forward": forward,
     "reference": reference,
     "eagle3": eagle3,
     "dflash": dflash,

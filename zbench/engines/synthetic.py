@@ -27,18 +27,19 @@ class Synthetic:
 
 
 def parse(option: Mapping[str, Any], drafts: int) -> Synthetic:
-    """One of {length: L}, {rates: [c1, ...]}, {histogram: {"0": n0, ...}} for paths of `drafts` draft tokens.
+    """One of {length: L}, {rate: c}, {rates: [c1, ...]}, {histogram: {"0": n0, ...}} for paths of `drafts` tokens.
 
     length      tokens per step, bonus included (as vLLM and SGLang count), 1 <= L <= drafts + 1; the process of
                 least variance: floor(L) or floor(L) + 1 tokens
+    rate        the same chance for every draft, once the one before it was accepted
     rates       conditional: c_i is the chance that draft i is accepted once draft i - 1 was; one per draft
     histogram   accepted drafts (bonus excluded) -> number of steps: replays a recorded run
 
     Raises UserError for anything else.
     """
-    kinds = {"length": _from_length, "rates": _from_rates, "histogram": _from_histogram}
+    kinds = {"length": _from_length, "rate": _from_rate, "rates": _from_rates, "histogram": _from_histogram}
     if len(option) != 1 or next(iter(option)) not in kinds:
-        raise UserError("synthetic acceptance takes exactly one of length, rates or histogram")
+        raise UserError("synthetic acceptance takes exactly one of length, rate, rates or histogram")
     [(kind, value)] = option.items()
     return Synthetic(kinds[kind](value, drafts), f"synthetic ({kind} {value})")
 
@@ -54,6 +55,12 @@ def _from_length(length: Any, drafts: int) -> tuple[float, ...]:
     if sure < drafts:
         chances[sure + 1] = length - 1 - sure
     return tuple(chances)
+
+
+def _from_rate(rate: Any, drafts: int) -> tuple[float, ...]:
+    if not _is_number(rate) or not 0 <= rate <= 1:
+        raise UserError(f"synthetic rate: give a number from 0 to 1, not {rate}")
+    return _from_rates([rate] * drafts, drafts)
 
 
 def _from_rates(rates: Any, drafts: int) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from zbench.records import CellRecord
 SCHEMA_VERSION = 1
 HERE = "here"  # the name under which `zbench project` takes this machine's measured roofs
 SLACK = 1.1  # a row is free while the forward takes at most this many times that of one row
+NO_STEP = "unavailable: its forwards are timed one by one, they make no step"
 NO_ACCEPTANCE = "unavailable: no synthetic acceptance given"
 _MOST_ROWS = 2**24
 
@@ -400,6 +401,8 @@ def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
     except UserError as error:
         return EngineStep(cell.id, cell.label, cell.engine, unavailable=f"unavailable: {error}")
     forwards = tuple(where.timed(forward) for forward in plan.forwards)
+    if cell.engine == "forward":
+        return EngineStep(cell.id, cell.label, cell.engine, forwards, unavailable=NO_STEP)
     step = sum(forward.predicted_seconds for forward in forwards)
     gained = _tokens(cell, plan, found)
     rate = gained / step if gained else None
@@ -440,7 +443,9 @@ def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount | None
     if cell.options["sampler"] == "denoise":
         return None
     block, asked = cell.options["block_size"], cell.options["synthetic"] or {}
-    told = bool(asked.keys() & {"rates", "histogram"})  # how often each outcome comes; a mean length does not say
+    told = bool(
+        asked.keys() & {"rate", "rates", "histogram"}
+    )  # how often each outcome comes; a mean length does not say
     counts = []
     for proposals in range(block + 1):
         options = {**cell.options, "proposals": proposals}
@@ -469,7 +474,7 @@ def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount | None
         counts=tuple(counts),
         predicted_most_within_slack=max(count.proposals for count in counts if count.within_slack),
         predicted_best=-max(rates)[1] if told else None,
-        unavailable=None if told else "unavailable: tokens/s by proposals need synthetic rates or a histogram",
+        unavailable=None if told else "unavailable: tokens/s by proposals need a synthetic rate, rates or a histogram",
     )
 
 

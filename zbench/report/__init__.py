@@ -22,23 +22,21 @@ def render(run_folder: Path) -> Path:
         return projection.render(Path(run_folder))
     from zbench.cache import atomic_write
     from zbench.metrics import load_run
-    from zbench.report import export, figures, html, scaling, telemetry
+    from zbench.report import export, figures, html, scaling, sweeps, telemetry
     from zbench.report.findings import Results
 
     results = Results.of(load_run(Path(run_folder)))
-    overview = figures.draw_overview(results)
-    drawn = [
-        [*figures.draw(results, point), *figures.draw(results, point, telemetry.PLOTS)]
-        for point in results.points[:POINTS_DRAWN]
-    ]
+    overviews = figures.draw(results, results.run.cells, "", (figures.OVERVIEW, *sweeps.OVERVIEWS))
+    plots = (*sweeps.PLOTS, *figures.PLOTS, *telemetry.PLOTS)
+    drawn = [figures.draw(results, point.cells, point.label, plots) for point in results.points[:POINTS_DRAWN]]
     across = scaling.sections(results)
     files: dict[str, str | bytes] = {
         "metrics.csv": export.to_csv(results),
         "metrics.json": export.to_json(results),
-        "report.html": html.page(results, overview, drawn, across),
+        "report.html": html.page(results, overviews, drawn, across),
     }
     further = [figure for part in (*drawn, *(each.figures for each in across)) for figure in part]
-    for figure in [*([overview] if overview else []), *further]:
+    for figure in [*overviews, *further]:
         files |= {f"figures/{name}": content for name, content in figure.files().items()}
     try:
         for name, content in files.items():

@@ -8,7 +8,8 @@ from dataclasses import asdict
 import pandas as pd
 
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, definitions_hash
-from zbench.report.findings import Results, answers, warnings
+from zbench.report.findings import Results, warnings
+from zbench.report.readings import answers
 
 SCHEMA_VERSION = 1
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from zbench.metrics import PHASES, Cell, caveats, step_split
 from zbench.models.cost import expected_experts
-from zbench.report.findings import Point, Results, clusters, interval, main_kind, quantity, title
+from zbench.report.findings import Results, clusters, interval, main_kind, quantity, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,18 +85,9 @@ class Drawn:
         return {f"{self.name}{suffixes[t]}.{kind}": data for kind, images in kinds for t, data in images.items()}
 
 
-def draw(results: Results, point: Point, plots: Sequence[Plot] | None = None) -> list[Drawn]:
-    """All figures that the point has data for, of those listed in `PLOTS` or in `plots`."""
-    chosen = PLOTS if plots is None else plots
-    return [_drawn(plot, results, point.cells, point.label) for plot in chosen if plot.applies(results, point.cells)]
-
-
-def draw_overview(results: Results) -> Drawn | None:
-    """Decode speed of every engine at every point; None where there is one point only, or nothing was measured."""
-    cells = results.run.cells
-    if len(results.points) < 2 or not OVERVIEW.applies(results, cells):
-        return None
-    return _drawn(OVERVIEW, results, cells, "")
+def draw(results: Results, cells: Sequence[Cell], label: str, plots: Sequence[Plot]) -> list[Drawn]:
+    """Those of the figures that these cells have data for; `label` is their point of the matrix."""
+    return [_drawn(plot, results, cells, label) for plot in plots if plot.applies(results, cells)]
 
 
 def figure(plot: Plot, theme: Theme, results: Results, cells: Sequence[Cell]) -> Figure:
@@ -429,7 +420,12 @@ def _engine_row_height(cells: Sequence[Cell], legend_lines: int = 0) -> float:
 
 
 def _with_steps(cells: Sequence[Cell]) -> list[Cell]:
-    return [cell for cell in cells if (cell.steps["step"] > 0).any()]
+    return [cell for cell in _decoding(cells) if (cell.steps["step"] > 0).any()]
+
+
+def _decoding(cells: Sequence[Cell]) -> list[Cell]:
+    """Without those that time raw forwards of many sizes: their steps are no decoder's."""
+    return [cell for cell in cells if cell.record.engine != "forward"]
 
 
 def _step_times(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
@@ -467,7 +463,7 @@ def _phase_means(results: Results, cell: Cell) -> dict[str, float]:
 
 
 def _phases(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
-    shown = [cell for cell in cells if cell.trials]
+    shown = [cell for cell in _decoding(cells) if cell.trials]
     means = [_phase_means(results, cell) for cell in shown]
     names = [phase for phase in (*PHASES, "not divided") if any(phase in m for m in means)]
     for index, phase in enumerate(names):
@@ -507,11 +503,11 @@ def _legend_lines(cells: Sequence[Cell]) -> int:
 
 
 def _phases_height(results: Results, cells: Sequence[Cell]) -> float:
-    return _engine_row_height([cell for cell in cells if cell.trials], legend_lines=2)
+    return _engine_row_height([cell for cell in _decoding(cells) if cell.trials], legend_lines=2)
 
 
 def _phases_alt(results: Results, cells: Sequence[Cell]) -> str:
-    return "; ".join(_phase_words(results, cell) for cell in cells if cell.trials) + "."
+    return "; ".join(_phase_words(results, cell) for cell in _decoding(cells) if cell.trials) + "."
 
 
 def _phase_words(results: Results, cell: Cell) -> str:
@@ -614,7 +610,7 @@ def _speeds(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -
 
 
 def _one_of_each(cells: Sequence[Cell]) -> list[Cell]:
-    return list({cell.record.label: cell for cell in cells}.values())
+    return list({cell.record.label: cell for cell in _decoding(cells)}.values())
 
 
 def _speeds_height(results: Results, cells: Sequence[Cell]) -> float:
@@ -849,7 +845,7 @@ PLOTS = (
         "phases", "Where the time goes",
         "Mean seconds of one trial, prefill included. Host gap: what forwards, accept and commit leave of the steps. "
         "Where an engine’s forwards are not seen, its time is not divided.",
-        lambda results, cells: any(cell.trials for cell in cells), _phases_height, _phases, _phases_alt,
+        lambda results, cells: any(cell.trials for cell in _decoding(cells)), _phases_height, _phases, _phases_alt,
     ),
     Plot(
         "experts", "How many experts a forward reads",
@@ -910,6 +906,6 @@ PLOTS = (
 OVERVIEW = Plot(
     "overview", "Decode speed at every point",
     "Tokens per second of one sequence with the 95% interval, one row per point of the matrix.",
-    lambda results, cells: any(results.value(cell, "decode_tps") is not None for cell in cells),
+    lambda results, cells: len(results.points) > 1 and any(results.value(c, "decode_tps") is not None for c in cells),
     _speeds_height, _speeds, _speeds_alt,
 )  # fmt: skip

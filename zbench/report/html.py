@@ -12,9 +12,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, caveats, definitions_hash
-from zbench.report import telemetry
+from zbench.report import readings, telemetry
 from zbench.report.figures import Drawn
-from zbench.report.findings import Point, Results, answers, interval, main_kind, quantity, speculation, warnings
+from zbench.report.findings import Point, Results, interval, main_kind, quantity, speculation, warnings
 
 if TYPE_CHECKING:
     from zbench.report.scaling import Scaling
@@ -74,6 +74,27 @@ SERVER_COLUMNS = (
     ("Acceptance length", "server_acceptance_length", ""),
     ("Output tokens off by", "token_count_difference", "output"),
 )
+PROPOSALS_COLUMNS = (
+    ("Rows", "rows_per_forward", "draft+verify"),
+    ("Tokens per forward", "tokens_per_forward", ""),
+    ("Step", "step_seconds", ""),
+    ("Step at the roofs (predicted)", "predicted_step_seconds", ""),
+    ("Tokens/s", "decode_tps", ""),
+    ("Speedup", "speedup", ""),
+    ("Outcomes prepared", "proposal_coverage", ""),
+    ("Breaks even at", "break_even_acceptance", ""),
+    ("Bound by", "bound", "main"),
+)
+ROW_COLUMNS = (
+    ("Time", "forward_seconds"),
+    ("Over one row", "row_cost"),
+    ("Floor (predicted)", "floor_seconds"),
+    ("FLOP per byte", "intensity"),
+    ("Experts", "experts_per_forward"),
+    ("Of bandwidth roof", "mbu"),
+    ("Of compute roof", "mfu"),
+    ("Bound by", "bound"),
+)
 CATEGORY_COLUMNS = (("Acceptance length", "category_acceptance_length"), ("Speedup", "category_speedup"))
 IN_HEADING = (
     " tokens/s",
@@ -129,7 +150,7 @@ class Notes:
 
 
 def page(
-    results: Results, overview: Drawn | None, drawn: Sequence[Sequence[Drawn]], across: Sequence[Scaling] = ()
+    results: Results, overviews: Sequence[Drawn], drawn: Sequence[Sequence[Drawn]], across: Sequence[Scaling] = ()
 ) -> str:
     """The HTML. `drawn` holds the figures of the first points; further points are shown as tables only. `across` is
     what a run over several devices has beside them."""
@@ -139,9 +160,9 @@ def page(
     return template.render(
         manifest=manifest,
         facts=_facts(results),
-        answers=answers(results),
+        answers=readings.answers(results),
         warnings=warnings(results),
-        overview=image(overview) if overview else None,
+        overviews=[image(figure) for figure in overviews],
         across=[
             {"label": part.label, "sentences": part.sentences, "table": part.table, "figures": map(image, part.figures)}
             for part in across
@@ -150,9 +171,11 @@ def page(
             {
                 "label": point.label,
                 "engines": _engine_table(results, point),
+                "rows": [_row_table(results, cell) for cell in readings.sweeping(point.cells)],
                 "forwards": _forward_table(results, point),
                 "figures": [image(figure) for figure in mine if figure.section == "results"],
                 "speculation_table": _speculation_table(results, point),
+                "proposals": _proposals_table(results, point),
                 "diffusion_table": _diffusion_table(results, point),
                 "server_table": _server_table(results, point),
                 "speculation": [sentence for cell in point.cells if (sentence := speculation(cell, results))],
@@ -234,7 +257,27 @@ def _lookup(nested: Mapping[str, Any], *keys: str) -> str:
 
 def _engine_table(results: Results, point: Point) -> Table:
     columns = [c for c in ENGINE_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
-    return _by_engine(results, point.cells, columns)
+    return _by_engine(
+        results, [cell for cell in point.cells if cell.record.engine != "forward" or not cell.trials], columns
+    )
+
+
+def _row_table(results: Results, cell: Cell) -> Table:
+    """One line per number of rows."""
+    columns = [c for c in ROW_COLUMNS if c[1] not in OPTIONAL or _known(results, [cell], c[1])]
+    notes, lines = Notes(), []
+    for rows in readings.row_bounds(results, cell):
+        parts = {"row_cost": str(rows)}
+        kind = readings.row_kind(rows)
+        entries = [_entry(h, results.row(cell, metric, parts.get(metric, kind)), notes) for h, metric in columns]
+        lines.append(Line(kind.removeprefix("decode, "), entries))
+    return Table([heading for heading, _ in columns], lines, notes.listed())
+
+
+def _proposals_table(results: Results, point: Point) -> Table | None:
+    """One line per block size and number of proposals, where these were swept."""
+    cells = [cell for mine in readings.by_block(results, point.cells).values() for cell in mine.values()]
+    return _by_engine(results, cells, PROPOSALS_COLUMNS) if cells else None
 
 
 def _speculation_table(results: Results, point: Point) -> Table:

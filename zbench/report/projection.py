@@ -311,7 +311,7 @@ def _drawn(
 
 def _figures(projection: Data, point: Data) -> list[Drawn]:
     found = [_row_curve(point)]
-    if any(step["forwards"] for step in point["engines"]):
+    if any(step["predicted_step_seconds"] is not None for step in point["engines"]):
         found.append(_steps(point))
     return found + [_block_curve(point, blocks) for blocks in point["blocks"]]
 
@@ -337,7 +337,7 @@ def _row_curve(point: Data) -> Drawn:
 
 
 def _steps(point: Data) -> Drawn:
-    steps = [step for step in point["engines"] if step["forwards"]]
+    steps = [step for step in point["engines"] if step["predicted_step_seconds"] is not None]
     one = point["predicted_autoregressive_seconds"]
     roles = list(dict.fromkeys(forward["role"] for step in steps for forward in step["forwards"]))
 

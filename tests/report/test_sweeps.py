@@ -1,0 +1,255 @@
+"""Figures and sentences of sweeps, on invented runs whose rows, ridges and takeovers are worked out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.report.synthetic import GRID, RATE, READ, ROOFS, write_run
+from tests.report.test_figures import assert_readable
+from zbench import metrics, run, scenario
+from zbench.hardware import projection
+from zbench.records import CellRecord, ForwardRecord, StepRecord, read_manifest, read_trials
+from zbench.report import figures, html, readings, render, sweeps
+from zbench.report.findings import Results
+
+WEIGHTS, KV, FLOPS = 250e6, 50e3, 250e6  # bytes; bytes per cached token; FLOPs per row
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+MEMORY = WEIGHTS / READ  # seconds that reading the weights takes
+RIDGE = WEIGHTS / READ / (FLOPS / RATE)  # rows
+PLANNED = {"rows": list(ROWS)}
+
+
+def forward(step: int, rows: int, seconds: float, context: float, batch: int = 1) -> ForwardRecord:
+    return ForwardRecord(
+        step,
+        "target",
+        "decode",
+        rows,
+        batch,
+        context,
+        FLOPS * rows * batch,
+        WEIGHTS + batch * context * KV,
+        0.0,
+        seconds,
+        1,
+    )
+
+
+def swept(
+    folder: Path, time: Callable[[float, float], float], points: Sequence[dict[str, Any]] = ({},), engines: Any = ()
+) -> Results:
+    """A run with a sweep of rows beside invented engines; `time` makes seconds of (memory seconds, compute seconds)."""
+    labels = ("autoregressive", *engines)
+    write_run(folder, engines=labels, points=points, prompts=6, repeats=1)
+    manifest, (trials, _) = read_manifest(folder), read_trials(folder)
+    cells, extra = list(manifest.cells), []
+    for own in [cell for cell in manifest.cells if cell.label == "autoregressive"]:
+        cell = dataclasses.replace(
+            own, id=own.id.replace("autoregressive", "forward"), label="forward", engine="forward", options=PLANNED,
+            baseline=False,
+        )  # fmt: skip
+        cells.append(cell)
+        for trial in [trial for trial in trials if trial.cell == own.id]:
+            extra.append(dataclasses.replace(trial, cell=cell.id, **_records(cell, trial.group, time)))
+    manifest = dataclasses.replace(manifest, cells=tuple(cells))
+    (folder / "run.json").write_text(manifest.to_json())
+    (folder / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in [*trials, *extra]))
+    return Results.of(metrics.load_run(folder))
+
+
+def _records(cell: CellRecord, group: int, time: Callable[[float, float], float]) -> dict[str, Any]:
+    context, pace = cell.point.get("context", 0), 1 + 0.004 * group
+    forwards = [forward(0, 4, 0.01, 0, cell.batch)]
+    for step in (1, 2):
+        for rows in ROWS:
+            at = forward(step, rows, 0, context, cell.batch)
+            seconds = time(at.bytes_read / READ, at.flops / RATE) * pace
+            forwards.append(dataclasses.replace(at, seconds=seconds))
+    spent = [sum(f.seconds for f in forwards if f.step == step) for step in (0, 1, 2)]
+    steps = tuple(StepRecord(seconds, 0.0, 0.0, (1,) * cell.batch) for seconds in spent)
+    return {"steps": steps, "forwards": tuple(forwards), "wall_seconds": sum(spent)}
+
+
+def said(results: Results) -> str:
+    return " ".join(sentence for _, sentences in readings.answers(results) for sentence in sentences)
+
+
+def test_on_a_device_at_its_roofs_the_reading_gives_the_ridge_and_who_uses_its_rows(tmp_path: Path) -> None:
+    found = swept(tmp_path, max, engines=GRID)
+    told = said(found)
+    assert f"Decode is memory-bound up to {RIDGE:.0f} rows on this device (predicted" in told
+    assert f"is at {RIDGE:.0f} rows" in told  # the knee: past it each row costs its arithmetic
+    free = found.value(next(c for c in found.run.cells if c.record.engine == "forward"), "free_token_slots", "measured")
+    assert free is not None
+    assert f"{free:.1f} rows ride in a forward within 1.1×" in told
+    assert free == pytest.approx(16 + 16 * 0.1 / (32 / RIDGE - 1))  # between 16 rows and 32, the first that cost more
+    memory, compute = ([r for r in ROWS if (r < RIDGE) == below] for below in (True, False))
+    assert (
+        f"{memory[0]} to {memory[-1]} rows are memory-bound, {compute[0]} to {compute[-1]} rows are compute-bound"
+        in told
+    )
+    fastest = max((c for c in found.run.cells if c.record.label in GRID), key=lambda c: found.value(c, "speedup") or 0)
+    fed = readings.fed_rows(found, fastest)
+    assert fed is not None
+    assert any(f"{fastest.record.label} {verb} {fed:.1f}".removesuffix(".0") in told for verb in ("uses", "feeds"))
+
+
+def test_overhead_is_said_to_be_overhead_and_its_points_are_left_out_of_the_error_of_predictions(
+    tmp_path: Path,
+) -> None:
+    found = swept(tmp_path, lambda memory, compute: max(memory, compute) + 5 * MEMORY)
+    told = said(found)
+    assert "Decode is overhead-bound on this device: one row takes 6." in told
+    assert f"would be memory-bound up to {RIDGE:.0f} rows (predicted)" in told
+    points = readings.predictions(found)
+    left = [p for p in points if p.bound == "overhead"]
+    assert len(left) >= 5
+    assert f"{len(left)} of {len(points)} " in told
+
+
+def test_predictions_at_the_share_of_the_roof_that_others_reach_leave_out_the_own_time(tmp_path: Path) -> None:
+    found = swept(tmp_path, lambda memory, compute: max(memory / 0.8, compute / 0.6))
+    points = [p for p in readings.predictions(found) if "forward" in p.name]
+    shares, errors = readings.calibrated_errors(points)
+    assert shares["memory"] == pytest.approx(0.79, abs=0.02)
+    assert shares["compute"] == pytest.approx(0.59, abs=0.02)
+    assert np.median(errors) < 0.03 < 0.18 < np.median([p.error for p in points])
+    [first, *rest] = [p for p in points if p.bound == "memory"]
+    slow = [dataclasses.replace(first, measured=first.measured * 3), *rest]
+    assert readings.calibrated_errors(slow)[1][0] == pytest.approx(2 / 3, abs=0.03)  # it cannot excuse itself
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), max_size=12))
+def test_shares_of_a_roof_are_those_of_its_own_points(pairs: list[tuple[float, float]]) -> None:
+    points = [readings.Predicted("p", measured, predicted, "memory") for measured, predicted in pairs]
+    shares, errors = readings.calibrated_errors(points)
+    assert list(shares) == (["memory"] if points else [])
+    assert len(errors) == (len(points) if len(points) > 2 else 0)
+    assert all(error >= 0 for error in errors)
+
+
+def test_the_best_number_of_proposals_is_that_of_the_highest_speed_with_its_interval(tmp_path: Path) -> None:
+    write_run(tmp_path, engines=("autoregressive", *GRID), prompts=8, repeats=1)
+    found = Results.of(metrics.load_run(tmp_path))
+    blocks = readings.by_block(found, found.run.cells)
+    assert {block: list(mine) for block, mine in blocks.items()} == {4: [1, 2, 4], 8: [1, 2, 8]}
+    for block, mine in blocks.items():
+        best = readings.best(block, mine)
+        assert found.value(best.cell, "speedup") == max(found.value(cell, "speedup") or 0 for cell in mine.values())
+        assert best.low is not None and best.high is not None
+        assert best.low <= best.proposals <= best.high
+        assert f"Blocks of {block} are fastest with {best.proposals} proposal" in said(found)
+
+
+def test_the_cache_takes_over_where_it_is_as_large_as_the_weights(tmp_path: Path) -> None:
+    points = [{"context": context} for context in (64, 1024, 4096)]
+    found = swept(tmp_path, max, points)
+    cells = [c for c in found.run.cells if c.record.label == "autoregressive"]
+    grown = [
+        dataclasses.replace(cell, forwards=cell.forwards.assign(context=(c := cell.record.point["context"]), batch=1,
+                                                                bytes=WEIGHTS + 2 * c * KV, flops=FLOPS + c * 10.0))
+        for cell in cells
+    ]  # fmt: skip
+    told = readings.traffic(grown)
+    assert told is not None
+    assert (told.fixed, told.per_token) == pytest.approx((WEIGHTS, 2 * KV))
+    assert told.takeover == pytest.approx(2500)
+    assert sweeps._seconds(told, grown[0], 131_072) == pytest.approx((WEIGHTS + 2 * 131_072 * KV) / READ)
+    bent = [grown[0], grown[1], dataclasses.replace(grown[2], forwards=grown[2].forwards.assign(bytes=WEIGHTS * 1.2))]
+    assert readings.traffic(bent) is None  # a sliding window: no straight line, so nothing is continued
+
+
+POINTS: list[dict[str, Any]] = [{"batch": batch, "context": context} for batch in (1, 4) for context in (64, 4096)]
+
+
+@pytest.fixture(scope="module", params=["at the roofs", "overhead", "many points"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("run")
+    if request.param == "overhead":
+        return swept(folder, lambda memory, compute: max(memory, compute) + 9 * MEMORY, engines=GRID)
+    return swept(
+        folder, max, POINTS if request.param == "many points" else ({},), () if "many" in request.param else GRID
+    )
+
+
+@pytest.mark.parametrize("plot", [pytest.param(plot, id=plot.name) for plot in (*sweeps.PLOTS, *sweeps.OVERVIEWS)])
+def test_no_text_of_a_sweep_lies_upon_another(plot: figures.Plot, results: Results) -> None:
+    several = len(results.points) > 1
+    cells = results.run.cells if plot in sweeps.OVERVIEWS else results.points[0].cells
+    if plot.applies(results, cells):
+        assert_readable(figures.figure(plot, figures.LIGHT, results, cells))
+        assert plot.alt(results, cells).endswith(".")
+    else:
+        assert plot.name in ({"proposals"} if several else {"row-curves", "batch", "context"})
+
+
+def test_a_page_tells_every_number_of_rows_and_labels_what_is_predicted(tmp_path: Path) -> None:
+    found = swept(tmp_path, max, engines=GRID)
+    page = render(tmp_path).read_text()
+    [table] = [html._row_table(found, c) for c in readings.sweeping(found.run.cells)]
+    assert [line.name for line in table.rows] == [f"{r} row{'s' if r > 1 else ''}" for r in ROWS]
+    assert "Floor (predicted)" in page and "Step at the roofs (predicted)" in page
+    assert "the ridge" not in page.split("</style>")[0]
+    assert (tmp_path / "figures" / "rows.svg").exists() and (tmp_path / "figures" / "prediction.svg").exists()
+
+
+def test_without_roofs_a_sweep_still_tells_its_free_rows(tmp_path: Path) -> None:
+    swept(tmp_path, max)
+    manifest = dataclasses.replace(read_manifest(tmp_path), roofs=None)
+    (tmp_path / "run.json").write_text(manifest.to_json())
+    found = Results.of(metrics.load_run(tmp_path))
+    told = said(found)
+    assert "rows ride in a forward" in told and "memory-bound" not in told and "predicted" not in told
+    [cell] = readings.sweeping(found.run.cells)
+    plots = [plot.name for plot in (*sweeps.PLOTS, *sweeps.OVERVIEWS) if plot.applies(found, found.run.cells)]
+    assert plots == ["rows"]
+    assert_readable(figures.figure(sweeps.PLOTS[0], figures.LIGHT, found, [cell]))
+
+
+TINY = """\
+name: tiny
+model:
+  config: {family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 260, max_positions: 512}
+  weights: random
+dtype: float32
+device: cpu
+engines:
+  - autoregressive
+  - {name: forward, rows: [1, 4, 32]}
+  - {name: diffusion, block_size: 4, synthetic: {length: 4}}
+prompts: {set: quickstart, limit: 1}
+context: 40
+output_tokens: 3
+ignore_eos: true
+repeats: 1
+threads: 1
+"""
+
+
+def test_what_a_report_predicts_is_what_a_projection_at_the_same_roofs_predicts(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(TINY)
+    wanted = scenario.load(tmp_path / "s.yaml")
+    manifest, trials = run.in_memory(wanted)
+    roofs = {"bandwidth": {"read": ROOFS["bandwidth"]["read"]}, "flops": {"float32": ROOFS["flops"]["bfloat16"]}}
+    (tmp_path / "run.json").write_text(dataclasses.replace(manifest, roofs=roofs).to_json())
+    (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    found = Results.of(metrics.load_run(tmp_path))
+    peaks = projection.Peaks("here", "measured", READ, {"float32": RATE}, {})
+    [point] = projection.project(wanted, peaks).points
+    autoregressive, rows, _ = found.run.cells
+    steps = {step.label: step for step in point.engines}
+    mine = found.value(autoregressive, "predicted_step_seconds")
+    assert mine == pytest.approx(steps["autoregressive"].predicted_step_seconds, rel=0.01)  # its context grows by one
+    for forward in steps[rows.record.label].forwards:
+        floor = found.value(rows, "floor_seconds", readings.row_kind(forward.rows))
+        assert floor == pytest.approx(forward.predicted_seconds, rel=0.01)
+    assert steps[rows.record.label].predicted_step_seconds is None
