@@ -929,17 +929,19 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
     with ranks.joined("the last checkpoint is kept, continue with --resume") as world:
 
-        def prepare() -> tuple[Any, ...]:
+        def prepare() -> tuple[Any, Target, Any]:
             loaded = loading.load(_model_spec(options["model"]))
             corpus = load_corpus(options["data"], loaded.weights_hash)
             target = Target(loaded, getattr(torch, options["dtype"]), world.device(options["device"]).torch)
             return objective(target, corpus, options["seed"]), target, corpus
 
-        prepared = world.together(prepare)
+        learner, target, corpus = world.together(prepare)
         with amounts(1.0, console) as advance, world.measuring(trainer.STALLED):
             try:
                 last = trainer.train(
-                    *prepared,
+                    learner,
+                    target,
+                    corpus,
                     options["out"],
                     trainer.Settings(**given, rate=options["rate"] or rate),
                     options["resume"],
