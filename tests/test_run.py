@@ -286,7 +286,7 @@ def test_points_on_one_model_share_it_and_another_dtype_replaces_it(
     matrix = ("matrix={dtype: [float32, bfloat16], batch: [1, 3]}", "engines=[autoregressive]", "repeats=1")
     assert run.run(wanted(tmp_path, *matrix), tmp_path / "out", QUIET).failed == 0
     assert alive == ["torch.float32", "torch.bfloat16"]
-    assert released == [1]
+    assert released == [1, 2]  # the last one at the end: a server may hang on it
 
 
 @pytest.mark.parametrize(

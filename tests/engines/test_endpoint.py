@@ -183,9 +183,9 @@ def test_a_server_killed_midway_gives_error_rows_and_the_run_can_be_resumed(
     asked = wanted(tmp_path, f"label: S, server: {SERVER}")
     whole, seen = run.measure, 0
 
-    def kill_after_two(point: Any, trial: Any, engine: Any) -> Any:
+    def kill_after_two(point: Any, trial: Any, engine: Any, *rest: Any) -> Any:
         nonlocal seen
-        record = whole(point, trial, engine)
+        record = whole(point, trial, engine, *rest)
         seen += trial.cell.engine == "endpoint"
         if seen == 2 and trial.cell.engine == "endpoint":
             supervisor = engine.server._process.pid

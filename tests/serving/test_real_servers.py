@@ -74,14 +74,14 @@ def test_transformers_serve_says_what_we_say_dies_and_is_resumed(
     asked = wanted(tmp_path, transformers_serve(), "float32", "text")
     whole, seen, killers = run.measure, 0, []
 
-    def kill_in_the_second(point: Any, trial: Any, engine: Any) -> Any:
+    def kill_in_the_second(point: Any, trial: Any, engine: Any, *rest: Any) -> Any:
         nonlocal seen
         seen += trial.cell.engine == "endpoint"
         if trial.cell.engine == "endpoint" and seen == 2:
             (server,) = psutil.Process(engine.server._process.pid).children()
             killers.append(threading.Timer(0.2, server.kill))
             killers[0].start()
-        return whole(point, trial, engine)
+        return whole(point, trial, engine, *rest)
 
     monkeypatch.setattr(run, "measure", kill_in_the_second)
     outcome = run.run(asked, tmp_path / "runs", QUIET)
