@@ -92,6 +92,13 @@ class Shipped:
 
 SHIPPED_FOLDER = Path(__file__).parents[1] / "zoo"
 SHIPPED: dict[str, Shipped] = {
+    "smollm2-135m-eagle3": Shipped(
+        kind="eagle3",
+        weights_sha256="127e3dbdf9c6199c9157b45092b6fe19945873ba41d042201546a5b177fcd7a0",
+        parameters=7_448_832,
+        source="EAGLE-3 drafter, `zbench train eagle3` on the model's own text: README.md in its folder",
+        target="smollm2-135m",
+    ),
     "smollm2-135m-tidar": Shipped(
         kind="adapter",
         weights_sha256="61fae1e3ef9a790e3148ae595f6a9435013de2b1dbc15d45bbf85fcf0a507b40",
