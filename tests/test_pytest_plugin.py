@@ -112,8 +112,8 @@ def test_inconclusive_passes_with_a_warning_and_fails_where_it_is_strict(project
     project.trials = [t for t in GOOD if t.group < 3]
     project.tests("--zbench-save-baseline")
     result = project.tests()
-    result.assert_outcomes(passed=1, warnings=1)
-    assert "inconclusive: " in result.stdout.str()
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*Warning: *inconclusive: *"])
     project.tests("--zbench-strict").assert_outcomes(failed=1)
     project.tests(more=", strict=True").assert_outcomes(failed=1)
 

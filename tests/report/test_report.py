@@ -164,7 +164,8 @@ def test_a_large_matrix_has_tables_for_all_points_and_figures_for_the_first(tmp_
     html = render(write_run(tmp_path, points=points, prompts=5, repeats=1, tokens=12)).read_text()
     for point in points:
         assert f"Results at context {point['context']}" in html
-    assert html.count("<img") == 1 + 4 * POINTS_DRAWN
+    over_all = 3  # the answer, the context sweep, predictions
+    assert html.count("<img") == over_all + 4 * POINTS_DRAWN
     assert "2 further points have tables only" in html
     assert len(html) < 3_000_000
 
