@@ -16,7 +16,6 @@ from zbench.report import POINTS_DRAWN, headline, render
 
 FIGURES = (
     "roofline", "steps", "phases", "speedup", "split", "forwards", "acceptance", "conditional", "histogram",
-    "prediction",
 )  # fmt: skip
 
 
@@ -133,7 +132,7 @@ def test_every_row_picture_and_sentence_of_a_synthetic_engines_speed_or_acceptan
     assert all(head == "<small>synthetic acceptance, random drafter</small>" for head in heads)
     alts = {alt.partition(":")[0]: alt for alt in re.findall(r'alt="([^"]+)"', html)}
     for title, alt in alts.items():
-        if title not in {"Where each forward stands", "How long a decode step takes", "How good predictions are"}:
+        if title not in {"Where each forward stands", "How long a decode step takes"}:
             assert f"{SYNTHETIC} with synthetic acceptance" in alt, title
     told = " ".join(sentence for answer in content["answers"] for sentence in answer["sentences"])
     for place in (told, re.sub(r"<[^>]*>", " ", html.partition("Speculation</h3>")[2].partition("<table")[0])):

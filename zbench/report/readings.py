@@ -340,6 +340,9 @@ class Predicted:
 
 
 def predictions(results: Results) -> list[Predicted]:
+    """Of a sweep; the few steps of one point say little about a model of their time."""
+    if len(results.points) == 1 and all(cell.record.engine != "forward" for cell in results.run.cells):
+        return []
     found = []
     for cell in results.run.cells:
         if cell.forwards.empty or cell.roofs is None:
