@@ -727,10 +727,10 @@ def models_fetch(name: str) -> None:
 @models.command("path")
 @click.argument("name")
 def models_path(name: str) -> None:
-    """Print the folder of a named model; fails if it has not been fetched."""
+    """Print the folder of a named model or drafter; fails if it has not been fetched."""
     from zbench.models import zoo
 
-    folder = zoo.path(name)
+    folder = zoo.drafter(name, zoo.SHIPPED[name].kind) if name in zoo.SHIPPED else zoo.path(name)
     if folder is None:
         raise UserError(f"{name} is not on this machine; run: zbench models fetch {name}")
     click.echo(folder)

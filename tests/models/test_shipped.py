@@ -7,19 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from safetensors import safe_open
 
 from zbench import scenario
+from zbench.cli import main
 from zbench.engines import plans
 from zbench.errors import UserError
-from zbench.models import zoo
+from zbench.models import loading, zoo
 from zbench.models.config import ModelConfig
 
 SMOLLM2 = ModelConfig(
     family="llama", layers=30, width=576, ffn=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, max_positions=8192,
     rope_theta=100000.0, tied=True, eos_ids=(2,), bos_id=1,
 )  # fmt: skip
-DRAFTERS = sorted(name for name, item in zoo.SHIPPED.items() if item.kind != "model")
+DRAFTERS = sorted(zoo.SHIPPED)
 MEGABYTES = 16
 
 
@@ -101,3 +103,12 @@ def test_what_comes_with_the_package_is_listed_beside_what_is_fetched() -> None:
     assert set(zoo.ZOO) | set(zoo.SHIPPED) == set(rows)
     assert all(rows[name].present and rows[name].target == zoo.SHIPPED[name].target for name in DRAFTERS)
     assert replace(zoo.SHIPPED["smollm2-135m-tidar"], kind="eagle3").weights == "model.safetensors"
+
+
+def test_a_drafter_is_no_model() -> None:
+    for use in (zoo.path, zoo.fetch, loading.load):
+        with pytest.raises(UserError, match="is a drafter for smollm2-135m") as caught:
+            use("smollm2-135m-eagle3")
+        assert "\n" not in str(caught.value)
+    done = CliRunner().invoke(main, ["models", "path", "smollm2-135m-eagle3"])
+    assert done.exit_code == 0 and Path(done.output.strip()) == zoo.SHIPPED_FOLDER / "smollm2-135m-eagle3"

@@ -57,9 +57,8 @@ def load(
     chosen = _dtype(dtype)
     if isinstance(spec, str):
         folder = zoo.fetch(spec, progress)
-        source, expected = zoo.expected(spec)
-        model = _load_folder(folder, spec, source, chosen)
-        if model.weights_hash != expected:
+        model = _load_folder(folder, spec, zoo.ZOO[spec].source, chosen)
+        if model.weights_hash != (expected := zoo.ZOO[spec].weights_sha256):
             raise UserError(
                 f"{folder} has changed: sha256 {model.weights_hash}, not {expected}; delete it and fetch again"
             )

