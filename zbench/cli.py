@@ -822,55 +822,80 @@ def _training(command: Any) -> Any:
     return command
 
 
+_start = click.option(
+    "--start", metavar="NAME|FOLDER", help="Begin with what was trained before: of the zoo, or a folder."
+)
+
+
 @train.command("tidar")
 @_training
+@_start
 @click.option("--block", default=8, show_default=True, type=click.IntRange(2, 32), help="Masks of a block.")
 @click.option("--rank", default=24, show_default=True, type=click.IntRange(min=1), help="Of the low-rank updates.")
-def train_tidar(block: int, rank: int, **options: Any) -> None:
+def train_tidar(block: int, rank: int, start: str | None, **options: Any) -> None:
     """Train an adapter that makes a model draft for itself: for the engine `diffusion`.
 
     \b
-    Example:
+    Examples:
       zbench train tidar --model smollm2-135m --data corpus --out adapter --minutes 60
+      zbench train tidar --model smollm2-135m --data corpus --out more --minutes 60 --start smollm2-135m-tidar
     """
+    from zbench.models.adapter import load_adapter
     from zbench.training.tidar import Tidar, TidarSettings
 
-    _train(options, lambda target, corpus, seed: Tidar(target, TidarSettings(block=block, rank=rank), seed), 2e-3)
+    def objective(target: Any, corpus: Any, seed: int) -> Tidar:
+        begun = load_adapter(_trained(start, "adapter"), target.config) if start else None
+        return Tidar(target, TidarSettings(block=block, rank=rank), seed, begun)
+
+    _train(options, objective, 2e-3)
 
 
 @train.command("eagle3")
 @_training
+@_start
 @click.option(
     "--draft-vocab", default=4096, show_default=True, type=click.IntRange(min=16), help="Tokens it can draft."
 )
 @click.option("--depth", default=7, show_default=True, type=click.IntRange(1, 16), help="Steps of training-time test.")
-def train_eagle3(draft_vocab: int, depth: int, **options: Any) -> None:
+def train_eagle3(draft_vocab: int, depth: int, start: str | None, **options: Any) -> None:
     """Train an EAGLE-3 drafter.
 
     \b
     Example:
       zbench train eagle3 --model smollm2-135m --data corpus --out drafter --minutes 60
     """
+    from zbench.models.eagle3 import load_drafter
     from zbench.training.eagle3 import Eagle3, Eagle3Settings
 
     settings = Eagle3Settings(draft_vocab=draft_vocab, steps=depth)
-    _train(options, lambda target, corpus, seed: Eagle3(target, settings, corpus.part(held_out=False), seed), 1e-3)
+
+    def objective(target: Any, corpus: Any, seed: int) -> Eagle3:
+        begun = load_drafter(_trained(start, "eagle3"), target.config) if start else None
+        return Eagle3(target, settings, corpus.part(held_out=False), seed, begun)
+
+    _train(options, objective, 1e-3)
 
 
 @train.command("dflash")
 @_training
+@_start
 @click.option("--block", default=8, show_default=True, type=click.IntRange(2, 64), help="Tokens of a block.")
 @click.option("--layers", default=2, show_default=True, type=click.IntRange(min=1), help="Of the drafter.")
-def train_dflash(block: int, layers: int, **options: Any) -> None:
+def train_dflash(block: int, layers: int, start: str | None, **options: Any) -> None:
     """Train a DFlash drafter.
 
     \b
     Example:
       zbench train dflash --model smollm2-135m --data corpus --out drafter --minutes 60
     """
+    from zbench.models.dflash import load_drafter
     from zbench.training.dflash import DFlash, DFlashSettings
 
-    _train(options, lambda target, corpus, seed: DFlash(target, DFlashSettings(block=block, layers=layers), seed), 1e-3)
+    def objective(target: Any, corpus: Any, seed: int) -> DFlash:
+        begun = load_drafter(_trained(start, "dflash"), target.config) if start else None
+        return DFlash(target, DFlashSettings(block=block, layers=layers), seed, begun)
+
+    _train(options, objective, 1e-3)
 
 
 @train.command("full")
@@ -908,6 +933,13 @@ def train_full(alpha: float, block: int, no_masks: bool, mask_id: int | None, pr
         return Conversion(target, ConversionSettings(alpha, block, mask, prompts))
 
     _train(options, objective, 1e-4)
+
+
+def _trained(name: str, kind: Any) -> Path:
+    """Where something that was trained lies: a folder, or a drafter of the zoo."""
+    from zbench.models import zoo
+
+    return Path(name) if Path(name).is_dir() else zoo.drafter(name, kind)
 
 
 def _train(options: dict[str, Any], objective: Any, rate: float) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from tests.training import memory
 from zbench.errors import UserError
+from zbench.models import dflash, eagle3
+from zbench.models.adapter import load_adapter
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.conversion import Conversion, ConversionSettings
 from zbench.training.corpus import Conversation, Corpus
@@ -111,12 +113,17 @@ def test_the_rate_rises_then_falls_to_its_floor() -> None:
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
+TIDAR = TidarSettings(block=4, rank=2, anchors=4)
+EAGLE3 = Eagle3Settings(draft_vocab=64, steps=3)
+DFLASH = DFlashSettings(block=4, layers=1, anchors=4)
+
+
 def objectives(corpus: Corpus) -> dict[str, Objective]:
     target = memory.target("smollm")
     return {
-        "tidar": Tidar(target, TidarSettings(block=4, rank=2, anchors=4), 0),
-        "eagle3": Eagle3(target, Eagle3Settings(draft_vocab=64, steps=3), corpus.conversations, 0),
-        "dflash": DFlash(memory.target("smollm"), DFlashSettings(block=4, layers=1, anchors=4), 0),
+        "tidar": Tidar(target, TIDAR, 0),
+        "eagle3": Eagle3(target, EAGLE3, corpus.conversations, 0),
+        "dflash": DFlash(target, DFLASH, 0),
         "full": Conversion(target, ConversionSettings(block=4, mask_id=299)),
     }
 
@@ -172,3 +179,28 @@ def test_a_batch_without_a_whole_block_teaches_nothing_and_breaks_nothing() -> N
 def test_models_that_cannot_be_trained_against_are_refused(family: str) -> None:
     with pytest.raises(UserError, match="dense models"):
         Target(memory.loaded(family), torch.float32, memory.CPU)
+
+
+@pytest.mark.parametrize("name", ["tidar", "eagle3", "dflash"])
+def test_training_begins_with_what_was_trained_before(name: str, tmp_path: Path) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    before = objectives(corpus)[name]
+    train(before, target, corpus, tmp_path, Settings(batch=2, steps=4, rate=1e-2))
+    begun: Objective
+    if name == "tidar":
+        begun = Tidar(target, TIDAR, 9, load_adapter(tmp_path, target.config))
+    elif name == "eagle3":
+        # Fewer conversations have other frequent tokens: the drafter's own vocabulary stays.
+        begun = Eagle3(target, EAGLE3, corpus.conversations[:1], 9, eagle3.load_drafter(tmp_path, target.config))
+        assert isinstance(before, Eagle3) and begun.known.equal(before.known)
+    else:
+        begun = DFlash(target, DFLASH, 9, dflash.load_drafter(tmp_path, target.config))
+    for key, tensor in before.parameters.items():
+        assert begun.parameters[key].equal(tensor.to(torch.bfloat16).float()), key
+
+
+def test_a_start_of_another_size_is_refused(tmp_path: Path) -> None:
+    target = memory.target("smollm")
+    Tidar(target, TidarSettings(block=4, rank=2), 0).save(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be the start: .*lora_A.weight is .* there, .* here"):
+        Tidar(target, TidarSettings(block=4, rank=3), 0, load_adapter(tmp_path, target.config))

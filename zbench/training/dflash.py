@@ -22,7 +22,7 @@ from zbench.models.transformer import Layer, inverse_frequencies, rms_norm, rota
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.losses import OTHERS, head_loss, sampled_head
 from zbench.training.target import Read, Target, sparse_targets
-from zbench.training.trainer import Scores
+from zbench.training.trainer import Scores, adopt
 
 _STD = 0.02
 
@@ -42,7 +42,10 @@ class DFlash:
     name = "dflash"
     asks, context = True, False
 
-    def __init__(self, target: Target, settings: DFlashSettings, seed: int) -> None:
+    def __init__(
+        self, target: Target, settings: DFlashSettings, seed: int, start: DFlashCheckpoint | None = None
+    ) -> None:
+        """`start` is what was trained before, if anything was."""
         self.target, self.settings = target, settings
         self.config = DFlashConfig.of_target(target.config, settings.layers, settings.block)
         self.capture = self.config.taps
@@ -61,6 +64,8 @@ class DFlash:
                 self.parameters[f"layers.{index}.{name}.weight"] = tensor.float().cpu().clone()
         self.parameters["hidden_norm.weight"] = self.parameters["layers.0.input_layernorm.weight"].clone()
         self.parameters = {name: tensor.to(target.device).requires_grad_() for name, tensor in self.parameters.items()}
+        if start:
+            adopt(self.parameters, start.tensors, start.source)
         self._inv_freq = inverse_frequencies(self.config.body).to(target.device)
 
     @property

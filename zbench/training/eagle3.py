@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.models import eagle3
+from zbench.models.checkpoint import target_ids
 from zbench.models.drafters import Eagle3Config
 from zbench.models.eagle3 import Eagle3Checkpoint, tensor_shapes
 from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
 from zbench.training.corpus import Conversation, Role
 from zbench.training.losses import head_loss
 from zbench.training.target import Read, Target, sparse_targets
-from zbench.training.trainer import Scores
+from zbench.training.trainer import Scores, adopt
 
 _STD = 0.02
 _USUAL = 256  # pairs of a conversation, for the estimate of memory
@@ -60,14 +61,21 @@ class Eagle3:
     asks, context = True, False
 
     def __init__(
-        self, target: Target, settings: Eagle3Settings, conversations: Sequence[Conversation], seed: int
+        self,
+        target: Target,
+        settings: Eagle3Settings,
+        conversations: Sequence[Conversation],
+        seed: int,
+        start: Eagle3Checkpoint | None = None,
     ) -> None:
-        """`conversations` choose the draft vocabulary."""
+        """`conversations` choose the draft vocabulary, where `start`, what was trained before, does not."""
         self.target, self.settings = target, settings
         c, device = target.config, target.device
         self.config = Eagle3Config.of_target(c, settings.draft_vocab)
         self.capture = self.config.taps
-        self.known = frequent_tokens(conversations, self.config.draft_vocab, c.vocab).to(device)
+        d2t = start.tensors.get("d2t") if start else None
+        known = frequent_tokens(conversations, self.config.draft_vocab, c.vocab) if d2t is None else target_ids(d2t)
+        self.known = known.to(device)
         generator = torch.Generator().manual_seed(seed)
         drawn = {
             name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _STD
@@ -79,6 +87,8 @@ class Eagle3:
         drawn["norm.weight"] = target.weights.norm.float().cpu().clone()
         drawn["lm_head.weight"] = target.head[self.known].float().cpu().clone()
         self.parameters = {name: tensor.to(device).requires_grad_() for name, tensor in drawn.items()}
+        if start:
+            adopt(self.parameters, start.tensors, start.source)
         self._place = torch.full((c.vocab,), -1, device=device)
         self._place[self.known] = torch.arange(len(self.known), device=device)
         self._inv_freq = inverse_frequencies(self.config.layer).to(device)

@@ -29,7 +29,7 @@ from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.losses import OTHERS, head_loss, sampled_head
 from zbench.training.target import Read, Target, sparse_targets
-from zbench.training.trainer import Scores
+from zbench.training.trainer import Scores, adopt
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,10 @@ class Tidar:
 
     name = "tidar"
 
-    def __init__(self, target: Target, settings: TidarSettings, seed: int) -> None:
+    def __init__(
+        self, target: Target, settings: TidarSettings, seed: int, start: AdapterCheckpoint | None = None
+    ) -> None:
+        """`start` is what was trained before, if anything was."""
         self.target, self.settings = target, settings
         c = target.config
         self.config = AdapterConfig(settings.rank, float(settings.rank), settings.block, settings.block - 1, shift=1)
@@ -62,6 +65,8 @@ class Tidar:
                 mean = target.weights.embedding.float().mean(0).cpu()
                 tensor = mean + torch.empty(shape).normal_(0.0, 0.02, generator=generator)
             self.parameters[name] = tensor.to(target.device).requires_grad_()
+        if start:
+            adopt(self.parameters, start.tensors, start.source)
         self._inv_freq = inverse_frequencies(c).to(target.device)
         self.capture: tuple[int, ...] = ()
         self.context = self.asks = True

@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -243,6 +243,15 @@ def schedule(share: float, settings: Settings) -> float:
         return (share + 0.1 * settings.warm_up) / (1.1 * settings.warm_up)
     along = (share - settings.warm_up) / max(1 - settings.warm_up, 1e-9)
     return settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * min(along, 1.0)))
+
+
+def adopt(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor], source: str) -> None:
+    """Begin with what was trained before. UserError, naming `source`, where it is of another size."""
+    for name, parameter in parameters.items():
+        if name not in trained or trained[name].shape != parameter.shape:
+            has = tuple(trained[name].shape) if name in trained else "nothing"
+            raise UserError(f"{source} cannot be the start: {name} is {has} there, {tuple(parameter.shape)} here")
+        parameter.data.copy_(trained[name])
 
 
 def form_batches(conversations: Sequence[Conversation], size: int, seed: int) -> list[Batch]:
