@@ -730,7 +730,7 @@ def models_path(name: str) -> None:
     """Print the folder of a named model or drafter; fails if it has not been fetched."""
     from zbench.models import zoo
 
-    folder = zoo.drafter(name, zoo.SHIPPED[name].kind) if name in zoo.SHIPPED else zoo.path(name)
+    folder = zoo.shipped(name) if name in zoo.SHIPPED else zoo.path(name)
     if folder is None:
         raise UserError(f"{name} is not on this machine; run: zbench models fetch {name}")
     click.echo(folder)

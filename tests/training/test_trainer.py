@@ -115,7 +115,7 @@ def test_the_rate_rises_then_falls_to_its_floor() -> None:
 
 TIDAR = TidarSettings(block=4, rank=2, anchors=4)
 EAGLE3 = Eagle3Settings(draft_vocab=64, steps=3)
-DFLASH = DFlashSettings(block=4, layers=1, anchors=4)
+DFLASH = DFlashSettings(block=4, layers=1, masks=12)
 
 
 def objectives(corpus: Corpus) -> dict[str, Objective]:

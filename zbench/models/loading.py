@@ -57,8 +57,9 @@ def load(
     chosen = _dtype(dtype)
     if isinstance(spec, str):
         folder = zoo.fetch(spec, progress)
-        model = _load_folder(folder, spec, zoo.ZOO[spec].source, chosen)
-        if model.weights_hash != (expected := zoo.ZOO[spec].weights_sha256):
+        entry = zoo.model(spec)
+        model = _load_folder(folder, spec, entry.source, chosen)
+        if model.weights_hash != (expected := entry.weights_sha256):
             raise UserError(
                 f"{folder} has changed: sha256 {model.weights_hash}, not {expected}; delete it and fetch again"
             )

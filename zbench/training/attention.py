@@ -36,8 +36,10 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 def draw_anchors(allowed: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`count` different places per sequence where allowed [S, T], at random: [S, A], and whether each is real [S, A].
 
-    A sequence with too few gets places that are not allowed, marked as not real.
+    A sequence with too few gets places that are not allowed, marked as not real; there are as many as the one with the
+    most has, and at least one.
     """
+    count = min(count, max(int(allowed.sum(1).max()), 1))
     noise = torch.rand(allowed.shape, generator=generator).to(allowed.device)
-    chosen = (noise + allowed).topk(min(count, allowed.shape[1]), 1).indices.sort(1).values
+    chosen = (noise + allowed).topk(count, 1).indices.sort(1).values
     return chosen, allowed.gather(1, chosen)

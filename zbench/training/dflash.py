@@ -3,6 +3,9 @@
 A block is a clean token, the anchor, and masks. It sees the target's features of the tokens strictly before the anchor,
 and itself in both directions; the mask k places behind the anchor predicts the token there, with weight
 exp(-(k - 1) / gamma).
+
+All masks are one embedding, and nothing but attention tells a mask what its anchor is. Seven of them had not found out
+in 200 steps; one alone behind its anchor had in 50. So begin with blocks of 2, and go on from there with long ones.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ _STD = 0.02
 class DFlashSettings:
     block: int = 8  # anchor included
     layers: int = 2
-    anchors: int = 48  # blocks per conversation and step
+    masks: int = 336  # per conversation and step: 48 blocks of 8
     gamma: float = 4.0  # as published for blocks of 8
     soft: float = 0.5  # share of the loss on the target's own distribution, the rest on its text
 
@@ -70,11 +73,12 @@ class DFlash:
 
     @property
     def rows(self) -> tuple[int, int]:
-        return self.settings.anchors * self.settings.block, self.settings.layers
+        s = self.settings
+        return s.masks // (s.block - 1) * s.block, s.layers
 
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores:
         s = self.settings
-        anchors, real = draw_anchors(read.batch.whole(s.block), s.anchors, generator)
+        anchors, real = draw_anchors(read.batch.whole(s.block), s.masks // (s.block - 1), generator)
         steps = torch.arange(s.block, device=anchors.device)
         places = (anchors[..., None] + steps).clamp(max=read.batch.ids.shape[1] - 1)
         hidden = self._forward(read, anchors)[:, :, 1:]

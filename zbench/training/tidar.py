@@ -36,7 +36,7 @@ from zbench.training.trainer import Scores, adopt
 class TidarSettings:
     block: int = 8  # tokens, the first of which no mask predicts
     rank: int = 24
-    anchors: int = 24  # blocks per conversation and step; more short ones, for as many masks
+    anchors: int = 40  # blocks per conversation and step; more short ones, for as many masks
     short: float = 0.7  # share of the steps that train blocks of half the length: near places are worth most
     soft: float = 0.5  # share of the loss on the model's own distribution, the rest on its text
     decay: float = 0.85  # of the weight, per place
