@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.test_metrics import CHAIN, write
 from tests.test_run import SCENARIO
 from zbench import ab, gate, metrics, selftest
 from zbench.errors import UserError
+from zbench.serving.process import free_port
 from zbench.stats import CONFIDENCE
 
 ROOT = Path(__file__).parents[1]
@@ -167,7 +169,7 @@ def test_an_environment_is_a_checkout_a_venv_or_a_python(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("http://localhost:8000/v1", "endpoints cannot be compared"),
+        ("http://localhost:8000/v1", "no engine is an endpoint"),
         ("/nowhere/at/all", "no such environment"),
         ("/", "neither a virtual environment"),
     ],
@@ -330,3 +332,50 @@ def test_a_terminated_comparison_ends_its_run_and_keeps_the_folders(tmp_path: Pa
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
     [trials] = (tmp_path / "out").glob("*/pair-00/baseline/*/trials.jsonl")
     assert trials.read_bytes()[-1:] in (b"", b"\n")
+
+
+# --- Two servers ---
+
+ENDPOINT = SCENARIO.replace("[autoregressive, reference]", "[{name: endpoint, url: 'http://127.0.0.1:1', send: text}]")
+
+
+@contextmanager
+def served(seconds: float) -> Iterator[str]:
+    """The address of a server that takes so long for each token."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.serving.server", str(port), "me", str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        assert running.stdout and running.stdout.readline().strip() == "listening"
+        yield f"http://127.0.0.1:{port}"
+        running.terminate()
+
+
+def between(tmp_path: Path, *servers: str) -> Any:
+    (tmp_path / "served.yaml").write_text(ENDPOINT)
+    (tmp_path / "policy.yaml").write_text("metrics: {output_hash: {}, failed_trials: {}, decode_tps: {tolerance: 0.5}}")
+    given = ("--scenario", tmp_path / "served.yaml", "--policy", tmp_path / "policy.yaml", "--max-pairs", 6)
+    return zbench("gate", "--ab", *servers, *given, "-o", "repeats=1", "--out", tmp_path / "out")
+
+
+def test_a_server_is_asked_by_this_zbench() -> None:
+    found = ab.environment("http://127.0.0.1:8000")
+    assert (found.url, found.python, found.checkout) == ("http://127.0.0.1:8000", sys.executable, ROOT)
+
+
+def test_a_server_that_is_down_is_one_line_before_anything_is_measured(tmp_path: Path) -> None:
+    refused(between(tmp_path, "http://127.0.0.1:1", "http://127.0.0.1:1"), "no server answers there")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_of_two_servers_the_slower_is_named_and_two_equal_ones_are_not(tmp_path: Path) -> None:
+    with served(0.02) as quick, served(0.08) as slow:
+        worse = between(tmp_path, quick, slow)
+        assert worse.exit_code == 1, worse.output
+        assert "regressed      endpoint-send-text: decode_tps" in worse.stdout
+        with served(0.02) as other:
+            same = between(tmp_path, quick, other)
+    assert same.exit_code == 0, same.output
+    assert "2 counts unchanged" in same.stdout
+    record = json.loads(next((tmp_path / "out").glob("*/ab.json")).read_text())
+    assert [record[side]["given"] for side in ab.SIDES] == [quick, slow]

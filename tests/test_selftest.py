@@ -53,6 +53,13 @@ def test_a_gate_that_overlooks_counts_is_noticed(monkeypatch: pytest.MonkeyPatch
     assert failed(selftest._real(tmp_path / "blind")) == list(selftest.CHANGES)
 
 
+@pytest.mark.slow
+def test_a_gate_that_overlooks_times_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stats.Shift, "p_slower", lambda *_: 1.0)
+    [missed] = failed(selftest._real(tmp_path))
+    assert missed.startswith("a sleep of")
+
+
 @pytest.mark.parametrize("noise", selftest.NOISES)
 def test_simulated_noise_is_of_the_stated_size_and_without_bias_between_runs(noise: str) -> None:
     rng = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"""Two environments under one scenario, in turns until the clock can tell them apart: `zbench gate --ab`.
+"""Two environments, or two servers, under one scenario, in turns until the clock can tell: `zbench gate --ab`.
 
 Each run is a process of its own, because what a process is dealt (memory layout, clocks, neighbours) moves all its
 times together (Kalibera and Jones 2013, "Rigorous Benchmarking in Reasonable Time"): a pair of runs is one observation,
@@ -24,18 +24,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import httpx
+
+import zbench
 from zbench import gate
 from zbench.cache import atomic_write, new_folder
 from zbench.errors import UserError
 from zbench.gate import CellSnapshot, Gate, Policy, Row, Sample, Snapshot, Value
 from zbench.stats import CONFIDENCE
 
+if TYPE_CHECKING:
+    from zbench.scenario import Scenario
+
 RECORD, LOG = "ab.json", "log.txt"
 INTERRUPTED = "interrupted"
 SCHEMA = 1
 FIRST_LOOK = 6  # pairs: fewer than five make no interval, and A B B A takes them by two
+REACH_SECONDS = 10.0  # for a server to answer at all
 GRACE_SECONDS = 30.0  # for a run that is told to end, to write down what it has
 
 Side = Literal["baseline", "candidate"]
@@ -48,11 +55,12 @@ _LARGEST = ("failed_trials", "peak_bytes")  # of several runs of a side: nothing
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A Python with a zbench in it, or a checkout that this Python runs."""
+    """A Python with a zbench in it, a checkout that this Python runs, or a server that this very zbench asks."""
 
     name: str
     python: str
     checkout: Path | None = None
+    url: str | None = None  # what the scenario's endpoint engines are pointed at
 
     def variables(self) -> dict[str, str]:
         """Nothing but the environment itself decides which zbench is imported."""
@@ -67,9 +75,10 @@ class Environment:
 
 
 def environment(given: str) -> Environment:
-    """A virtual environment, a Python, or the folder of a checkout. Raises UserError where it is none of them."""
-    if "://" in given:
-        raise UserError(f"{given}: endpoints cannot be compared with --ab; give two Pythons or two checkouts")
+    """A virtual environment, a Python, the folder of a checkout, or a server's address. Raises UserError where it is
+    none of them."""
+    if given.startswith(("http://", "https://")):
+        return Environment(given, sys.executable, Path(zbench.__file__).parent.parent, given)
     path = Path(given).expanduser().absolute()
     if path.is_dir():
         pythons = (path / "bin" / "python", path / "Scripts" / "python.exe")
@@ -99,6 +108,30 @@ def describe(where: Environment) -> dict[str, str]:
     if where.checkout and package.parent.resolve() != where.checkout.resolve():
         raise UserError(f"{where.name}: {where.python} imports {package} instead; give a virtual environment")
     return {"given": where.name, "python": where.python, "version": version, "package": str(package), "with": python}
+
+
+def _pointed(where: Environment, scenario: Path, wanted: Scenario) -> list[str]:
+    """The override that points a scenario's endpoint engines at the server, if `where` is one.
+
+    Raises UserError where the scenario has none, or where nothing answers.
+    """
+    if where.url is None:
+        return []
+    if not any(engine.name == "endpoint" for engine in wanted.engines):
+        raise UserError(f"{scenario}: no engine is an endpoint, so there is nothing to point at {where.name}")
+    try:
+        httpx.get(where.url, timeout=REACH_SECONDS)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise UserError(f"{where.name}: no server answers there ({error})") from None
+    engines = []
+    for engine in wanted.engines:
+        said = engine.model_dump(mode="json", exclude_unset=True)
+        if engine.name == "endpoint":
+            elsewhere = {"url": None, "server": None}
+            label = engine.model_copy(update=elsewhere).title  # cells of both sides are the same ones
+            said |= {**elsewhere, "label": label, "url": where.url}
+        engines.append(said)
+    return [f"engines={json.dumps(engines)}"]
 
 
 def measure(where: Environment, scenario: Path, overrides: Sequence[str], out: Path) -> Path:
@@ -334,6 +367,9 @@ def compare(
 
     where = dict(zip(SIDES, map(environment, environments), strict=True))
     wanted = scenarios.load(scenario, overrides)
+    given = {side: (*overrides, *_pointed(where[side], scenario, wanted)) for side in SIDES}
+    for side in SIDES:
+        scenarios.load(scenario, given[side])
     about: dict[str, Any] = {side: describe(where[side]) for side in SIDES}
     plan = looks(most)
     about |= {"scenario": str(scenario), "overrides": list(overrides), "looks": plan}
@@ -343,13 +379,16 @@ def compare(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     for side in SIDES:
-        say(f"{side}: zbench {about[side]['version']} of {about[side]['package']}, Python {about[side]['with']}")
+        served = f"{where[side].url}, asked by " if where[side].url else ""
+        say(
+            f"{side}: {served}zbench {about[side]['version']} of {about[side]['package']}, Python {about[side]['with']}"
+        )
     record = _Record(new_folder(out, f"{wanted.name}-ab"), about)
     record.write()
 
     def run(side: Side, pair: int) -> Snapshot:
         began = time.monotonic()
-        folder = measure(where[side], scenario, overrides, record.folder / f"pair-{pair:02d}" / side)
+        folder = measure(where[side], scenario, given[side], record.folder / f"pair-{pair:02d}" / side)
         seconds = time.monotonic() - began
         record.runs.append(
             {"pair": pair, "side": side, "folder": str(folder.relative_to(record.folder)), "seconds": round(seconds, 3)}

@@ -363,7 +363,8 @@ def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
     "action-benchmark-smaller or action-benchmark-bigger. Repeatable.")  # fmt: skip
 @click.option("--github", is_flag=True, help="Annotate the workflow run and write its step summary.")
 @click.option("--ab", nargs=2, metavar="BASELINE CANDIDATE", help="Instead of RUN: two environments that run "
-    "--scenario in turns until decided, each a virtual environment, its python, or a checkout's folder.")  # fmt: skip
+    "--scenario in turns until decided, each a virtual environment, its python, a checkout's folder, or a server's "
+    "address.")  # fmt: skip
 @click.option("--scenario", type=click.Path(path_type=Path), help="What --ab runs.")
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("reports"), help="Where the runs of --ab go.")

@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from zbench import stats
+from zbench.errors import UserError
 from zbench.records import (
     CellRecord,
     ForwardRecord,
@@ -33,6 +34,7 @@ from zbench.records import (
     columns,
     read_manifest,
     read_trials,
+    uncollected,
 )
 from zbench.stats import Estimate, unavailable
 from zbench.telemetry import NoEnergy, Telemetry, trial_energy
@@ -286,24 +288,30 @@ def load_run(path: Path) -> Run:
     A torn last line (a crash while writing) is left out with a warning. Of several trials with one key the last
     successful one counts. Raises UserError when the folder is not a run or its files are damaged.
     """
-    manifest = read_manifest(path)
-    trials, warnings = read_trials(path)
-    if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
-        warnings.append(f"trials.jsonl has trials of cells that run.json does not plan: {', '.join(strangers)}")
-    good = [trial for trial in trials if trial.status == "ok"]
-    sensors = read_telemetry(path)
-    warnings += sensors.warnings if sensors else ()
-    return Run(
-        path=path,
-        manifest=manifest,
-        trials=tuple(trials),
-        requests=_frame(_REQUEST_COLUMNS, (row for trial in good for row in _request_rows(trial))),
-        steps=_stacked(_STEP_COLUMNS, [_steps(trial) for trial in good]),
-        forwards=_stacked(_FORWARD_COLUMNS, [_forwards(trial) for trial in good]),
-        verifies=_frame(_VERIFY_COLUMNS, (row for trial in good for row in _verify_rows(trial))),
-        warnings=tuple(warnings),
-        telemetry=sensors,
-    )
+    with uncollected():
+        manifest = read_manifest(path)
+        trials, warnings = read_trials(path)
+        if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
+            warnings.append(f"trials.jsonl has trials of cells that run.json does not plan: {', '.join(strangers)}")
+        good = [trial for trial in trials if trial.status == "ok"]
+        rows = [row for trial in good for row in _request_rows(trial)]
+        try:
+            steps, forwards, verifies = _tables(good)
+        except (ValueError, TypeError, IndexError) as error:
+            raise UserError(f"{path}: {error}; the records are damaged") from None
+        sensors = read_telemetry(path)
+        warnings += sensors.warnings if sensors else ()
+        return Run(
+            path=path,
+            manifest=manifest,
+            trials=tuple(trials),
+            requests=pd.DataFrame.from_records(rows, columns=list(_REQUEST_COLUMNS)),
+            steps=steps,
+            forwards=forwards,
+            verifies=verifies,
+            warnings=tuple(warnings),
+            telemetry=sensors,
+        )
 
 
 def caveats(record: CellRecord) -> tuple[str, ...]:
@@ -1257,8 +1265,8 @@ _FORWARD_COLUMNS = (
 )  # fmt: skip
 
 
-def _frame(columns: Sequence[str], rows: Iterable[tuple]) -> pd.DataFrame:
-    return pd.DataFrame.from_records(list(rows), columns=list(columns))
+def _frame(names: Sequence[str], found: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame({name: found[name] for name in names}, copy=False)
 
 
 def _of_trial(trial: TrialRecord) -> tuple[str, int, int, int]:
@@ -1273,44 +1281,100 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
         )  # fmt: skip
 
 
-def _stacked(names: Sequence[str], trials: Sequence[dict[str, list]]) -> pd.DataFrame:
-    """One table of the columns of all trials, in the order of `names`."""
-    return pd.DataFrame({name: [*chain.from_iterable(trial[name] for trial in trials)] for name in names})
+def _tables(trials: Sequence[TrialRecord]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """(steps, forwards, verifies) of all trials, by column: a record of each would take longer than its metrics."""
+    steps, forwards = (
+        {name: [*chain.from_iterable(part[name] for part in parts)] for name in parts[0]}
+        if parts
+        else columns(kind, ())
+        for kind, parts in (
+            (StepRecord, [columns(StepRecord, trial.steps) for trial in trials]),
+            (ForwardRecord, [columns(ForwardRecord, trial.forwards) for trial in trials]),
+        )
+    )
+    counts = np.array([len(trial.steps) for trial in trials], dtype=int)
+    of = np.repeat(np.arange(len(trials)), counts)
+    step = _places(counts)
+    gained = _ragged(steps["committed"])
+    live = _live(gained, of, step)
+    step_table = _frame(_STEP_COLUMNS, {
+        **_trial_columns(trials, of),
+        "step": step,
+        **{name: _numbers(steps[name]) for name in ("seconds", "accept_seconds", "commit_seconds")},
+        "committed": np.bincount(gained.row, gained.values, minlength=len(of)).astype(gained.values.dtype),
+        "live": live,
+    })  # fmt: skip
+    return step_table, _forwards(trials, forwards, live, counts), _verifies(trials, steps, of, step)
 
 
-def _steps(trial: TrialRecord) -> dict[str, list]:
-    stored = columns(StepRecord, trial.steps)
-    n = len(stored["seconds"])
-    return {
-        **_trial_columns(trial, n),
-        "step": list(range(n)),
-        **{name: stored[name] for name in ("seconds", "accept_seconds", "commit_seconds")},
-        "committed": [sum(tokens) for tokens in stored["committed"]],
-        "live": _live(stored["committed"]),
-    }
+def _forwards(
+    trials: Sequence[TrialRecord], stored: dict[str, list], live: np.ndarray, steps: np.ndarray
+) -> pd.DataFrame:
+    """`live` [all steps] and the number of `steps` [trials]; a last step that gained nothing is not among them."""
+    of = np.repeat(np.arange(len(trials)), [len(trial.forwards) for trial in trials])
+    step = _numbers(stored["step"]).astype(int)
+    recorded = step < steps[of]
+    live_then = np.zeros(len(of), dtype=int)
+    live_then[recorded] = live[((np.cumsum(steps) - steps)[of] + step)[recorded]]
+    kinds = zip((step == 0).tolist(), stored["model"], stored["role"], stored["rows"], strict=True)
+    return _frame(_FORWARD_COLUMNS, {
+        **_trial_columns(trials, of),
+        "step": step,
+        "model": _words(stored["model"]),
+        "role": _words(stored["role"]),
+        **{name: _numbers(stored[name]) for name in ("rows", "batch", "context", "flops", "seconds", *_NOT_ALWAYS)},
+        "bytes": _numbers(stored["bytes_read"]) + _numbers(stored["bytes_written"]),
+        "live": live_then,
+        "kind": _words([_kind(*each) for each in kinds]),
+    })  # fmt: skip
 
 
-def _verify_rows(trial: TrialRecord) -> Iterable[tuple]:
-    stored, of = columns(StepRecord, trial.steps), _of_trial(trial)
-    for index, (drafts, kept) in enumerate(zip(stored["drafted"], stored["accepted"], strict=True)):
-        # Both are empty where nothing is drafted.
-        for request, drafted, accepted in zip(trial.requests, drafts, kept, strict=False):
-            if drafted:
-                yield (*of, index, request.prompt_id, request.category, drafted, accepted)
+def _verifies(trials: Sequence[TrialRecord], steps: dict[str, list], of: np.ndarray, step: np.ndarray) -> pd.DataFrame:
+    """A row for each sequence that a step offered drafts; `of` and `step` [all steps] are its trial and number."""
+    drafted, accepted = _ragged(steps["drafted"]), _ragged(steps["accepted"])
+    if not np.array_equal(drafted.row, accepted.row):
+        raise ValueError("a step drafted for other sequences than it accepted for")
+    offered = drafted.values > 0
+    row = drafted.row[offered]
+    requests = [trial.requests for trial in trials]
+    asked = [requests[trial][at] for trial, at in zip(of[row].tolist(), drafted.place[offered].tolist(), strict=True)]
+    return _frame(_VERIFY_COLUMNS, {
+        **_trial_columns(trials, of[row]),
+        "step": step[row],
+        "prompt_id": _words([request.prompt_id for request in asked]),
+        "category": _words([request.category for request in asked]),
+        "drafted": drafted.values[offered],
+        "accepted": accepted.values[offered],
+    })  # fmt: skip
 
 
-def _forwards(trial: TrialRecord) -> dict[str, list]:
-    stored = columns(ForwardRecord, trial.forwards)
-    live = dict(enumerate(_live(columns(StepRecord, trial.steps)["committed"])))
-    kinds = zip(stored["step"], stored["model"], stored["role"], stored["rows"], strict=True)
-    return {
-        **_trial_columns(trial, len(stored["step"])),
-        **{name: stored[name] for name in ("step", "model", "role", "rows", "batch", "context", "flops", "seconds")},
-        "bytes": [read + written for read, written in zip(stored["bytes_read"], stored["bytes_written"], strict=True)],
-        "live": [live.get(step, 0) for step in stored["step"]],  # a last step that gained nothing is not recorded
-        "kind": [_kind(step == 0, model, role, rows) for step, model, role, rows in kinds],
-        **{name: [np.nan if value is None else value for value in stored[name]] for name in _NOT_ALWAYS},
-    }
+class _Ragged(NamedTuple):
+    """Lists of different lengths, end to end."""
+
+    values: np.ndarray
+    row: np.ndarray  # which list each is of
+    place: np.ndarray  # and where in it
+
+
+def _ragged(lists: Sequence[Sequence[int]]) -> _Ragged:
+    lengths = np.fromiter(map(len, lists), dtype=int, count=len(lists))
+    values = _numbers([*chain.from_iterable(lists)])
+    return _Ragged(values, np.repeat(np.arange(len(lists)), lengths), _places(lengths))
+
+
+def _places(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... of each list, end to end."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _live(gained: _Ragged, of: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Sequences that still had tokens to come [all steps], from what each gained; `of`, `step` as in `_verifies`."""
+    sequence = of[gained.row] * (gained.place.max(initial=0) + 1) + gained.place
+    last = np.full(sequence.max(initial=0) + 1, -1)
+    then = step[gained.row]
+    more = gained.values > 0
+    np.maximum.at(last, sequence[more], then[more])
+    return np.bincount(gained.row, then <= last[sequence], minlength=len(step)).astype(int)
 
 
 def _decode_columns(trial: TrialRecord, *names: str) -> Iterable[tuple]:
@@ -1319,13 +1383,25 @@ def _decode_columns(trial: TrialRecord, *names: str) -> Iterable[tuple]:
     return islice(zip(*(stored[name] for name in names), strict=True), 1, None)
 
 
-def _trial_columns(trial: TrialRecord, n: int) -> dict[str, list]:
-    return {name: [value] * n for name, value in zip(_TRIAL_COLUMNS, _of_trial(trial), strict=True)}
+def _trial_columns(trials: Sequence[TrialRecord], of: np.ndarray) -> dict[str, Any]:
+    """What a row says of its trial; `of` [rows] indexes the trials."""
+    found = [[getattr(trial, name) for trial in trials] for name in _TRIAL_COLUMNS]
+    cell, *numbers = (
+        np.array(values, dtype=object if name == "cell" else int)[of]
+        for name, values in zip(_TRIAL_COLUMNS, found, strict=True)
+    )
+    return dict(zip(_TRIAL_COLUMNS, (_words(cell), *numbers), strict=True))
 
 
-def _live(committed: Sequence[Sequence[int]]) -> list[int]:
-    """Sequences that still had tokens to come, per step, from what each step committed [steps, sequences]."""
-    return (np.cumsum(np.array(committed)[::-1], axis=0)[::-1] > 0).sum(axis=1).tolist() if len(committed) else []
+def _numbers(values: list) -> np.ndarray:
+    """Integers where all are; None is nan."""
+    array = np.array(values)
+    return array.astype(float) if array.dtype == object or not len(array) else array
+
+
+def _words(values: Any) -> pd.Series:
+    """Not as pandas' own strings: making those of a hundred thousand takes longer than what is done with them."""
+    return pd.Series(values, dtype=object)
 
 
 @cache

@@ -8,11 +8,16 @@ matrix; a *trial* is one execution of a cell on one batch of prompts.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
+
+import orjson
 
 from zbench.errors import UserError
 
@@ -176,7 +181,7 @@ class Table(Sequence[T], Generic[T]):
         if len(lengths) > 1:
             raise ValueError(f"the columns of a {kind.__name__} have different lengths")
         rows = lengths.pop() if lengths else 0
-        known = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
+        known = _defaults(kind)
         if strange := columns.keys() - known.keys():
             raise TypeError(f"a {kind.__name__} has no {', '.join(sorted(strange))}")
         lacking = {name: default for name, default in known.items() if name not in columns}
@@ -264,9 +269,12 @@ class TrialRecord:
         return json.dumps({"schema": SCHEMA_VERSION, **data}, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str) -> TrialRecord:
+    def from_json(cls, line: str | bytes) -> TrialRecord:
         """Inverse of `to_json`. Raises ValueError on another schema version or malformed JSON."""
-        data = json.loads(line)
+        try:
+            data = orjson.loads(line)
+        except orjson.JSONDecodeError:  # so it says of NaN too, which `json` writes
+            data = json.loads(line)
         if (version := data.pop("schema", None)) != SCHEMA_VERSION:
             raise ValueError(f"trial record has schema {version}, this zbench reads {SCHEMA_VERSION}")
         data["requests"] = tuple(_request(r) for r in data["requests"])
@@ -356,16 +364,16 @@ def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
     """
     path = folder / TRIALS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return [], [f"{TRIALS} is missing: no trial has ended yet"]
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
     latest: dict[tuple[str, int, int], TrialRecord] = {}
     for number, line in enumerate(lines, start=1):
         try:
             trial = TrialRecord.from_json(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, UnicodeDecodeError):
             if number == len(lines):
                 return list(latest.values()), [f"the last line of {TRIALS} is torn (a crash?) and was left out"]
             raise UserError(f"{path}:{number}: not JSON; the file is damaged, remove the line or run again") from None
@@ -374,6 +382,20 @@ def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
         if trial.status == "ok" or trial.key not in latest or latest[trial.key].status == "error":
             latest[trial.key] = trial
     return list(latest.values()), []
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within it nothing looks for cycles, and what was made in it is never searched for any: records have none, and
+    going through them again and again took longer than reading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if was:
+            gc.enable()
 
 
 def _one_line(error: Exception) -> str:
@@ -397,9 +419,15 @@ def _frozen(row: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
 
 
+@cache
+def _defaults(kind: type) -> dict[str, Any]:
+    """Of each field, in their order; MISSING where it has none."""
+    return {f.name: f.default for f in fields(kind)}
+
+
 def columns(kind: type[T], records: Sequence[T]) -> dict[str, list]:
     """Records by column, as they are stored."""
-    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    names = _defaults(kind)
     if isinstance(records, Table):
         return {name: records.column(name) for name in names}
     return {name: [getattr(r, name) for r in records] for name in names}

@@ -7,7 +7,9 @@ tells whether counts repeat on this machine, and how far apart its clock puts tw
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from zbench.stats import CONFIDENCE
 
 SIMULATIONS = 200
 PROMPTS, REPEATS = 12, 2
-REPETITIONS = 6
+REPETITIONS, SAME = 6, 40  # real and simulated, that must pass
+SLOWDOWN = 3  # of the sleep that must fail, in units of the minimal detectable effect
 PAIRS = 16  # of `--ab`
 NOISE = 0.03  # standard deviation of the log of one simulated time
 
@@ -203,6 +206,7 @@ def _real(folder: Path) -> Iterator[Check]:
         return
     halves = [_run(folder / name, manifest, trials, parity) for name, parity in (("even", 0), ("odd", 1))]
     before, now = (gate.snapshot(half) for half in halves)
+    yield _same_as_itself(folder, manifest, trials)
     same = gate.judge(now, before)
     counts = [row for row in same.rows if not row.timed and row.metric != "peak_bytes"]
     moved = [f"{row.cell} {row.metric} {row.part}" for row in counts if row.verdict != "ok"]
@@ -218,13 +222,48 @@ def _real(folder: Path) -> Iterator[Check]:
         hit = [row for row in gate.judge(worse, before).rows if row.verdict == "regressed" and row.metric == metric]
         yield Check(name, bool(hit), f"{metric} regressed" if hit else f"{metric} did not notice")
     row = next(r for r in same.rows if r.metric == "decode_tps")
-    slowdown = (1 + (row.detects or 0)) * (1 + (row.detects or 0) - row.tolerance) - 1
-    slow = gate.snapshot(_slowed(halves[1], folder / "slow", slowdown))
-    hit = [r for r in gate.judge(slow, before).rows if r.verdict == "regressed" and r.cell == row.cell]
+    slowdown = SLOWDOWN * (row.detects or 0)
+    awake = before.cells[row.cell].timed["decode_tps"].seconds
+    with _sleeping(slowdown * sum(awake) / len(awake)):
+        manifest, trials = run.in_memory(scenario.Scenario.model_validate(_SCENARIO | {"repeats": REPETITIONS}))
+    slow = gate.snapshot(_written(folder / "slow", manifest, trials))
+    hit = [r for r in gate.judge(replace(slow, scenario=before.scenario), before).rows if r.verdict == "regressed"]
     yield Check(
-        f"every forward {slowdown:.0%} slower", "decode_tps" in {r.metric for r in hit},
-        f"a step beyond the {row.detects or 0:.0%} that it says it sees",
+        f"a sleep of {slowdown:.0%} in every forward", (row.cell, "decode_tps") in {(r.cell, r.metric) for r in hit},
+        f"{SLOWDOWN} times the {row.detects or 0:.0%} that it says it sees; {len(hit)} metrics regressed",
     )  # fmt: skip
+
+
+def _same_as_itself(folder: Path, manifest: Manifest, trials: list[TrialRecord]) -> Check:
+    """Each repetition against the next, and as many simulated ones as say something of a share."""
+    pairs = [
+        tuple(gate.snapshot(_one(folder / f"{number}", manifest, trials, number)) for number in (first, first + 1))
+        for first in range(0, 2 * REPETITIONS, 2)
+    ]
+    rng = np.random.default_rng(40)
+    pairs += [(simulated(rng, normal), simulated(rng, normal)) for _ in range(SAME)]
+    passed = [gate.judge(now, before).exit_code() == gate.OK for before, now in pairs]
+    real, made_up = sum(passed[:REPETITIONS]), sum(passed[REPETITIONS:])
+    said = f"{real} of {REPETITIONS} real and {made_up} of {SAME} simulated repetitions passed"
+    return Check("repetitions that differ in nothing", sum(passed) >= CONFIDENCE * len(passed), said)
+
+
+@contextmanager
+def _sleeping(seconds: float) -> Iterator[None]:
+    """Within it every forward of our own engines waits so long before it begins."""
+    from zbench.engines.base import Meter
+
+    forward = Meter.forward
+
+    def later(self: Meter, *given: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return forward(self, *given, **named)
+
+    Meter.forward = later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Meter.forward = forward  # type: ignore[method-assign]
 
 
 def one_token_less(trial: TrialRecord) -> TrialRecord:
@@ -264,26 +303,15 @@ def _run(folder: Path, manifest: Manifest, trials: list[TrialRecord], parity: in
     return _written(folder, manifest, mine)
 
 
+def _one(folder: Path, manifest: Manifest, trials: list[TrialRecord], repeat: int) -> Run:
+    return _written(folder, manifest, [replace(t, repeat=0) for t in trials if t.repeat == repeat])
+
+
 def _worse(run: Run, folder: Path, change: Callable[[TrialRecord], TrialRecord]) -> Run:
     """The run with every repeat of one prompt of the drafting engine changed."""
     cell = run.manifest.cells[-1].id
     group = next(t.group for t in run.trials if t.cell == cell and any(any(step.accepted) for step in t.steps))
     trials = [change(t) if (t.cell, t.group) == (cell, group) else t for t in run.trials]
-    return _written(folder, run.manifest, trials)
-
-
-def _slowed(run: Run, folder: Path, slowdown: float) -> Run:
-    factor = 1 + slowdown
-    trials = [
-        replace(
-            t,
-            wall_seconds=t.wall_seconds * factor,
-            requests=tuple(
-                replace(r, ttft_seconds=r.ttft_seconds * factor, end_seconds=r.end_seconds * factor) for r in t.requests
-            ),
-        )
-        for t in run.trials
-    ]
     return _written(folder, run.manifest, trials)
 
 

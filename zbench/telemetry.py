@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.integrate import trapezoid
 
 from zbench.errors import UserError
 
@@ -275,6 +274,8 @@ def _integral(times: np.ndarray, power: np.ndarray, start: float, end: float) ->
         return None
     inside = known & (times > start) & (times < end)
     at = np.concatenate([[start], times[inside], [end]])
+    from scipy.integrate import trapezoid
+
     return float(trapezoid(np.interp(at, times[known], power[known]), at))
 
 

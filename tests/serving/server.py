@@ -1,6 +1,6 @@
 """A server without a model: it streams letters as fast as it can, or misbehaves as the name of the model asks.
 
-    python -m tests.serving.server PORT [OWNER]
+    python -m tests.serving.server PORT [OWNER] [SECONDS PER TOKEN]
 
 Tests hold the client to it over a real socket; `benchmarks/test_client.py` measures the client against it.
 """
@@ -16,14 +16,14 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class State:
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
+    def __init__(self, owner: str, seconds: float) -> None:
+        self.owner, self.seconds = owner, seconds
         self.seen: list[dict[str, Any]] = []
         self.running = self.most = self.resets = 0
 
 
-async def serve(port: int, owner: str) -> None:
-    state = State(owner)
+async def serve(port: int, owner: str, seconds: float) -> None:
+    state = State(owner, seconds)
     server = await asyncio.start_server(lambda r, w: _connection(state, r, w), "127.0.0.1", port)
     print("listening", flush=True)
     async with server:
@@ -98,9 +98,9 @@ async def _complete(
     for start in range(0, limit, step):
         text = "".join(LETTERS[i % 26] for i in range(start, min(start + step, limit)))
         said: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
-        if how == "slow":
+        if seconds := 0.02 if how == "slow" else state.seconds:
             await writer.drain()
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(seconds)
         if how == "breaks" and start >= 2:
             state.running -= 1
             writer.close()
@@ -129,4 +129,5 @@ def _event(writer: asyncio.StreamWriter, data: Any) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "me"))
+    _, at, *more = sys.argv
+    asyncio.run(serve(int(at), more[0] if more else "me", float(more[1]) if len(more) > 1 else 0.0))
