@@ -181,7 +181,7 @@ class Table(Sequence[T], Generic[T]):
         if len(lengths) > 1:
             raise ValueError(f"the columns of a {kind.__name__} have different lengths")
         rows = lengths.pop() if lengths else 0
-        known = _defaults(kind)
+        known = _defaults(kind)  # type: ignore[arg-type]
         if strange := columns.keys() - known.keys():
             raise TypeError(f"a {kind.__name__} has no {', '.join(sorted(strange))}")
         lacking = {name: default for name, default in known.items() if name not in columns}
@@ -427,7 +427,7 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 def columns(kind: type[T], records: Sequence[T]) -> dict[str, list]:
     """Records by column, as they are stored."""
-    names = _defaults(kind)
+    names = _defaults(kind)  # type: ignore[arg-type]
     if isinstance(records, Table):
         return {name: records.column(name) for name in names}
     return {name: [getattr(r, name) for r in records] for name in names}
