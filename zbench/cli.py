@@ -306,7 +306,7 @@ def report(folder: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout; write no folder.")
 def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bool) -> None:
     """Runs side by side, from any machines, as one page: compare.html, with CSV and JSON. Needs neither torch nor the
-    devices. The first run is what the others are held against.
+    devices. The first run is what the others are held against. Folders of `zbench import` stand beside the runs.
 
     \b
     Examples:
@@ -335,6 +335,31 @@ def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bo
     for note in found.notes:
         click.echo(f"note: {note}")
     click.echo(f"comparison: {page}")
+
+
+@main.command("import")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--label", default="", help="What reports call it, e.g. the device; default: the file's name.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
+)
+def import_results(files: tuple[Path, ...], label: str, out: Path) -> None:
+    """Take results of other benchmarks in, for `zbench compare`: vLLM bench, SGLang, GuideLLM, AIPerf, llama-bench.
+
+    \b
+    Examples:
+      zbench import vllm-infqps-concurrency8.json --label "vLLM on H100"
+      zbench import sglang_1126.jsonl benchmarks.json profile_export_aiperf.json
+      zbench compare reports/endpoint-20261126-120000 reports/imported-vllm*
+
+    Each file becomes a folder. Nothing is derived: what a tool does not report reads "not reported", and every figure
+    stands beside its tool's definition.
+    """
+    from zbench import imported
+
+    for found in [imported.read(file, label) for file in files]:  # all of them, or none
+        count = len(found.results)
+        click.echo(f"{found.tool}, {count} result{'' if count == 1 else 's'}: {imported.write(found, out)}")
 
 
 def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:

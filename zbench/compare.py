@@ -2,6 +2,9 @@
 
 Runs are comparable that measured the same scenario on the same prompts with the same weights; where they were made does
 not matter, that is what is compared. Ratios are of pairs, the same prompt and repeat, against the first run.
+
+Imported results of other tools stand beside the runs, with what each tool means by its figures. Whether their prompts
+and weights were the same is not known, so that no ratio is taken of them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from typing import Any
 from zbench import stats
 from zbench.errors import UserError
 from zbench.gate import NotComparable
+from zbench.imported import IMPORTED, QUANTITIES, Imported
+from zbench.imported import load as load_imported
+from zbench.importers import definition
 from zbench.metrics import METRICS, Cell, Run, load_run
 from zbench.records import MANIFEST, SCHEMA_VERSION, CellRecord, schema_version
 from zbench.report.findings import Results, main_kind, point_label
@@ -44,10 +50,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side; the first is what the others are held against."""
+    """Runs side by side; the first is what the others are held against. There may be none but imported ones."""
 
     sides: tuple[Side, ...]
     dropped: tuple[str, ...]  # whole runs that were left out, and why
+    imported: tuple[Imported, ...] = ()
 
     @cached_property
     def cells(self) -> dict[str, CellRecord]:
@@ -75,13 +82,15 @@ class Comparison:
             planned = {record.id for record in side.run.manifest.cells}
             if absent := [_title(record) for cell, record in self.cells.items() if cell not in planned]:
                 said.append(f"{side.name} has no {', '.join(absent)}.")
-        first = self.sides[0].run.manifest
         for side in self.sides[1:]:
+            first = self.sides[0].run.manifest
             if side.run.manifest.zbench_version != first.zbench_version:
                 theirs = side.run.manifest.zbench_version
                 said.append(
                     f"{side.name} was measured by zbench {theirs}, {self.sides[0].name} by {first.zbench_version}."
                 )
+        for found in self.imported:
+            said += [f"{found.name}, {result.label}: {note}." for result in found.results for note in result.notes]
         return said
 
     def ratio(self, side: Side, cell: str) -> Estimate:
@@ -125,18 +134,33 @@ class Comparison:
                         "caveat": "",
                     }
                 )  # fmt: skip
+        for imported in self.imported:
+            for result in imported.results:
+                for figure in result.figures:
+                    found.append(
+                        {
+                            "run": imported.name, "device": result.settings.get("device", ""), "cell": result.label,
+                            "metric": figure.quantity, "part": figure.statistic, "value": figure.value, "low": None,
+                            "high": None, "n": 0, "unit": QUANTITIES[figure.quantity].unit, "status": "imported",
+                            "note": figure.key, "caveat": definition(imported.tool, figure.quantity),
+                        }
+                    )  # fmt: skip
         return found
 
 
 def compare(folders: Sequence[Path], cross_hardware: bool = False) -> Comparison:
-    """Read the runs and see what of them is the same thing, measured more than once.
+    """Read the runs and see what of them is the same thing, measured more than once. Folders of `zbench import` are
+    taken as they are.
 
     Raises NotComparable where they measured different scenarios, prompts or weights; with `cross_hardware` only where
     nothing is left that is the same in two of them. Raises UserError for folders that are no runs.
     """
     if doubled := sorted({str(f) for f in folders if [g.resolve() for g in folders].count(f.resolve()) > 1}):
         raise UserError(f"{doubled[0]} is given twice")
-    runs = [_read(folder) for folder in folders]
+    imported = tuple(load_imported(folder) for folder in folders if (folder / IMPORTED).exists())
+    runs = [_read(folder) for folder in folders if not (folder / IMPORTED).exists()]
+    if not runs:
+        return Comparison((), (), imported)
     if not cross_hardware and (reasons := list(_obstacles(runs))):
         raise NotComparable("; ".join(reasons) + "; --cross-hardware compares what is the same")
     dropped, kept = [], [runs[0]]
@@ -161,7 +185,7 @@ def compare(folders: Sequence[Path], cross_hardware: bool = False) -> Comparison
         shared = [cell for cell in sides[0].cells if any(cell in side.cells for side in sides[1:])]
         if not shared:
             raise NotComparable("nothing in these runs is the same thing measured twice; " + " ".join(dropped))
-    return Comparison(tuple(sides), tuple(dropped))
+    return Comparison(tuple(sides), tuple(dropped), imported)
 
 
 def device_name(run: Run) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from zbench import __version__
 from zbench.cache import atomic_write, new_folder
 from zbench.compare import Comparison, Side, main_metric
 from zbench.errors import UserError
-from zbench.metrics import DEFINITIONS_VERSION, METRICS, caveats, definitions_hash
+from zbench.imported import NOT_REPORTED, QUANTITIES, Imported, Quantity, Reported
+from zbench.importers import definition
+from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, caveats, definitions_hash
 from zbench.records import CellRecord
 from zbench.report import figures, html
 from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
@@ -75,6 +78,7 @@ def to_json(comparison: Comparison) -> str:
             }
             for side in comparison.sides
         ],
+        "imported": [asdict(found) for found in comparison.imported],
         "answers": answers(comparison),
         "notes": comparison.notes,
         "metrics": comparison.rows(),
@@ -98,7 +102,19 @@ def answers(comparison: Comparison) -> list[str]:
             mine = [side.cells[record.id] for record in records if record.id in side.cells]
             where = f"{side.name} at {label}" if label else side.name
             said += [f"{where}: {sentence}" for sentence in best_blocks(side.results, mine)]
-    return said or ["No engine gave a decode speed in any of these runs."]
+    if not said and comparison.sides:
+        said = ["No engine gave a decode speed in any of these runs."]
+    return said + _beside(comparison)
+
+
+def _beside(comparison: Comparison) -> list[str]:
+    """How many results of other tools there are, and that they are no pairs of ours."""
+    count = sum(len(found.results) for found in comparison.imported)
+    if not count:
+        return []
+    tools = ", ".join(dict.fromkeys(found.tool for found in comparison.imported))
+    what = f"{count} result{'' if count == 1 else 's'} of {tools} as reported there"
+    return [f"{what}: other prompts, weights and machines may have been at work, so that no ratio is taken."]
 
 
 def _faster(comparison: Comparison, side: Side, record: CellRecord, label: str, ratio: Estimate) -> str:
@@ -206,6 +222,90 @@ def _frontier_table(comparison: Comparison) -> Table:
         for x, y, label in frontier(_dots(side))
     ]
     return Table(["Per user", "Per device"], rows, [])
+
+
+# --- Results of other tools ---
+
+_STATISTICS = {"Mean": ("mean", ""), "Median": ("p50",), "90%": ("p90",), "99%": ("p99",)}  # "": a single value
+_ABOUT = ("model", "device", "load", "requests", "measured")
+
+
+def _imported_results(comparison: Comparison) -> Table:
+    """Which tool reported what, on what."""
+    rows = []
+    for found in comparison.imported:
+        for result in found.results:
+            version = "" if found.version == NOT_REPORTED else found.version
+            about = [Entry(name, result.settings.get(name, NOT_REPORTED)) for name in _ABOUT]
+            more = [f"{name}: {value}" for name, value in result.settings.items() if name not in _ABOUT]
+            rows.append(
+                Line(_result_name(found, result), [Entry("Tool", found.tool, version), *about], "; ".join(more))
+            )
+    return Table(["Tool", *(name.capitalize() for name in _ABOUT)], rows, [])
+
+
+def _result_name(found: Imported, result: Reported) -> str:
+    return f"{found.name}: {result.label}"
+
+
+def _imported_quantities(comparison: Comparison) -> list[dict[str, Any]]:
+    """A table for each quantity that some tool reports: who says what, by which definition, zbench's runs below."""
+    reported = [(found, result) for found in comparison.imported for result in found.results]
+    sections = []
+    for what, of in QUANTITIES.items():
+        having = [(found, result) for found, result in reported if result.of(what)]
+        if not having:
+            continue
+        rows = [_reported_line(found, result, what) for found, result in having]
+        for side in comparison.sides:
+            rows += [line for cell in side.cells.values() if (line := _own_line(side, cell, of))]
+        silent = [_result_name(found, result) for found, result in reported if not result.of(what)]
+        sections.append(
+            {"heading": of.heading, "table": Table([*_STATISTICS, "Called"], rows, []), "silent": ", ".join(silent)}
+        )
+    return sections
+
+
+def _reported_line(found: Imported, result: Reported, what: str) -> Line:
+    figures = {statistic: figure.value for statistic, figure in result.of(what).items()}
+    key = next(iter(result.of(what).values())).key
+    return Line(
+        _result_name(found, result),
+        [*_spread(figures, QUANTITIES[what].unit, NOT_REPORTED), Entry("Called", key)],
+        definition(found.tool, what),
+    )
+
+
+def _own_line(side: Side, cell: Cell, of: Quantity) -> Line | None:
+    """What a run of zbench has of a quantity: of a server where it is one, else of the engine; None for neither."""
+    served = [(of.metric, {"mean": "mean", "p50": "p50", "p90": "p90", "p99": "p99"} if of.spread else {"mean": ""})]
+    for metric, parts in served + [(metric, {"mean": part}) for metric, part in _IN_PROCESS.get(of.metric, ())]:
+        values = {name: side.results.value(cell, metric, part) for name, part in parts.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        if known:
+            where = point_label(cell.record)
+            name = f"{side.name}: {cell.record.label}" + (f" ({where})" if where else "")
+            meaning = f"zbench: {METRICS[metric].formula}"
+            return Line(name, [*_spread(known, of.unit, "not given"), Entry("Called", metric)], meaning)
+    return None
+
+
+def _spread(values: Mapping[str, float], unit: str, absent: str) -> list[Entry]:
+    """One entry for each statistic, with the standard deviation below the mean."""
+    entries = []
+    for heading, names in _STATISTICS.items():
+        found = next((values[name] for name in names if name in values), None)
+        below = f"± {html.in_column(values['std'], unit)}" if heading == "Mean" and "std" in values else ""
+        entries.append(Entry(heading, absent if found is None else html.in_column(found, unit), below))
+    return entries
+
+
+# What stands for a server's metric in an engine of this process.
+_IN_PROCESS = {
+    "served_ttft": (("ttft", ""),),
+    "server_acceptance_length": (("acceptance_length", "micro"),),
+    "server_draft_acceptance_rate": (("draft_acceptance_rate", ""),),
+}
 
 
 # --- Figures ---
@@ -321,7 +421,7 @@ def _drawn(
 
 
 def _page(comparison: Comparison, drawn: Sequence[Drawn]) -> str:
-    first = comparison.sides[0].run.manifest
+    first = comparison.sides[0] if comparison.sides else None
     speeds = {figure.name: figure for figure in drawn}
 
     def point(label: str, records: Sequence[CellRecord]) -> dict[str, Any]:
@@ -338,16 +438,18 @@ def _page(comparison: Comparison, drawn: Sequence[Drawn]) -> str:
         html.templates()
         .get_template("compare.html")
         .render(
-            name=first.name,
-            description=first.description,
-            count=len(comparison.sides),
+            name=first.run.manifest.name if first else "Results of other tools",
+            description=first.run.manifest.description if first else "",
+            count=len(comparison.sides) + len(comparison.imported),
             answers=answers(comparison),
             notes=_warnings(comparison),
-            devices=_device_table(comparison),
+            devices=_device_table(comparison) if first else None,
             points=[point(label, records) for label, records in comparison.points.items()],
             pareto=html.image(pareto) if pareto else None,
             frontier=_frontier_table(comparison),
-            first=comparison.sides[0].name,
+            imported=_imported_results(comparison) if comparison.imported else None,
+            quantities=_imported_quantities(comparison),
+            first=first.name if first else "",
             definitions=[METRICS[metric] for _, metric, _ in COLUMNS if metric in METRICS],
             definitions_version=DEFINITIONS_VERSION,
             definitions_hash=definitions_hash(),

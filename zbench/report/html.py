@@ -368,10 +368,16 @@ def _entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
         return Entry(heading, str(row.value), below=row.note.removeprefix("measured "))
     # Too few prompts is said once, among the warnings.
     kept = "; ".join(part for part in row.note.split("; ") if part and not part.startswith("too few"))
-    text = quantity(row.value, row.unit) if isinstance(row.value, float) else row.value
-    for unit in IN_HEADING:
-        text = text.removesuffix(unit)
+    text = in_column(row.value, row.unit) if isinstance(row.value, float) else row.value
     return Entry(heading, text, interval(row), notes.mark(kept), row.status == "error")
+
+
+def in_column(value: float, unit: str) -> str:
+    """A value under a heading that says its unit."""
+    text = quantity(value, unit)
+    for said in IN_HEADING:
+        text = text.removesuffix(said)
+    return text
 
 
 def shown(heading: str, row: MetricRow, notes: Notes) -> Entry:
