@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.report.synthetic import write_run
@@ -211,10 +211,17 @@ def test_of_several_files_all_are_taken_or_none(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(
-    st.sampled_from(["benchmarks", "metrics", "n_prompt", "n_gen", "avg_ts", "completed", "request_throughput", "avg",
-                     "duration", "total_token_throughput", "request_latency", "input_config", "unit", "percentiles",
-                     "avg_latency", "output_throughput", "mean_e2e_latency_ms", "server_info", "config"]), x)))  # fmt: skip
+_KEYS = (
+    "benchmarks", "metrics", "n_prompt", "n_gen", "avg_ts", "completed", "request_throughput", "avg", "duration",
+    "total_token_throughput", "request_latency", "input_config", "unit", "percentiles", "avg_latency",
+    "output_throughput", "mean_e2e_latency_ms", "server_info", "config",
+)  # fmt: skip
+_LEAF = st.none() | st.integers(-1, 3) | st.just("x") | st.just(float("inf"))
+_ANY = st.recursive(_LEAF, lambda x: st.lists(x, max_size=2) | st.dictionaries(st.sampled_from(_KEYS), x), max_leaves=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_ANY | st.fixed_dictionaries(dict.fromkeys(_KEYS, _LEAF)))
 def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_text(json.dumps(content))

@@ -34,7 +34,7 @@ LIGHT += [
     "report.attention",
     "models.attention",
 ]
-LIGHT += ["imported", "importers", "compare", "report.compare", "report.scaling", "models.shard"]
+LIGHT += ["imported", "importers", "codejudge", "compare", "report.compare", "report.scaling", "models.shard"]
 LIGHT += ["telemetry", "hardware.telemetry", "report.telemetry", "trace"]
 HEAVY = ("torch", "transformers")
 

@@ -362,6 +362,26 @@ def import_results(files: tuple[Path, ...], label: str, out: Path) -> None:
         click.echo(f"{found.tool}, {count} result{'' if count == 1 else 's'}: {imported.write(found, out)}")
 
 
+@main.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the files; default: vllm/ in the run folder.")
+@click.option("--detailed", is_flag=True, help="With values of every request and the texts, as vLLM's --save-detailed.")
+def export(folder: Path, out: Path | None, detailed: bool) -> None:
+    """Write a run in the keys of `vllm bench serve`'s JSON, one file for each engine and point.
+
+    \b
+    Examples:
+      zbench export reports/endpoint-20261126-120000
+      zbench export reports/quickstart-20261123-120000 --detailed --out /tmp/results
+
+    Figures are computed as vLLM defines them, which is not as zbench's own metrics are; what a run cannot tell is null.
+    """
+    from zbench.report import vllm
+
+    for path in vllm.export(folder, out, detailed):
+        click.echo(path)
+
+
 def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
     if not asked or context.resilient_parsing:
         return

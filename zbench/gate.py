@@ -45,6 +45,7 @@ EXACT: dict[str, float] = {
     "lossless": ROUNDING,
     "agreement": ROUNDING,
     "accuracy": ROUNDING,
+    "pass_at_1": ROUNDING,
     "tokens_per_forward": ROUNDING,
     "tokens_per_weighted_forward": 1e-6,  # the bytes of its unit come from a fit
     "acceptance_length": ROUNDING,

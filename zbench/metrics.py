@@ -690,6 +690,22 @@ def accuracy(cell: Cell) -> Estimate:
 
 
 @metric(
+    "pass_at_1",
+    "1",
+    "prompts whose code passes its tests, run once on the output of the first repeat / prompts with tests (pass@1 of "
+    "HumanEval, Chen et al. 2021); out of time or memory is not passed",
+    "higher",
+)
+def pass_at_1(cell: Cell) -> Estimate:
+    judged = cell.requests[cell.requests["passed"].notna()]
+    if SYNTHETIC in caveats(cell.record):
+        raise Unavailable(NOT_THE_TARGETS)
+    if judged.empty:
+        raise Unavailable("no code was run: no prompt has tests, or the scenario does not allow it")
+    return stats.share(judged.sort_values("repeat").groupby("prompt_id")["passed"].first())
+
+
+@metric(
     "phase_seconds",
     "s/trial",
     "mean over trials of the seconds of each kind of forward, of accept and of commit; "
@@ -1253,7 +1269,7 @@ def _share(achieved: Estimate, peak: float, name: str) -> Estimate:
 _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
 _REQUEST_COLUMNS = (
     *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "ttft", "decode_seconds", "output_ids",
-    "output_hash", "check", "correct",
+    "output_hash", "check", "correct", "passed",
 )  # fmt: skip
 _STEP_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live",
@@ -1277,7 +1293,7 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
     for r in trial.requests:
         yield (
             *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, r.ttft_seconds,
-            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct,
+            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct, r.passed,
         )  # fmt: skip
 
 

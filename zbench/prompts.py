@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from zbench.codejudge import Problem
 from zbench.errors import UserError
 from zbench.scenario import PromptChoice, PromptDataset, PromptSet, PromptSpec
 
@@ -26,6 +27,7 @@ class Prompt:
     category: str
     turns: tuple[str, ...]  # what the user says; never empty
     reference: str | None = None  # an answer to check against, where there is one
+    problem: Problem | None = None  # a function to write, with its tests, where there are any
 
     @property
     def text(self) -> str:
@@ -183,12 +185,24 @@ class _Line(BaseModel):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    id: str | None = Field(default=None, validation_alias=AliasChoices("question_id", "id"))
+    id: str | None = Field(default=None, validation_alias=AliasChoices("question_id", "task_id", "id"))
     category: str | None = None
     turns: Annotated[list[Annotated[str, Field(pattern=r"\S")]], BeforeValidator(_as_list)] = Field(
         validation_alias=AliasChoices("turns", "prompt"), min_length=1
     )
     reference: Annotated[list[str], BeforeValidator(_as_list)] = []
+    code: str | None = Field(default=None, validation_alias="prompt")  # HumanEval's names, with `test`
+    entry_point: str | None = None
+    test: str | None = None
+
+    @property
+    def problem(self) -> Problem | None:
+        """Raises ValueError where there is a test and something lacks that it needs."""
+        if not self.test:
+            return None
+        if not (self.code and self.entry_point and self.entry_point.isidentifier()):
+            raise ValueError('has a "test", which needs "prompt" (the code before the answer) and "entry_point"')
+        return Problem(self.code, self.entry_point, self.test)
 
 
 def _parse(text: str, source: str) -> tuple[Prompt, ...]:
@@ -198,13 +212,16 @@ def _parse(text: str, source: str) -> tuple[Prompt, ...]:
             continue
         try:
             parsed = _Line.model_validate_json(line)
+            problem = parsed.problem
         except ValidationError as error:
             raise UserError(f"{source}:{number}: {_said(error)}") from error
+        except ValueError as error:
+            raise UserError(f"{source}:{number}: {error}") from None
         name = parsed.id or str(number)
         if name in prompts:
             raise UserError(f"{source}:{number}: another prompt has the id {name!r}; ids must differ")
         reference = next(iter(parsed.reference), None) or None
-        prompts[name] = Prompt(name, parsed.category or Path(source).stem, tuple(parsed.turns), reference)
+        prompts[name] = Prompt(name, parsed.category or Path(source).stem, tuple(parsed.turns), reference, problem)
     if not prompts:
         raise UserError(f"{source}: has no prompts; write one JSON object per line")
     return tuple(prompts.values())
@@ -237,4 +254,15 @@ def _read_dataset(spec: PromptDataset) -> tuple[Prompt, ...]:
     for index, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"data set {spec.dataset}, row {index}: column {spec.column!r} holds no text")
-    return tuple(Prompt(str(index), spec.dataset, (text,)) for index, text in enumerate(texts))
+    return tuple(
+        Prompt(str(index), spec.dataset, (text,), problem=problem)
+        for index, (text, problem) in enumerate(zip(texts, _problems(rows, len(texts)), strict=True))
+    )
+
+
+def _problems(rows: Any, count: int) -> list[Problem | None]:
+    """The first functions to write of a data set with HumanEval's columns; None for each where it has others."""
+    if not {"prompt", "entry_point", "test"} <= set(rows.column_names):
+        return [None] * count
+    columns = (rows["prompt"], rows["entry_point"], rows["test"])
+    return [Problem(*map(str, one)) for one in itertools.islice(zip(*columns, strict=True), count)]

@@ -159,6 +159,8 @@ class RequestRecord:
     check: LosslessCheck | None = None  # None: not checked
     correct: bool | None = None  # against the prompt's reference; None where it has none that can be checked
     served: ServedRecord | None = None  # of a server; None for an engine of this process
+    passed: bool | None = None  # whether the code in it passes its prompt's tests; None where it was not run
+    verdict: str | None = None  # "passed", or why not: "failed AssertionError", "timeout", "not judged ..."
 
     @property
     def tokens(self) -> int:

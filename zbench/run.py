@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import zbench
-from zbench import accuracy, engines, prompts, ranks, scenario
+from zbench import accuracy, codejudge, engines, prompts, ranks, scenario
 from zbench.cache import atomic_write, new_folder
 from zbench.engines import lossless
 from zbench.engines.base import Engine, Meter, Request
@@ -80,6 +80,7 @@ class Point:
     warmup: tuple[list[int], ...]
     member: Member | None  # this rank's place here; None: it has none
     checked: dict[tuple, LosslessCheck] = field(default_factory=dict)
+    judged: dict[tuple[str, str], codejudge.Verdict] = field(default_factory=dict)  # by prompt and answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,10 @@ def prepare(
         for cell in cells:
             engines.check(cell.engine, cell.options, shared.model.config)
         chosen = prompts.load(at.prompts)
+        if at.accuracy.execute_generated_code:
+            if not any(prompt.problem for prompt in chosen):
+                raise UserError("accuracy.execute_generated_code is set, but no prompt has tests to run code against")
+            codejudge.confinement()
         encoded = prompts.encode(chosen, tokenizer, at.context)
         longest = max(len(ids) for ids in encoded) + at.output_tokens
         if longest > (most := shared.model.config.max_positions):
@@ -224,6 +229,8 @@ def _run(
     world.agreed(wrong)
     device = points[0].device
     snapshot = environment.snapshot(device, wanted.threads)
+    if wanted.accuracy.execute_generated_code:
+        snapshot["generated_code"] = {"confined": codejudge.confinement()}
     if world.size > 1:
         snapshot["ranks"] = _ranks(world.all((snapshot["system"]["host"], snapshot["device"])))
     planned = plan(points)
@@ -411,6 +418,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             else:
                 first, end = ends[0], ends[max(i for i, step in enumerate(steps) if step.committed[row])]
             text = point.tokenizer.decode(output, skip_special_tokens=True)
+            judged = _judge(point, prompt, text)
             record = RequestRecord(
                 prompt_id=prompt.id,
                 category=prompt.category,
@@ -425,6 +433,8 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
                 check=_check(point, engine, ids, output, request, row) if _sure(served) else None,
                 correct=accuracy.correct(text, prompt.reference),
                 served=served,
+                passed=judged.outcome == "passed" if judged and judged.outcome != "not judged" else None,
+                verdict=f"{judged.outcome} {judged.why}".rstrip() if judged else None,
             )
             requests.append(record)
         wrong = [r for r in requests if engine.exact and r.check and r.check.verdict == "different"]
@@ -464,6 +474,18 @@ def _check(
     if key not in point.checked:  # a repeat of the same output needs no second forward
         point.checked[key] = lossless.check(point.shared.target("auto"), prompt, output, request, row)
     return point.checked[key]
+
+
+def _judge(point: Point, prompt: prompts.Prompt, answer: str) -> codejudge.Verdict | None:
+    """What the tests of the prompt say of the code in an answer; None where it has none, or code may not be run."""
+    asked = point.scenario.accuracy
+    if prompt.problem is None or not asked.execute_generated_code:
+        return None
+    key = (prompt.id, answer)
+    if key not in point.judged:  # a repeat of the same answer needs no second run
+        limits = codejudge.Limits(asked.seconds, asked.memory_mb << 20)
+        point.judged[key] = codejudge.judge(prompt.problem, answer, limits)
+    return point.judged[key]
 
 
 def _not_lossless(request: RequestRecord) -> str:

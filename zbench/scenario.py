@@ -696,8 +696,9 @@ class PromptFile(PromptChoice):
 
     file: str = Field(
         min_length=1,
-        description='Each line: {"turns": [...]} or {"prompt": "..."}, with optional "id" or "question_id", "category"'
-        ' and "reference". Relative to where the command runs.',
+        description='Each line: {"turns": [...]} or {"prompt": "..."}, with optional "id", "question_id" or "task_id",'
+        ' "category" and "reference"; with "entry_point" and "test", "prompt" is code to be completed.'
+        " Relative to where the command runs.",
         examples=["my_prompts.jsonl"],
     )
 
@@ -749,6 +750,21 @@ class BudgetSpec(_Strict):
     """When to stop early. What was measured until then is kept, and the run can be resumed."""
 
     minutes: float | None = Field(default=None, gt=0, description="Wall time of the run; null means until it is done.")
+
+
+class AccuracySpec(_Strict):
+    """How right the answers are, beside how fast they come. Numbers are always checked; code only if it may be run."""
+
+    execute_generated_code: bool = Field(
+        default=False,
+        description="Run the code that the model wrote against the tests of prompts that have some (HumanEval's keys:"
+        " prompt, entry_point, test), confined as docs/accuracy.md says. Nobody has looked at that code: leave it off"
+        " where that matters.",
+    )
+    seconds: float = Field(default=10, gt=0, le=600, description="Wall time that one answer's tests may take.")
+    memory_mb: Annotated[int, Field(ge=64)] = Field(
+        default=512, description="Address space that one answer's tests may take, in MiB."
+    )
 
 
 class TelemetrySpec(_Strict):
@@ -880,6 +896,11 @@ class Scenario(_Strict):
     )
     warmup: WarmupSpec = Field(default=WarmupSpec(), description="What runs before the measurement.")
     budget: BudgetSpec = Field(default=BudgetSpec(), description="When to stop early.")
+    accuracy: AccuracySpec = Field(
+        default=AccuracySpec(),
+        description="Whether code that the model writes is run against tests.",
+        examples=[{"execute_generated_code": True}],
+    )
     telemetry: TelemetrySpec = Field(
         default=TelemetrySpec(),
         description="Sampling of power, energy, clocks and temperature: {period_ms: N}, or off.",
@@ -1133,6 +1154,8 @@ def content_hash(scenario: Scenario) -> str:
     content = scenario.model_dump(mode="json", exclude={"name", "description", "hardware", "telemetry"})
     if scenario.parallel.ranks == 1:  # as in scenarios from before there was such a key
         del content["parallel"]
+    if not scenario.accuracy.execute_generated_code:  # likewise
+        del content["accuracy"]
     labels = [
         {**engine, "label": spec.title} for engine, spec in zip(content["engines"], scenario.engines, strict=True)
     ]
@@ -1329,7 +1352,9 @@ def cells(scenario: Scenario) -> tuple[CellRecord, ...]:
 
 
 # What the runner takes once for all points of a run.
-_WHOLE_RUN = ("name", "description", "device", "hardware", "engines", "baseline", "threads", "budget", "telemetry")
+_WHOLE_RUN = (
+    "name", "description", "device", "hardware", "engines", "baseline", "threads", "budget", "telemetry", "accuracy",
+)  # fmt: skip
 _MATRIX = ("matrix", "include", "exclude")
 
 _Setting = dict[str, tuple[Any, _Origin]]  # axis -> its value at one point, and where that was written

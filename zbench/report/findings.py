@@ -338,16 +338,18 @@ def _lossy(cell: Cell, results: Results) -> str:
     if isinstance(tokens.value, float) and cell.baseline is not None:
         same = quantity(tokens.value, "1")
         said.append(f"{same} of its tokens are {cell.baseline.record.label}’s up to the first difference")
-    right = results.row(cell, "accuracy")
-    if isinstance(right.value, float):
+    for metric, what in (("accuracy", "answers are right"), ("pass_at_1", "programs pass their tests")):
+        right = results.row(cell, metric)
+        if not isinstance(right.value, float):
+            continue
         around = f" ({interval(right)})" if interval(right) else ""
-        theirs = results.value(cell.baseline, "accuracy") if cell.baseline else None
+        theirs = results.value(cell.baseline, metric) if cell.baseline else None
         beside = (
             ""
             if theirs is None or cell.baseline is None
-            else (f", {quantity(theirs, '1')} of {cell.baseline.record.label}’s")
+            else f", {quantity(theirs, '1')} of {cell.baseline.record.label}’s"
         )
-        said.append(f"{quantity(right.value, '1')} of its answers are right{around}{beside}")
+        said.append(f"{quantity(right.value, '1')} of its {what}{around}{beside}")
     evidence = "; ".join(said) or "how good it is was not measured (no prompt has a checkable reference)"
     return f"{name(cell)} is lossy, its speed buys another output: {evidence}."
 

@@ -32,6 +32,7 @@ ENGINE_COLUMNS = (
     ("Bound by", "bound", "main"),
     ("Same outputs", "agreement", "prompts"),
     ("Right answers", "accuracy", ""),
+    ("Code that passes", "pass_at_1", ""),
     ("Target’s own tokens", "lossless", ""),
 )
 FORWARD_COLUMNS = (
@@ -105,7 +106,9 @@ IN_HEADING = (
     " token/J",
 )  # units that the headings say already
 # Shown in every row or nowhere, as they exist for some engines and devices only.
-OPTIONAL = {"acceptance_length", "accuracy", "proposal_coverage", "experts_per_forward", "mbu_spec", "mfu_spec"}
+OPTIONAL = {
+    "acceptance_length", "accuracy", "pass_at_1", "proposal_coverage", "experts_per_forward", "mbu_spec", "mfu_spec",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
