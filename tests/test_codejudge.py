@@ -150,7 +150,7 @@ def test_code_without_end_is_ended_and_nothing_of_it_is_left(body: str) -> None:
         ("import os; os.truncate('OUTSIDE/run.json', 0); return 3", "PermissionError"),
         ("import shutil; shutil.rmtree('OUTSIDE'); return 3", "PermissionError"),
         ("import os; os.rename('OUTSIDE/run.json', 'OUTSIDE/x'); return 3", "PermissionError"),
-        ("import os; return 3 if os.environ else 0", "AssertionError"),
+        ("import os; return 3 if {*os.environ} - {'LC_CTYPE'} else 0", "AssertionError"),
         ("import sys; return 3 if sys.stdin.read() else 0", "AssertionError"),
         ("import numpy; return 3", "ModuleNotFoundError"),
     ],

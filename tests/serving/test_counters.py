@@ -37,6 +37,16 @@ def test_vllms_engines_are_summed_and_created_times_are_not_counts() -> None:
     assert reading.samples["vllm:spec_decode_num_drafts_total", ""] == 22 + 15 + 29 + 20 + 25 + 24 + 27 + 26
 
 
+def test_a_real_runs_counters_agree_with_each_other_and_with_its_tokens() -> None:
+    """128 requests of 128 tokens: a verify step gains its accepted drafts and a bonus, the last one may overshoot."""
+    told = counters.told(counters.NOTHING, counters.read(recorded("vllm_run.txt")), [None] * 128)
+    said = told.speculation
+    assert said is not None
+    assert (said.verifies, said.drafted, said.accepted) == (6274, 7 * 6274, 10130)
+    assert said.accepted_at == (4214, 2532, 1350, 888, 566, 370, 210) and sum(said.accepted_at) == said.accepted
+    assert said.verifies + said.accepted == pytest.approx(128 * 128, rel=0.01)
+
+
 def test_counters_count_by_difference_and_never_cumulatively() -> None:
     before = recorded("llamacpp_metrics.txt")
     prefix = "llamacpp:spec_decode_num_"

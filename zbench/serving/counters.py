@@ -150,7 +150,7 @@ def _gained(before: Reading, after: Reading, prefix: str) -> Speculation | str |
     per_position = sorted(
         (int(position), name)
         for name, position in after.samples
-        if position and name.startswith(f"{prefix}accepted_tokens_per_pos")
+        if position and name.removesuffix("_total") == f"{prefix}accepted_tokens_per_pos"  # not `_created`, a time
     )
     at = [gained(name, str(position)) or 0 for position, name in per_position]
     if any(count is not None and count < 0 for count in (*counts, *at)):
