@@ -126,9 +126,9 @@ def test_the_dflash_package_takes_the_steps_that_our_dflash_takes(block: int, tm
         (their_steps, their_forwards), (our_steps, our_forwards) = (meter.records() for meter in meters)
         assert [(s.committed, s.accepted) for s in their_steps] == [(s.committed, s.accepted) for s in our_steps]
         assert [f.role for f in their_forwards if f.step == 0] == ["prefill"]
-        last = len(our_steps) - 1  # theirs drafts no more there than may be kept
+        whole = len(our_steps) - block  # after these theirs drafts no more than may be kept
         between = [
-            [(f.step, f.model, f.role, f.rows) for f in forwards if 0 < f.step < last]
+            [(f.step, f.model, f.role, f.rows) for f in forwards if 0 < f.step <= whole]
             for forwards in (their_forwards, our_forwards)
         ]
         assert between[0] == between[1]
