@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -101,7 +101,7 @@ def write(model: LoadedModel, dtype: torch.dtype, file: Path) -> None:
     writer.add_vocab_size(config.vocab)
     _add_tokenizer(writer, model, config)
     for name, tensor in _tensors(model, config):
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         if tensor.dim() == 1:
             writer.add_tensor(stored, tensor.float().numpy())
         else:
@@ -146,11 +146,11 @@ def _raw(matrix: torch.Tensor) -> np.ndarray:
 
 def _add_tokenizer(writer: GGUFWriter, model: LoadedModel, config: ModelConfig) -> None:
     """The tokenizer, where its way of splitting text has a name; else none, and llama.cpp speaks in ids only."""
-    split = None
-    if model.tokenizer_path is not None and (model.tokenizer_path / "tokenizer.json").is_file():
-        described = read_json(model.tokenizer_path / "tokenizer.json")
-        split = next((name for name, known in _SPLITS.items() if described["pre_tokenizer"] == known), None)
-    if split is None:
+    folder, described = model.tokenizer_path, dict[str, Any]()
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        described = read_json(folder / "tokenizer.json")
+    split = next((name for name, known in _SPLITS.items() if described.get("pre_tokenizer") == known), None)
+    if folder is None or split is None:
         writer.add_tokenizer_model("no_vocab")
         return
     tokens: list[str] = [f"[unused {i}]" for i in range(config.vocab)]
@@ -171,9 +171,9 @@ def _add_tokenizer(writer: GGUFWriter, model: LoadedModel, config: ModelConfig) 
         writer.add_bos_token_id(config.bos_id)
     if config.eos_ids:
         writer.add_eos_token_id(config.eos_ids[0])
-    settings = read_json(model.tokenizer_path / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     for role, add in (("unk_token", writer.add_unk_token_id), ("pad_token", writer.add_pad_token_id)):
         if settings.get(role) in tokens:
             add(tokens.index(settings[role]))
-    if (template := model.tokenizer_path / "chat_template.jinja").is_file():
+    if (template := folder / "chat_template.jinja").is_file():
         writer.add_chat_template(template.read_text(encoding="utf-8"))
