@@ -326,7 +326,7 @@ def peers_table(results: Results, point: Point) -> Table | None:
     own = next((cell for cell in point.cells if cell.record.baseline), None)
     if not peers or own is None:
         return None
-    heading, notes, rows = f"{own.record.label} is", Notes(), []
+    heading, notes, rows = f"{own.record.label} is so many times as fast", Notes(), []
     for cell in (own, *peers):
         entries = []
         if cell.trials:

@@ -32,7 +32,8 @@ def _conditions(results: Results) -> str:
     versions = [f"zbench {manifest.zbench_version} ({str(own.get('commit', 'unknown'))[:9]})"]
     versions += [f"{name} {packages[name]}" for name in ("torch", "transformers") if name in packages]
     lines = [("Measured", manifest.created[:10]), ("Processor", ", ".join(filter(None, machine)))]
-    lines += [*facts(results), ("Output tokens", _outputs(results)), ("Versions", ", ".join(versions))]
+    lines += [fact for fact in facts(results) if fact[1] != cpu.get("model")]  # the device, where it is the processor
+    lines += [("Output tokens", _outputs(results)), ("Versions", ", ".join(versions))]
     return "\n".join(f"- {term}: {value}" for term, value in lines)
 
 
