@@ -152,7 +152,7 @@ def test_peers_have_a_table_on_the_page_and_as_markdown(full: Path, tmp_path: Pa
     assert head.split(" | ")[1:4] == ["Version", "Tokens/s", "autoregressive is so many times as fast"]
     peer = next(line for line in lines if line.startswith("| transformers generate")).split(" | ")
     assert 2.3 < float(peer[3].partition("×")[0]) < 2.9, "it was made 2.6 times as slow"
-    assert peer[4].startswith("n/a") or peer[4].endswith(")")
+    assert peer[1] == "not recorded" and peer[6].partition(" ")[0] == "25", "the token in the middle of 48 was swapped"
     assert any(line.startswith("- Processor: ") for line in lines)
     assert {line.count("|") for line in lines if line.startswith("|")} == {head.count("|")}
     alone = write_run(tmp_path, engines=("autoregressive", "chain drafter"), prompts=2, repeats=1, tokens=8)

@@ -75,11 +75,12 @@ SERVER_COLUMNS = (
     ("Acceptance length", "server_acceptance_length", ""),
     ("Output tokens off by", "token_count_difference", "output"),
 )
+FIRST_OTHER = "First other token"
 PEER_COLUMNS = (
     ("Tokens/s", "decode_tps", ""),
     ("First token", "ttft", ""),
     ("Same outputs", "agreement", "prompts"),
-    ("First other token", "first_difference", ""),
+    (FIRST_OTHER, "first_difference", ""),
     ("Target’s own tokens", "lossless", ""),
 )
 PROPOSALS_COLUMNS = (
@@ -331,16 +332,22 @@ def peers_table(results: Results, point: Point) -> Table | None:
         entries = []
         if cell.trials:
             kernels = cell.trials[0].kernels or {}
-            entries = [_entry(name, results.row(cell, metric, part), notes) for name, metric, part in PEER_COLUMNS]
+            rows_of = [(name, results.row(cell, metric, part)) for name, metric, part in PEER_COLUMNS]
+            entries = [_entry(name, _place(row) if name == FIRST_OTHER else row, notes) for name, row in rows_of]
             entries.insert(1, _entry(heading, _inverse(results.row(cell, "speedup")), notes))
-            version = kernels.get("version") or kernels.get("server")
-            entries.insert(0, Entry("Version", version or f"zbench {results.run.manifest.zbench_version}"))
+            version = f"zbench {results.run.manifest.zbench_version}" if cell is own else "not recorded"
+            entries.insert(0, Entry("Version", kernels.get("version") or kernels.get("server") or version))
             entries.append(
                 Entry("Timed", kernels.get("times", "every chunk" if cell.trials[0].server else "every step"))
             )
         rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
     headings = [name for name, *_ in PEER_COLUMNS]
     return Table(["Version", headings[0], heading, *headings[1:], "Timed"], rows, notes.listed())
+
+
+def _place(row: MetricRow) -> MetricRow:
+    """A position as the whole number that it is."""
+    return replace(row, value=f"{row.value:.0f}") if isinstance(row.value, float) else row
 
 
 def _inverse(row: MetricRow) -> MetricRow:
