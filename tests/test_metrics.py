@@ -383,6 +383,15 @@ def test_agreement_counts_tokens_up_to_the_first_divergence(measure: Any) -> Non
     assert "near-equal logits" in rows["x", "agreement", "prompts"].note
 
 
+def test_the_first_difference_is_the_earliest_position_of_another_token(measure: Any) -> None:
+    trials = [trial(group=0), trial(group=1), trial("x", group=0), trial("x", group=1)]
+    same = measure(trials, [cell(), cell("x", "chain")])["x", "first_difference", ""]
+    assert (same.value, same.note) == (None, "unavailable: every output is the baseline's")
+    trials[2:] = [trial("x", group=g, requests=(request("p0", ids),)) for g, ids in enumerate([(7, 8, 1), (7, 1, 9)])]
+    row = measure(trials, [cell(), cell("x", "chain")])["x", "first_difference", ""]
+    assert row.value == 2 and "outputs differ somewhere" in row.note
+
+
 def test_a_longer_output_does_not_agree_with_its_prefix(measure: Any) -> None:
     other = trial("x", requests=(request("p0", (7, 8, 9, 10)),))
     assert measure([trial(), other], [cell(), cell("x", "chain")])["x", "agreement", "tokens"].value == 3 / 4

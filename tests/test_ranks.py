@@ -235,6 +235,9 @@ def test_engines_of_one_process_are_refused_across_ranks(tmp_path: Path) -> None
     with pytest.raises(UserError, match="reference decodes on one rank only"):
         wanted(tmp_path, text=text + "parallel: {tensor: 2}\n")
     assert wanted(tmp_path, text=text + "parallel: {data: 2}\n").parallel.ranks == 2
+    for other in ("{name: endpoint, url: 'http://127.0.0.1:1'}", "vllm"):
+        with pytest.raises(UserError, match="is spread by options of its own"):
+            wanted(tmp_path, text=text.replace("- reference", f"- {other}") + "parallel: {data: 2}\n")
     native = text.replace("  - autoregressive\n", "  - {name: autoregressive, execution: native}\n")
     with pytest.raises(UserError, match="execution: native runs on one rank only"):
         wanted(tmp_path, text=native.replace("  - reference\n", "") + "matrix: {parallel.tensor: [1, 2]}\n")

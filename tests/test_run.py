@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from zbench import run, scenario
+from zbench import engines, estimate, run, scenario
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs
+from zbench.metrics import load_run
+from zbench.report import findings, render
 
 SHAPE = "{family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 300, max_positions: 256}"
 SCENARIO = f"""
@@ -87,6 +89,25 @@ def test_a_failing_engine_becomes_error_rows_and_the_rest_goes_on(tmp_path: Path
     failed = [r for r in run.read_trials(outcome.folder)[0] if r.status == "error"]
     assert {r.cell for r in failed} == {"reference-assisted-prompt_lookup"}
     assert all(r.error and "batch to 1" in r.error for r in failed)
+
+
+def test_what_is_not_installed_is_a_row_that_says_so_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    asked = wanted(tmp_path, "engines=[autoregressive, llama_cpp, {name: vllm, label: theirs}]", "repeats=1")
+    outcome = run.run(asked, tmp_path / "out", QUIET)
+    assert (outcome.planned, outcome.finished, outcome.failed, outcome.stopped) == (3, 3, 0, None)
+    why = "vllm is not installed: pip install vllm"
+    assert why in estimate.table(estimate.estimate(asked))
+    assert f"theirs was not measured: {why}." in findings.warnings(findings.Results.of(load_run(outcome.folder)))
+    html = render(outcome.folder).read_text()
+    for heading in ("Results</h2>", "Against peers</h3>"):
+        table = html.partition(heading)[2].partition("</table>")[0]
+        assert f'theirs<small class="wrong">{why}</small>' in table
+    assert f"| theirs | no result: {why} |" in (outcome.folder / "peers.md").read_text()
+    with pytest.raises(UserError, match="llama_cpp is not installed: pip install llama-cpp-python"):
+        run.prepare(wanted(tmp_path, "engines=[llama_cpp]"), lambda _: None)
 
 
 def test_a_fast_wrong_engine_fails_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from zbench import prompts, scenario
+from zbench import engines, prompts, scenario
 from zbench.models import families, zoo
 from zbench.models.cost import forward_cost
 from zbench.models.shard import Shard
@@ -27,6 +27,7 @@ class Estimate:
     memory_bytes: float | None  # weights and KV cache, of the fullest device
     # Predicted floor: autoregressive traffic at the measured bandwidth; experts as uniform routing would hit them.
     seconds: float | None
+    absent: str = ""  # why it would not be measured: what is not installed
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,6 +51,9 @@ def estimate(wanted: scenario.Scenario) -> list[Estimate]:
                 seconds = trials / at.parallel.data * at.output_tokens * traffic / roofs["bandwidth"]["read"]["value"]
         tokens = at.repeats * len(chosen) * at.output_tokens
         for cell in cells:
+            if absent := engines.missing(cell.engine):
+                found.append(Estimate(cell.id, 0, 0, None, 0.0, absent))
+                continue
             forwards = (
                 len(cell.options["rows"]) if cell.engine == "forward" else 1
             )  # of each token, all of them at least this
@@ -62,13 +66,16 @@ def table(cells: list[Estimate]) -> str:
     width = max(len(cell.cell) for cell in cells)
     lines = [f"{'cell':{width}}  trials   tokens   memory  time at least"]
     for cell in cells:
+        if cell.absent:
+            lines.append(f"{cell.cell:{width}}  {cell.absent}")
+            continue
         memory = "unknown" if cell.memory_bytes is None else f"{cell.memory_bytes / 1e9:.2f} GB"
         time = "unknown" if cell.seconds is None else f"{cell.seconds:.0f} s"
         lines.append(f"{cell.cell:{width}}  {cell.trials:6}  {cell.tokens:7}  {memory:>7}  {time:>8}")
     known = [cell.seconds for cell in cells if cell.seconds is not None]
     if len(known) == len(cells):
         lines.append(f"predicted, all cells: at least {sum(known):.0f} s (weights and KV cache read once per token)")
-    if any(cell.memory_bytes is None for cell in cells):
+    if any(cell.memory_bytes is None and not cell.absent for cell in cells):
         lines.append("unknown memory: the model is not on this machine yet (zbench models fetch NAME)")
     elif len(known) < len(cells):
         lines.append(

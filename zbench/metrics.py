@@ -630,13 +630,7 @@ def minimal_detectable_effect(cell: Cell) -> Estimate:
     "higher",
 )
 def agreement(cell: Cell) -> dict[str, Estimate]:
-    if any(SYNTHETIC in caveats(compared.record) for compared in (cell, cell.baseline) if compared):
-        raise Unavailable(NOT_THE_TARGETS)
-    if cell.record.sampling.get("temperature"):
-        raise Unavailable("outputs are sampled, so they may differ by design")
-    if any((trial.kernels or {}).get("prefix cache") == "unique" for trial in cell.trials):
-        raise Unavailable("every prompt to the server had a prefix of its own, so outputs differ by design")
-    pairs = cell.pairs
+    pairs = _comparable_pairs(cell)
     outputs = list(zip(pairs["output_ids"], pairs["output_ids_baseline"], strict=True))
     prefixes = [_common_prefix(mine, theirs) for mine, theirs in outputs]
     parts = {
@@ -646,6 +640,35 @@ def agreement(cell: Cell) -> dict[str, Estimate]:
     if parts["prompts"].value != 1 and (note := _why_other_tokens(cell.record)):
         return {part: replace(e, note="; ".join(filter(None, (e.note, note)))) for part, e in parts.items()}
     return parts
+
+
+@metric(
+    "first_difference",
+    "tokens",
+    "output position, from 1, of the first token that is not the baseline's; the earliest over pairs of outputs",
+    "higher",
+)
+def first_difference(cell: Cell) -> Estimate:
+    pairs = _comparable_pairs(cell)
+    outputs = zip(pairs["output_ids"], pairs["output_ids_baseline"], strict=True)
+    places = [_common_prefix(mine, theirs) + 1 for mine, theirs in outputs if mine != theirs]
+    if not places:
+        raise Unavailable("every output is the baseline's")
+    n = pairs["prompt_id"].nunique()
+    return Estimate(
+        float(min(places)), n=n, estimator="minimum", note=f"{len(places)} of {len(pairs)} outputs differ somewhere"
+    )
+
+
+def _comparable_pairs(cell: Cell) -> pd.DataFrame:
+    """`Cell.pairs`, where equal outputs are to be expected."""
+    if any(SYNTHETIC in caveats(compared.record) for compared in (cell, cell.baseline) if compared):
+        raise Unavailable(NOT_THE_TARGETS)
+    if cell.record.sampling.get("temperature"):
+        raise Unavailable("outputs are sampled, so they may differ by design")
+    if any((trial.kernels or {}).get("prefix cache") == "unique" for trial in cell.trials):
+        raise Unavailable("every prompt to the server had a prefix of its own, so outputs differ by design")
+    return cell.pairs
 
 
 @metric(

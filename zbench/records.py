@@ -23,6 +23,8 @@ from zbench.errors import UserError
 
 SCHEMA_VERSION = 1
 MANIFEST, TRIALS = "run.json", "trials.jsonl"
+# Engines whose decoder is not zbench's own: what it is held against.
+PEERS = frozenset({"reference", "endpoint", "llama_cpp", "vllm", "dflash_reference"})
 
 T = TypeVar("T")
 Role = Literal["prefill", "decode", "draft", "verify", "draft+verify", "denoise"]
@@ -306,6 +308,7 @@ class CellRecord:
     baseline: bool  # the cell others at the same point are compared with
     tensor: int = 1  # ranks that hold a model between them
     replicas: int = 1  # of the model, each on so many ranks, which share the prompts
+    absent: str = ""  # why it cannot be measured here: what is not installed
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,7 @@ def prepare(
             models[key] = (shared, shared.tokenizer)
         shared, tokenizer = models[key]
         Shard(0, at.parallel.tensor).check(shared.model.config)
+        cells = tuple(replace(cell, absent=engines.missing(cell.engine)) for cell in cells)
         for cell in cells:
             engines.check(cell.engine, cell.options, shared.model.config)
         chosen = prompts.load(at.prompts)
@@ -156,6 +157,8 @@ def prepare(
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
         points.append(Point(at, cells, tokenizer, device, shared, batches, warmup, member))
+    if all(cell.absent for point in points for cell in point.cells):
+        raise UserError("; ".join(dict.fromkeys(cell.absent for point in points for cell in point.cells)))
     return tuple(points)
 
 
@@ -169,12 +172,13 @@ def _load(at: scenario.Scenario) -> loading.LoadedModel:
 def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:
     """Every trial in execution order. Engines alternate A B, B A from one batch of prompts to the next, so that a
     drift of the machine falls on all of them alike. Servers that the run starts share the device, so that only one is
-    up at a time: with several, it is they that alternate, from one repeat to the next."""
+    up at a time: with several, it is they that alternate, from one repeat to the next. Cells that cannot run here have
+    no trials."""
     planned, order = [], 0
     for point in points:
         trials, replicas = [], point.scenario.parallel.data
         for repeat in range(point.scenario.repeats):
-            together = _together(point.cells)
+            together = _together([cell for cell in point.cells if not cell.absent])
             for part in together if repeat % 2 == 0 else reversed(together):
                 for first in range(0, len(point.batches), replicas):  # what the replicas decode side by side
                     for cell in part if (repeat + first // replicas) % 2 == 0 else tuple(reversed(part)):
@@ -348,7 +352,8 @@ def _measure(
 
 def _parts(point: Point, rounds: Iterable[list[Trial]]) -> Iterator[tuple[tuple[CellRecord, ...], list[list[Trial]]]]:
     """Runs of rounds whose cells can alternate, with those cells."""
-    together = {cell.id: cells for cells in _together(point.cells) for cell in cells}
+    here = [cell for cell in point.cells if not cell.absent]
+    together = {cell.id: cells for cells in _together(here) for cell in cells}
     for cells, part in itertools.groupby(rounds, key=lambda side: together[side[0].cell.id]):
         yield cells, list(part)
 

@@ -34,7 +34,7 @@ from pydantic import (
 from zbench.engines import synthetic
 from zbench.errors import UserError
 from zbench.models import families
-from zbench.records import CellRecord
+from zbench.records import PEERS, CellRecord
 
 # --- The YAML, as models. The descriptions are the user's reference: `zbench schema` publishes them. ---
 
@@ -546,6 +546,39 @@ class EndpointSpec(EngineSpec):
         return self
 
 
+class LlamaCppSpec(EngineSpec):
+    """llama.cpp in this process, on the same weights written as a GGUF (needs llama-cpp-python)."""
+
+    name: Literal["llama_cpp"] = Field(description="Which engine decodes.")
+    context: Count = Field(4096, description="Tokens that its cache holds, prompt and output together.")
+    flash_attention: bool = Field(True, description="Fused attention, as llama.cpp's own programs run where they can.")
+
+
+class VllmSpec(EngineSpec):
+    """vLLM in this process, without a server (needs vllm)."""
+
+    name: Literal["vllm"] = Field(description="Which engine decodes.")
+    context: Count = Field(4096, description="Tokens of the longest sequence, prompt and output together.")
+    settings: dict[str, Any] = Field(
+        {},
+        description="More arguments of vLLM's EngineArgs.",
+        examples=[{"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}}],
+    )
+
+
+class DFlashReferenceSpec(EngineSpec):
+    """DFlash as its authors publish it, on the transformers model (needs the package dflash)."""
+
+    name: Literal["dflash_reference"] = Field(description="Which engine decodes.")
+    drafter: _Drafter = Field(
+        description="Where the drafter comes from: {zoo: NAME}, {path: FOLDER}, {hub: ORG/NAME} or {random: true}.",
+        examples=[{"hub": "z-lab/Qwen3-8B-DFlash-b16"}],
+    )
+    block: Annotated[int, Field(ge=2, le=64)] | None = Field(
+        None, description="Tokens per block, the anchor included: block - 1 are drafted. null takes the checkpoint's."
+    )
+
+
 ENGINES: dict[str, type[EngineSpec]] = {
     "autoregressive": AutoregressiveSpec,
     "eagle3": Eagle3Spec,
@@ -554,6 +587,9 @@ ENGINES: dict[str, type[EngineSpec]] = {
     "forward": ForwardSpec,
     "reference": ReferenceSpec,
     "endpoint": EndpointSpec,
+    "llama_cpp": LlamaCppSpec,
+    "vllm": VllmSpec,
+    "dflash_reference": DFlashReferenceSpec,
 }
 
 
@@ -954,9 +990,16 @@ class Scenario(_Strict):
 
     @model_validator(mode="after")
     def _can_be_spread(self) -> Scenario:
+        for engine in self.engines if self.parallel.ranks > 1 else ():
+            if engine.name in ("endpoint", "vllm"):
+                raise ValueError(
+                    f"{engine.name} is spread by options of its own; leave it out where parallel is above 1"
+                )
         for engine in self.engines if self.parallel.tensor > 1 else ():
-            if engine.name == "reference":
-                raise ValueError("reference decodes on one rank only; leave it out where parallel.tensor is above 1")
+            if engine.name in PEERS:
+                raise ValueError(
+                    f"{engine.name} decodes on one rank only; leave it out where parallel.tensor is above 1"
+                )
             if engine.options.get("execution") == "native":
                 raise ValueError("execution: native runs on one rank only; not where parallel.tensor is above 1")
         return self

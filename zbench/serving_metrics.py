@@ -19,6 +19,7 @@ from zbench.stats import Estimate
 
 PERCENTILES = (50, 90, 99)
 CLIENT_BOUND = 0.5  # share of one processor from which the client may be what limits
+HEADROOM = 20  # times the measured rate that a client should be able to read, to be above suspicion
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,9 @@ def client_share(cell: Cell) -> Estimate:
     estimate = stats.ratio(spent, [trial.wall_seconds for trial, _ in servers], [trial.group for trial, _ in servers])
     if isinstance(estimate.value, float) and estimate.value > CLIENT_BOUND:
         return replace(estimate, note="the client may be what limits: send fewer requests at once", status="error")
+    if isinstance(estimate.value, float) and estimate.value > 1 / HEADROOM:
+        note = f"the client could keep up with {1 / estimate.value:.0f} times this rate, not {HEADROOM} times"
+        return replace(estimate, note="; ".join(filter(None, (note, estimate.note))))
     return estimate
 
 

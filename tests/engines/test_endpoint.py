@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def test_a_server_stands_beside_an_engine_in_one_run(tmp_path: Path) -> None:
     assert "prefix of its own" in value(cell, "agreement").note
     assert value(cell, "speedup").value > 0
     assert value(measured(outcome, "autoregressive"), "client_share").note == "unavailable: not a server"
+    for share, said in ((0.01, ""), (0.1, "keep up with 10 times this rate"), (0.6, "may be what limits")):
+        trials = [replace(t, server=replace(t.server, client_cpu_seconds=share * t.wall_seconds)) for t in cell.trials]  # type: ignore[type-var]
+        note = value(replace(cell, trials=tuple(trials)), "client_share").note
+        assert said in note and ("client" in note) == bool(said)
     assert (outcome.folder / f"server-{Path(sys.executable).name}-1.log").read_text().strip() == "listening"
 
 

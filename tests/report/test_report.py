@@ -145,6 +145,20 @@ def test_drafting_engines_have_a_section_of_their_own_and_others_have_none(full:
     assert "Speculation</h3>" not in render(write_run(tmp_path, prompts=2, repeats=1, tokens=8)).read_text()
 
 
+def test_peers_have_a_table_on_the_page_and_as_markdown(full: Path, tmp_path: Path) -> None:
+    assert "Against peers</h3>" in (full / "report.html").read_text()
+    lines = (full / "peers.md").read_text().splitlines()
+    head = next(line for line in lines if line.startswith("| Engine"))
+    assert head.split(" | ")[1:4] == ["Version", "Tokens/s", "autoregressive is so many times as fast"]
+    peer = next(line for line in lines if line.startswith("| transformers generate")).split(" | ")
+    assert 2.3 < float(peer[3].partition("×")[0]) < 2.9, "it was made 2.6 times as slow"
+    assert peer[1] == "not recorded" and peer[6].partition(" ")[0] == "25", "the token in the middle of 48 was swapped"
+    assert any(line.startswith("- Processor: ") for line in lines)
+    assert {line.count("|") for line in lines if line.startswith("|")} == {head.count("|")}
+    alone = write_run(tmp_path, engines=("autoregressive", "chain drafter"), prompts=2, repeats=1, tokens=8)
+    assert "Against peers" not in render(alone).read_text() and not (alone / "peers.md").exists()
+
+
 def test_a_run_in_which_everything_failed_still_makes_a_report(tmp_path: Path) -> None:
     html = render(write_run(tmp_path, failing=DEFAULT_ENGINES)).read_text()
     assert "Nothing was measured: all 48 trials failed." in html

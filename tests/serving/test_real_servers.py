@@ -14,11 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from rich.console import Console
 
 from zbench import metrics, run, scenario
 from zbench.hardware import environment, roofs
-from zbench.models import zoo
+from zbench.models import loading, zoo
+from zbench.models.gguf import gguf_file
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,6 +28,7 @@ pytestmark = [
 ]
 QUIET = Console(quiet=True)
 NEEDED = ("fastapi", "uvicorn", "openai", "accelerate")
+LLAMA_NEEDS = ("fastapi", "uvicorn", "pydantic_settings", "sse_starlette", "starlette_context")
 PROMPTS, TOKENS = 3, 12
 
 
@@ -35,7 +38,7 @@ def _only_tokens_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "differences", lambda *_: [])
 
 
-def wanted(tmp_path: Path, command: list[str], dtype: str, send: str) -> scenario.Scenario:
+def wanted(tmp_path: Path, command: list[str], dtype: str, send: str, more: str = "") -> scenario.Scenario:
     words = ", ".join(f"'{word}'" for word in command)
     path = tmp_path / "scenario.yaml"
     path.write_text(
@@ -46,7 +49,7 @@ dtype: {dtype}
 device: cpu
 engines:
   - autoregressive
-  - {{name: endpoint, label: S, send: {send}, server: {{command: [{words}], startup: 600}}}}
+  - {{name: endpoint, label: S, send: {send}, server: {{command: [{words}], startup: 600}}{more}}}
 prompts: {{set: quickstart, limit: {PROMPTS}}}
 output_tokens: {TOKENS}
 repeats: 1
@@ -111,34 +114,39 @@ def test_transformers_serve_says_what_we_say_dies_and_is_resumed(
             assert times[0] == request.ttft_seconds and times[-1] == request.end_seconds <= trial.wall_seconds
 
 
-def llama_server() -> list[str]:
-    """LLAMA_SERVER: the command without model and port; LLAMA_GGUF: the default model in bfloat16."""
-    gguf = os.environ.get("LLAMA_GGUF")
-    if not gguf:
-        pytest.skip("LLAMA_GGUF names no model for llama.cpp's server")
-    if given := os.environ.get("LLAMA_SERVER"):
-        command = shlex.split(given)
-    elif found := shutil.which("llama-server"):
-        command = [found]
-    elif importlib.util.find_spec("llama_cpp"):
-        command = [sys.executable, "-m", "llama_cpp.server"]
-    else:
-        pytest.skip("neither llama-server nor llama-cpp-python is installed")
-    return [*command, "--model", gguf, "--port", "{port}"]
+def llama_server(dtype: str) -> list[str]:
+    """llama.cpp's own server where LLAMA_SERVER names one or it is on the path, else that of llama-cpp-python."""
+    weights = ["--model", str(gguf_file(loading.load("smollm2-135m", dtype), getattr(torch, dtype)))]
+    if found := os.environ.get("LLAMA_SERVER") or shutil.which("llama-server"):
+        kind = {"float32": "f32", "bfloat16": "f16"}[dtype]
+        return [*shlex.split(found), *weights, "--port", "{port}", "--cache-type-k", kind, "--cache-type-v", kind]
+    if missing := [name for name in ("llama_cpp", *LLAMA_NEEDS) if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"no llama-server, and llama-cpp-python's server needs {', '.join(missing)}")
+    kind = {"float32": "0", "bfloat16": "1"}[dtype]  # ggml's numbers of float32 and float16
+    command = [sys.executable, "-m", "llama_cpp.server", *weights, "--port", "{port}"]
+    return [*command, "--type_k", kind, "--type_v", kind, "--n_ctx", "512", "--n_threads", str(torch.get_num_threads())]
 
 
-def takes_ids(command: list[str]) -> bool:
-    return "llama_cpp.server" not in command
-
-
-def test_llama_cpps_server_says_what_the_target_picks_within_rounding(tmp_path: Path) -> None:
-    command = llama_server()
-    asked = wanted(tmp_path, command, "bfloat16", "tokens" if takes_ids(command) else "text")
+def test_llama_cpps_server_says_what_we_say(tmp_path: Path) -> None:
+    command = llama_server("float32")
+    ids = "llama_cpp.server" not in command
+    # The prompts are all different: there is no cache to measure, and outputs are to be compared.
+    asked = wanted(tmp_path, command, "float32", "tokens" if ids else "text", ", prefix_cache: keep")
     outcome = run.run(asked, tmp_path / "runs", QUIET)
-    assert outcome.failed == 0
+    assert (outcome.failed, outcome.finished) == (0, 2 * PROMPTS)
+    assert outputs(outcome.folder, "S") == outputs(outcome.folder, "autoregressive")
     cell = next(cell for cell in metrics.load_run(outcome.folder).cells if cell.record.label == "S")
-    requests = [request for trial in cell.trials for request in trial.requests]
-    assert all(request.tokens in (TOKENS, len(request.output_ids)) for request in requests)
-    assert all(r.served and r.served.prompt_tokens in (None, r.prompt_tokens) for r in requests)
-    checked = [request.check for request in requests if request.check]
-    assert checked and all(check.verdict != "different" for check in checked)
+
+    def value(name: str, part: str = "") -> Any:
+        return metrics.evaluate(metrics.METRICS[name], cell)[part].value
+
+    assert value("lossless") == value("agreement", "prompts") == 1
+    assert value("token_count_difference", "output") in (0, None), "llama-cpp-python does not count when it streams"
+    assert 0.5 < value("tokens_per_chunk") <= 2
+    assert 0 < value("served_ttft", "p50") < value("request_latency", "p50")
+    assert value("server_acceptance_length") is None
+    for trial in cell.trials:
+        assert trial.server and trial.server.kind == ("llama.cpp" if ids else "llama-cpp-python")
+        for request in trial.requests:
+            times = request.served.chunk_seconds  # type: ignore[union-attr]
+            assert list(times) == sorted(times) and times[-1] == request.end_seconds <= trial.wall_seconds

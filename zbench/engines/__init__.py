@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +188,40 @@ def _endpoint(options: dict[str, Any], shared: Shared) -> Engine:
     return Endpoint(options, shared)
 
 
+def _llama_cpp(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines.llama_cpp import LlamaCpp
+
+    return LlamaCpp(options, shared)
+
+
+def _vllm(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines.vllm_offline import VllmOffline
+
+    return VllmOffline(options, shared)
+
+
+def _dflash_reference(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines.dflash_reference import DFlashReference
+
+    chosen = options["drafter"]
+    folder = None if chosen.get("random") else _drafter_folder(chosen, "dflash")
+    return DFlashReference(options, shared, folder)
+
+
+# What an engine imports that zbench does not ask for, and the line that installs it.
+_PACKAGES = {
+    "llama_cpp": ("llama_cpp", "pip install llama-cpp-python"),
+    "vllm": ("vllm", "pip install vllm"),
+    "dflash_reference": ("dflash", "pip install --no-deps dflash"),
+}
+
+
+def missing(name: str) -> str:
+    """What must be installed for this engine to run; "" where nothing must."""
+    package, install = _PACKAGES.get(name, ("", ""))
+    return f"{package} is not installed: {install}" if package and find_spec(package) is None else ""
+
+
 def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
     """What can be said of an engine's options once the model's shape is known. Raises UserError before anything is
     loaded or measured."""
@@ -243,9 +278,19 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
     "forward": _forward,
     "reference": _reference,
     "endpoint": _endpoint,
+    "llama_cpp": _llama_cpp,
+    "vllm": _vllm,
+    "dflash_reference": _dflash_reference,
 }
 
 
 def create(name: str, options: dict[str, Any], shared: Shared) -> Engine:
-    """The engine `name` with its validated options. The scenario layer refuses unknown names."""
+    """The engine `name` with its validated options. The scenario layer refuses unknown names.
+
+    Raises UserError where a package is missing that it needs.
+    """
+    if why := missing(name):
+        from zbench.errors import UserError
+
+        raise UserError(f"{name}: {why}")
     return _BUILDERS[name](options, shared)

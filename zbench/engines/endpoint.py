@@ -26,6 +26,7 @@ SETTLE_SECONDS = 1.0  # how long a server's counters may lag behind its answers
 _FINISH: dict[str, Finish] = {"length": "length", "stop": "eos"}
 _RESETS = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
 _OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "tensorrt_llm": "tensorrt_llm"}
+_OWN_PATHS = {"/load_model": "transformers", "/extras/tokenize": "llama-cpp-python"}
 _PREFIXES = {"vllm:": "vllm", "sglang:": "sglang", "llamacpp:": "llama.cpp", "trtllm_": "tensorrt_llm"}
 
 
@@ -215,13 +216,13 @@ class Endpoint:
             metrics = self.client.get("/metrics")
             text = metrics.text if metrics is not None and metrics.is_success else ""
             kind = next((kind for prefix, kind in _PREFIXES.items() if f"\n{prefix}" in f"\n{text}"), "")
-        kind = kind or ("transformers" if self._offers("/load_model") else "unknown")
+        kind = kind or next((known for path, known in _OWN_PATHS.items() if self._offers(path)), "unknown")
         version = self.client.get("/version") if kind in ("vllm", "tensorrt_llm") else None
         number = version.json().get("version") if version is not None and version.is_success else None
         return kind, str(number or ""), str(name)
 
     def _offers(self, path: str) -> bool:
-        """Whether the server says that it has this path, as transformers serve does of /load_model."""
+        """Whether the server says that it has this path."""
         described = self.client.get("/openapi.json")
         try:
             return described is not None and path in described.json().get("paths", {})

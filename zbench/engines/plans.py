@@ -55,7 +55,7 @@ def plan(engine: str, options: Mapping[str, Any], target: AnyConfig, batch: int 
     Raises UserError for settings that the engine refuses, or an unknown shape.
     """
     if engine not in _PLANS:
-        raise UserError(f"{engine}: what a server feeds its model is not known, so it cannot be projected")
+        raise UserError(f"{engine}: what it feeds its model is not known, so it cannot be projected")
     return _PLANS[engine](options, target, batch)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from zbench.engines import Shared
@@ -26,7 +27,10 @@ class Reference:
         self.config, self.dtype = shared.model.config, shared.dtype
         self.lookup = {"prompt_lookup_num_tokens": lookup_tokens} if assisted == "prompt_lookup" else {}
         attention = getattr(self.model.config, "_attn_implementation", "unknown")
-        self.kernels = {"forward": f"transformers ({attention} attention)"}
+        self.kernels = {
+            "forward": f"transformers ({attention} attention)",
+            "version": f"transformers {transformers.__version__}",
+        }
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         if self.lookup and len(prompts) > 1:

@@ -12,6 +12,7 @@ POINTS_DRAWN = 6  # points of the matrix that get figures of their own; a page o
 
 def render(run_folder: Path) -> Path:
     """Write `report.html`, `metrics.csv`, `metrics.json` and `figures/` into the run folder; return the HTML's path.
+    Where decoders of others were measured too, `peers.md` has their table.
 
     The folder of a projection gets `projection.html` and its figures instead. The HTML is self-contained. Rendering
     twice gives identical bytes. Raises UserError when the folder is neither, or cannot be written.
@@ -22,7 +23,7 @@ def render(run_folder: Path) -> Path:
         return projection.render(Path(run_folder))
     from zbench.cache import atomic_write
     from zbench.metrics import load_run
-    from zbench.report import export, figures, html, scaling, sweeps, telemetry
+    from zbench.report import export, figures, html, peers, scaling, sweeps, telemetry
     from zbench.report.findings import Results
 
     results = Results.of(load_run(Path(run_folder)))
@@ -35,6 +36,8 @@ def render(run_folder: Path) -> Path:
         "metrics.json": export.to_json(results),
         "report.html": html.page(results, overviews, drawn, across),
     }
+    if table := peers.to_markdown(results):
+        files["peers.md"] = table
     further = [figure for part in (*drawn, *(each.figures for each in across)) for figure in part]
     for figure in [*overviews, *further]:
         files |= {f"figures/{name}": content for name, content in figure.files().items()}

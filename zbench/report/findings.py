@@ -270,6 +270,8 @@ def _nothing(run: Run) -> str:
 
 def _trouble(cell: Cell, results: Results) -> str:
     failed, total = len(cell.failed), len(cell.failed) + len(cell.trials)
+    if not total and cell.record.absent:
+        return f"{name(cell)} was not measured: {cell.record.absent}."
     if not total:
         return f"{name(cell)} was planned but not run: the run is incomplete."
     if not failed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, caveats, definitions_hash
+from zbench.records import PEERS
 from zbench.report import readings, telemetry
 from zbench.report.figures import Drawn
 from zbench.report.findings import Point, Results, interval, main_kind, quantity, speculation, warnings
@@ -74,6 +75,14 @@ SERVER_COLUMNS = (
     ("Client’s share", "client_share", ""),
     ("Acceptance length", "server_acceptance_length", ""),
     ("Output tokens off by", "token_count_difference", "output"),
+)
+FIRST_OTHER = "First other token"
+PEER_COLUMNS = (
+    ("Tokens/s", "decode_tps", ""),
+    ("First token", "ttft", ""),
+    ("Same outputs", "agreement", "prompts"),
+    (FIRST_OTHER, "first_difference", ""),
+    ("Target’s own tokens", "lossless", ""),
 )
 PROPOSALS_COLUMNS = (
     ("Rows", "rows_per_forward", "draft+verify"),
@@ -162,7 +171,7 @@ def page(
     template = templates().get_template("report.html")
     return template.render(
         manifest=manifest,
-        facts=_facts(results),
+        facts=facts(results),
         answers=readings.answers(results),
         warnings=warnings(results),
         overviews=[image(figure) for figure in overviews],
@@ -180,6 +189,7 @@ def page(
                 "speculation_table": _speculation_table(results, point),
                 "proposals": _proposals_table(results, point),
                 "diffusion_table": _diffusion_table(results, point),
+                "peers": peers_table(results, point),
                 "server_table": _server_table(results, point),
                 "speculation": [sentence for cell in point.cells if (sentence := speculation(cell, results))],
                 "speculation_figures": [image(figure) for figure in mine if figure.section == "speculation"],
@@ -212,7 +222,7 @@ def templates() -> Environment:
     )
 
 
-def _facts(results: Results) -> list[tuple[str, str]]:
+def facts(results: Results) -> list[tuple[str, str]]:
     """What was measured, and on what, in a handful of short lines."""
     manifest, cells = results.run.manifest, results.run.manifest.cells
     facts = [
@@ -314,6 +324,43 @@ def _server_table(results: Results, point: Point) -> Table | None:
     return _by_engine(results, cells, SERVER_COLUMNS) if cells else None
 
 
+def peers_table(results: Results, point: Point) -> Table | None:
+    """The baseline and below it every decoder that is not zbench's own; None where there is none."""
+    peers = [cell for cell in point.cells if cell.record.engine in PEERS and not cell.record.baseline]
+    own = next((cell for cell in point.cells if cell.record.baseline), None)
+    if not peers or own is None:
+        return None
+    heading, notes, rows = f"{own.record.label} is so many times as fast", Notes(), []
+    for cell in (own, *peers):
+        entries = []
+        if cell.trials:
+            kernels = cell.trials[0].kernels or {}
+            rows_of = [(name, results.row(cell, metric, part)) for name, metric, part in PEER_COLUMNS]
+            entries = [_entry(name, _place(row) if name == FIRST_OTHER else row, notes) for name, row in rows_of]
+            entries.insert(1, _entry(heading, _inverse(results.row(cell, "speedup")), notes))
+            version = f"zbench {results.run.manifest.zbench_version}" if cell is own else "not recorded"
+            entries.insert(0, Entry("Version", kernels.get("version") or kernels.get("server") or version))
+            entries.append(
+                Entry("Timed", kernels.get("times", "every chunk" if cell.trials[0].server else "every step"))
+            )
+        rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
+    headings = [name for name, *_ in PEER_COLUMNS]
+    return Table(["Version", headings[0], heading, *headings[1:], "Timed"], rows, notes.listed())
+
+
+def _place(row: MetricRow) -> MetricRow:
+    """A position as the whole number that it is."""
+    return replace(row, value=f"{row.value:.0f}") if isinstance(row.value, float) else row
+
+
+def _inverse(row: MetricRow) -> MetricRow:
+    """How many times as fast the baseline is, from how many times as fast this is."""
+    if not isinstance(row.value, float):
+        return row
+    low, high = (1 / bound if bound else None for bound in (row.high, row.low))
+    return replace(row, value=1 / row.value, low=low, high=high)
+
+
 def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[str, str, str]]) -> Table:
     """One row per engine; `columns` as in ENGINE_COLUMNS."""
     notes = Notes()
@@ -390,7 +437,7 @@ def shown(heading: str, row: MetricRow, notes: Notes) -> Entry:
 
 def _failure(results: Results, cell: Cell) -> str:
     if not cell.trials and not cell.failed:
-        return "no trial was run"
+        return cell.record.absent or "no trial was run"
     if not cell.failed:
         return ""
     note = results.row(cell, "failed_trials").note

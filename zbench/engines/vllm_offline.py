@@ -1,0 +1,81 @@
+"""vLLM in this process: its engine is stepped, and each step's new tokens are counted as they come out.
+
+Written against vLLM 0.33's `EngineArgs`, `LLMEngine` and `SamplingParams`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zbench.engines import Shared
+from zbench.engines.base import Finish, Generated, Meter, Request, commit
+from zbench.errors import UserError
+
+
+class VllmOffline:
+    exact = False
+
+    def __init__(self, options: Mapping[str, Any], shared: Shared) -> None:
+        import vllm
+
+        if shared.model.path is None:
+            raise UserError("vllm: it loads a model from a folder, so give the scenario a model with files")
+        arguments = {
+            "model": str(shared.model.path),
+            "dtype": str(shared.dtype).removeprefix("torch."),
+            "max_model_len": min(options["context"], shared.model.config.max_positions),
+            "enable_prefix_caching": False,  # repeats would measure the cache
+            "disable_log_stats": True,
+            **options["settings"],
+        }
+        self.engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+        self.sent = 0
+        self.kernels = {"version": f"vllm {vllm.__version__}", "forward": "vLLM, offline", "times": "every step"}
+
+    def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
+        """Step 0 lasts until every sequence has its first token: long prompts may take vLLM several iterations."""
+        outputs: list[list[int]] = [[] for _ in prompts]
+        active, finish = [True] * len(prompts), list[Finish](["length"] * len(prompts))
+        with meter.step():
+            for row, ids in enumerate(prompts):
+                self._send(row, ids, request)
+            gained = self._step(outputs)
+            while not all(gained):
+                for mine, more in zip(gained, self._step(outputs), strict=True):
+                    mine += more
+            meter.gained(commit(gained, outputs, active, request, finish))
+        while any(active):
+            with meter.step():
+                gained = self._step(outputs)
+                while not any(gained):
+                    gained = self._step(outputs)
+                meter.gained(commit(gained, outputs, active, request, finish))
+        return Generated(outputs, finish)
+
+    def _send(self, row: int, ids: Sequence[int], request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=request.limit,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
+            top_k=request.sampling.top_k or 0,
+            seed=request.seeds[row] & 0x7FFFFFFF,
+            ignore_eos=not request.eos_ids,
+            stop_token_ids=sorted(request.eos_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self.sent += 1
+        self.engine.add_request(f"{row}-{self.sent}", {"prompt_token_ids": list(ids)}, params)
+
+    def _step(self, outputs: Sequence[object]) -> list[list[int]]:
+        """What each sequence gained in one iteration. Raises RuntimeError where vLLM ended one too early."""
+        if not self.engine.has_unfinished_requests():
+            raise RuntimeError("vLLM has finished, but some outputs are short of what was asked for")
+        gained: list[list[int]] = [[] for _ in outputs]
+        for answer in self.engine.step():
+            gained[int(answer.request_id.partition("-")[0])] += answer.outputs[0].token_ids
+        return gained
