@@ -534,22 +534,30 @@ def history_show(metrics: tuple[str, ...], file: Path, cell: str, last: int, as_
 
 
 @main.command()
-@click.argument("scenario", type=click.Path(path_type=Path))
+@click.argument("files", metavar="SCENARIO...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
-def validate(scenario: Path, overrides: tuple[str, ...]) -> None:
-    """Check a scenario file and list its cells.
+def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+    """Check scenario files; of one, also list its cells. All are checked before the command fails.
 
     \b
-    Example:
+    Examples:
       zbench validate scenarios/quickstart.yaml -o batch=4
+      zbench validate scenarios/*.yaml
     """
     from zbench import scenario as scenarios
 
-    wanted = scenarios.load(scenario, overrides)
-    cells = scenarios.cells(wanted)
-    click.echo(f"{scenario}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
-    for cell in cells:
-        click.echo(f"  {cell.id}")
+    wrong = []
+    for file in files:
+        try:
+            cells = scenarios.cells(scenarios.load(file, overrides))
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        click.echo(f"{file}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
+        for cell in cells if len(files) == 1 else ():
+            click.echo(f"  {cell.id}")
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 @main.command()
