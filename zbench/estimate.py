@@ -26,7 +26,7 @@ ASSUMED = "H100 SXM"  # the device of an estimate where nothing else is known
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One cell. None is unknown: the model's shape is not on this machine yet, or what the engine feeds is not known."""
+    """One cell. None: the model's shape is not on this machine yet, or what the engine feeds is not known."""
 
     cell: str
     trials: int
