@@ -200,7 +200,7 @@ def test_launches_are_those_that_torch_dispatches_and_a_graph_has_few() -> None:
     assert 0.8 < found / dispatched.count < 1.3
     assert 60 < found < 200
     if cpu.available():
-        assert launched(runtime("smollm", "native")) <= 8  # one call, and the indices of the rows that want logits
+        assert launched(runtime("smollm", "native")) <= 12  # one call, and the indices of the rows that want logits
 
 
 @pytest.mark.slow

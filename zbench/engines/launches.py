@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from zbench.engines.base import Engine, Launches, Meter, Request
 from zbench.hardware.device import Device
@@ -33,6 +33,7 @@ _FREE = frozenset(
         "empty_strided", "empty_like", "new_empty", "resize_", "expand", "expand_as", "to", "result_type", "transpose",
         "permute", "slice", "select", "unsqueeze", "squeeze", "unbind", "split", "chunk", "contiguous", "item",
         "_local_scalar_dense", "is_nonzero", "narrow", "t", "unflatten", "flatten",
+        "resolve_conj", "resolve_neg",
     )
 )  # fmt: skip
 
@@ -59,15 +60,15 @@ class _Counting(Meter):
         key = (name, role, rows.ids.shape[1])
         if key in self.found:
             return super().forward(model, role, rows, *arguments, name=name, **options)
-        with profile(activities=[ProfilerActivity.CPU]) as seen, cpu.recording() as native:
+        with profile(use_kineto=False) as seen, cpu.recording() as native:
             out = super().forward(model, role, rows, *arguments, name=name, **options)
-        self.found[key] = len(native) + sum(map(_starts, seen.events()))
+        self.found[key] = len(native) + sum(map(_starts, seen.function_events or ()))
         return out
 
 
 def _starts(event: Any) -> bool:
     """Whether a span of the profiler is something that the host started by itself."""
     if event.name.startswith("aten::"):
-        within = any(child.name.startswith("aten::") for child in event.cpu_children)
-        return not within and event.name not in _FREE
+        calls = any(child.name.startswith("aten::") and child.name not in _FREE for child in event.cpu_children)
+        return not calls and event.name not in _FREE
     return event.name == GRAPH or event.name.startswith(("Torch-Compiled Region", "triton_"))

@@ -170,7 +170,7 @@ class Gpm:
                 self.measured = self._none(f"the steps took {seconds * 1e3:.0f} ms, GPM needs 100: more --steps")
                 return
             nvml.nvmlGpmSampleGet(self._gpu, samples[1])
-            self.measured = self._between(*samples, seconds)
+            self.measured = self._between(samples[0], samples[1], seconds)
         except nvml.NVMLError as error:
             self.measured = self._none(str(error))
         finally:
