@@ -177,6 +177,7 @@ class Graphs:
             arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, batch, weakref.ref(memory))
         cache = copy(arena.memory)
         cache.truncate([0] * batch)
+        cache.pending = None
         arena.user = weakref.ref(cache)
         return cache
 
