@@ -104,8 +104,8 @@ def test_autoregressive_against_llama_cpp(benchmark: Any, shared: Shared, prompt
 
 
 def test_native_forward_against_torch_forward(benchmark: Any, shared: Shared) -> None:
-    sides = {name: _forward(shared, name, 1) for name in ("auto", "torch")}
-    report(benchmark, "forward of 1 row, native against torch", alternate(sides, ROUNDS), "auto", "torch")
+    sides = {name: _forward(shared, name, 1) for name in ("auto", "eager")}
+    report(benchmark, "forward of 1 row, native against eager torch", alternate(sides, ROUNDS), "auto", "eager")
     benchmark.pedantic(sides["auto"], rounds=20)
 
 

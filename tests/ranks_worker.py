@@ -31,7 +31,7 @@ def logits(family: str, kv_heads: int, team: Team) -> torch.Tensor:
     hf = tiny.widened(model_type(config_type(**shape, attn_implementation="eager")))
     config = families.from_hf(hf.config.to_dict())
     loaded = LoadedModel("tiny", None, config, hf.state_dict(), "", None, "")
-    model = build(loaded, torch.float32, torch.device("cpu"), "torch", team)
+    model = build(loaded, torch.float32, torch.device("cpu"), "eager", team)
     adapter = None
     if family != "zaya":
         adapter = MaskAdapter(random_adapter(config, rank=4), config, model.dtype, model.device, team.shard)

@@ -211,7 +211,34 @@ def test_a_scenario_about_another_device_can_be_checked_and_estimated(yaml: Path
     result = zbench("run", yaml, "--dry-run", "--json", "-o", "device=cuda:7")
     assert result.exit_code == 0, result.output
     cells = json.loads(result.stdout)
-    assert all(cell["memory_bytes"] > 0 and cell["seconds"] is None for cell in cells)
+    assert all(cell["memory_bytes"] > 0 and cell["seconds"] > 0 and cell["fits"] for cell in cells)
+    assert all(cell["device"].startswith("MI300X") for cell in cells)
+
+
+@pytest.mark.parametrize("name", ["block_scaling_1b", "block_scaling_8b", "block_scaling_zaya1_8b"])
+def test_large_shapes_are_estimated_without_a_gpu_and_the_device_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path))  # no roofs are measured here
+    path = Path(__file__).parent.parent / "scenarios" / f"{name}.yaml"
+    cells = json.loads(zbench("run", path, "--dry-run", "--json", "-o", "device=cpu").stdout)
+    by_name = {cell["cell"]: cell for cell in cells}
+    assert all(cell["memory_bytes"] > 1e9 and cell["seconds"] > 0 for cell in cells)
+    assert {cell["device"].split()[0] for cell in cells} == {"H100"}
+    alone, rows = by_name["autoregressive/batch=1,context=1024"], by_name["forward/batch=1,context=1024"]
+    assert rows["seconds"] > 15 * 0.9 * alone["seconds"]
+    shown = zbench("run", path, "--dry-run", "-o", "device=cuda:7").stdout
+    assert "H100 SXM (spec sheet), assumed" in shown
+    small = zbench("run", path, "--dry-run", "-o", "hardware=H100 SXM", "-o", "matrix.batch=[64]").stdout
+    assert ("do not fit" in small) == (name != "block_scaling_1b")
+
+
+def test_all_scenario_files_are_checked_before_one_fails(yaml: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("name: [\n")
+    result = zbench("validate", other, yaml)
+    refused(result, "other.yaml")
+    assert f"{yaml}: valid, 2 cells" in result.stdout
 
 
 def test_project_takes_any_scenario_to_any_known_device(yaml: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from tests.test_run import SHAPE
 from zbench import profiling, scenario
 from zbench.cli import main
 from zbench.errors import UserError
+from zbench.hardware import counters as hardware
 from zbench.hardware import roofs
 from zbench.hardware.device import Device
 from zbench.kernels import cpu
 from zbench.models.cost import forward_cost
+from zbench.records import ForwardRecord
 
 ENGINES = """
 engines:
   - {name: autoregressive, label: ours}
-  - {name: autoregressive, label: on torch, execution: torch}
+  - {name: autoregressive, label: on torch, execution: eager}
   - {name: eagle3, drafter: {random: true}, depth: 2}
   - {name: diffusion, block_size: 4, synthetic: {length: 2}}
   - reference
@@ -147,9 +150,33 @@ def test_the_command_leaves_no_folder_where_nothing_came_of_it(tmp_path: Path) -
     assert done.exit_code == 2 and not list(out.iterdir())
 
 
+def test_what_the_hardware_counted_stands_beside_the_other_counts_and_is_flagged() -> None:
+    count = profiling.Count("bytes", "B/step", 100.0, 101.0, None, {"measured": "none"})
+    forward = ForwardRecord(1, "target", "decode", 1, 1, 5.0, 7.0, 180.0, 20.0, 0.1, 1)
+    # Its own steps moved 200 bytes each by the analytic count, where those that were counted moved 100.
+    found = hardware.Measured("ncu", 2 * 230.0, None, {"flops": "no counter"})
+    beside = profiling._with_measured(count, found, 2, [forward, forward])
+    assert beside.measured == 115.0 and beside.flagged and beside.why_not == {}
+    flops = profiling._with_measured(replace(count, what="FLOPs"), found, 2, [forward, forward])
+    assert flops.measured is None and flops.why_not == {"measured": "ncu: no counter"} and not flops.flagged
+
+
 def test_hardware_counters_are_named_with_why_they_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling.shutil, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: None)
     for device in (Device("cpu", "cpu", None, "x"), Device("cuda", "rocm", 0, "x"), Device("cuda", "cuda", 0, "x")):
-        for counter in profiling.counters(device):
+        for counter in profiling.counters(device, profiling._gpm(device)):
             assert counter["status"].startswith(("unavailable: ", "here, but not read"))
+    given = hardware.Measured("rocprofv3", 1.0, 1.0, {}, kernels=7)
+    named = profiling.counters(Device("cuda", "rocm", 0, "x"), "none", given)
+    assert named[0] == {"name": "rocprofv3 (FETCH_SIZE, WRITE_SIZE)", "status": "read: 7 kernels"}
+
+
+def test_counter_files_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(SCENARIO)
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    done = CliRunner().invoke(
+        main,
+        ["profile", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--counters", str(tmp_path / "x.csv")],
+    )
+    assert done.exit_code == 2 and "neither CSV of ncu" in done.output

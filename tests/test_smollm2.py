@@ -34,7 +34,7 @@ def real() -> Any:
     return SimpleNamespace(shared=Shared(model, torch.float32, CPU), ids=ids)
 
 
-@pytest.mark.parametrize("execution", ["torch", "native"])
+@pytest.mark.parametrize("execution", ["eager", "native"])
 def test_logits_equal_transformers_to_a_ten_thousandth(real: Any, execution: str) -> None:
     if execution == "native" and not cpu.available():
         pytest.skip(f"native CPU kernels: {cpu.unavailable_reason()}")

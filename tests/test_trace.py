@@ -72,3 +72,16 @@ def test_what_no_rule_knows_is_unknown_and_not_zero() -> None:
     assert found.flops is None and found.bytes is None
     both = trace.gathered([found, trace.Operator("aten::index", "torch", 1, 2.0, 5.0, 5.0)])
     assert both == [trace.Operator("aten::index", "torch", 2, found.seconds + 2.0, None, None)]
+
+
+def test_launches_are_calls_that_start_something_on_the_device() -> None:
+    def call(name: str, ts: float, category: str = "cuda_runtime") -> dict[str, object]:
+        return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": 1.0}
+
+    span = {"ph": "X", "cat": "user_annotation", "name": "step", "ts": 10, "dur": 10}
+    started = [call("cudaLaunchKernel", 11), call("cuLaunchKernelEx", 12, "cuda_driver"), call("cudaGraphLaunch", 13)]
+    started += [call("hipExtModuleLaunchKernel", 14), call("hipMemcpyWithStream", 15), call("cudaMemsetAsync", 16)]
+    others = [call("cudaDeviceSynchronize", 17), call("cudaLaunchKernel", 30), call("LaunchKernel", 11, "cpu_op")]
+    events = {"traceEvents": [span, *started, *others]}
+    assert trace.launches(events, within="step") == len(started)
+    assert trace.launches(events) == len(started) + 1

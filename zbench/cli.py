@@ -228,16 +228,29 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
 )
+@click.option(
+    "--counters",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="CSV of ncu or rocprofv3 over the same profile (docs/profiling.md). Repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print profile.json on stdout instead of the table.")
 def profile(
-    scenario: Path, overrides: tuple[str, ...], engine: str | None, steps: int, out: Path, as_json: bool
+    scenario: Path,
+    overrides: tuple[str, ...],
+    engine: str | None,
+    steps: int,
+    out: Path,
+    files: tuple[Path, ...],
+    as_json: bool,
 ) -> None:
     """Where a decode step goes: time per operator with FLOPs, bytes and share of the roof, and a Chrome trace.
 
     \b
     Examples:
       zbench profile scenarios/quickstart.yaml
-      zbench profile scenarios/quickstart.yaml -o 'engines=[{name: autoregressive, execution: torch}]' --steps 8
+      zbench profile scenarios/quickstart.yaml -o 'engines=[{name: autoregressive, execution: eager}]' --steps 8
       zbench profile scenarios/speculative.yaml --engine eagle3 --json
 
     The first point of the matrix and its first batch of prompts are taken. Open trace.json in ui.perfetto.dev.
@@ -249,7 +262,7 @@ def profile(
     wanted = scenarios.load(scenario, overrides)
     folder = new_folder(out, f"{wanted.name}-profile")
     try:
-        found = profiling.profile(wanted, engine, steps, folder, lambda line: click.echo(line, err=True))
+        found = profiling.profile(wanted, engine, steps, folder, lambda line: click.echo(line, err=True), files)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
     finally:
@@ -579,22 +592,30 @@ def history_show(metrics: tuple[str, ...], file: Path, cell: str, last: int, as_
 
 
 @main.command()
-@click.argument("scenario", type=click.Path(path_type=Path))
+@click.argument("files", metavar="SCENARIO...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
-def validate(scenario: Path, overrides: tuple[str, ...]) -> None:
-    """Check a scenario file and list its cells.
+def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
+    """Check scenario files; of one, also list its cells. All are checked before the command fails.
 
     \b
-    Example:
+    Examples:
       zbench validate scenarios/quickstart.yaml -o batch=4
+      zbench validate scenarios/*.yaml
     """
     from zbench import scenario as scenarios
 
-    wanted = scenarios.load(scenario, overrides)
-    cells = scenarios.cells(wanted)
-    click.echo(f"{scenario}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
-    for cell in cells:
-        click.echo(f"  {cell.id}")
+    wrong = []
+    for file in files:
+        try:
+            cells = scenarios.cells(scenarios.load(file, overrides))
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        click.echo(f"{file}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
+        for cell in cells if len(files) == 1 else ():
+            click.echo(f"  {cell.id}")
+    if wrong:
+        raise UserError("\n".join(wrong))
 
 
 @main.command()

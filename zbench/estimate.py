@@ -4,62 +4,117 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zbench import engines, prompts, scenario
+from zbench.errors import UserError
 from zbench.models import families, zoo
 from zbench.models.cost import forward_cost
 from zbench.models.shard import Shard
+from zbench.records import CellRecord
+
+if TYPE_CHECKING:
+    from zbench.hardware.projection import Peaks
 
 CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only this estimate uses it
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+PREFILL_ROWS = 512  # of one prefill forward, as `engines/base.py` feeds them
+ASSUMED = "H100 SXM"  # the device of an estimate where nothing else is known
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One cell. None means unknown: the model's shape or the device's roofs are not on this machine yet."""
+    """One cell. None: the model's shape is not on this machine yet, or what the engine feeds is not known."""
 
     cell: str
     trials: int
     tokens: int  # output tokens over all trials, if none ends early
     memory_bytes: float | None  # weights and KV cache, of the fullest device
-    # Predicted floor: autoregressive traffic at the measured bandwidth; experts as uniform routing would hit them.
+    # Predicted floor: prefill and steps at the roofs of `device`, every draft accepted unless acceptance is synthetic.
     seconds: float | None
+    device: str  # whose roofs, and where they are from
+    device_bytes: int | None  # its memory
     absent: str = ""  # why it would not be measured: what is not installed
 
+    @property
+    def fits(self) -> bool | None:
+        known = self.memory_bytes is not None and self.device_bytes is not None
+        return self.memory_bytes <= self.device_bytes if known else None  # type: ignore[operator]
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "fits": self.fits}
 
 
 def estimate(wanted: scenario.Scenario) -> list[Estimate]:
-    roofs = _cached_roofs(wanted)
+    """Every cell of a scenario on the device that `assumed` names. No model is built, no GPU is needed."""
+    peaks, device = assumed(wanted)
     found = []
     for at, cells in scenario.points(wanted):
         chosen = prompts.load(at.prompts)
         trials = at.repeats * -(-len(chosen) // at.batch)
-        config, itemsize = model_config(at.model_spec), ITEMSIZE[at.dtype]
+        config = model_config(at.model_spec)
         context = at.context or longest_prompt(chosen)
-        memory = seconds = None
-        if config is not None:
-            memory = memory_bytes(config, at, context)
-            if roofs is not None:
-                contexts, shard = [context + at.output_tokens // 2] * at.batch, Shard(0, at.parallel.tensor)
-                middle = forward_cost(config, 1, contexts, at.batch, itemsize, shard=shard)
-                traffic = middle.bytes_read + middle.bytes_written
-                seconds = trials / at.parallel.data * at.output_tokens * traffic / roofs["bandwidth"]["read"]["value"]
-        tokens = at.repeats * len(chosen) * at.output_tokens
+        memory = None if config is None else memory_bytes(config, at, context)
         for cell in cells:
             if absent := engines.missing(cell.engine):
-                found.append(Estimate(cell.id, 0, 0, None, 0.0, absent))
+                found.append(Estimate(cell.id, 0, 0, None, 0.0, device, peaks.memory_bytes, absent))
                 continue
-            forwards = (
-                len(cell.options["rows"]) if cell.engine == "forward" else 1
-            )  # of each token, all of them at least this
-            least = None if seconds is None else seconds * forwards
-            found.append(Estimate(cell.id, trials, tokens, memory, least))
+            each = None if config is None else _trial_seconds(at, cell, config, context, peaks)
+            seconds = None if each is None else each * trials / at.parallel.data
+            tokens = at.repeats * len(chosen) * at.output_tokens
+            found.append(Estimate(cell.id, trials, tokens, memory, seconds, device, peaks.memory_bytes))
     return found
+
+
+def assumed(wanted: scenario.Scenario) -> tuple[Peaks, str]:
+    """Whose roofs an estimate takes, and in words: this machine's where they were measured, else the spec sheet of the
+    scenario's hardware, of the GPU that is here, or of ASSUMED."""
+    from zbench.hardware import device as devices
+    from zbench.hardware import projection, specs
+
+    if projection.elsewhere(wanted):
+        assert wanted.hardware is not None
+        return projection.on_paper(wanted.hardware), f"{wanted.hardware}, which the scenario is about (spec sheet)"
+    device = None
+    try:
+        device = devices.resolve(wanted.device)
+        peaks = projection.measured_here(wanted)
+    except UserError as error:
+        spec = specs.of_device(device) if device else None
+        if device and spec:
+            return projection.on_paper(
+                spec.name
+            ), f"{device.name}, this machine’s (spec sheet; zbench roofs measures it)"
+        why = f"the roofs of {device.name} are not measured (zbench roofs)" if device else str(error).split(":")[0]
+        return projection.on_paper(ASSUMED), f"{ASSUMED} (spec sheet), assumed: {why}"
+    return replace(peaks, memory_bytes=device.memory_bytes()), f"{device.name}, this machine’s (measured roofs)"
+
+
+def _trial_seconds(
+    at: scenario.Scenario, cell: CellRecord, config: families.AnyConfig, context: int, peaks: Peaks
+) -> float | None:
+    """The least that a batch takes: its prefill, and as many steps as its output needs at the context in the middle."""
+    from zbench.engines import plans
+    from zbench.hardware import projection
+
+    if at.dtype not in peaks.flops:
+        return None
+    try:
+        plan = plans.plan(cell.engine, cell.options, config, at.batch)
+    except UserError:
+        return None
+    itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
+    where = projection.Where(config, [context + at.output_tokens // 2] * at.batch, at.dtype, peaks, shard)
+    gained = projection.tokens_per_step(cell, plan) or 1.0 + plan.drafts
+    prefill = 0.0
+    for start in range(0, context, PREFILL_ROWS):
+        rows = min(PREFILL_ROWS, context - start)
+        wanted = at.batch if start + rows == context else 0
+        cost = forward_cost(config, rows, [start] * at.batch, wanted, itemsize, shard=shard)
+        prefill += peaks.seconds(cost, at.dtype)
+    return prefill + (at.output_tokens - 1) / gained * sum(map(where.seconds, plan.forwards))
 
 
 def table(cells: list[Estimate]) -> str:
@@ -70,18 +125,35 @@ def table(cells: list[Estimate]) -> str:
             lines.append(f"{cell.cell:{width}}  {cell.absent}")
             continue
         memory = "unknown" if cell.memory_bytes is None else f"{cell.memory_bytes / 1e9:.2f} GB"
-        time = "unknown" if cell.seconds is None else f"{cell.seconds:.0f} s"
+        time = "unknown" if cell.seconds is None else duration(cell.seconds)
         lines.append(f"{cell.cell:{width}}  {cell.trials:6}  {cell.tokens:7}  {memory:>7}  {time:>8}")
-    known = [cell.seconds for cell in cells if cell.seconds is not None]
-    if len(known) == len(cells):
-        lines.append(f"predicted, all cells: at least {sum(known):.0f} s (weights and KV cache read once per token)")
-    if any(cell.memory_bytes is None and not cell.absent for cell in cells):
-        lines.append("unknown memory: the model is not on this machine yet (zbench models fetch NAME)")
-    elif len(known) < len(cells):
+    device, known = cells[0].device, [cell.seconds for cell in cells if cell.seconds is not None]
+    lines.append(f"device: {device}")
+    if known:
+        some = "all cells" if len(known) == len(cells) else f"{len(known)} of {len(cells)} cells"
         lines.append(
-            "unknown time: this device's roofs are not measured yet (zbench roofs), or it is not here (zbench project)"
+            f"predicted, {some}: at least {duration(sum(known))} (prefill and decode at these roofs; no overhead, no"
+            " warm-up, no checks; every draft accepted where acceptance is not synthetic)"
         )
+    if too_large := [cell for cell in cells if cell.fits is False]:
+        most = max(cell.memory_bytes or 0 for cell in too_large)
+        lines.append(
+            f"{len(too_large)} of {len(cells)} cells do not fit: {most / 1e9:.0f} GB for weights and cache, the device"
+            f" has {(too_large[0].device_bytes or 0) / 1e9:.0f} GB"
+        )
+    if any(cell.memory_bytes is None and not cell.absent for cell in cells):
+        lines.append("unknown: the model is not on this machine yet (zbench models fetch NAME)")
+    lines.append("on another device: zbench project SCENARIO --device NAME")
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """40 ms, 1.4 s, 3 min, 2.5 h."""
+    if seconds < 0.1:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def longest_prompt(chosen: Sequence[prompts.Prompt]) -> int:
@@ -106,11 +178,3 @@ def model_config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
         folder = Path(spec["path"]) if spec.get("path") else None
     file = folder / "config.json" if folder else None
     return families.from_hf(json.loads(file.read_text())) if file and file.is_file() else None
-
-
-def _cached_roofs(wanted: scenario.Scenario) -> dict[str, Any] | None:
-    from zbench.hardware import device, projection, roofs
-
-    if projection.elsewhere(wanted):
-        return None
-    return roofs.cached(device.resolve(wanted.device))

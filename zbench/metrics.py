@@ -813,6 +813,61 @@ def floor_seconds(cell: Cell) -> dict[str, Estimate]:
 
 
 @metric(
+    "floor_gap",
+    "s",
+    "seconds of the forward - floor_seconds: what neither memory nor arithmetic at the measured roofs explains; mean "
+    "of forwards",
+    "lower",
+)
+def floor_gap(cell: Cell) -> dict[str, Estimate]:
+    return {kind: stats.mean(f["seconds"] - np.maximum(*_floors(cell, f)), f["group"]) for kind, f in _kinds(cell)}
+
+
+@metric(
+    "launches_per_forward",
+    "launches",
+    "what the host starts one after another in a forward of the target: operators of torch but views and allocations, "
+    "calls of the native decoder, compiled layers, graph replays; counted in a forward of this kind that is not timed",
+    "lower",
+)
+def launches_per_forward(cell: Cell) -> dict[str, Estimate]:
+    kinds = {kind: f.dropna(subset="launches") for kind, f in _kinds(cell)}
+    if all(f.empty for f in kinds.values()):
+        raise Unavailable("launches were not counted")
+    unseen = unavailable("launches of this kind of forward were not counted")
+    return {
+        kind: unseen if f.empty else Estimate(float(f["launches"].iloc[0]), n=1, estimator="counted once")
+        for kind, f in kinds.items()
+    }
+
+
+@metric(
+    "preparation_seconds",
+    "s",
+    "seconds that the execution compiled or captured for this engine, warm-up included; part of no other figure",
+    "lower",
+)
+def preparation_seconds(cell: Cell) -> dict[str, Estimate]:
+    made = [p for trial in cell.trials for p in trial.prepared]
+    if not made:
+        raise Unavailable("nothing was compiled or captured for this engine")
+    kinds = dict.fromkeys(p.kind for p in made)
+    return {
+        kind: Estimate(
+            sum(p.seconds for p in made if p.kind == kind),
+            n=sum(p.kind == kind for p in made),
+            estimator="sum",
+            note=_kept(sum(p.bytes or 0 for p in made if p.kind == kind)),
+        )
+        for kind in kinds
+    }
+
+
+def _kept(size: int) -> str:
+    return f"keeps {size / 1e6:.0f} MB of device memory" if size else ""
+
+
+@metric(
     "parallel_efficiency",
     "1",
     "decode seconds per token of the same engine on one device / (devices that hold the model x those here), same "
@@ -1300,7 +1355,7 @@ _STEP_COLUMNS = (
 _VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
-    *(_NOT_ALWAYS := ("experts", "collective_bytes", "collective_seconds")),
+    *(_NOT_ALWAYS := ("experts", "collective_bytes", "collective_seconds", "launches")),
 )  # fmt: skip
 
 

@@ -27,10 +27,12 @@ from zbench import engines, run, scenario, trace
 from zbench.cache import atomic_write
 from zbench.engines.base import Meter, Output, State, Stepper, commit
 from zbench.errors import UserError
-from zbench.hardware import roofs
+from zbench.hardware import counters as hardware
+from zbench.hardware import roofs, specs
 from zbench.hardware.device import Device
 from zbench.kernels import cpu
 from zbench.models.model import Model
+from zbench.records import ForwardRecord
 from zbench.trace import Operator
 
 PROFILE, TRACE = "profile.json", "trace.json"
@@ -38,7 +40,7 @@ SCHEMA_VERSION = 1
 WARM = 2  # steps before those that count
 COUNTED = 2  # steps that are counted on torch operators, which is slow
 GAIN = 34  # tokens that a step of a drafting engine may gain at most: the largest block of masks and its bonus
-DISAGREEMENT = 0.10  # between two counts, from which it is flagged
+DISAGREEMENT = 0.10  # of a count from the analytic one, beyond which it is flagged
 STEP = "zbench step"
 
 
@@ -82,20 +84,38 @@ class _Spans(Meter):
             return super().forward(model, role, rows, *arguments, **options)
 
 
+class _Ranges(Meter):
+    """A meter whose steps are ranges to the vendor's profilers (NVTX, ROCTX)."""
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        ranged = torch.cuda.nvtx.range(STEP) if self.device.type == "cuda" else contextlib.nullcontext()
+        with ranged, super().step():
+            yield
+
+
 class _TorchOnly(engines.Shared):
     """Everything on torch operators, which are what can be counted."""
 
     def target(self, execution: str) -> Model:
-        return super().target("torch")
+        return super().target("eager")
 
 
 def profile(
-    wanted: scenario.Scenario, engine: str | None, steps: int, folder: Path, say: Callable[[str], None]
+    wanted: scenario.Scenario,
+    engine: str | None,
+    steps: int,
+    folder: Path,
+    say: Callable[[str], None],
+    files: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Profile one engine at the scenario's first point; write `profile.json` and `trace.json` into the folder.
 
-    Raises UserError where the engine is not in the scenario, or cannot be taken step by step.
+    `files` are what `ncu` or `rocprofv3` counted while this very profile ran under them before.
+
+    Raises UserError where the engine is not in the scenario, or cannot be taken step by step, or `files` do not fit.
     """
+    counted = hardware.read(files, steps, STEP) if files else None
     at, cells = scenario.points(wanted)[0]
     cell = _chosen(cells, engine)
     (point,) = run.prepare(_with_engine(at, cell.label), say)
@@ -136,17 +156,20 @@ def profile(
             device.synchronize()
 
     say(f"decoding {steps} steps of {cell.label} plainly")
-    plain = Meter(device)
-    decode(built, plain, steps, contextlib.nullcontext)
+    plain, gpm = _Ranges(device), _gpm(device)
+    decode(built, plain, steps, gpm.watching if isinstance(gpm, hardware.Gpm) else contextlib.nullcontext)
+    measured_by = counted or (gpm.measured if isinstance(gpm, hardware.Gpm) else None)
     say("decoding them under the profiler")
     spans = _Spans(device)
     profiled = _Profiled(device)
     decode(built, spans, steps, profiled.running)
     say(f"counting {COUNTED} steps on torch operators")
-    counts = _counts(point, cell, decode, device)
+    forwards = plain.records()[1]
+    counts = [_with_measured(c, measured_by, steps, forwards) for c in _counts(point, cell, decode, device)]
     measured = roofs.load_or_measure(device, (at.dtype,), progress=say)
     content = profiled.write(folder / TRACE)
     found = _operators(content, profiled.native, steps)
+    launches = trace.launches(content, within=STEP)
     record = _record(plain, spans, found, steps)
     result = {
         "schema": SCHEMA_VERSION,
@@ -164,7 +187,9 @@ def profile(
         "roofs": {"bandwidth": measured["bandwidth"]["read"], "flops": measured["flops"].get(at.dtype)},
         "operators": [_row(operator, steps, measured, at.dtype) for operator in found],
         "counts": [asdict(c) | {"disagreement": c.disagreement, "flagged": c.flagged} for c in counts],
-        "counters": counters(device),
+        "counters": counters(device, gpm, counted),
+        "kernel_launches_per_step": launches / steps if launches else None,
+        "tensor_activity": measured_by.tensor_activity if measured_by else None,
         "notes": _notes(profiled.native, device),
     }
     atomic_write(folder / PROFILE, json.dumps(result, indent=1, allow_nan=False))
@@ -337,7 +362,7 @@ def _counts(point: run.Point, cell: Any, decode: Callable[..., None], device: De
     counted = counter.get_total_flops() + sum(o.flops or 0 for call in native for o in sections(call))
     forwards, again = first.records()[1], second.records()[1]
     moved = _moved(profiled)
-    unread = {"measured": "no hardware counter is read, see counters"}
+    unread = {"measured": "no hardware counter was read, see below"}
     pairs = (
         ("FLOPs", "FLOP/step", sum(f.flops for f in forwards), counted),
         ("bytes", "B/step", sum(f.bytes_read + f.bytes_written for f in again), moved),
@@ -354,41 +379,65 @@ def _moved(profiled: _Profiled) -> float:
     return sum(o.bytes for o in found if o.flops and o.bytes)
 
 
-def counters(device: Device) -> list[dict[str, str]]:
-    """Hardware counters and tools that could measure bytes and FLOPs: which are here. zbench reads none yet."""
-    unread = "here, but not read by zbench: use it beside"
+def _with_measured(
+    count: Count, measured: hardware.Measured | None, steps: int, forwards: Sequence[ForwardRecord]
+) -> Count:
+    """The count with what the hardware counted per step. Contexts grow, and the other counts are of steps of their own:
+    what was measured is scaled by the analytic counts of both."""
+    if measured is None:
+        return count
+    flops = count.what == "FLOPs"
+    value, why = (measured.flops, "flops") if flops else (measured.bytes, "bytes")
+    if value is None:
+        return replace(count, why_not={"measured": f"{measured.source}: {measured.why_not[why]}"})
+    there = sum(f.flops if flops else f.bytes_read + f.bytes_written for f in forwards) / steps
+    return replace(count, measured=value / steps * count.analytic / there, why_not={})
+
+
+def counters(device: Device, gpm: hardware.Gpm | str, given: hardware.Measured | None = None) -> list[dict[str, str]]:
+    """What could measure bytes and FLOPs, and what came of it."""
     if device.type == "cpu":
         folder = Path("/sys/bus/event_source/devices")
         found = [p.name for p in folder.glob("*") if p.name.startswith(("uncore_imc", "amd_df", "amd_umc"))]
         why = f"unavailable: {folder} has no memory controller (uncore_imc, amd_umc), usual in virtual machines"
-        return [
-            {"name": "memory controller (perf)", "status": f"{unread} ({', '.join(sorted(found))})" if found else why}
-        ]
-    known = (
-        [_tool("rocprofv3", "FETCH_SIZE, WRITE_SIZE", unread)] if device.backend == "rocm" else [_gpm(device, unread)]
-    )
-    if device.backend == "cuda":
-        known.append(_tool("ncu", "dram__bytes", unread))
+        unread = f"here, but not read by zbench: use it beside ({', '.join(sorted(found))})"
+        return [{"name": "memory controller (perf)", "status": unread if found else why}]
+    rocm = device.backend == "rocm"
+    tool, counts = ("rocprofv3", "FETCH_SIZE, WRITE_SIZE") if rocm else ("ncu", "dram__bytes")
+    if given:
+        status = f"read: {given.kernels} kernels"
+    elif shutil.which(tool):
+        status = "here: run this profile under it and give its CSV as --counters (docs/profiling.md)"
+    else:
+        status = f"unavailable: {tool} is not on the PATH"
+    known = [{"name": f"{tool} ({counts})", "status": status}]
+    if not rocm:
+        told = gpm if isinstance(gpm, str) else None
+        if told is None and isinstance(gpm, hardware.Gpm) and gpm.measured:
+            told = gpm.measured.why_not.get("bytes")
+        known.append(
+            {"name": "NVML GPM (DRAM and tensor activity)", "status": f"unavailable: {told}" if told else "read"}
+        )
     proton = importlib.util.find_spec("triton") and importlib.util.find_spec("triton.profiler")
+    unread = "here, but not read by zbench: torch’s profiler sees the same kernels"
     return [*known, {"name": "Proton", "status": unread if proton else "unavailable: triton.profiler is not installed"}]
 
 
-def _tool(name: str, counts: str, unread: str) -> dict[str, str]:
-    there = shutil.which(name)
-    return {"name": f"{name} ({counts})", "status": unread if there else f"unavailable: {name} is not on the PATH"}
-
-
-def _gpm(device: Device, unread: str) -> dict[str, str]:
-    name = "NVML GPM (DRAM and tensor activity)"
+def _gpm(device: Device) -> hardware.Gpm | str:
+    """GPM of the device, or why there is none."""
+    if device.backend != "cuda":
+        return f"{device.name} is no NVIDIA GPU"
     try:
         import pynvml as nvml
 
         nvml.nvmlInit()
         gpu = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device.torch).uuid}")
-        there = nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice
+        if not nvml.nvmlGpmQueryDeviceSupport(gpu).isSupportedDevice:
+            return "this GPU has no GPM (Hopper and later have)"
     except Exception as error:
-        return {"name": name, "status": f"unavailable: {error}"}
-    return {"name": name, "status": unread if there else "unavailable: this GPU has no GPM"}
+        return str(error)
+    spec = specs.of_device(device)
+    return hardware.Gpm(nvml, gpu, spec.bandwidth if spec else None)
 
 
 def _notes(native: Sequence[cpu.Timed], device: Device) -> list[str]:
@@ -448,8 +497,15 @@ def table(result: dict[str, Any], most: int = 20) -> str:
     for count in result["counts"]:
         ways = [f"analytic {shown(count['analytic'], count['unit'].removesuffix('/step'))}"]
         ways.append(f"counted {shown(count['counted'], count['unit'].removesuffix('/step'))}")
-        ways.append(f"measured unavailable: {count['why_not']['measured']}")
+        if count["measured"] is None:
+            ways.append(f"measured unavailable: {count['why_not']['measured']}")
+        else:
+            ways.append(f"measured {shown(count['measured'], count['unit'].removesuffix('/step'))}")
         flag = f"  DISAGREE by {count['disagreement']:.0%}" if count["flagged"] else ""
         lines.append(f"{count['what']} of a step: {'; '.join(ways)}{flag}")
+    if result["kernel_launches_per_step"]:
+        lines.append(f"launches on the device: {result['kernel_launches_per_step']:.0f} per step")
+    if result["tensor_activity"] is not None:
+        lines.append(f"tensor pipes were busy for {result['tensor_activity']:.1%} of the plain steps")
     lines += [f"{counter['name']}: {counter['status']}" for counter in result["counters"]]
     return "\n".join([*lines, *result["notes"]])

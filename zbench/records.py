@@ -42,6 +42,9 @@ class ForwardRecord:
     Where several ranks hold the model between them, all but `seconds` and `committed` are rank 0's part of it, and no
     rank has more. `collective_bytes` is what it sends to the others; `collective_seconds` the share of `seconds` spent
     in collectives, waiting for the others included (None: not timed in this forward, see `models/team.py`).
+
+    `launches` is what the host starts one after another in such a forward, see `engines/launches.py`; counted once in a
+    forward of this kind that is not timed, None where it was not.
     """
 
     step: int  # index of the step it belongs to; step 0 is the prefill
@@ -58,6 +61,7 @@ class ForwardRecord:
     experts: float | None = None
     collective_bytes: float | None = None
     collective_seconds: float | None = None
+    launches: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +245,16 @@ class RankRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PreparationRecord:
+    """Something that an execution had to do once before it could run forwards of a kind. No part of any other time."""
+
+    kind: Literal["compile", "capture"]
+    what: str  # which forwards it serves, in words
+    seconds: float
+    bytes: int | None = None  # device memory that it keeps; None: not known
+
+
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
     cell: str
     group: int  # index of the batch of prompts
@@ -257,6 +271,7 @@ class TrialRecord:
     kernels: dict[str, str] | None = None  # operator -> implementation that ran
     ranks: tuple[RankRecord, ...] = ()  # of the replica that ran it; empty for a run of one process
     server: ServerRecord | None = None
+    prepared: tuple[PreparationRecord, ...] = ()  # since the trial before, warm-up included
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -269,6 +284,7 @@ class TrialRecord:
         data["steps"] = columns(StepRecord, self.steps)
         data["forwards"] = _stored(ForwardRecord, self.forwards)
         data["ranks"] = _stored(RankRecord, self.ranks)
+        data["prepared"] = [asdict(p) for p in self.prepared]
         data["server"] = asdict(self.server) if self.server else None
         return json.dumps({"schema": SCHEMA_VERSION, **data}, separators=(",", ":"))
 
@@ -286,6 +302,7 @@ class TrialRecord:
         data["forwards"] = Table(ForwardRecord, data["forwards"])
         data["ranks"] = tuple(Table(RankRecord, data.get("ranks", {})))
         data["server"] = _told(ServerRecord, data.get("server"))
+        data["prepared"] = tuple(PreparationRecord(**p) for p in data.get("prepared", ()))
         return cls(**data)
 
 

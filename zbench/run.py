@@ -21,8 +21,8 @@ from rich.console import Console
 import zbench
 from zbench import accuracy, codejudge, engines, prompts, ranks, scenario
 from zbench.cache import atomic_write, new_folder
-from zbench.engines import lossless
-from zbench.engines.base import Engine, Meter, Request
+from zbench.engines import launches, lossless
+from zbench.engines.base import Engine, Launches, Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs, specs
@@ -51,6 +51,7 @@ from zbench.records import (
 from zbench.telemetry import TELEMETRY
 
 INTERRUPTED = "interrupted"
+DECODES = 4  # of a trial, at most: while something is compiled or captured in one, it is decoded again
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Point:
     member: Member | None  # this rank's place here; None: it has none
     checked: dict[tuple, LosslessCheck] = field(default_factory=dict)
     judged: dict[tuple[str, str], codejudge.Verdict] = field(default_factory=dict)  # by prompt and answer
+    launches: dict[str, Launches] = field(default_factory=dict)  # by cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,12 +386,20 @@ def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exce
                 ids = ids + (ids[-1],) * (batch - len(ids))
                 request = request_of(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
                 engine.generate(ids, request, Meter(point.device, point.shared.team))
+            point.launches[cell.id] = _launches(point, engine)
             built[cell.id] = engine
         except RankLost:
             raise
         except Exception as error:  # one engine that cannot run here must not end the others' run
             built[cell.id] = error
     return built
+
+
+def _launches(point: Point, engine: Engine) -> Launches:
+    """Counted over a few steps on the first batch of prompts; nothing here is timed."""
+    ids = [row for _, row in point.batches[0]]
+    request = request_of(point, [0] * len(ids), min(launches.TOKENS, point.scenario.output_tokens))
+    return launches.count(engine, ids, request, point.device, point.shared.team)
 
 
 def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: sensors.Watch = sensors.OFF) -> TrialRecord:
@@ -401,14 +411,21 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
     try:
         if isinstance(engine, Exception):
             raise engine
-        meter = Meter(point.device, point.shared.team)
         seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
         request = request_of(point, seeds, point.scenario.output_tokens)
-        point.device.reset_peak()
-        with watch.window(trial.key):
-            begin = time.perf_counter()
-            generated = engine.generate([ids for _, ids in batch], request, meter)
-            wall = generated.wall_seconds or time.perf_counter() - begin
+        prepared = point.shared.prepared()
+        for _ in range(DECODES):
+            meter = Meter(point.device, point.shared.team, point.launches.get(trial.cell.id, {}))
+            point.device.reset_peak()
+            with watch.window(trial.key):
+                begin = time.perf_counter()
+                generated = engine.generate([ids for _, ids in batch], request, meter)
+                wall = generated.wall_seconds or time.perf_counter() - begin
+            if not (now := point.shared.prepared()):
+                break
+            prepared += now
+        else:
+            raise RuntimeError(f"something was compiled or captured in each of {DECODES} decodes, none can be timed")
         peak = point.device.peak_bytes()
         steps, forwards = meter.records()
         ends = meter.step_ends()
@@ -454,6 +471,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             peak_bytes=peak,
             kernels=engine.kernels,
             server=generated.server,
+            prepared=prepared,
         )
     except RankLost:
         raise

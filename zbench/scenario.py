@@ -23,11 +23,13 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -100,14 +102,21 @@ class EngineSpec(_Strict):
         return self.label or (f"{self.name} ({', '.join(chosen)})" if chosen else self.name)
 
 
+_Execution = Annotated[
+    Literal["auto", "native", "eager", "compiled", "graph"],
+    Field(
+        description="What runs the target: native (own CPU kernels), eager (torch's operators one by one), compiled"
+        " (each layer by torch.compile) or graph (CUDA or HIP graphs over static rows); auto is native on a CPU if it"
+        " can, else eager. Compiling and capturing are no part of any measured time."
+    ),
+]
+
+
 class AutoregressiveSpec(EngineSpec):
     """One token per forward on zbench's own runtime: what the other engines are compared with."""
 
     name: Literal["autoregressive"] = Field(description="Which engine decodes.")
-    execution: Literal["auto", "native", "torch"] = Field(
-        default="auto",
-        description="What runs the model: native (own CPU kernels), torch (its operators) or auto (native if it can).",
-    )
+    execution: _Execution = "auto"
 
 
 class ForwardSpec(EngineSpec):
@@ -118,10 +127,7 @@ class ForwardSpec(EngineSpec):
         default=(1, 2, 4, 8, 16, 32, 64),
         description="Rows per sequence of the forwards, ascending from 1; all rows ask for logits, one is committed.",
     )
-    execution: Literal["auto", "native", "torch"] = Field(
-        default="auto",
-        description="What runs the model: native (own CPU kernels), torch (its operators) or auto (native if it can).",
-    )
+    execution: _Execution = "auto"
 
     @field_validator("rows")
     @classmethod
@@ -244,7 +250,18 @@ _Synthetic = Annotated[
 ]
 
 
-class SpeculativeSpec(EngineSpec):
+class DraftingSpec(EngineSpec):
+    """What engines that draft have in common."""
+
+    execution: _Execution = "auto"
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_a_choice(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `execution: auto`, so that scenarios and cells equal those of runs from before the key."""
+        return {key: value for key, value in plain(self).items() if (key, value) != ("execution", "auto")}
+
+
+class SpeculativeSpec(DraftingSpec):
     """What engines with a drafter have in common."""
 
     drafter: _Drafter = Field(
@@ -336,7 +353,7 @@ def _acceptance(asked: BaseModel | None, drafts: int) -> None:
             raise ValueError(str(error)) from error
 
 
-class DiffusionSpec(EngineSpec):
+class DiffusionSpec(DraftingSpec):
     """Block diffusion: one model drafts and verifies in one forward (TiDAR), or denoises block after block."""
 
     name: Literal["diffusion"] = Field(description="Which engine decodes.")
@@ -1000,8 +1017,8 @@ class Scenario(_Strict):
                 raise ValueError(
                     f"{engine.name} decodes on one rank only; leave it out where parallel.tensor is above 1"
                 )
-            if engine.options.get("execution") == "native":
-                raise ValueError("execution: native runs on one rank only; not where parallel.tensor is above 1")
+            if (execution := engine.options.get("execution", "auto")) not in ("auto", "eager"):
+                raise ValueError(f"execution: {execution} runs on one rank only; not where parallel.tensor is above 1")
         return self
 
     @property

@@ -79,6 +79,21 @@ def operators(trace: Mapping[str, Any], within: str | None = None) -> list[Opera
     return found
 
 
+_LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync", "MemcpyWithStream")
+
+
+def launches(trace: Mapping[str, Any], within: str | None = None) -> int:
+    """Calls of the driver that start something on the device: kernels, graphs, copies and fills. 0 without a device."""
+    events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation" and e["name"] == within]
+    return sum(
+        e.get("cat") in ("cuda_runtime", "cuda_driver")
+        and any(part in e["name"] for part in _LAUNCHES)
+        and (within is None or any(start <= e["ts"] < end for start, end in spans))
+        for e in events
+    )
+
+
 def _own_times(calls: Sequence[Mapping[str, Any]]) -> list[float]:
     """Duration of each call less that of the calls directly inside it, on its thread; `calls` in order of time, µs."""
     own = [call["dur"] for call in calls]

@@ -25,7 +25,7 @@ from zbench.models import families
 CPU = device.resolve("cpu")
 GREEDY = Sampling()
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
-EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
+EXECUTIONS = ["eager", pytest.param("native", marks=needs_native)]
 
 
 def prompts(*sizes: int, seed: int = 0) -> list[list[int]]:

@@ -60,7 +60,7 @@ def written_out(prompt: list[int], limit: int, block: int, threshold: float) -> 
     return tokens[len(prompt) : len(prompt) + limit], steps
 
 
-@pytest.mark.parametrize("execution", ["torch", "auto"])
+@pytest.mark.parametrize("execution", ["eager", "auto"])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("block", [1, 4, 7])
 def test_tokens_and_steps_are_those_of_the_written_out_decoder(execution: str, block: int, threshold: float) -> None:

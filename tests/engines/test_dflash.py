@@ -34,7 +34,7 @@ from zbench.models.transformer import Transformer
 CPU = device.resolve("cpu")
 GREEDY = Sampling()
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
-EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
+EXECUTIONS = ["eager", pytest.param("native", marks=needs_native)]
 Proposal = Callable[[list[int], int], list[int]]  # (the tokens that AR would put here, vocabulary) -> what is drafted
 
 

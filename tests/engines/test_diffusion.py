@@ -30,7 +30,7 @@ from zbench.models.rows import Rows
 
 GREEDY, MASK = Sampling(), 299
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
-EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
+EXECUTIONS = ["eager", pytest.param("native", marks=needs_native)]
 Proposal = Callable[[list[int], int], list[int]]  # (the tokens that AR would put here, vocabulary) -> what is drafted
 
 
@@ -165,7 +165,7 @@ def test_a_step_gains_the_right_drafts_and_the_next_token(block: int, propose: P
 @pytest.mark.parametrize("block", [1, 2, 4, 7])
 @pytest.mark.parametrize("proposals", [1, 2, 9])
 def test_masks_that_predict_the_next_place_save_a_row_per_block(block: int, proposals: int) -> None:
-    model, adapter = adapted("torch", shift=1)
+    model, adapter = adapted("eager", shift=1)
     ids, request = prompts(6, 13), Request(29, GREEDY, (0, 0))
     outputs = decode(Autoregressive(model), ids, request).outputs
     options = {"block": block, "proposals": proposals, "adapter": adapter}
@@ -182,7 +182,7 @@ def test_masks_that_predict_the_next_place_save_a_row_per_block(block: int, prop
 
 
 def test_samplers_that_read_the_mask_at_a_tokens_own_place_refuse_masks_that_predict_the_next() -> None:
-    model, adapter = adapted("torch", shift=1)
+    model, adapter = adapted("eager", shift=1)
     with pytest.raises(UserError, match="predict their own place"):
         Diffusion(model, MASK, 4, adapter=adapter, mix=0.5)
     with pytest.raises(UserError, match="predict their own place"):
@@ -377,7 +377,7 @@ def test_an_adapter_changes_the_masks_and_no_token_row_by_a_bit(execution: str) 
 def test_the_native_adapter_computes_what_the_torch_one_does(dtype: torch.dtype) -> None:
     ids = torch.tensor(prompts(4, 4))
     rows = Rows.draft_and_verify(ids, torch.zeros(2, dtype=torch.int64), 6, (1, 3), MASK)
-    (native, own), (plain, other) = adapted("native", dtype), adapted("torch", dtype)
+    (native, own), (plain, other) = adapted("native", dtype), adapted("eager", dtype)
     got = native.forward(rows, native.new_cache(2, 32), adapter=own).logits
     want = plain.forward(rows, plain.new_cache(2, 32), adapter=other).logits
     assert (got - want).norm() < (1e-5 if dtype == torch.float32 else 3e-2) * want.norm()

@@ -169,7 +169,7 @@ def fresh(model: Transformer, drafter: Eagle3Drafter, tokens: list[int]) -> tupl
     return cache, draft_cache, features[:, -1:]
 
 
-@pytest.mark.parametrize("execution", ["torch", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize("execution", ["eager", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
 def test_caches_after_acceptance_equal_a_fresh_prefill(options: dict[str, Any], execution: str) -> None:
     model, ids = runtime("smollm", execution), prompts(6, 11)

@@ -35,7 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model() -> Any:
-    return runtime("qwen3", "torch")
+    return runtime("qwen3", "eager")
 
 
 def wide(modules: tuple[str, ...]) -> AdapterCheckpoint:
@@ -76,7 +76,7 @@ def test_the_layout_is_the_one_peft_writes(tmp_path: Path) -> None:
         ("down_proj",),
     ],
 )
-@pytest.mark.parametrize("execution", ["torch", "auto"])
+@pytest.mark.parametrize("execution", ["eager", "auto"])
 def test_mask_rows_are_those_of_a_model_with_the_product_added_to_its_weights(
     modules: tuple[str, ...], execution: str
 ) -> None:

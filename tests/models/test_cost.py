@@ -18,7 +18,7 @@ DENSE = [family for family in FAMILIES if family != "zaya"]  # its costs follow 
 @pytest.mark.parametrize("family", sorted(set(DENSE) - {"mistral"}))
 @pytest.mark.parametrize(("rows", "context"), [(1, 40), (5, 17), (32, 0)])
 def test_flops_equal_torchs_counter_under_math_attention(family: str, rows: int, context: int) -> None:
-    model = runtime(family, "torch")
+    model = runtime(family, "eager")
     cache = model.new_cache(2, 64)
     ids = torch.randint(0, 300, (2, 64))
     if context:
@@ -32,7 +32,7 @@ def test_flops_equal_torchs_counter_under_math_attention(family: str, rows: int,
 
 @pytest.mark.parametrize("family", DENSE)
 def test_one_decoded_row_reads_every_stored_parameter_once(family: str) -> None:
-    model = runtime(family, "torch")
+    model = runtime(family, "eager")
     stored = sum(parameter.numel() for parameter in oracle(family).parameters())
     table = 0 if model.config.tied else model.config.vocab * model.config.width
     cost = model.cost(1, [0], 1)
@@ -49,7 +49,7 @@ def test_one_decoded_row_reads_every_stored_parameter_once(family: str) -> None:
 def test_traffic_of_the_cache_grows_once_per_sequence_and_weights_not_at_all(
     rows: int, contexts: list[int], more: int
 ) -> None:
-    model = runtime("smollm", "torch")
+    model = runtime("smollm", "eager")
     before, after = model.cost(rows, contexts, 1), model.cost(rows, [c + more for c in contexts], 1)
     per_token = 2 * model.config.kv_heads * model.config.head_dim * model.config.layers * 4
     assert after.weight_bytes == before.weight_bytes
@@ -58,5 +58,5 @@ def test_traffic_of_the_cache_grows_once_per_sequence_and_weights_not_at_all(
 
 
 def test_a_sliding_window_bounds_the_cache_traffic() -> None:
-    model = runtime("mistral", "torch")
+    model = runtime("mistral", "eager")
     assert model.cost(1, [400], 1).kv_bytes == model.cost(1, [40], 1).kv_bytes

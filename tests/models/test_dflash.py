@@ -28,7 +28,7 @@ from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, rms_norm
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
-EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
+EXECUTIONS = ["eager", pytest.param("native", marks=needs_native)]
 BLOCK = 5
 TAPS = (1, 3)
 MASK = 299
@@ -206,7 +206,7 @@ def released(target: ModelConfig, folder: Path) -> tuple[dict[str, Any], DFlashC
     return json.loads((folder / "config.json").read_text()), drafter
 
 
-TARGET = runtime("qwen3", "torch").config
+TARGET = runtime("qwen3", "eager").config
 
 
 def test_a_saved_drafter_loads_as_it_was(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_reduced_vocabulary_drafts_the_target_ids_that_d2t_names(tmp_path: Pat
     extra = {"lm_head.weight": head, "d2t": known - torch.arange(40), "t2d": torch.zeros(300, dtype=torch.bool)}
     write(tmp_path, speculators(config, draft_vocab_size=40), {**drafter.tensors, **extra})
     loaded = dflash.load_drafter(tmp_path, TARGET)
-    target = runtime("qwen3", "torch")
+    target = runtime("qwen3", "eager")
     reduced = DFlashDrafter(loaded.config, loaded.tensors, target)
     cache = reduced.new_cache(1, 32)
     taps = hidden_states(target, tokens(1, 6), TAPS)
@@ -315,7 +315,7 @@ def test_later_speculators_variants_are_refused_by_name(tmp_path: Path, extra: d
 
 
 def test_a_random_drafter_fits_its_target_and_follows_its_seed() -> None:
-    target = runtime("smollm", "torch")
+    target = runtime("smollm", "eager")
     first, again, other = (dflash.random_drafter(target.config, seed, layers=2) for seed in (1, 1, 2))
     assert torch.equal(first.tensors["fc.weight"], again.tensors["fc.weight"])
     assert not torch.equal(first.tensors["fc.weight"], other.tensors["fc.weight"])
@@ -327,7 +327,7 @@ def test_a_random_drafter_fits_its_target_and_follows_its_seed() -> None:
 
 def test_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "available", lambda: False)
-    target = runtime("qwen3", "torch")
+    target = runtime("qwen3", "eager")
     checkpoint = wide_drafter(target.config)
     drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
     taps = hidden_states(target, tokens(2, 9), TAPS)
@@ -342,7 +342,7 @@ def test_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_are_the_weights_once_the_context_once_and_what_is_written() -> None:
-    target = runtime("qwen3", "torch")
+    target = runtime("qwen3", "eager")
     checkpoint = wide_drafter(target.config)
     drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
     one, two = drafter.cost(BLOCK, BLOCK, [20]), drafter.cost(BLOCK, BLOCK, [20, 10])

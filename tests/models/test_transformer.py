@@ -14,7 +14,7 @@ from zbench.kernels import cpu
 from zbench.models.rows import Rows
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
-EXECUTIONS = ["torch", pytest.param("native", marks=needs_native)]
+EXECUTIONS = ["eager", pytest.param("native", marks=needs_native)]
 TOLERANCE = 1e-4
 everywhere = pytest.mark.parametrize("execution", EXECUTIONS)
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -183,7 +183,7 @@ def test_a_forward_of_rows_that_all_skip_leaves_the_experts_alone() -> None:
     tensors = {**model.state_dict()}
     for layer in range(3):
         tensors[f"model.layers.{layer}.mlp.gate.balancing_biases"] = torch.tensor([0.0] * 5 + [2.0])
-    for execution in ("torch", "auto"):
+    for execution in ("eager", "auto"):
         skipping = Zaya(ZayaConfig.from_hf(model.config.to_dict()), tensors, torch.float32, execution=execution)
         out = skipping.forward(Rows.chain(ids, torch.zeros(1, dtype=torch.int64)), skipping.new_cache(1, 16))
         assert out.routed is not None and routing(out.routed) == type(routing(out.routed))(hit=0.0, rows=0.0)
@@ -204,7 +204,7 @@ def counted_grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 def test_flops_equal_torchs_counter_given_what_the_routers_did(
     rows: int, context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = runtime("zaya", "torch"), tokens(2, 64)
+    model, ids = runtime("zaya", "eager"), tokens(2, 64)
     cache = prefilled(model, ids[:, :context]) if context else model.new_cache(2, 64)
     monkeypatch.setattr(F, "grouped_mm", counted_grouped_mm)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -216,7 +216,7 @@ def test_flops_equal_torchs_counter_given_what_the_routers_did(
 
 
 def test_a_decoded_row_reads_every_stored_parameter_but_the_experts_it_is_not_sent_to() -> None:
-    model = runtime("zaya", "torch")
+    model = runtime("zaya", "eager")
     cache = prefilled(model, tokens(1, 4))
     out = model.forward(Rows.chain(tokens(1, 1), cache.lengths), cache)
     stored = sum(tensor.numel() for name, tensor in oracle("zaya").state_dict().items() if name != "lm_head.weight")
@@ -298,7 +298,7 @@ def test_native_kernels_are_refused_where_they_cannot_run() -> None:
     config, tensors = ZayaConfig.from_hf(oracle("zaya").config.to_dict()), oracle("zaya").state_dict()
     with pytest.raises(cpu.NativeUnavailable, match="float16"):
         Zaya(config, tensors, torch.float16, execution="native")
-    assert Zaya(config, tensors, torch.float32, execution="torch").kernels["forward"] == "torch"
+    assert Zaya(config, tensors, torch.float32, execution="eager").kernels["forward"] == "torch"
 
 
 # Size ----------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from zbench.models.loading import LoadedModel
     from zbench.models.model import Model
     from zbench.models.team import Team
+    from zbench.records import PreparationRecord
     from zbench.serving.process import Servers
+
+_OF_TORCH = ("eager", "compiled", "graph")
 
 
 class Shared:
@@ -45,9 +48,23 @@ class Shared:
     def target(self, execution: str) -> Model:
         from zbench.models.model import build
 
+        if execution == "auto" and self.device.type != "cpu":
+            execution = "eager"
         if execution not in self._targets:
-            self._targets[execution] = build(self.model, self.dtype, self.device.torch, execution, self.team)
+            loaded = [target for target in self._targets.values() if target.execution != "native"]
+            if loaded and execution in _OF_TORCH:  # the same weights, in the device's memory once
+                self._targets[execution] = loaded[0].executed(execution)
+            else:
+                self._targets[execution] = build(self.model, self.dtype, self.device.torch, execution, self.team)
         return self._targets[execution]
+
+    def prepared(self) -> tuple[PreparationRecord, ...]:
+        """What the targets had to compile or record since last asked."""
+        found = []
+        for target in self._targets.values():
+            found += target.prepared
+            target.prepared.clear()
+        return tuple(found)
 
     def release(self) -> None:
         """Let go of what was loaded onto the device; it is loaded again when asked for."""
@@ -100,7 +117,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.engines.eagle3 import Eagle3
     from zbench.models import eagle3
 
-    chosen, target = options["drafter"], shared.target("auto")
+    chosen, target = options["drafter"], shared.target(options.get("execution", "auto"))
     if chosen.get("random"):
         size = {"draft_vocab": chosen["vocab"]} if chosen["vocab"] else {}
         checkpoint = eagle3.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
@@ -124,7 +141,7 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.engines.dflash import DFlash
     from zbench.models import dflash
 
-    chosen, target = options["drafter"], shared.target("auto")
+    chosen, target = options["drafter"], shared.target(options.get("execution", "auto"))
     if chosen.get("random"):
         size = {"layers": chosen["layers"]} if chosen["layers"] else {}
         checkpoint = dflash.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
@@ -150,7 +167,7 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.models import adapter as adapters
     from zbench.models.config import ModelConfig
 
-    target, chosen, block = shared.target("auto"), options["adapter"], options["block_size"]
+    target, chosen, block = shared.target(options.get("execution", "auto")), options["adapter"], options["block_size"]
     config, drawn, adapter = target.config, options["synthetic"], None
     if chosen and isinstance(config, ModelConfig):
         if chosen.get("random"):

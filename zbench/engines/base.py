@@ -10,7 +10,7 @@ An engine chooses rows, runs a forward, accepts, commits:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
@@ -196,6 +196,9 @@ def prefill(
     return final, hidden
 
 
+Launches = Mapping[tuple[str, str, int], int]  # model, role and rows of a forward -> what it starts
+
+
 @dataclass(frozen=True, slots=True)
 class _Forward:
     step: int
@@ -224,8 +227,9 @@ class _Step:
 class Meter:
     """Times one trial. Marks are taken while decoding and turned into seconds and bytes afterwards: no added sync."""
 
-    def __init__(self, device: Device, team: Team = ALONE) -> None:
-        self.device, self.team = device, team
+    def __init__(self, device: Device, team: Team = ALONE, launches: Launches = {}) -> None:  # noqa: B006  (read only)
+        """`launches` are what was counted elsewhere, see `engines/launches.py`."""
+        self.device, self.team, self._launches = device, team, launches
         team.taken()  # what ran since the last trial (the lossless check does) is none of this one's
         self._steps: list[_Step] = []
         self._forwards: list[_Forward] = []
@@ -348,6 +352,7 @@ class Meter:
                     experts=cost.experts,
                     collective_bytes=cost.collective_bytes if self.team.size > 1 else None,
                     collective_seconds=None if f.collectives is None else sum(seconds(*span) for span in f.collectives),
+                    launches=self._launches.get((f.name, f.role, f.rows)),
                 )
             )
         return steps, tuple(forwards)

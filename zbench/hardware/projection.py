@@ -423,6 +423,11 @@ def engine_step(cell: CellRecord, where: Where, one: float) -> EngineStep:
     )
 
 
+def tokens_per_step(cell: CellRecord, plan: plans.Plan) -> float | None:
+    """Mean tokens that a step gains; None where it drafts and no acceptance is given."""
+    return _tokens(cell, plan, _acceptance(cell, plan))
+
+
 def _acceptance(cell: CellRecord, plan: plans.Plan) -> synthetic.Synthetic | None:
     """None where a step drafts nothing, or nothing was asked for."""
     asked = cell.options.get("synthetic")

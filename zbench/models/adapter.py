@@ -204,19 +204,21 @@ class MaskAdapter:
 
     def added(self, cost: Cost, mask_rows: int) -> Cost:
         """What a forward costs at least with this adapter on `mask_rows` of its rows; runtimes also multiply the zeros
-        of fused projections, and the native one all rows."""
+        of fused projections, and all other rows."""
         flops = 2.0 * mask_rows * self._low_rank
         read = (self._low_rank + self.mask_embedding.numel()) * self.dtype.itemsize
         return replace(cost, flops=cost.flops + flops, weight_bytes=cost.weight_bytes + read)
 
 
-def add_low_rank(y: Tensor, x: Tensor, pair: LowRank | None, masked: Tensor) -> Tensor:
-    """y [B, R, out] plus B A x on the rows `masked` (flat indices into B x R), x [B, R, in]; other rows stay."""
-    if pair is None:
+def add_low_rank(y: Tensor, x: Tensor, pair: LowRank | None, is_mask: Tensor | None) -> Tensor:
+    """y [B, R, out] plus B A x where is_mask [B, R, 1], x [B, R, in]; other rows stay, bit by bit.
+
+    All rows are multiplied: to pick the masks would need their number, for which the host would wait for the device.
+    """
+    if pair is None or is_mask is None:
         return y
     a, b = pair
-    extra = F.linear(F.linear(x.flatten(0, 1)[masked], a), b)
-    return y.flatten(0, 1).index_add(0, masked, extra).view_as(y)
+    return torch.where(is_mask, y + F.linear(F.linear(x, a), b), y)
 
 
 def _outputs(target: ModelConfig) -> dict[str, int]:

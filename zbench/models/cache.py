@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Cache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.sizes = [0] * batch
+        self.pending: Any = None  # what the last forward left for `commit`, beside keys and values
 
     def extend(self, counts: Sequence[int]) -> None:
         """Commit the first counts[b] rows of the last forward: nothing moves."""

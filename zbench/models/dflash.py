@@ -232,7 +232,7 @@ class DFlashDrafter:
             {"model.embed_tokens.weight": target.embedding} | {f"model.{name}": t for name, t in weights.items()},
             target.dtype,
             target.device,
-            "torch" if target.execution == "torch" else "auto",
+            "eager" if target.execution == "eager" else "auto",
             headless=True,
         )
         self._fc = Projection(weights["fc.weight"])

@@ -16,6 +16,7 @@ from zbench.models.families import AnyConfig
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Team
 from zbench.models.zaya_config import ZayaConfig
+from zbench.records import PreparationRecord
 
 if TYPE_CHECKING:
     from zbench.models.loading import LoadedModel
@@ -30,10 +31,15 @@ class Output:
 
 class Model(Protocol):
     """`embedding` [V, D] and `head` may be shared by a drafter; `kernels` says what runs each operator; `team` are the
-    ranks that hold it between them, `config` is that of the whole model."""
+    ranks that hold it between them, `config` is that of the whole model.
+
+    `execution` is what runs it: native (own CPU kernels), eager (torch's operators), compiled or graph; what that had
+    to prepare is appended to `prepared`.
+    """
 
     kernels: dict[str, str]
     execution: str
+    prepared: list[PreparationRecord]
     dtype: torch.dtype
     device: torch.device
     embedding: Tensor
@@ -41,6 +47,11 @@ class Model(Protocol):
 
     @property
     def config(self) -> AnyConfig: ...
+
+    def executed(self, execution: str) -> Model:
+        """The same weights run as eager, compiled or graph. ValueError where they are packed for the native kernels,
+        ExecutionUnavailable where that cannot be."""
+        ...
 
     def new_cache(self, batch: int, capacity: int) -> Cache: ...
 
@@ -84,7 +95,10 @@ class Model(Protocol):
 
 
 def build(model: LoadedModel, dtype: torch.dtype, device: torch.device, execution: str, team: Team = ALONE) -> Model:
-    """The loaded model on a device, by its architecture. Raises NativeUnavailable as the architectures do."""
+    """The loaded model on a device, by its architecture. `execution` auto is native on a CPU if it can, else eager.
+
+    Raises NativeUnavailable and ExecutionUnavailable as the architectures do.
+    """
     from zbench.models import transformer, zaya
 
     if isinstance(model.config, ZayaConfig):
@@ -92,11 +106,16 @@ def build(model: LoadedModel, dtype: torch.dtype, device: torch.device, executio
     return transformer.Transformer(model.config, model.tensors, dtype, device, execution, team=team)
 
 
-def wanted_rows(rows: Rows, cache: Cache, logits: Tensor | None) -> Tensor:
-    """[n] flat indices of the rows that ask for logits. Raises ValueError where the rows do not fit the cache."""
-    batch, count = rows.ids.shape
+def check_room(rows: Rows, cache: Cache) -> None:
+    """Raises ValueError where the rows do not fit the cache."""
+    count = rows.ids.shape[1]
     if max(cache.sizes) + count > cache.capacity:
         raise ValueError(f"{count} rows after {max(cache.sizes)} tokens exceed the cache's {cache.capacity}")
+
+
+def wanted_rows(rows: Rows, logits: Tensor | None) -> Tensor:
+    """[n] flat indices of the rows that ask for logits."""
+    batch, count = rows.ids.shape
     offsets = torch.arange(batch, device=rows.ids.device)[:, None] * count
     if logits is None:
         logits = torch.arange(count, device=rows.ids.device).expand(batch, count)

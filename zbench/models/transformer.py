@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import cpu
-from zbench.models.adapter import NOT_ADAPTED, AdaptedLayer, MaskAdapter, add_low_rank
+from zbench.models import execution as executions
+from zbench.models.adapter import NOT_ADAPTED, AdaptedLayer, LowRank, MaskAdapter, add_low_rank
 from zbench.models.cache import Cache
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost, Routing, forward_cost
-from zbench.models.model import Output, wanted_rows
+from zbench.models.model import Output, check_room, wanted_rows
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Team
+from zbench.records import PreparationRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,8 @@ class Weights:
 class Transformer:
     """A loaded model on one device.
 
-    `execution` is "native" (CPU, `kernels/cpu.cpp`) or "torch"; "auto" takes native where it can run.
+    `execution` is "native" (CPU, `kernels/cpu.cpp`), or what runs torch's operators: "eager", "compiled" (a layer by
+    torch.compile) or "graph" (`execution.py`); "auto" takes native where it can run, else eager.
     `self.kernels` says which implementation runs each operator, for the run's record. `self.embedding` [V, D] and
     `head` may be shared by a drafter; a `headless` model has layers only and gives hidden states, no logits. With a
     `team` this is one rank's part of it, run by torch.
@@ -120,7 +125,8 @@ class Transformer:
         headless: bool = False,
         team: Team = ALONE,
     ) -> None:
-        """Raises KeyError on missing tensors, NativeUnavailable when native was asked for and cannot be had."""
+        """Raises KeyError on missing tensors, NativeUnavailable and ExecutionUnavailable when what was asked for cannot
+        be had."""
         self.config, self.dtype, self.device, self.headless = config, dtype, torch.device(device), headless
         self.team, self._part = team, team.shard.of(config)
         self.inv_freq = inverse_frequencies(config).to(self.device)
@@ -134,7 +140,7 @@ class Transformer:
         reason = "" if self.device.type == "cpu" else f"device is {self.device.type}"
         if team.size > 1:
             reason = "the native decoder runs on one rank only"
-        if execution != "torch" and not reason:
+        if execution in ("auto", "native") and not reason:
             try:
                 self._native = cpu.Decoder(config, weights, self.inv_freq, dtype)
             except cpu.NativeUnavailable as error:
@@ -143,10 +149,35 @@ class Transformer:
             if execution == "native":
                 raise cpu.NativeUnavailable(reason)
             self._weights = weights
-        self.execution = "native" if self._native else "torch"
         name = f"native ({cpu.instruction_set()})" if self._native else "torch"
         fallback = {"why_not_native": reason} if reason and self.device.type == "cpu" else {}
         self.kernels = {"forward": name, **fallback, **team.kernels}
+        self._run(("native" if self._native else "eager") if execution in ("auto", "native") else execution)
+
+    def _run(self, execution: str) -> None:
+        self.execution, self.prepared = execution, list[PreparationRecord]()
+        c = self._part
+        self._layer: Callable[..., Tensor] = partial(
+            run_layer, heads=c.heads, kv_heads=c.kv_heads, eps=c.rms_eps, reduce=self.team.reduce
+        )
+        self.graphs: executions.Graphs | None = None
+        if execution in ("compiled", "graph"):
+            if self.team.size > 1:
+                raise executions.ExecutionUnavailable(f"{execution} runs on one rank only")
+            self.kernels = {**self.kernels, "forward": f"torch, {execution}"}
+        if execution == "compiled":
+            self._layer = executions.compiled_layer(run_layer, heads=c.heads, kv_heads=c.kv_heads, eps=c.rms_eps)
+        if execution == "graph":
+            self.graphs = executions.graphs_on(self, self.device)
+
+    def executed(self, execution: str) -> Transformer:
+        """See `Model.executed`."""
+        if self._native is not None:
+            raise ValueError("the native decoder keeps packed weights only")
+        other = copy.copy(self)
+        other.kernels = {**self.kernels, "forward": "torch"}
+        other._run(execution)
+        return other
 
     @property
     def weights(self) -> Weights:
@@ -156,6 +187,9 @@ class Transformer:
         return self._weights
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self.graphs.new_cache(batch, capacity) if self.graphs else self.empty_cache(batch, capacity)
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache:
         return Cache(self._part, batch, capacity, self.dtype, self.device, panels=self._native is not None)
 
     def cost(
@@ -180,26 +214,31 @@ class Transformer:
         adapter: MaskAdapter | None = None,
     ) -> Output:
         """See `Model.forward`."""
-        wanted = wanted_rows(rows, cache, logits)
-        if self.headless and wanted.numel():
+        check_room(rows, cache)
+        if self.headless and (logits is None or logits.numel()):
             raise ValueError("this model has no head: ask for hidden states only (logits [B, 0])")
-        if self._native is not None:
-            flat, captured = self._native.forward(
-                rows.ids.contiguous(),
-                rows.positions.contiguous(),
-                rows.visible.contiguous(),
-                cache.lengths,
-                cache.keys,
-                cache.values,
-                cache.capacity,
-                wanted.contiguous(),
-                capture,
-                None if rows.masks is None else rows.masks.contiguous(),
-                None if adapter is None else adapter.native,
-            )
-            hidden = dict(zip(capture, captured, strict=True))
-        else:
-            flat, hidden = self._torch_forward(rows, cache, wanted, capture, adapter)
+        if self.graphs is not None:
+            return self.graphs.forward(rows, cache, logits, capture, adapter)
+        if self._native is None:
+            span = max(cache.sizes) + rows.ids.shape[1]
+            if self.execution != "compiled":
+                return self.body(rows, cache, logits, capture, adapter, span)
+            with executions.compiling(self.prepared, f"{len(rows.ids)} x {rows.ids.shape[1]} rows"):
+                return self.body(rows, cache, logits, capture, adapter, span)
+        flat, captured = self._native.forward(
+            rows.ids.contiguous(),
+            rows.positions.contiguous(),
+            rows.visible.contiguous(),
+            cache.lengths,
+            cache.keys,
+            cache.values,
+            cache.capacity,
+            wanted_rows(rows, logits).contiguous(),
+            capture,
+            None if rows.masks is None else rows.masks.contiguous(),
+            None if adapter is None else adapter.native,
+        )
+        hidden = dict(zip(capture, captured, strict=True))
         return Output(flat.view(rows.ids.shape[0], -1, self.config.vocab), hidden)
 
     @torch.inference_mode()
@@ -216,58 +255,109 @@ class Transformer:
         """See `Model.logits`."""
         return self.head(rms_norm(hidden, self._norm, self.config.rms_eps))
 
-    def _torch_forward(
-        self, rows: Rows, cache: Cache, wanted: Tensor, capture: Sequence[int], adapter: MaskAdapter | None
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        c, weights, team = self._part, self._weights, self.team
-        assert weights is not None
+    def body(
+        self,
+        rows: Rows,
+        cache: Cache,
+        logits: Tensor | None,
+        capture: Sequence[int],
+        adapter: MaskAdapter | None,
+        span: int,
+    ) -> Output:
+        """The forward on torch's operators, attention over the first `span` slots of the cache. Of what the host knows
+        it depends on shapes and `span` only, so that it can be a graph."""
+        c, weights = self._part, self.weights
         batch, count = rows.ids.shape
-        total = max(cache.sizes) + count
         slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
-        sequence = torch.arange(batch, device=self.device)[:, None]
-        mask = attention_mask(rows, cache, total)
+        mask = attention_mask(rows, cache, span)
         angles = rows.positions[..., None].float() * self.inv_freq  # [B, R, d/2]
-        cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
         x = weights.embedding[rows.ids]
         adapted: Sequence[AdaptedLayer] = (NOT_ADAPTED,) * c.layers
-        masked = rows.ids.new_zeros(0)
+        is_mask = None
         if adapter is not None and rows.masks is not None:
-            masks, adapted = rows.masks.reshape(-1), adapter.layers
-            masked = (masks >= 0).nonzero().squeeze(1)
-            places = masks[masked].clamp(max=len(adapter.mask_embedding) - 1)
-            x = x.flatten(0, 1).index_copy(0, masked, adapter.mask_embedding[places]).view_as(x)
+            adapted, is_mask = adapter.layers, (rows.masks >= 0)[..., None]
+            places = rows.masks.clamp(0, len(adapter.mask_embedding) - 1)
+            x = torch.where(is_mask, adapter.mask_embedding[places], x)
+        step = LayerStep(
+            angles.cos()[:, :, None],
+            angles.sin()[:, :, None],
+            slots,
+            torch.arange(batch, device=self.device)[:, None],
+            is_mask,
+        )
+        if self.execution == "compiled":
+            step = step.of_any_size()
         hidden: dict[int, Tensor] = {}
         for index, (layer, low) in enumerate(zip(weights.layers, adapted, strict=True)):
             if index in capture:
                 hidden[index] = x.float()
-            inner = rms_norm(x, layer.attention_norm, c.rms_eps)
-            qkv = add_low_rank(F.linear(inner, layer.qkv, layer.qkv_bias), inner, low.qkv, masked)
-            q, k, v = qkv.view(batch, count, -1, c.head_dim).split((c.heads, c.kv_heads, c.kv_heads), 2)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = rms_norm(q, layer.q_norm, c.rms_eps), rms_norm(k, layer.k_norm, c.rms_eps)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            cache.keys[index, sequence, :, slots] = k
-            cache.values[index, sequence, :, slots] = v
             window = c.windows[index] if c.windows else None
-            mixed = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                cache.keys[index, :, :, :total],
-                cache.values[index, :, :, :total],
-                attn_mask=mask if window is None else mask & within_window(rows, cache, total, window),
-                enable_gqa=True,
-            )
-            inner = mixed.transpose(1, 2).reshape(batch, count, -1)
-            x = x + team.reduce(add_low_rank(F.linear(inner, layer.out, layer.out_bias), inner, low.out, masked))
-            inner = rms_norm(x, layer.mlp_norm, c.rms_eps)
-            both = add_low_rank(F.linear(inner, layer.gate_up, layer.gate_up_bias), inner, low.gate_up, masked)
-            gate, up = both.chunk(2, -1)
-            inner = F.silu(gate) * up
-            x = x + team.reduce(add_low_rank(F.linear(inner, layer.down, layer.down_bias), inner, low.down, masked))
+            seen = mask if window is None else mask & within_window(rows, cache, span, window)
+            x = self._layer(x, layer, low, step, cache.keys[index], cache.values[index], seen)
         if c.layers in capture:
             hidden[c.layers] = x.float()
         if self.headless:
-            return torch.empty(0, c.vocab, device=self.device), hidden
-        return self.head(rms_norm(x.flatten(0, 1)[wanted], weights.norm, c.rms_eps)), hidden
+            return Output(torch.empty(batch, 0, c.vocab, device=self.device), hidden)
+        wanted = x.flatten(0, 1)[wanted_rows(rows, logits)]
+        found = self.head(rms_norm(wanted, weights.norm, c.rms_eps))
+        return Output(found.view(batch, -1, self.config.vocab), hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStep:
+    """What all layers share in one forward."""
+
+    cos: Tensor  # [B, R, 1, d/2]
+    sin: Tensor
+    slots: Tensor  # [B, R] where each row goes in the cache
+    sequence: Tensor  # [B, 1]
+    is_mask: Tensor | None  # [B, R, 1] bool: rows that the adapter acts on; None where it acts on none
+
+    def of_any_size(self) -> LayerStep:
+        """Marked so that any number of rows runs the same compiled layer."""
+        for tensor in (self.cos, self.sin, self.slots, self.is_mask):
+            if tensor is not None:
+                executions.any_size(tensor, 1)
+        return self
+
+
+def run_layer(
+    x: Tensor,
+    layer: Layer,
+    low: AdaptedLayer,
+    step: LayerStep,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    reduce: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Tensor:
+    """One block: x [B, R, D] to x [B, R, D]. Writes the rows' keys and values into this layer's [B, kv, S, d], and
+    attends to their first slots, as many as the mask [B, 1, R, span] has."""
+    batch, count, _ = x.shape
+    span = mask.shape[-1]
+
+    def project(inner: Tensor, weight: Tensor, bias: Tensor | None, pair: LowRank | None) -> Tensor:
+        return add_low_rank(F.linear(inner, weight, bias), inner, pair, step.is_mask)
+
+    qkv = project(rms_norm(x, layer.attention_norm, eps), layer.qkv, layer.qkv_bias, low.qkv)
+    q, k, v = qkv.view(batch, count, heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads), 2)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
+    q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+    keys[step.sequence, :, step.slots] = k
+    values[step.sequence, :, step.slots] = v
+    mixed = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys[:, :, :span], values[:, :, :span], attn_mask=mask, enable_gqa=True
+    )
+    inner = mixed.transpose(1, 2).reshape(batch, count, -1)
+    x = x + reduce(project(inner, layer.out, layer.out_bias, low.out))
+    both = project(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias, low.gate_up)
+    gate, up = both.chunk(2, -1)
+    return x + reduce(project(F.silu(gate) * up, layer.down, layer.down_bias, low.down))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -18,6 +18,7 @@ the same to the convolutions. What they need of the prefix is the state that `Za
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,15 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import cpu
+from zbench.models import execution as executions
 from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing, forward_cost
-from zbench.models.model import Output, count_choices, wanted_rows
+from zbench.models.model import Output, check_room, count_choices, wanted_rows
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Team
 from zbench.models.transformer import attention_mask, rms_norm, rotate
 from zbench.models.zaya_config import CONV_TAPS, ZayaConfig
+from zbench.records import PreparationRecord
 
 
 class ZayaCache(Cache):
@@ -61,13 +64,12 @@ class ZayaCache(Cache):
         self.mixed = torch.zeros(*shape, CONV_TAPS, config.mixed, dtype=state, device=device)
         self.delayed = torch.zeros(*shape, 1, delayed, dtype=state, device=device)
         self._sequence = torch.arange(batch, device=device)[:, None]
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # parents, mixed and delayed of the last forward
 
     def begin(self, parents: Tensor) -> tuple[Tensor, Tensor]:
         """Room for the rows of a forward behind the state: mixed [L, B, 2 + R, z], delayed [L, B, 1 + R, kv d / 2]."""
         rows = parents.shape[1]
         mixed, delayed = (F.pad(state, (0, 0, 0, rows)) for state in (self.mixed, self.delayed))
-        self._last = (parents, mixed, delayed)
+        self.pending = (parents, mixed, delayed)
         return mixed, delayed
 
     def extend(self, counts: Sequence[int]) -> None:
@@ -91,14 +93,14 @@ class ZayaCache(Cache):
 
     def _keep(self, last: Tensor) -> None:
         """Move the state on to row last[b] of the last forward; -1 leaves it where it is."""
-        if self._last is None:
+        if self.pending is None:
             raise ValueError("nothing to commit: every forward is committed once")
-        parents, mixed, delayed = self._last
+        parents, mixed, delayed = self.pending
         last = last[:, None]
         before = torch.where(last < 0, -CONV_TAPS, parents.gather(1, last.clamp(min=0)))
         self.mixed.copy_(mixed[:, self._sequence, CONV_TAPS + torch.cat([before, last], 1)])
         self.delayed.copy_(delayed[:, self._sequence, 1 + last])
-        self._last = None  # of a long prefill this is larger than its keys and values
+        self.pending = None  # of a long prefill this is larger than its keys and values
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,8 @@ class Zaya:
     """A loaded model on one device; a `Model`.
 
     `execution` "auto" takes the native CPU kernel for the projections where it can run, and torch for all else;
-    "native" insists on it, "torch" does without. With a `team` this is one rank's part of the model.
+    "native" insists on it, "eager" does without, "graph" records that (`execution.py`). With a `team` this is one
+    rank's part of the model.
     """
 
     def __init__(
@@ -251,23 +254,22 @@ class Zaya:
         execution: str = "auto",
         team: Team = ALONE,
     ) -> None:
-        """`tensors` by their Hugging Face names. Raises KeyError on missing ones, NativeUnavailable when native was
-        asked for and cannot be had."""
+        """`tensors` by their Hugging Face names. Raises KeyError on missing ones, NativeUnavailable and
+        ExecutionUnavailable when what was asked for cannot be had."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.team, self.part, tensors = team, team.shard.of(config), team.shard.tensors(tensors, config)
         self.values = tuple(map(len, team.shard.values(config)))  # channels of the current token, of the one before
-        reason = self._why_not_native() if execution != "torch" else "torch was asked for"
+        reason = self._why_not_native() if execution in ("auto", "native") else f"{execution} was asked for"
         if execution == "native" and reason:
             raise cpu.NativeUnavailable(reason)
         self.native = not reason
-        self.execution = "native" if self.native else "torch"
         # The native kernel takes and gives float32, so that is what flows between projections there.
         self.activations = torch.float32 if self.native else dtype
         self.kernels = {"forward": "torch", "experts": "grouped matrix products"}
         if self.native:
             name = f"native ({cpu.instruction_set()})"
             self.kernels |= {"projections": name, "experts": f"{name}, one after another"}
-        elif execution != "torch" and self.device.type == "cpu":
+        elif execution == "auto" and self.device.type == "cpu":
             self.kernels["why_not_native"] = reason
         self.kernels |= team.kernels
         outer = _Layer(self, tensors, "model.")
@@ -281,6 +283,27 @@ class Zaya:
         self._head = Projection(head, self.native)
         pairs = torch.arange(0, config.rotary_dim, 2, device=self.device).float() / config.rotary_dim
         self._inv_freq = 1.0 / config.rope_theta**pairs
+        self._run("native" if self.native else "eager" if execution == "auto" else execution)
+
+    def _run(self, execution: str) -> None:
+        self.execution, self.prepared = execution, list[PreparationRecord]()
+        self.graphs: executions.Graphs | None = None
+        if execution == "compiled":
+            raise executions.ExecutionUnavailable("compiled is for dense transformers, not for zaya")
+        if execution == "graph":
+            if self.team.size > 1:
+                raise executions.ExecutionUnavailable("graph runs on one rank only")
+            self.kernels = {**self.kernels, "forward": "torch, graph"}
+            self.graphs = executions.graphs_on(self, self.device)
+
+    def executed(self, execution: str) -> Zaya:
+        """See `Model.executed`."""
+        if self.native:
+            raise ValueError("the native kernels keep packed weights only")
+        other = copy.copy(self)
+        other.kernels = {**self.kernels, "forward": "torch"}
+        other._run(execution)
+        return other
 
     def _why_not_native(self) -> str:
         if self.device.type != "cpu":
@@ -289,7 +312,10 @@ class Zaya:
             return f"{self.dtype} is not supported by the native CPU kernels"
         return cpu.unavailable_reason() or ""
 
-    def new_cache(self, batch: int, capacity: int) -> ZayaCache:
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self.graphs.new_cache(batch, capacity) if self.graphs else self.empty_cache(batch, capacity)
+
+    def empty_cache(self, batch: int, capacity: int) -> ZayaCache:
         return ZayaCache(self.part, self.values[1], batch, capacity, self.dtype, self.activations, self.device)
 
     def cost(
@@ -324,12 +350,26 @@ class Zaya:
         adapter: MaskAdapter | None = None,
     ) -> Output:
         """See `Model.forward`; the cache is one of `new_cache`."""
-        assert isinstance(cache, ZayaCache)
         if adapter is not None:
             raise ValueError("mask adapters fit dense transformers only")
+        check_room(rows, cache)
+        if self.graphs is not None:
+            return self.graphs.forward(rows, cache, logits, capture, adapter)
+        return self.body(rows, cache, logits, capture, adapter, max(cache.sizes) + rows.ids.shape[1])
+
+    def body(
+        self,
+        rows: Rows,
+        cache: Cache,
+        logits: Tensor | None,
+        capture: Sequence[int],
+        adapter: MaskAdapter | None,
+        span: int,
+    ) -> Output:
+        """See `execution.Graphable`."""
+        assert isinstance(cache, ZayaCache)
         c, batch = self.config, len(rows.ids)
-        wanted = wanted_rows(rows, cache, logits)
-        step = _Step(self, rows, cache)
+        step = _Step(self, rows, cache, span)
         x = (self.embedding[rows.ids].float() + self._bias) * self._scale
         state: Tensor | None = None
         choices: list[Tensor] = []
@@ -345,7 +385,7 @@ class Zaya:
             x = block.after_mlp((self._sum(block.experts(flat, choice)) * weight).view_as(x), x)
         if c.layers in capture:
             hidden[c.layers] = x
-        found = self.logits(x.flatten(0, 1)[wanted])
+        found = self.logits(x.flatten(0, 1)[wanted_rows(rows, logits)])
         return Output(found.view(batch, -1, c.vocab), hidden, count_choices(choices, c.experts))
 
     def _sum(self, part: Tensor) -> Tensor:
@@ -359,13 +399,13 @@ class Zaya:
 class _Step:
     """What the attention of all layers shares in one forward."""
 
-    def __init__(self, model: Zaya, rows: Rows, cache: ZayaCache) -> None:
+    def __init__(self, model: Zaya, rows: Rows, cache: ZayaCache, span: int) -> None:
         batch, count = rows.ids.shape
         self.config, self.values, self.dtype, self.cache = model.part, model.values, model.dtype, cache
-        self.total = max(cache.sizes) + count
+        self.span = span
         self.slots = cache.lengths[:, None] + torch.arange(count, device=model.device)
         self.sequence = torch.arange(batch, device=model.device)[:, None]
-        self.mask = attention_mask(rows, cache, self.total)
+        self.mask = attention_mask(rows, cache, span)
         angles = rows.positions[..., None].float() * model._inv_freq
         self.cos, self.sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # [B, R, 1, rotary / 2]
         self.mixed, self.delayed = cache.begin(rows.parents)
@@ -382,8 +422,8 @@ class _Step:
         cache.values[index, self.sequence, :, self.slots] = v.to(self.dtype)
         mixed = F.scaled_dot_product_attention(
             self._rotated(q).to(self.dtype).transpose(1, 2),
-            cache.keys[index, :, :, : self.total],
-            cache.values[index, :, :, : self.total],
+            cache.keys[index, :, :, : self.span],
+            cache.values[index, :, :, : self.span],
             attn_mask=self.mask,
             enable_gqa=True,
         )

@@ -195,9 +195,10 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
     bound = results.row(cell, "bound", kind)
     if bound.value == "overhead":
         measured, floor = (results.value(cell, metric, kind) for metric in ("forward_seconds", "floor_seconds"))
-        return (
-            f"overhead-bound: {(measured or 0) / (floor or 1):.1f}× the time that memory or arithmetic alone would need"
-        )
+        launches = results.value(cell, "launches_per_forward", kind)
+        starts = f", with {launches:.0f} launches" if launches else ""
+        times = (measured or 0) / (floor or 1)
+        return f"overhead-bound: {times:.1f}× the time that memory or arithmetic alone would need{starts}"
     if bound.value == "communication":
         talking = results.value(cell, "communication_share", kind) or 0
         return f"communication-bound: {quantity(talking, '1')} of it is spent in collectives"

@@ -98,7 +98,7 @@ class Target:
     @cached_property
     def _model(self) -> Transformer:
         # Torch, not the native decoder: its products are the faster ones for hundreds of rows.
-        return Transformer(self.config, self.loaded.tensors, self.dtype, self.device, "torch")
+        return Transformer(self.config, self.loaded.tensors, self.dtype, self.device, "eager")
 
     @property
     def weights(self) -> Weights:

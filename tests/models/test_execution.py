@@ -1,0 +1,222 @@
+"""Graphs over static rows, without a GPU: what they replay depends on nothing but buffers and lengths on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tiny import runtime
+from zbench import run, scenario
+from zbench.engines import launches
+from zbench.engines.autoregressive import Autoregressive
+from zbench.engines.base import Request
+from zbench.engines.sampling import Sampling
+from zbench.hardware.device import resolve
+from zbench.kernels import cpu
+from zbench.models import execution
+from zbench.models.adapter import MaskAdapter, random_adapter
+from zbench.models.execution import ExecutionUnavailable, Graphs, Run, rounded
+from zbench.models.rows import Rows
+from zbench.models.team import ALONE
+
+
+def again(run: Run) -> Run:
+    """In place of a GPU's graph: the same operators on the same buffers. `run` sees the arena's own cache, whose sizes
+    on the host stay 0, so that a forward that looked at them would be wrong."""
+    run()
+    return run
+
+
+def ids_of(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 290, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", ["smollm", "mistral", "qwen3", "zaya"])
+def test_graphs_on_static_rows_give_what_fresh_rows_give_bit_by_bit(family: str) -> None:
+    eager, recorded = runtime(family, "eager"), runtime(family, "eager")
+    recorded.graphs = Graphs(recorded, again)
+    adapter = None
+    if family == "qwen3":
+        adapter = MaskAdapter(random_adapter(eager.config, block=4), eager.config, eager.dtype, eager.device)
+    cache = recorded.new_cache(2, 60)
+    plain = eager.empty_cache(2, cache.capacity)
+
+    def both(rows: Rows, logits: torch.Tensor | None = None, capture: tuple[int, ...] = ()) -> None:
+        span = min(rounded(max(plain.sizes) + rows.ids.shape[1]), plain.capacity)
+        used = adapter if rows.masks is not None else None
+        got = recorded.forward(rows, cache, logits=logits, capture=capture, adapter=used)
+        with torch.inference_mode():
+            exact = eager.body(rows, plain, logits, capture, used, max(plain.sizes) + rows.ids.shape[1])
+            want = eager.body(rows, plain, logits, capture, used, span)
+        assert torch.equal(got.logits, want.logits)
+        assert all(torch.equal(got.hidden[index], want.hidden[index]) for index in capture)
+        torch.testing.assert_close(got.logits, exact.logits, rtol=1e-4, atol=1e-4)
+
+    def extended(counts: list[int]) -> None:
+        cache.extend(counts), plain.extend(counts)
+        assert torch.equal(cache.lengths, plain.lengths)
+
+    both(Rows.chain(ids_of(2, 9, seed=0), cache.lengths), torch.tensor([[8], [3]]), capture=(0, 2, 3))
+    extended([9, 4])
+    for step in range(3):  # the same graph at three contexts
+        both(Rows.chain(ids_of(2, 1, seed=step), cache.lengths))
+        extended([1, 1 - step % 2])
+    for seed in (1, 2):
+        parents = torch.tensor([[-1, 0, 0, 1, 2], [-1, 0, 1, 1, 0]] if seed == 1 else [[-1, 0, 1, 2, 0]] * 2)
+        both(Rows.tree(ids_of(2, 5, seed=seed), cache.lengths, parents), capture=(1,))
+        kept, counts = torch.tensor([[0, 2, 4], [0, 4, -1]] if seed == 1 else [[0, 1, -1], [0, -1, -1]]), [3, 2]
+        counts = counts if seed == 1 else [2, 1]
+        cache.commit(kept, counts), plain.commit(kept, counts)
+    for seed, outcomes in ((5, (1, 3)), (6, (1, 3)), (7, (2, 3))):
+        rows = Rows.draft_and_verify(ids_of(2, 3, seed=seed), cache.lengths, 4, outcomes, mask=299)
+        both(rows, torch.tensor([[0, 1, 2]] * 2) if seed < 7 else None)
+        extended([2, 1])
+    assert torch.equal(cache.keys, plain.keys) and torch.equal(cache.values, plain.values)
+    kinds = [record.what for record in recorded.prepared]
+    assert len(kinds) == len(set(kinds)) == 5  # prefill, step, tree, and two of masks
+
+    # Its memory goes to the next cache of the size, empty, and so do the graphs; one that is in use keeps its own.
+    address = cache.keys.data_ptr()
+    other = recorded.new_cache(2, 60)
+    assert other.keys.data_ptr() != address
+    del cache
+    cache = recorded.new_cache(2, 50)
+    plain = eager.empty_cache(2, cache.capacity)
+    assert cache.keys.data_ptr() == address and cache.sizes == [0, 0] and not cache.lengths.any()
+    both(Rows.chain(ids_of(2, 1, seed=11), cache.lengths))
+    assert len(recorded.prepared) == 5
+
+
+@given(st.integers(1, 200_000))
+def test_spans_waste_an_eighth_at_most_and_are_few(tokens: int) -> None:
+    span = rounded(tokens)
+    assert tokens <= span <= max(execution.SMALLEST_SPAN, tokens * 9 / 8 + 1)
+    assert rounded(span) == span and rounded(tokens + 1) >= span
+
+
+def test_there_are_eight_spans_for_each_doubling() -> None:
+    assert len({rounded(tokens) for tokens in range(1025, 4097)}) == 16
+
+
+def test_what_cannot_be_recorded_or_compiled_says_so() -> None:
+    eager = runtime("smollm", "eager")
+    with pytest.raises(ExecutionUnavailable, match="needs a GPU with CUDA or HIP, the device is cpu"):
+        eager.executed("graph")
+    with pytest.raises(ExecutionUnavailable, match="compiled is for dense transformers"):
+        runtime("zaya", "compiled")
+
+    def failing(run: Run) -> Run:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    eager.graphs = Graphs(eager, failing)
+    cache = eager.new_cache(1, 8)
+    with pytest.raises(ExecutionUnavailable, match=r"no graph of 1 x 2 rows.*not permitted when stream is capturing$"):
+        eager.forward(Rows.chain(torch.tensor([[1, 2]]), cache.lengths), cache)
+
+
+SCENARIO = """
+name: modes
+model: {config: {family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 304, max_positions: 256},
+  weights: random}
+dtype: float32
+device: cpu
+engines:
+  - {name: autoregressive, execution: MODE, label: MODE}
+  - {name: autoregressive, execution: eager, label: eager}
+  - {name: eagle3, drafter: {random: true}, depth: 2, top_k: 2, execution: MODE}
+  - {name: dflash, drafter: {random: true, layers: 1}, block: 3, execution: MODE}
+  - {name: diffusion, block_size: 3, proposals: 2, adapter: {random: true}, execution: MODE}
+prompts: {set: quickstart, limit: 2}
+context: 12
+output_tokens: 8
+repeats: 1
+threads: 1
+telemetry: off
+warmup: {prompts: 0}
+"""
+
+
+def measured(mode: str, tmp_path: Any) -> tuple[Any, list[Any]]:
+    path = tmp_path / "modes.yaml"
+    path.write_text(SCENARIO.replace("MODE", mode))
+    return run.in_memory(scenario.load(path, ()))
+
+
+def every_engine_emits_the_same(records: list[Any]) -> None:
+    assert [record.error for record in records if record.error] == []
+    for group in (0, 1):
+        outputs = {record.requests[0].output_ids for record in records if record.group == group}
+        assert len(outputs) == 1
+    assert all(request.check.verdict == "exact" for record in records for request in record.requests)
+
+
+def test_all_engines_decode_on_graphs_and_no_capture_is_in_a_measured_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(execution, "graphs_on", lambda of, device: Graphs(of, again))
+    decodes: list[int] = []
+    monkeypatch.setattr(launches, "count", lambda *_: {})  # so that the trials themselves meet what is not captured yet
+    plain = run.Meter
+    monkeypatch.setattr(run, "Meter", lambda *given: decodes.append(1) or plain(*given))
+    _, records = measured("graph", tmp_path)
+    every_engine_emits_the_same(records)
+    first = [record for record in records if record.prepared]
+    assert {p.kind for record in first for p in record.prepared} == {"capture"}
+    assert len(decodes) == len(records) + len(first)  # each of these was decoded twice
+    assert not any(record.prepared for record in records if record.cell == "eager")
+
+
+class Dispatched(TorchDispatchMode):
+    """Operators below autograd that make or change a tensor: another count of what torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "empty" in str(func) or "_unsafe_view" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def launched(of: Any) -> int:
+    request = Request(3, Sampling(), (0,))
+    found = launches.count(Autoregressive(of), [[5, 6, 7]], request, resolve("cpu"), ALONE)
+    assert set(found) == {("target", "prefill", 3), ("target", "decode", 1)}
+    return found["target", "decode", 1]
+
+
+def test_launches_are_those_that_torch_dispatches_and_a_graph_has_few() -> None:
+    eager, recorded = runtime("smollm", "eager"), runtime("smollm", "eager")
+    recorded.graphs = Graphs(recorded, again)
+    cache, dispatched = eager.new_cache(1, 8), Dispatched()
+    with dispatched:
+        eager.forward(Rows.chain(torch.tensor([[5]]), cache.lengths), cache)
+    found = launched(eager)
+    assert 0.8 < found / dispatched.count < 1.3
+    assert 60 < found < 200
+    if cpu.available():
+        assert launched(runtime("smollm", "native")) <= 12  # one call, and the indices of the rows that want logits
+
+
+@pytest.mark.slow
+def test_all_engines_decode_with_compiled_layers_and_their_tokens_are_the_targets(tmp_path: Any) -> None:
+    """About a minute of one core, nearly all of it torch's compiler."""
+    _, records = measured("compiled", tmp_path)
+    every_engine_emits_the_same(records)
+    compiled = [p for record in records for p in record.prepared]
+    assert {p.kind for p in compiled} == {"compile"} and sum(p.seconds for p in compiled) > 1
+    eager = runtime("smollm", "eager")
+    fast = eager.executed("compiled")
+    caches = [each.new_cache(2, 40) for each in (eager, fast)]
+    for count in (9, 1, 4):
+        ids = ids_of(2, count, seed=count)
+        outs = [m.forward(Rows.chain(ids, c.lengths), c).logits for m, c in zip((eager, fast), caches, strict=True)]
+        assert (outs[1] - outs[0]).abs().max() <= 1e-5 * outs[0].abs().max()
+        for cache in caches:
+            cache.extend([count, count - 1])
+    assert 0 < len(fast.prepared) <= 3

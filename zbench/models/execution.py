@@ -1,0 +1,263 @@
+"""How torch runs a forward: operator by operator (eager), with compiled layers, or as recorded graphs.
+
+A forward that reads little is bound by neither memory nor arithmetic but by its hundreds of operators, each of which
+the host has to start. Compiled layers have fewer; a graph is started at once. Both cost something before they can run.
+That is kept apart (`prepared`) and is part of no step: `run.py` decodes a trial again in which anything was prepared.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zbench.models.adapter import MaskAdapter
+from zbench.models.cache import Cache
+from zbench.models.model import Output
+from zbench.models.rows import Rows
+from zbench.records import PreparationRecord
+
+SMALLEST_SPAN = 256
+GRAPH = "graph replay"  # how a replay is called in a trace
+
+
+class ExecutionUnavailable(Exception):
+    """What was asked to run the model cannot run it here; the message says why."""
+
+
+def rounded(tokens: int) -> int:
+    """The next of eight sizes per doubling, so that graphs over so much of a cache are few and an eighth is wasted."""
+    step = max(1 << (max(tokens, SMALLEST_SPAN) - 1).bit_length() - 4, SMALLEST_SPAN // 8)
+    return max(-(-tokens // step) * step, SMALLEST_SPAN)
+
+
+# --- Compiled ---
+
+
+@contextmanager
+def compiling(found: list[PreparationRecord], what: str) -> Iterator[None]:
+    """Appends the seconds that torch compiled within. Raises ExecutionUnavailable where that failed."""
+    from torch._dynamo.callback import callback_handler
+
+    began: list[float] = []
+    seconds: list[float] = []
+    start = callback_handler.register_start_callback(lambda _: began.append(time.perf_counter()))
+    end = callback_handler.register_end_callback(lambda _: seconds.append(time.perf_counter() - began[-1]))
+    try:
+        yield
+    except Exception as error:
+        if not began:
+            raise
+        line = next((line for line in str(error).splitlines() if line.strip()), "no message")
+        raise ExecutionUnavailable(f"torch.compile failed: {type(error).__name__}: {line}") from error
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+        if seconds:
+            found.append(PreparationRecord("compile", what, sum(seconds), None))
+
+
+def compiled_layer(layer: Callable[..., Tensor], **constants: Any) -> Callable[..., Tensor]:
+    """`layer(x, weights, low, step, keys, values, mask, **constants)` under torch.compile.
+
+    All layers share what is compiled, since their weights are arguments. It is compiled for one row and for several,
+    with and without masks, for each batch size, and not for each context.
+    """
+    # Beyond torch's limit it would go on uncompiled; `fullgraph` makes that an error. All models of a process count.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    fast = torch.compile(layer, fullgraph=True, dynamic=False)
+
+    def run(x: Tensor, weights: Any, low: Any, step: Any, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        any_size(x, 1), any_size(mask, 2, 3)
+        return fast(x, weights, low, step, any_size(keys, 2), any_size(values, 2), mask, **constants)
+
+    return run
+
+
+def any_size(tensor: Tensor, *dims: int) -> Tensor:
+    """Marks dimensions of which every size is to run the same compiled code (a size of 1 is always its own)."""
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
+# --- Graphs ---
+
+# Runs a forward once on buffers that stay where they are, and gives what runs it again on what these hold by then.
+Run = Callable[[], tuple[Output, Any]]  # what came out, and what it left pending in the cache
+Record = Callable[[Run], Run]
+
+
+class Graphable(Protocol):
+    """A model whose forward depends on nothing of the host but shapes and `span`: on no length, no size of a cache."""
+
+    prepared: list[PreparationRecord]
+
+    def empty_cache(self, batch: int, capacity: int) -> Cache: ...
+
+    def body(
+        self,
+        rows: Rows,
+        cache: Cache,
+        logits: Tensor | None,
+        capture: Sequence[int],
+        adapter: MaskAdapter | None,
+        span: int,
+    ) -> Output:
+        """The forward over the first `span` slots of the cache, which hold the prefixes and the rows at least."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """What a graph has fixed."""
+
+    batch: int
+    rows: int
+    wanted: int | None  # rows per sequence that ask for logits; None: all
+    capture: tuple[int, ...]
+    adapter: MaskAdapter | None
+    masks: bool
+    causal: bool
+    span: int
+
+    def __str__(self) -> str:
+        asked = "all" if self.wanted is None else str(self.wanted)
+        return f"{self.batch} x {self.rows} rows, {asked} logits, {self.span} slots"
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: tuple[Tensor, ...]
+    replay: Run
+
+
+@dataclass(slots=True)
+class _Arena:
+    """Memory of a cache, handed to one cache after another: graphs have its addresses in them."""
+
+    memory: Cache
+    batch: int
+    user: weakref.ref[Cache]
+    graphs: dict[_Signature, _Graph] = field(default_factory=dict)
+
+
+class Graphs:
+    """Forwards as graphs over static rows: one for each signature, recorded when it is first asked for.
+
+    Rows are copied into buffers, lengths are the cache's own, on the device; what comes out is copied too, since the
+    next forward writes over it.
+    """
+
+    def __init__(self, model: Graphable, record: Record) -> None:
+        self._model, self._record = model, record
+        self._arenas: dict[int, _Arena] = {}
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache, on memory whose last user is gone where there is some of that size."""
+        capacity = rounded(capacity)
+        idle = {address: arena for address, arena in self._arenas.items() if arena.user() is None}
+        arena = next((a for a in idle.values() if (a.batch, a.memory.capacity) == (batch, capacity)), None)
+        if arena is None:
+            try:
+                memory = self._model.empty_cache(batch, capacity)
+            except torch.OutOfMemoryError:
+                for address in idle:
+                    del self._arenas[address]
+                idle.clear()
+                torch.cuda.empty_cache()
+                memory = self._model.empty_cache(batch, capacity)
+            arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, batch, weakref.ref(memory))
+        cache = copy(arena.memory)
+        cache.truncate([0] * batch)
+        cache.pending = None
+        arena.user = weakref.ref(cache)
+        return cache
+
+    def forward(
+        self, rows: Rows, cache: Cache, logits: Tensor | None, capture: Sequence[int], adapter: MaskAdapter | None
+    ) -> Output:
+        """See `Model.forward`. Raises ExecutionUnavailable where the graph cannot be recorded."""
+        (batch, count), arena = rows.ids.shape, self._arenas[cache.keys.data_ptr()]
+        signature = _Signature(
+            batch,
+            count,
+            None if logits is None else logits.shape[1],
+            tuple(capture),
+            adapter,
+            rows.masks is not None,
+            rows.causal,
+            min(rounded(max(cache.sizes) + count), cache.capacity),
+        )
+        given = (rows.ids, rows.positions, rows.parents, rows.visible, rows.masks, logits)
+        graph = arena.graphs.get(signature)
+        if graph is None:
+            graph = arena.graphs[signature] = self._recorded(signature, arena.memory, given)
+        for own, tensor in zip(graph.inputs, (t for t in given if t is not None), strict=True):
+            own.copy_(tensor)
+        with torch.profiler.record_function(GRAPH):
+            out, cache.pending = graph.replay()
+        hidden = {index: state.clone() for index, state in out.hidden.items()}
+        return Output(out.logits.clone(), hidden, None if out.routed is None else out.routed.clone())
+
+    def _recorded(self, signature: _Signature, memory: Cache, given: tuple[Tensor | None, ...]) -> _Graph:
+        own = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in given]
+        ids, positions, parents, visible, masks, logits = own
+        assert ids is not None and positions is not None and parents is not None and visible is not None
+        rows = Rows(ids, positions, parents, visible, signature.causal, masks)
+        model, capture, adapter, span = self._model, signature.capture, signature.adapter, signature.span
+        start, before = time.perf_counter(), _reserved(ids.device)
+
+        def run() -> tuple[Output, Any]:
+            return model.body(rows, memory, logits, capture, adapter, span), memory.pending
+
+        try:
+            replay = self._record(run)
+        except Exception as error:
+            line = next(iter(str(error).splitlines()), "no message")
+            raise ExecutionUnavailable(f"no graph of {signature}: {type(error).__name__}: {line}") from error
+        after = _reserved(ids.device)
+        grown = None if before is None or after is None else after - before
+        model.prepared.append(PreparationRecord("capture", str(signature), time.perf_counter() - start, grown))
+        return _Graph(tuple(t for t in own if t is not None), replay)
+
+
+def _reserved(device: torch.device) -> int | None:
+    """Memory that torch holds on the device, once what runs there has ended."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    return torch.cuda.memory_reserved(device)
+
+
+def graphs_on(model: Graphable, device: torch.device) -> Graphs:
+    """Graphs of CUDA or HIP. Raises ExecutionUnavailable where the device has none."""
+    if device.type != "cuda":
+        raise ExecutionUnavailable(f"graph needs a GPU with CUDA or HIP, the device is {device.type}")
+    pool = torch.cuda.graph_pool_handle()  # graphs run one after another, so that they can share their scratch memory
+
+    def record(run: Run) -> Run:
+        # Handles and workspaces of libraries are made at first use, which must not be while recording.
+        ahead = torch.cuda.Stream(device)
+        ahead.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(ahead):
+            run()
+        torch.cuda.current_stream(device).wait_stream(ahead)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = run()
+
+        def replay() -> tuple[Output, Any]:
+            graph.replay()
+            return out  # held here, so that no other graph takes its memory
+
+        return replay
+
+    return Graphs(model, record)
