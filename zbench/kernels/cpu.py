@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import platform
 import shutil
@@ -272,6 +273,28 @@ def read_sum(x: Tensor) -> float:
     )
 
 
+class _Pages:
+    """Memory for weights in huge pages, where the system gives some: a forward streams all of it, and with pages of
+    4 KiB every panel waits for its translation and stops the prefetcher at its end."""
+
+    HUGE, CHUNK = 1 << 21, 1 << 26  # bytes
+
+    def __init__(self) -> None:
+        self._chunk = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same values, contiguous, at the next cache line."""
+        size = tensor.numel() * tensor.element_size()
+        if self._chunk.numel() < size:
+            memory = mmap.mmap(-1, -(-max(size, self.CHUNK) // self.HUGE) * self.HUGE + self.HUGE)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            whole = torch.frombuffer(memory, dtype=torch.uint8)
+            self._chunk = whole[-whole.data_ptr() % self.HUGE :]
+        taken, self._chunk = self._chunk[:size], self._chunk[-(-size // 64) * 64 :]
+        return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
 class Adapter:
     """Packed low-rank matrices and mask embeddings (a `models.adapter.MaskAdapter`), for mask rows of a `Decoder`."""
 
@@ -311,13 +334,14 @@ class Decoder:
         self._library = _library()
         self.config, self.dtype = config, dtype
         self._keep: list[Tensor] = []
+        self._pages = _Pages()
         layers = (_Layer * config.layers)()
         for index, (layer, source) in enumerate(zip(layers, weights.layers, strict=True)):
-            layer.qkv = self._hold(pack(source.qkv))
-            layer.out = self._hold(pack(source.out))
+            layer.qkv = self._hold(self._pages.copy(pack(source.qkv)))
+            layer.out = self._hold(self._pages.copy(pack(source.out)))
             gate, up = source.gate_up.chunk(2)
-            layer.gate_up = self._hold(pack_gate_up(gate, up))
-            layer.down = self._hold(pack(source.down))
+            layer.gate_up = self._hold(self._pages.copy(pack_gate_up(gate, up)))
+            layer.down = self._hold(self._pages.copy(pack(source.down)))
             layer.qkv_bias = self._float(source.qkv_bias)
             layer.out_bias = self._float(source.out_bias)
             layer.down_bias = self._float(source.down_bias)
@@ -329,7 +353,7 @@ class Decoder:
             layer.q_norm, layer.k_norm = self._float(source.q_norm), self._float(source.k_norm)
             layer.window = (config.windows[index] if config.windows else None) or 0
         self._layers = layers
-        self._head = None if weights.head is None else pack(weights.head)
+        self._head = None if weights.head is None else self._pages.copy(pack(weights.head))
         self._model = _Model(
             config.layers,
             config.width,
@@ -342,7 +366,7 @@ class Decoder:
             config.rms_eps,
             layers,
             self._hold(weights.embedding),
-            None if self._head is None else self._hold(self._head),
+            None if self._head is None else self._head.data_ptr(),
             self._float(weights.norm),
             self._float(inv_freq),
         )
