@@ -63,7 +63,10 @@ class _Model(ctypes.Structure):
 
 
 class _LowRank(ctypes.Structure):
-    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "source")),
+        *((name, ctypes.c_int64) for name in ("rank", "columns")),
+    ]
 
 
 class _Adapter(ctypes.Structure):
@@ -242,6 +245,26 @@ def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([packed_gate, packed_up], 1).flatten(0, 1).contiguous()
 
 
+def pack_low_rank(b: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """B [N, r] of fused projections, r even -> its packed panels and the column where each begins [N/16] int32.
+
+    B is block diagonal: a panel's outputs belong to one projection and read that one's columns only. So each panel keeps
+    as many columns as the widest needs; -1 says that a panel is nothing but zeros. `interleaved`: as `pack_gate_up`.
+    """
+    panels = torch.nn.functional.pad(b, (0, 0, 0, -len(b) % PANEL)).view(-1, PANEL, b.shape[1])
+    if interleaved:
+        panels = panels.view(2, -1, *panels.shape[1:]).transpose(0, 1).flatten(0, 1)
+    used = (panels != 0).any(1)  # [N/16, r]
+    columns = torch.arange(b.shape[1])
+    first = columns.where(used, b.shape[1]).amin(1) // 2 * 2
+    rank = max(int((columns.where(used, -1).amax(1) + 1 - first).max()), 2)
+    rank += rank % 2
+    first = first.clamp(max=b.shape[1] - rank)
+    index = (first[:, None, None] + columns[:rank]).expand(-1, PANEL, -1)
+    kept = panels.gather(2, index).flatten(0, 1)
+    return pack(kept), first.where(used.any(1), -1).int()
+
+
 def linear(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
     """x [M, K] float32 times a packed weight -> [M, outputs] float32, on the threads torch uses."""
     return _linear(_library(), x, packed, outputs)
@@ -300,7 +323,8 @@ class Adapter:
 
     def __init__(self, adapter, dtype: torch.dtype) -> None:
         self._keep: list[Tensor] = []
-        self.rank = 0
+        self._pages = _Pages()
+        self.columns = 0  # the most that A has in one place
         self.argument = _Adapter()
         for name in ("qkv", "out", "gate_up", "down"):
             pairs = [getattr(layer, name) for layer in adapter.layers]
@@ -314,12 +338,14 @@ class Adapter:
         self.argument.mask_embedding, self.argument.masks = embedding.data_ptr(), len(embedding)
 
     def _pack(self, entry: _LowRank, a: Tensor, b: Tensor, interleaved: bool) -> None:
-        padded = -a.shape[0] % PANEL  # the rank is the inner size of the second product: whole panels, zeros at the end
+        """A [r, K] and B [N, r] of fused projections."""
+        padded = -len(a) % PANEL
         a, b = torch.nn.functional.pad(a, (0, 0, 0, padded)), torch.nn.functional.pad(b, (0, padded))
-        packed = pack(a), pack_gate_up(*b.chunk(2)) if interleaved else pack(b)
-        self._keep += packed
-        entry.a, entry.b, entry.rank = packed[0].data_ptr(), packed[1].data_ptr(), a.shape[0]
-        self.rank = max(self.rank, a.shape[0])
+        packed, source = pack_low_rank(b, interleaved)
+        self._keep += [self._pages.copy(pack(a)), self._pages.copy(packed), source]
+        entry.a, entry.b, entry.source = (tensor.data_ptr() for tensor in self._keep[-3:])
+        entry.rank, entry.columns = packed.shape[1] * packed.shape[3] if packed.dim() == 4 else packed.shape[1], len(a)
+        self.columns = max(self.columns, len(a))
 
 
 class Decoder:
@@ -410,7 +436,7 @@ class Decoder:
         threads = torch.get_num_threads()
         sections = BEFORE + LAYER * self.config.layers + AFTER
         times = None if _recorded is None else torch.zeros(1 + len(sections), dtype=torch.int64)
-        self._reserve(batch, rows, capacity, threads, adapter.rank if adapter else 0)
+        self._reserve(batch, rows, capacity, threads, adapter.columns if adapter else 0)
         arguments = _Batch(
             batch,
             rows,
@@ -444,12 +470,12 @@ class Decoder:
             )
         return logits, captured
 
-    def _reserve(self, batch: int, rows: int, capacity: int, threads: int, rank: int) -> None:
+    def _reserve(self, batch: int, rows: int, capacity: int, threads: int, columns: int) -> None:
         c, m = self.config, batch * rows
         qkv, mixed = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
         floats = m * (c.width + qkv + mixed + c.head_dim) + (m + TALL) * (max(c.width, mixed) + c.ffn)
         floats += threads * PANEL * (capacity + 2 * PANEL + c.head_dim)
-        floats += (m + TALL) * rank + (m * max(qkv, 2 * c.ffn, c.width) if rank else 0)
+        floats += (m + TALL) * columns
         seen = 2 * m * rows * c.heads // c.kv_heads  # two bytes per key and panel of lanes; a panel holds one at least
         needed = 4 * floats + seen + 64 * 20
         if self._workspace.numel() < needed:
