@@ -750,6 +750,29 @@ void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, 
     }
 }
 
+// best[r] = the first largest of row r of x [rows, n]; a NaN is never it, and 0 is where there is nothing else.
+void zb_argmax(const float* x, int64_t rows, int64_t n, int64_t* best) {
+    constexpr int STREAMS = 4;
+    constexpr int64_t BLOCK = 16 * STREAMS * VL;
+    for (int64_t r = 0; r < rows; r++, x += n) {
+        float top = -INFINITY;
+        int64_t at = 0, i = 0;  // of the block that holds it
+        for (; i + BLOCK <= n; i += BLOCK) {
+            vf most[STREAMS];
+            UNROLL for (int s = 0; s < STREAMS; s++) most[s] = splat(-INFINITY);
+            for (int64_t k = i; k < i + BLOCK; k += STREAMS * VL)
+                UNROLL for (int s = 0; s < STREAMS; s++) { vf v = load(x + k + s * VL); most[s] = v > most[s] ? v : most[s]; }
+            UNROLL for (int s = 1; s < STREAMS; s++) most[0] = most[s] > most[0] ? most[s] : most[0];
+            float here = most[0][0];
+            for (int l = 1; l < VL; l++) here = most[0][l] > here ? most[0][l] : here;
+            if (here > top) { top = here; at = i; }
+        }
+        for (; i < n; i++) if (x[i] > top) { top = x[i]; at = i; }
+        best[r] = top == -INFINITY ? 0 : at;
+        for (int64_t k = at; k < n && top > -INFINITY; k++) if (x[k] == top) { best[r] = k; break; }
+    }
+}
+
 // Streams `count` floats once with every thread and returns their sum: the read-bandwidth roof. Each thread follows
 // several streams, as a projection does with its panels: one stream alone leaves the prefetchers idle.
 float zb_read_sum(const float* x, int64_t count, int64_t threads) {

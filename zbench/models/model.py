@@ -97,9 +97,9 @@ def wanted_rows(rows: Rows, cache: Cache, logits: Tensor | None) -> Tensor:
     batch, count = rows.ids.shape
     if max(cache.sizes) + count > cache.capacity:
         raise ValueError(f"{count} rows after {max(cache.sizes)} tokens exceed the cache's {cache.capacity}")
-    offsets = torch.arange(batch, device=rows.ids.device)[:, None] * count
     if logits is None:
-        logits = torch.arange(count, device=rows.ids.device).expand(batch, count)
+        return torch.arange(batch * count, device=rows.ids.device)
+    offsets = torch.arange(batch, device=rows.ids.device)[:, None] * count
     return (logits + offsets).reshape(-1)
 
 
