@@ -721,6 +721,27 @@ static void linear(const W* w, const float* x, void* scratch, float* y, int M, i
     }
 }
 
+static int64_t first_largest(const float* x, int64_t n) {
+    constexpr int STREAMS = 4;
+    constexpr int64_t BLOCK = 16 * STREAMS * VL;
+    float top = -INFINITY;
+    int64_t at = 0, i = 0;  // where it is, or the block that holds it
+    for (; i + BLOCK <= n; i += BLOCK) {
+        vf most[STREAMS];
+        UNROLL for (int s = 0; s < STREAMS; s++) most[s] = splat(-INFINITY);
+        for (int64_t k = i; k < i + BLOCK; k += STREAMS * VL)
+            UNROLL for (int s = 0; s < STREAMS; s++) { vf v = load(x + k + s * VL); most[s] = v > most[s] ? v : most[s]; }
+        UNROLL for (int s = 1; s < STREAMS; s++) most[0] = most[s] > most[0] ? most[s] : most[0];
+        float here = most[0][0];
+        for (int l = 1; l < VL; l++) here = most[0][l] > here ? most[0][l] : here;
+        if (here > top) { top = here; at = i; }
+    }
+    for (; i < n; i++) if (x[i] > top) { top = x[i]; at = i; }
+    if (top == -INFINITY) return 0;
+    while (x[at] != top) at++;
+    return at;
+}
+
 extern "C" {
 // y[M,N] = x[M,K] . w[N,K]^T with w packed; x float32 [M,K]. scratch holds (M + TALL) * K floats.
 void zb_linear(const void* w, int64_t is_bf16, const float* x, void* scratch, float* y, int64_t M, int64_t N, int64_t K, int64_t threads) {
@@ -752,24 +773,27 @@ void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, 
 
 // best[r] = the first largest of row r of x [rows, n]; a NaN is never it, and 0 is where there is nothing else.
 void zb_argmax(const float* x, int64_t rows, int64_t n, int64_t* best) {
-    constexpr int STREAMS = 4;
-    constexpr int64_t BLOCK = 16 * STREAMS * VL;
-    for (int64_t r = 0; r < rows; r++, x += n) {
-        float top = -INFINITY;
-        int64_t at = 0, i = 0;  // of the block that holds it
-        for (; i + BLOCK <= n; i += BLOCK) {
-            vf most[STREAMS];
-            UNROLL for (int s = 0; s < STREAMS; s++) most[s] = splat(-INFINITY);
-            for (int64_t k = i; k < i + BLOCK; k += STREAMS * VL)
-                UNROLL for (int s = 0; s < STREAMS; s++) { vf v = load(x + k + s * VL); most[s] = v > most[s] ? v : most[s]; }
-            UNROLL for (int s = 1; s < STREAMS; s++) most[0] = most[s] > most[0] ? most[s] : most[0];
-            float here = most[0][0];
-            for (int l = 1; l < VL; l++) here = most[0][l] > here ? most[0][l] : here;
-            if (here > top) { top = here; at = i; }
+    for (int64_t r = 0; r < rows; r++) best[r] = first_largest(x + r * n, n);
+}
+
+// Greedy verification of chains of k drafts [B, k], of which offered[b] are real: what the largest logits [B, 1 + k, V]
+// confirm. Rows are `ld` apart from sequence to sequence. Per sequence found [B, 2 K + 2], K = 1 + k: the rows to keep and
+// the tokens gained, -1 padded; how many; the last of them, which no draft is. Rows beyond a refusal are not looked at.
+void zb_verify_chain(const float* logits, int64_t ld, const int64_t* drafts, int64_t draft_ld, const int64_t* offered,
+                     int64_t B, int64_t k, int64_t V, int64_t* found) {
+    for (int64_t b = 0; b < B; b++, logits += ld, drafts += draft_ld, found += 2 * k + 4) {
+        int64_t *kept = found, *tokens = kept + k + 1, *counts = tokens + k + 1;
+        int64_t real = offered && offered[b] < k ? offered[b] : k, row = 0, next = first_largest(logits, V);
+        for (; row < real && next == drafts[row]; next = first_largest(logits + row * V, V)) {
+            kept[row] = row;
+            tokens[row] = next;
+            row++;
         }
-        for (; i < n; i++) if (x[i] > top) { top = x[i]; at = i; }
-        best[r] = top == -INFINITY ? 0 : at;
-        for (int64_t k = at; k < n && top > -INFINITY; k++) if (x[k] == top) { best[r] = k; break; }
+        kept[row] = row;
+        tokens[row] = next;
+        counts[0] = row + 1;
+        counts[1] = next;
+        for (row++; row <= k; row++) kept[row] = tokens[row] = -1;
     }
 }
 

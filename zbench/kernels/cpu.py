@@ -161,6 +161,7 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_linear.restype = None
         library.zb_commit.restype = None
         library.zb_argmax.restype = None
+        library.zb_verify_chain.restype = None
         library.zb_read_sum.restype = ctypes.c_float
         library.zb_instruction_set.restype = ctypes.c_char_p
         library.zb_key_unit.restype = ctypes.c_int64
@@ -304,6 +305,32 @@ def argmax(x: Tensor) -> Tensor:
         ctypes.c_void_p(best.data_ptr()),
     )
     return best
+
+
+def can_verify(logits: Tensor) -> bool:
+    """Whether `verify_chain` takes these logits [B, R, V]."""
+    whole = logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.stride()[1:] == (logits.shape[2], 1)
+    return whole and available()
+
+
+def verify_chain(
+    logits: Tensor, drafts: Tensor, offered: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greedy `engines.verify.verify_chain`, logits [B, 1 + k, V], drafts [B, k], offered [B], in one call: a step has
+    just swept the caches, so that the thirty small operators of torch come from memory each."""
+    batch, count, vocab = logits.shape
+    drafts = drafts if drafts.stride(1) == 1 else drafts.contiguous()
+    found = torch.empty(batch, 2 * count + 2, dtype=torch.int64)
+    _library().zb_verify_chain(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.stride(0)),
+        ctypes.c_void_p(drafts.data_ptr()),
+        ctypes.c_int64(drafts.stride(0)),
+        None if offered is None else ctypes.c_void_p(offered.contiguous().data_ptr()),
+        *(ctypes.c_int64(n) for n in (batch, count - 1, vocab)),
+        ctypes.c_void_p(found.data_ptr()),
+    )
+    return found[:, :count], found[:, -2], found[:, count:-2], found[:, -1]
 
 
 def read_sum(x: Tensor) -> float:
