@@ -7,6 +7,7 @@ the library could be built here; every caller has a plain torch path for when it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -340,25 +341,27 @@ def read_sum(x: Tensor) -> float:
     )
 
 
-class _Pages:
+class Pages:
     """Memory for weights in huge pages, where the system gives some: a forward streams all of it, and with pages of
     4 KiB every panel waits for its translation and stops the prefetcher at its end."""
 
-    HUGE, CHUNK = 1 << 21, 1 << 26  # bytes
+    HUGE = 1 << 21  # bytes
 
-    def __init__(self) -> None:
-        self._chunk = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, chunk: int = HUGE) -> None:
+        """Taken from the system `chunk` bytes at a time."""
+        self._chunk, self._left = chunk, torch.empty(0, dtype=torch.uint8)
 
     def copy(self, tensor: Tensor) -> Tensor:
         """The same values, contiguous, at the next cache line."""
         size = tensor.numel() * tensor.element_size()
-        if self._chunk.numel() < size:
-            memory = mmap.mmap(-1, -(-max(size, self.CHUNK) // self.HUGE) * self.HUGE + self.HUGE)
+        if self._left.numel() < size:
+            memory = mmap.mmap(-1, -(-max(size, self._chunk) // self.HUGE) * self.HUGE + self.HUGE)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
+                with contextlib.suppress(OSError):  # a kernel built without them
+                    memory.madvise(mmap.MADV_HUGEPAGE)
             whole = torch.frombuffer(memory, dtype=torch.uint8)
-            self._chunk = whole[-whole.data_ptr() % self.HUGE :]
-        taken, self._chunk = self._chunk[:size], self._chunk[-(-size // 64) * 64 :]
+            self._left = whole[-whole.data_ptr() % self.HUGE :]
+        taken, self._left = self._left[:size], self._left[-(-size // 64) * 64 :]
         return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
@@ -367,7 +370,7 @@ class Adapter:
 
     def __init__(self, adapter, dtype: torch.dtype) -> None:
         self._keep: list[Tensor] = []
-        self._pages = _Pages()
+        self._pages = Pages(1 << 25)
         self.columns = 0  # the most that A has in one place
         self.argument = _Adapter()
         for name in ("qkv", "out", "gate_up", "down"):
@@ -404,7 +407,7 @@ class Decoder:
         self._library = _library()
         self.config, self.dtype = config, dtype
         self._keep: list[Tensor] = []
-        self._pages = _Pages()
+        self._pages = Pages(1 << 26)
         layers = (_Layer * config.layers)()
         for index, (layer, source) in enumerate(zip(layers, weights.layers, strict=True)):
             layer.qkv = self._hold(self._pages.copy(pack(source.qkv)))
