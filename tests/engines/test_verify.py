@@ -46,7 +46,9 @@ def seeded() -> None:
 
 
 @pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
-@given(batch=st.integers(1, 4), drafts=st.integers(0, 5), spare=st.integers(0, 2), seed=st.integers(0, 999), data=st.data())
+@given(
+    batch=st.integers(1, 4), drafts=st.integers(0, 5), spare=st.integers(0, 2), seed=st.integers(0, 999), data=st.data()
+)
 def test_native_greedy_verification_is_that_of_torch(
     batch: int, drafts: int, spare: int, seed: int, data: st.DataObject
 ) -> None:

@@ -76,7 +76,9 @@ def test_low_rank_panels_hold_every_column_that_is_not_zero(
 logits = st.floats(allow_nan=True, allow_infinity=True, width=32) | st.sampled_from([0.0, 1.0, float("-inf")])
 
 
-@given(rows=st.integers(0, 3), size=st.integers(1, 2500), values=st.lists(logits, min_size=1, max_size=40), data=st.data())
+@given(
+    rows=st.integers(0, 3), size=st.integers(1, 2500), values=st.lists(logits, min_size=1, max_size=40), data=st.data()
+)
 def test_argmax_is_the_first_largest_number(rows: int, size: int, values: list[float], data: st.DataObject) -> None:
     places = data.draw(st.lists(st.integers(0, max(rows * size - 1, 0)), min_size=len(values), max_size=len(values)))
     x = torch.full((rows * size,), data.draw(st.sampled_from([0.0, float("-inf"), float("nan")])))
@@ -91,6 +93,22 @@ def test_argmax_takes_any_shape_and_dtype() -> None:
     x = torch.randn(2, 3, 5000, generator=torch.Generator().manual_seed(0))
     for other in (x, x.transpose(0, 1), x.bfloat16(), x.double(), x[..., ::2]):
         assert torch.equal(cpu.argmax(other), other.argmax(-1))
+
+
+def test_memory_is_given_out_again_only_once_nothing_lies_in_it() -> None:
+    memory = cpu.Recycled()
+    first = memory.floats(3, 50)
+    place, row = first.data_ptr(), first[1:].fill_(7.0)[0]
+    del first
+    other = memory.floats(3, 50).fill_(1.0)  # `row` is still read
+    assert other.data_ptr() != place
+    assert torch.equal(row, torch.full((50,), 7.0))
+    del row
+    place = other.data_ptr()
+    del other
+    assert memory.floats(2, 40).data_ptr() == place
+    assert memory.floats(0, 40).shape == (0, 40)
+    assert memory.floats(1, 1 << 24).shape == (1, 1 << 24)
 
 
 def test_read_sum_visits_every_value() -> None:
