@@ -24,7 +24,14 @@ from zbench.engines.diffusion import Diffusion, _sources
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.kernels import cpu
-from zbench.models.adapter import MaskAdapter, random_adapter
+from zbench.models.adapter import (
+    MODULES,
+    AdapterCheckpoint,
+    AdapterConfig,
+    MaskAdapter,
+    adapter_shapes,
+    random_adapter,
+)
 from zbench.models.model import Model
 from zbench.models.rows import Rows
 
@@ -381,6 +388,42 @@ def test_the_native_adapter_computes_what_the_torch_one_does(dtype: torch.dtype)
     got = native.forward(rows, native.new_cache(2, 32), adapter=own).logits
     want = plain.forward(rows, plain.new_cache(2, 32), adapter=other).logits
     assert (got - want).norm() < (1e-5 if dtype == torch.float32 else 3e-2) * want.norm()
+
+
+@needs_native
+@settings(max_examples=25, deadline=None)
+@given(
+    modules=st.sets(st.sampled_from(MODULES), min_size=1),
+    rank=st.integers(1, 20),
+    masked=st.lists(st.booleans(), min_size=1, max_size=37),
+    batch=st.integers(1, 2),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_any_adapter_on_any_rows_is_the_torch_one_and_leaves_the_others_alone(
+    modules: set[str], rank: int, masked: list[bool], batch: int, threads: int, seed: int
+) -> None:
+    model, plain = runtime("qwen3", "native"), runtime("qwen3", "torch")
+    config = AdapterConfig(rank, 2.0 * rank, block=4, masks=3, modules=tuple(m for m in MODULES if m in modules))
+    generator = torch.Generator().manual_seed(seed)
+    shapes = adapter_shapes(config, model.config)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    adapter = MaskAdapter(AdapterCheckpoint(config, tensors, "", ""), model.config, torch.float32, model.device)
+    ids = torch.randint(3, MASK, (batch, len(masked)), generator=generator)
+    ids[:, torch.tensor(masked)] = MASK
+    rows = Rows.canvas(ids, torch.zeros(batch, dtype=torch.int64), MASK)
+    rows = replace(rows, visible=rows.visible.tril())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = model.forward(rows, model.new_cache(batch, 48), adapter=adapter).logits
+        bare = model.forward(rows, model.new_cache(batch, 48)).logits
+    finally:
+        torch.set_num_threads(before)
+    want = plain.forward(rows, plain.new_cache(batch, 48), adapter=adapter).logits
+    assert (got - want).norm() < 1e-4 * want.norm()
+    tokens = masked.index(True) if True in masked else len(masked)  # rows that see no mask
+    assert torch.equal(got[:, :tokens], bare[:, :tokens])
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)

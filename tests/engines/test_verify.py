@@ -31,6 +31,7 @@ from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Request
 from zbench.engines.sampling import Purpose, Sampler, Sampling, probabilities
 from zbench.engines.verify import Verdict, verify_chain, verify_tree
+from zbench.kernels import cpu
 
 VOCAB = 5
 REQUESTS = 20_000
@@ -42,6 +43,32 @@ TREE = (-1, 0, 0, 1, 1, 2)  # two children below the root and the first child, o
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
+@given(
+    batch=st.integers(1, 4), drafts=st.integers(0, 5), spare=st.integers(0, 2), seed=st.integers(0, 999), data=st.data()
+)
+def test_native_greedy_verification_is_that_of_torch(
+    batch: int, drafts: int, spare: int, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 4, (batch, drafts + 1 + spare, VOCAB), generator=generator).float()[:, : drafts + 1]
+    ids = torch.randint(0, VOCAB, (batch, drafts + 1), generator=generator)
+    ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.7, logits.argmax(-1).roll(1, 1), ids)
+    real = data.draw(st.none() | st.lists(st.integers(0, drafts + 1), min_size=batch, max_size=batch))
+    offered = None if real is None else torch.tensor(real)
+    sampler = Sampler(Sampling(), range(batch), 9, torch.device("cpu"))
+
+    def verify() -> Verdict:
+        return verify_chain(logits, ids[:, 1:], sampler, [0] * batch, offered=offered)
+
+    native = verify()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "can_verify", lambda logits: False)
+        wanted = verify()
+    for name in ("kept", "counts", "tokens", "bonus"):
+        assert torch.equal(getattr(native, name), getattr(wanted, name)), name
 
 
 # A world where everything can be enumerated: the next token depends on the last one only, by a table of logits.

@@ -34,6 +34,7 @@ from zbench.engines.sampling import Purpose, draw, on_device, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, verify_chain
 from zbench.errors import UserError
+from zbench.kernels import cpu
 from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
 from zbench.models.cost import head_cost
@@ -183,6 +184,9 @@ class Diffusion:
         """Of what the forward said at each row [B, R, ..], that of the masks that predict the next drafts after
         outcomes `counts` [B]: [B, block - 1, ..]."""
         starts, _ = _sources(drafts, self.block, outcomes, self.fallback, self.shift)
+        if len(rows) == 1 and rows.device.type == "cpu":  # where asking costs nothing and copying logits does
+            first = starts[int(counts)]
+            return rows[:, first : first + self.block - 1]  # fewer where the last block ends: `offered` knows
         start = on_device(starts, rows.device)[counts]
         places = start[:, None] + torch.arange(self.block - 1, device=rows.device)
         places = places.clamp(max=rows.shape[1] - 1)
@@ -199,7 +203,7 @@ class Diffusion:
                 drafts = draw(probs, state.sampler.uniforms(positions, Purpose.DRAFT))
                 state.probs = probs
             else:
-                drafts = logits.argmax(-1)
+                drafts = cpu.argmax(logits)
             if self.trust is not None:
                 state.confidence = logits.softmax(-1).gather(2, drafts[..., None]).squeeze(2)
             state.ids = torch.cat([state.last[:, None], drafts], 1)

@@ -18,6 +18,7 @@ from zbench.engines.plans import eagle3_tokens
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, verify_chain, verify_tree
 from zbench.hardware.device import Mark
+from zbench.kernels import cpu
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
 from zbench.models.model import Model
 from zbench.models.rows import Rows
@@ -144,7 +145,7 @@ class Eagle3:
         for level in range(self.depth):
             if level:
                 features = drafter.expand(chain[-1], features, cache, level - 1, self._chain_visible[level - 1])
-            chain.append(drafter.target_ids(drafter.logits(features).argmax(-1)))
+            chain.append(drafter.target_ids(cpu.argmax(drafter.logits(features))))
             mark = self._record_level(meter, mark, contexts, level)
             contexts = cache.sizes
         return Rows.chain(torch.cat(chain, 1), state.cache.lengths)

@@ -9,6 +9,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from zbench.kernels import cpu
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -93,5 +95,5 @@ class Sampler:
     def pick(self, logits: Tensor, index: Sequence[int] | Tensor, purpose: Purpose = Purpose.TOKEN) -> Tensor:
         """logits [B, V] or [B, n, V] for the output positions index [B] or [B, n] -> token ids like index."""
         if self.sampling.greedy:
-            return logits.argmax(-1)
+            return cpu.argmax(logits)
         return draw(probabilities(logits, self.sampling), self.uniforms(index, purpose))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from zbench.engines.sampling import Purpose, Sampler, draw, on_device, probabilities
 from zbench.engines.synthetic import Synthetic
+from zbench.kernels import cpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,8 @@ def verify_chain(
     all; acceptance is cut there, and the token beyond is p's own). `trusted` [B, k] marks drafts that pass whatever
     the target says: the output is then no longer the target's.
     """
+    if sampler.sampling.greedy and synthetic is None and trusted is None and cpu.can_verify(logits):
+        return Verdict(*cpu.verify_chain(logits, drafts, offered))
     batch, count, _ = logits.shape
     steps = torch.arange(count, device=logits.device)
     first = on_device(index, logits.device)

@@ -151,31 +151,27 @@ template <class F, int... I> INLINE void unrolled(F f, std::integer_sequence<int
 template <int N, class F> INLINE void unrolled(F f) { unrolled(f, std::make_integer_sequence<int, N>{}); }
 #define EACH(i) [&](auto i) __attribute__((always_inline))
 
-// out[m * ld + n] = sum_k x[m][k] * w[k][n] for MR rows of a tile `height` rows tall and NP neighbouring panels.
-template <int NP, int MR>
-INLINE void tile(const float* w, const float* x, int height, int K, vf* out, int ld) {
-    constexpr int N = NP * NV;
-    vf acc[MR * N];
-    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
+// acc[m][n] += sum_k x[m][k] * w[k][n] for MR rows of a tile `height` rows tall and COUNT neighbouring panels, of which
+// the first is number FROM of the accumulators' NP.
+template <int NP, int MR, int FROM = 0, int COUNT = NP>
+INLINE void dot(const float* w, const float* x, int height, int K, vf* acc) {
+    constexpr int N = COUNT * NV;
     for (int k = 0; k < K; k++, x += height) {
         vf wv[N];
         unrolled<N>(EACH(n) { wv[n] = load(w + ((int64_t)(n / NV) * K + k) * P + n % NV * VL); });
         unrolled<MR>(EACH(m) {
             vf xv = splat(x[m]);
-            unrolled<N>(EACH(n) { acc[m * N + n] = fma(wv[n], xv, acc[m * N + n]); });
+            unrolled<N>(EACH(n) { vf& to = acc[m * NP * NV + FROM * NV + n]; to = fma(wv[n], xv, to); });
         });
     }
-    unrolled<MR * N>(EACH(i) { out[i / N * ld + i % N] = acc[i]; });
 }
 
 #if defined(__AVX512BF16__)
-template <int NP, int MR>
-INLINE void tile(const bf16* w, const bf16* x, int height, int K, vf* out, int ld) {
-    vf acc[MR * NP];
-    unrolled<MR * NP>(EACH(i) { acc[i] = vf{}; });
+template <int NP, int MR, int FROM = 0, int COUNT = NP>
+INLINE void dot(const bf16* w, const bf16* x, int height, int K, vf* acc) {
     for (int k = 0; k < K; k += 2, x += 2 * height) {
-        __m512bh wv[NP];
-        unrolled<NP>(EACH(p) {
+        __m512bh wv[COUNT];
+        unrolled<COUNT>(EACH(p) {
             wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
             // The arithmetic of several rows hides the way from memory only if the next panels are on it already.
             if (MR > 1) _mm_prefetch((const char*)(w + ((int64_t)(NP + p) * K + k) * P), _MM_HINT_T1);
@@ -183,29 +179,56 @@ INLINE void tile(const bf16* w, const bf16* x, int height, int K, vf* out, int l
         unrolled<MR>(EACH(m) {
             int32_t pair; memcpy(&pair, x + 2 * m, 4);
             __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
-            unrolled<NP>(EACH(p) { acc[m * NP + p] = (vf)_mm512_dpbf16_ps((__m512)acc[m * NP + p], wv[p], xv); });
+            unrolled<COUNT>(EACH(p) { vf& to = acc[m * NP + FROM + p]; to = (vf)_mm512_dpbf16_ps((__m512)to, wv[p], xv); });
         });
     }
-    unrolled<MR * NP>(EACH(i) { out[i / NP * ld + i % NP] = acc[i]; });
 }
 #else
-template <int NP, int MR>
-INLINE void tile(const bf16* w, const float* x, int height, int K, vf* out, int ld) {
-    constexpr int N = NP * NV;
+template <int NP, int MR, int FROM = 0, int COUNT = NP>
+INLINE void dot(const bf16* w, const float* x, int height, int K, vf* acc) {
+    constexpr int N = COUNT * NV;
     const vu upper = 0xffff0000u - vu{};
-    vf acc[MR * N];
-    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
     for (int k = 0; k < K; k += 2, x += 2 * height) {
         vf half[N];
         auto pairs = EACH(n) { return *(const vu_mem*)(w + ((int64_t)(n / NV) * K + k) * P + n % NV * 2 * VL); };
+        auto add = EACH(m) {
+            vf xv = splat(x[m]);
+            unrolled<N>(EACH(n) { vf& to = acc[m % MR * NP * NV + FROM * NV + n]; to = fma(half[n], xv, to); });
+        };
         unrolled<N>(EACH(n) { half[n] = (vf)(pairs(n) << 16); });
-        unrolled<MR>(EACH(m) { unrolled<N>(EACH(n) { acc[m * N + n] = fma(half[n], splat(x[m]), acc[m * N + n]); }); });
+        unrolled<MR>(add);
+        x += height;
         unrolled<N>(EACH(n) { half[n] = (vf)(pairs(n) & upper); });
-        unrolled<MR>(EACH(m) { unrolled<N>(EACH(n) { acc[m * N + n] = fma(half[n], splat(x[height + m]), acc[m * N + n]); }); });
+        unrolled<MR>(add);
+        x -= height;
     }
-    unrolled<MR * N>(EACH(i) { out[i / N * ld + i % N] = acc[i]; });
 }
 #endif
+
+// What multiplies rows: packed weights, and the second half of a low-rank update, whose first half is done.
+template <class W> struct Matrix {
+    const W* w;
+    const W* b = nullptr;             // [N/16][rank] panels, or null
+    const int32_t* source = nullptr;  // per panel: the column of `inner` where its `rank` begin, -1: it has none
+    int rank = 0;
+    Acts<W> inner{};                  // A x, zeros where a row is no mask
+};
+
+// out[m * ld + n] = (w x)[m][n], plus b A x, for rows m0..m0+MR of one tile and NP panels. Not inlined: what becomes of
+// the result would multiply its instantiations, and they are what takes long to compile.
+template <int NP, int MR, class W>
+static __attribute__((noinline)) void tile(const Matrix<W>& by, const Acts<W>& x, int m0, int panel, vf* out, int ld) {
+    constexpr int N = NP * NV;
+    vf acc[MR * N];
+    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
+    dot<NP, MR>(by.w + (int64_t)panel * x.K * P, x.tile(m0), x.height, (int)x.K, acc);
+    if (by.b) unrolled<NP>(EACH(p) {
+        const int from = by.source[panel + p];
+        if (from >= 0)
+            dot<NP, MR, p, 1>(by.b + (int64_t)(panel + p) * by.rank * P, by.inner.tile(m0) + (int64_t)from * x.height, x.height, by.rank, acc);
+    });
+    unrolled<MR * N>(EACH(i) { out[i / N * ld + i % N] = acc[i]; });
+}
 
 // Panels per tile for MR rows: as many accumulators as the register file holds (16 registers with AVX, 32 with AVX512).
 // Tall tiles read each weight once for all their rows, so that memory streams while the arithmetic runs.
@@ -218,24 +241,23 @@ constexpr int SLICE = 4;  // panels
 
 // Hands `out` the finished rows m0..m0+MR of max(NP, STEP) panels.
 template <int NP, int MR, int STEP, class W, class Out>
-INLINE void emit(const W* w, const Acts<W>& x, int m0, int panel, Out& out) {
+INLINE void emit(const Matrix<W>& by, const Acts<W>& x, int m0, int panel, Out& out) {
     constexpr int Q = NP > STEP ? NP : STEP;
     vf done[MR * Q * NV];
-    for (int q = 0; q < Q; q += NP)
-        tile<NP, MR>(w + (panel + q) * x.K * P, x.tile(m0), x.height, (int)x.K, done + q * NV, Q * NV);
+    for (int q = 0; q < Q; q += NP) tile<NP, MR>(by, x, m0, panel + q, done + q * NV, Q * NV);
     for (int m = 0; m < MR; m++) out.template panels<Q>(m0 + m, panel, done + m * Q * NV);
 }
 
 // Panels [p0, p1) for the tile of `rows` rows that begins at row m0.
 template <int MR, int STEP, class W, class Out>
-static inline void sweep(int rows, const W* w, const Acts<W>& x, int m0, int p0, int p1, Out& out) {
+static inline void sweep(int rows, const Matrix<W>& by, const Acts<W>& x, int m0, int p0, int p1, Out& out) {
     if (rows == MR) {
         constexpr int NP = panels<MR>(), Q = NP > STEP ? NP : STEP;
         int p = p0;
-        for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(w, x, m0, p, out);
-        for (; p < p1; p += STEP) emit<1, MR, STEP>(w, x, m0, p, out);
+        for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(by, x, m0, p, out);
+        for (; p < p1; p += STEP) emit<1, MR, STEP>(by, x, m0, p, out);
     } else if constexpr (MR > 1) {
-        sweep<MR - 1, STEP>(rows, w, x, m0, p0, p1, out);
+        sweep<MR - 1, STEP>(rows, by, x, m0, p0, p1, out);
     }
 }
 
@@ -244,14 +266,14 @@ static inline int height(int M) { int tiles = M ? (M + TALL - 1) / TALL : 1; ret
 
 // One thread's share of out(m, n) = x[M,K] . w[N,K]^T. STEP = 2 hands over (gate, up) panel pairs together.
 template <int STEP, class W, class Out>
-static void project(const W* w, const Acts<W>& x, int M, int N, int thread, int threads, Out out) {
+static void project(const Matrix<W>& by, const Acts<W>& x, int M, int N, int thread, int threads, Out out) {
     int groups = (N + P * STEP - 1) / (P * STEP);
     int first = (int)((int64_t)groups * thread / threads) * STEP, last = (int)((int64_t)groups * (thread + 1) / threads) * STEP;
     // Rows outermost only within a slice of panels that stays in the cache, so that weights leave memory once.
     int slice = M <= TALL ? last - first : SLICE * STEP;
     for (int p0 = first; p0 < last; p0 += slice) {
         int p1 = p0 + slice < last ? p0 + slice : last;
-        for (int m = 0; m < M; m += x.height) sweep<TALL, STEP>(M - m < x.height ? M - m : x.height, w, x, m, p0, p1, out);
+        for (int m = 0; m < M; m += x.height) sweep<TALL, STEP>(M - m < x.height ? M - m : x.height, by, x, m, p0, p1, out);
     }
 }
 
@@ -260,50 +282,42 @@ static inline void put_lanes(float* row, int n, int N, vf v) {
     else for (int i = 0; n + i < N; i++) row[n + i] = v[i];
 }
 
-// What a bias and, for mask rows, a low-rank adapter add to a product; either may be absent. A row that is no mask gets
-// nothing from the adapter, not even a zero, so its result is that of the bare model bit by bit.
-struct Plus {
-    const float *bias, *delta; int64_t ld; const int64_t* masks;
-    INLINE_MEMBER vf to(vf x, int m, int n) const {
-        if (bias) x += load(bias + n);
-        return delta && masks[m] >= 0 ? x + load(delta + m * ld + n) : x;
-    }
-};
+static inline vf plus(vf x, const float* bias, int n) { return bias ? x + load(bias + n) : x; }
 
-struct Assign {  // y = x W^T + ..
-    float* y; int64_t ldy; int N; Plus plus;
+struct Assign {  // y = x W^T + bias
+    float* y; int64_t ldy; int N; const float* bias;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         UNROLL for (int v = 0; v < NP * NV; v++) {
             int n = panel * P + v * VL;
-            put_lanes(y + m * ldy, n, N, plus.to(acc[v], m, n));
+            put_lanes(y + m * ldy, n, N, plus(acc[v], bias, n));
         }
     }
 };
 
-struct Accumulate {  // y += x W^T + ..   (N is a multiple of VL: the model's width)
-    float* y; int64_t ldy; Plus plus;
+struct Accumulate {  // y += x W^T + bias   (N is a multiple of VL: the model's width)
+    float* y; int64_t ldy; const float* bias;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         UNROLL for (int v = 0; v < NP * NV; v++) {
             int n = panel * P + v * VL;
             float* out = y + m * ldy + n;
-            store(out, load(out) + plus.to(acc[v], m, n));
+            store(out, load(out) + plus(acc[v], bias, n));
         }
     }
 };
 
-template <class W> struct Feed {  // x W^T as the input of a further product
-    Acts<W> a;
+template <class W> struct Feed {  // x W^T of mask rows as the input of a further product, zeros of all others
+    Acts<W> a; const int64_t* masks;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
-        UNROLL for (int v = 0; v < NP * NV; v++) a.put(m, panel * P + v * VL, acc[v]);
+        UNROLL for (int v = 0; v < NP * NV; v++) a.put(m, panel * P + v * VL, masks[m] >= 0 ? acc[v] : vf{});
     }
 };
 
 template <class W> struct Gate {  // a = silu(gate) * up; panels alternate gate, up
-    Acts<W> a; Plus plus;
+    Acts<W> a; const float* bias;
     template <int NP> INLINE_MEMBER void panels(int m, int panel, const vf* acc) {
         for (int p = 0; p < NP; p += 2) for (int v = 0; v < NV; v++) {
             int n = (panel + p) * P + v * VL;
-            vf g = plus.to(acc[p * NV + v], m, n), u = plus.to(acc[(p + 1) * NV + v], m, n + P);
+            vf g = plus(acc[p * NV + v], bias, n), u = plus(acc[(p + 1) * NV + v], bias, n + P);
             a.put(m, (panel + p) / 2 * P + v * VL, g / (1.0f + vexp(-g)) * u);
         }
     }
@@ -326,7 +340,11 @@ struct zb_model {
     const void *embedding, *head;  // embedding [V, D] plain; head packed
     const float *norm, *inv_freq;
 };
-struct zb_low_rank { const void *a, *b; int64_t rank; };  // packed [rank, K] and [N, rank]; null: none
+struct zb_low_rank {      // of projections that read the same input; a null: none
+    const void *a, *b;    // packed [columns, K], columns a multiple of 16, and panels [N/16][rank] (see Matrix)
+    const int32_t* source;
+    int64_t rank, columns;
+};
 struct zb_adapter {  // acts on mask rows only
     const zb_low_rank *qkv, *out, *gate_up, *down;  // per layer
     const float* mask_embedding;                    // [masks, D]; the last serves all further ones
@@ -511,17 +529,16 @@ static void attend(const act_t<W>* q, int lanes, const uint16_t* seen, const int
         mix_lanes<MR>(lanes - m < height ? lanes - m : height, (const float*)scores + m, values + start * d, count, d, inverse + m, out + m);
 }
 
-// delta[M,N] = B (A x) of one projection's low-rank adapter, in the panels and threads of the projection itself, so that
-// each thread reads back what it wrote. Nothing where there is no adapter.
-template <int STEP, class W>
-static Plus adapt(const zb_low_rank* low, const Acts<W>& x, act_t<W>* between, float* delta, const float* bias, const int64_t* masks,
-                  int M, int N, int thread, int threads, Barrier& team) {
-    if (!low || !low->a) return {bias, nullptr, 0, nullptr};
-    const Acts<W> inner{between, low->rank, x.height};
-    project<1>((const W*)low->a, x, M, (int)low->rank, thread, threads, Feed<W>{inner});
+// A projection with what its low-rank adapter adds on mask rows, if there is one: A x is computed here, B by `tile`. Other
+// rows get exact zeros added, so their results are those of the bare model.
+template <class W>
+static Matrix<W> adapt(const void* w, const zb_low_rank* low, const Acts<W>& x, act_t<W>* between, const int64_t* masks, int M,
+                       int thread, int threads, Barrier& team) {
+    if (!low || !low->a) return {(const W*)w};
+    const Acts<W> inner{between, low->columns, x.height};
+    project<1>(Matrix<W>{(const W*)low->a}, x, M, (int)low->columns, thread, threads, Feed<W>{inner, masks});
     team.wait(threads);
-    project<STEP>((const W*)low->b, inner, M, N, thread, threads, Assign{delta, N, N, {}});
-    return {bias, delta, N, masks};
+    return {(const W*)w, (const W*)low->b, low->source, (int)low->rank, inner};
 }
 
 template <class W>
@@ -542,13 +559,11 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     A* hidden = space.take<A>((int64_t)(M + TALL) * F);
     const int tall = height(M);
     const Acts<W> normed{act, D, tall}, attended{act, H * d, tall}, gated{hidden, F, tall};
-    int64_t rank = 0;
+    int64_t columns = 0;
     if (batch.adapter) for (int l = 0; l < model.layers; l++)
         for (const zb_low_rank* low : {batch.adapter->qkv, batch.adapter->out, batch.adapter->gate_up, batch.adapter->down})
-            if (low[l].rank > rank) rank = low[l].rank;
-    A* between = space.take<A>((int64_t)(M + TALL) * rank);
-    const int widest = QKV > 2 * F ? QKV : 2 * F;
-    float* delta = space.take<float>(rank ? (int64_t)M * (widest > D ? widest : D) : 0);
+            if (low[l].columns > columns) columns = low[l].columns;
+    A* between = space.take<A>((int64_t)(M + TALL) * columns);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
     // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
@@ -603,6 +618,9 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 seen[i * R + j] = (uint16_t)bits;
             }
         }
+        auto adapted = [&](const void* w, const zb_low_rank* low, const Acts<W>& x) {
+            return adapt<W>(w, low, x, between, batch.masks, M, t, n, team);
+        };
         auto residual_row = [&](int m) { return residual + (int64_t)m * D; };
         team.wait(n); mark(t);
         for (int l = 0; l <= model.layers; l++) {
@@ -619,8 +637,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
 
             normalise(residual_row, layer.attention_norm, eps, D, normed, M, t, n);
             team.wait(n); mark(t);
-            Plus plus = adapt<1>(low ? low->qkv + l : nullptr, normed, between, delta, layer.qkv_bias, batch.masks, M, QKV, t, n, team);
-            project<1>((const W*)layer.qkv, normed, M, QKV, t, n, Assign{qkv, QKV, QKV, plus});
+            project<1>(adapted(layer.qkv, low ? low->qkv + l : nullptr, normed), normed, M, QKV, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
             team.wait(n); mark(t);
             for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
                 int m = (int)(i / (H + G)), h = (int)(i % (H + G));
@@ -660,16 +677,13 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 }
             }
             team.wait(n); mark(t);
-            plus = adapt<1>(low ? low->out + l : nullptr, attended, between, delta, layer.out_bias, batch.masks, M, D, t, n, team);
-            project<1>((const W*)layer.out, attended, M, D, t, n, Accumulate{residual, D, plus});
+            project<1>(adapted(layer.out, low ? low->out + l : nullptr, attended), attended, M, D, t, n, Accumulate{residual, D, layer.out_bias});
             team.wait(n); mark(t);
             normalise(residual_row, layer.mlp_norm, eps, D, normed, M, t, n);
             team.wait(n); mark(t);
-            plus = adapt<2>(low ? low->gate_up + l : nullptr, normed, between, delta, layer.gate_up_bias, batch.masks, M, 2 * F, t, n, team);
-            project<2>((const W*)layer.gate_up, normed, M, 2 * F, t, n, Gate<W>{gated, plus});
+            project<2>(adapted(layer.gate_up, low ? low->gate_up + l : nullptr, normed), normed, M, 2 * F, t, n, Gate<W>{gated, layer.gate_up_bias});
             team.wait(n); mark(t);
-            plus = adapt<1>(low ? low->down + l : nullptr, gated, between, delta, layer.down_bias, batch.masks, M, D, t, n, team);
-            project<1>((const W*)layer.down, gated, M, D, t, n, Accumulate{residual, D, plus});
+            project<1>(adapted(layer.down, low ? low->down + l : nullptr, gated), gated, M, D, t, n, Accumulate{residual, D, layer.down_bias});
             team.wait(n); mark(t);
         }
         // Only the rows that ask for logits pass the final norm and the head.
@@ -678,7 +692,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
         if (wanted) normalise(wanted_row, model.norm, eps, D, asking, wanted, t, n);
         team.wait(n); mark(t);
         if (wanted)
-            project<1>((const W*)model.head, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, {}});
+            project<1>(Matrix<W>{(const W*)model.head}, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, nullptr});
     }
     mark(0);
     return 0;
@@ -703,8 +717,29 @@ static void linear(const W* w, const float* x, void* scratch, float* y, int M, i
             for (int k = K / 2 * t / n * 2, end = t + 1 < n ? K / 2 * (t + 1) / n * 2 : K; k < end; k++)
                 acts.put(m, k, x[(int64_t)m * K + k]);
         team.wait(n);
-        project<1>(w, acts, M, N, t, n, Assign{y, N, N, {}});
+        project<1>(Matrix<W>{w}, acts, M, N, t, n, Assign{y, N, N, nullptr});
     }
+}
+
+static int64_t first_largest(const float* x, int64_t n) {
+    constexpr int STREAMS = 4;
+    constexpr int64_t BLOCK = 16 * STREAMS * VL;
+    float top = -INFINITY;
+    int64_t at = 0, i = 0;  // where it is, or the block that holds it
+    for (; i + BLOCK <= n; i += BLOCK) {
+        vf most[STREAMS];
+        UNROLL for (int s = 0; s < STREAMS; s++) most[s] = splat(-INFINITY);
+        for (int64_t k = i; k < i + BLOCK; k += STREAMS * VL)
+            UNROLL for (int s = 0; s < STREAMS; s++) { vf v = load(x + k + s * VL); most[s] = v > most[s] ? v : most[s]; }
+        UNROLL for (int s = 1; s < STREAMS; s++) most[0] = most[s] > most[0] ? most[s] : most[0];
+        float here = most[0][0];
+        for (int l = 1; l < VL; l++) here = most[0][l] > here ? most[0][l] : here;
+        if (here > top) { top = here; at = i; }
+    }
+    for (; i < n; i++) if (x[i] > top) { top = x[i]; at = i; }
+    if (top == -INFINITY) return 0;
+    while (x[at] != top) at++;
+    return at;
 }
 
 extern "C" {
@@ -733,6 +768,32 @@ void zb_commit(void* keys, void* values, int64_t element, int64_t L, int64_t B, 
                 memcpy(k + (to / P * P * d + e * P + to % P * unit) * element, k + (from / P * P * d + e * P + from % P * unit) * element, unit * element);
             memcpy(v + to * d * element, v + from * d * element, d * element);
         }
+    }
+}
+
+// best[r] = the first largest of row r of x [rows, n]; a NaN is never it, and 0 is where there is nothing else.
+void zb_argmax(const float* x, int64_t rows, int64_t n, int64_t* best) {
+    for (int64_t r = 0; r < rows; r++) best[r] = first_largest(x + r * n, n);
+}
+
+// Greedy verification of chains of k drafts [B, k], of which offered[b] are real: what the largest logits [B, 1 + k, V]
+// confirm. Rows are `ld` apart from sequence to sequence. Per sequence found [B, 2 K + 2], K = 1 + k: the rows to keep and
+// the tokens gained, -1 padded; how many; the last of them, which no draft is. Rows beyond a refusal are not looked at.
+void zb_verify_chain(const float* logits, int64_t ld, const int64_t* drafts, int64_t draft_ld, const int64_t* offered,
+                     int64_t B, int64_t k, int64_t V, int64_t* found) {
+    for (int64_t b = 0; b < B; b++, logits += ld, drafts += draft_ld, found += 2 * k + 4) {
+        int64_t *kept = found, *tokens = kept + k + 1, *counts = tokens + k + 1;
+        int64_t real = offered && offered[b] < k ? offered[b] : k, row = 0, next = first_largest(logits, V);
+        for (; row < real && next == drafts[row]; next = first_largest(logits + row * V, V)) {
+            kept[row] = row;
+            tokens[row] = next;
+            row++;
+        }
+        kept[row] = row;
+        tokens[row] = next;
+        counts[0] = row + 1;
+        counts[1] = next;
+        for (row++; row <= k; row++) kept[row] = tokens[row] = -1;
     }
 }
 

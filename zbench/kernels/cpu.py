@@ -7,9 +7,12 @@ the library could be built here; every caller has a plain torch path for when it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import math
+import mmap
 import os
 import platform
 import shutil
@@ -62,7 +65,10 @@ class _Model(ctypes.Structure):
 
 
 class _LowRank(ctypes.Structure):
-    _fields_ = [("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "source")),
+        *((name, ctypes.c_int64) for name in ("rank", "columns")),
+    ]
 
 
 class _Adapter(ctypes.Structure):
@@ -156,6 +162,8 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_forward.restype = ctypes.c_int
         library.zb_linear.restype = None
         library.zb_commit.restype = None
+        library.zb_argmax.restype = None
+        library.zb_verify_chain.restype = None
         library.zb_read_sum.restype = ctypes.c_float
         library.zb_instruction_set.restype = ctypes.c_char_p
         library.zb_key_unit.restype = ctypes.c_int64
@@ -241,6 +249,26 @@ def pack_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([packed_gate, packed_up], 1).flatten(0, 1).contiguous()
 
 
+def pack_low_rank(b: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """B [N, r] of fused projections, r even -> its packed panels and the column where each begins [N/16] int32.
+
+    B is block diagonal: a panel's outputs belong to one projection and read that one's columns only. So each panel
+    keeps as many columns as the widest needs; -1 says that it is nothing but zeros. `interleaved`: as `pack_gate_up`.
+    """
+    panels = torch.nn.functional.pad(b, (0, 0, 0, -len(b) % PANEL)).view(-1, PANEL, b.shape[1])
+    if interleaved:
+        panels = panels.view(2, -1, *panels.shape[1:]).transpose(0, 1).flatten(0, 1)
+    used = (panels != 0).any(1)  # [N/16, r]
+    columns = torch.arange(b.shape[1])
+    first = columns.where(used, b.shape[1]).amin(1) // 2 * 2
+    rank = max(int((columns.where(used, -1).amax(1) + 1 - first).max()), 2)
+    rank += rank % 2  # the dot product takes pairs
+    first = first.clamp(max=b.shape[1] - rank)
+    index = (first[:, None, None] + columns[:rank]).expand(-1, PANEL, -1)
+    kept = panels.gather(2, index).flatten(0, 1)
+    return pack(kept), first.where(used.any(1), -1).int()
+
+
 def linear(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
     """x [M, K] float32 times a packed weight -> [M, outputs] float32, on the threads torch uses."""
     return _linear(_library(), x, packed, outputs)
@@ -265,6 +293,50 @@ def _linear(library: ctypes.CDLL, x: Tensor, packed: Tensor, outputs: int) -> Te
     return y
 
 
+def argmax(x: Tensor) -> Tensor:
+    """x [..., n] -> the index [...] of each row's first largest value, int64, which a NaN never is.
+
+    Torch's takes 46 µs for a row of 49152 logits, this one 3 to 7."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous() or not x.numel() or not available():
+        return x.argmax(-1)
+    best = torch.empty(x.shape[:-1], dtype=torch.int64)
+    _library().zb_argmax(
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_int64(best.numel()),
+        ctypes.c_int64(x.shape[-1]),
+        ctypes.c_void_p(best.data_ptr()),
+    )
+    return best
+
+
+def can_verify(logits: Tensor) -> bool:
+    """Whether `verify_chain` takes these logits [B, R, V]."""
+    whole = (
+        logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.stride()[1:] == (logits.shape[2], 1)
+    )
+    return whole and available()
+
+
+def verify_chain(
+    logits: Tensor, drafts: Tensor, offered: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greedy `engines.verify.verify_chain`, logits [B, 1 + k, V], drafts [B, k], offered [B], in one call: a step has
+    just swept the caches, so that the thirty small operators of torch come from memory each."""
+    batch, count, vocab = logits.shape
+    drafts = drafts if drafts.stride(1) == 1 else drafts.contiguous()
+    found = torch.empty(batch, 2 * count + 2, dtype=torch.int64)
+    _library().zb_verify_chain(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.stride(0)),
+        ctypes.c_void_p(drafts.data_ptr()),
+        ctypes.c_int64(drafts.stride(0)),
+        None if offered is None else ctypes.c_void_p(offered.contiguous().data_ptr()),
+        *(ctypes.c_int64(n) for n in (batch, count - 1, vocab)),
+        ctypes.c_void_p(found.data_ptr()),
+    )
+    return found[:, :count], found[:, -2], found[:, count:-2], found[:, -1]
+
+
 def read_sum(x: Tensor) -> float:
     """Streams a float32 tensor once with every thread; the sum keeps the loads alive."""
     return _library().zb_read_sum(
@@ -272,12 +344,57 @@ def read_sum(x: Tensor) -> float:
     )
 
 
+class Pages:
+    """Memory for weights in huge pages, where the system gives some: a forward streams all of it, and with pages of
+    4 KiB every panel waits for its translation and stops the prefetcher at its end."""
+
+    HUGE = 1 << 21  # bytes
+
+    def __init__(self, chunk: int = HUGE) -> None:
+        """Taken from the system `chunk` bytes at a time."""
+        self._chunk, self._left = chunk, torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same values, contiguous, at the next cache line."""
+        size = tensor.numel() * tensor.element_size()
+        if self._left.numel() < size:
+            memory = mmap.mmap(-1, -(-max(size, self._chunk) // self.HUGE) * self.HUGE + self.HUGE)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel built without them
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            whole = torch.frombuffer(memory, dtype=torch.uint8)
+            self._left = whole[-whole.data_ptr() % self.HUGE :]
+        taken, self._left = self._left[:size], self._left[-(-size // 64) * 64 :]
+        return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+class Recycled:
+    """Memory for a result of every forward, given out again once no tensor lies in it any more. From the system it is
+    new pages each time, and to be given those costs 5 % of a forward of seven rows."""
+
+    MOST = 1 << 25  # bytes that are worth keeping
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._unused = sys.getrefcount(self._memory)
+
+    def floats(self, *shape: int) -> Tensor:
+        """An uninitialised float32 tensor."""
+        count = math.prod(shape)
+        if not 0 < 4 * count <= self.MOST:
+            return torch.empty(shape)
+        if len(self._memory) < 4 * count or sys.getrefcount(self._memory) > self._unused:
+            self._memory = mmap.mmap(-1, max(4 * count, len(self._memory)))
+        return torch.frombuffer(self._memory, dtype=torch.float32, count=count).view(shape)
+
+
 class Adapter:
     """Packed low-rank matrices and mask embeddings (a `models.adapter.MaskAdapter`), for mask rows of a `Decoder`."""
 
     def __init__(self, adapter, dtype: torch.dtype) -> None:
         self._keep: list[Tensor] = []
-        self.rank = 0
+        self._pages = Pages(1 << 25)
+        self.columns = 0  # the most that A has in one place
         self.argument = _Adapter()
         for name in ("qkv", "out", "gate_up", "down"):
             pairs = [getattr(layer, name) for layer in adapter.layers]
@@ -291,12 +408,14 @@ class Adapter:
         self.argument.mask_embedding, self.argument.masks = embedding.data_ptr(), len(embedding)
 
     def _pack(self, entry: _LowRank, a: Tensor, b: Tensor, interleaved: bool) -> None:
-        padded = -a.shape[0] % PANEL  # the rank is the inner size of the second product: whole panels, zeros at the end
+        """A [r, K] and B [N, r] of fused projections."""
+        padded = -len(a) % PANEL
         a, b = torch.nn.functional.pad(a, (0, 0, 0, padded)), torch.nn.functional.pad(b, (0, padded))
-        packed = pack(a), pack_gate_up(*b.chunk(2)) if interleaved else pack(b)
-        self._keep += packed
-        entry.a, entry.b, entry.rank = packed[0].data_ptr(), packed[1].data_ptr(), a.shape[0]
-        self.rank = max(self.rank, a.shape[0])
+        packed, source = pack_low_rank(b, interleaved)
+        self._keep += [self._pages.copy(pack(a)), self._pages.copy(packed), source]
+        entry.a, entry.b, entry.source = (tensor.data_ptr() for tensor in self._keep[-3:])
+        entry.rank, entry.columns = packed.numel() // (source.numel() * PANEL), len(a)
+        self.columns = max(self.columns, len(a))
 
 
 class Decoder:
@@ -311,13 +430,14 @@ class Decoder:
         self._library = _library()
         self.config, self.dtype = config, dtype
         self._keep: list[Tensor] = []
+        self._pages = Pages(1 << 26)
         layers = (_Layer * config.layers)()
         for index, (layer, source) in enumerate(zip(layers, weights.layers, strict=True)):
-            layer.qkv = self._hold(pack(source.qkv))
-            layer.out = self._hold(pack(source.out))
+            layer.qkv = self._hold(self._pages.copy(pack(source.qkv)))
+            layer.out = self._hold(self._pages.copy(pack(source.out)))
             gate, up = source.gate_up.chunk(2)
-            layer.gate_up = self._hold(pack_gate_up(gate, up))
-            layer.down = self._hold(pack(source.down))
+            layer.gate_up = self._hold(self._pages.copy(pack_gate_up(gate, up)))
+            layer.down = self._hold(self._pages.copy(pack(source.down)))
             layer.qkv_bias = self._float(source.qkv_bias)
             layer.out_bias = self._float(source.out_bias)
             layer.down_bias = self._float(source.down_bias)
@@ -329,7 +449,7 @@ class Decoder:
             layer.q_norm, layer.k_norm = self._float(source.q_norm), self._float(source.k_norm)
             layer.window = (config.windows[index] if config.windows else None) or 0
         self._layers = layers
-        self._head = None if weights.head is None else pack(weights.head)
+        self._head = None if weights.head is None else self._pages.copy(pack(weights.head))
         self._model = _Model(
             config.layers,
             config.width,
@@ -342,11 +462,12 @@ class Decoder:
             config.rms_eps,
             layers,
             self._hold(weights.embedding),
-            None if self._head is None else self._hold(self._head),
+            None if self._head is None else self._head.data_ptr(),
             self._float(weights.norm),
             self._float(inv_freq),
         )
         self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._logits = Recycled()
 
     def _hold(self, tensor: Tensor) -> int:
         self._keep.append(tensor.contiguous())
@@ -380,13 +501,13 @@ class Decoder:
         Returns float32 logits [n, V] and captured hidden states [len(capture), B, R, D].
         """
         batch, rows = ids.shape
-        logits = torch.empty(logit_rows.numel(), self.config.vocab)
+        logits = self._logits.floats(logit_rows.numel(), self.config.vocab)
         captured = torch.empty(len(capture), batch, rows, self.config.width)
         layers = torch.tensor(capture, dtype=torch.int64)
         threads = torch.get_num_threads()
         sections = BEFORE + LAYER * self.config.layers + AFTER
         times = None if _recorded is None else torch.zeros(1 + len(sections), dtype=torch.int64)
-        self._reserve(batch, rows, capacity, threads, adapter.rank if adapter else 0)
+        self._reserve(batch, rows, capacity, threads, adapter.columns if adapter else 0)
         arguments = _Batch(
             batch,
             rows,
@@ -420,12 +541,12 @@ class Decoder:
             )
         return logits, captured
 
-    def _reserve(self, batch: int, rows: int, capacity: int, threads: int, rank: int) -> None:
+    def _reserve(self, batch: int, rows: int, capacity: int, threads: int, columns: int) -> None:
         c, m = self.config, batch * rows
         qkv, mixed = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
         floats = m * (c.width + qkv + mixed + c.head_dim) + (m + TALL) * (max(c.width, mixed) + c.ffn)
         floats += threads * PANEL * (capacity + 2 * PANEL + c.head_dim)
-        floats += (m + TALL) * rank + (m * max(qkv, 2 * c.ffn, c.width) if rank else 0)
+        floats += (m + TALL) * columns
         seen = 2 * m * rows * c.heads // c.kv_heads  # two bytes per key and panel of lanes; a panel holds one at least
         needed = 4 * floats + seen + 64 * 20
         if self._workspace.numel() < needed:

@@ -116,9 +116,9 @@ def check_room(rows: Rows, cache: Cache) -> None:
 def wanted_rows(rows: Rows, logits: Tensor | None) -> Tensor:
     """[n] flat indices of the rows that ask for logits."""
     batch, count = rows.ids.shape
-    offsets = torch.arange(batch, device=rows.ids.device)[:, None] * count
     if logits is None:
-        logits = torch.arange(count, device=rows.ids.device).expand(batch, count)
+        return torch.arange(batch * count, device=rows.ids.device)
+    offsets = torch.arange(batch, device=rows.ids.device)[:, None] * count
     return (logits + offsets).reshape(-1)
 
 

@@ -21,7 +21,7 @@ class Projection:
         self.dtype = weight.dtype
         packable = weight.dtype in (torch.float32, torch.bfloat16) and inputs % 2 == 0  # bfloat16 goes in pairs
         self.native = native and weight.device.type == "cpu" and packable and cpu.available()
-        self._weight = cpu.pack(weight) if self.native else weight
+        self._weight = cpu.Pages().copy(cpu.pack(weight)) if self.native else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.native:

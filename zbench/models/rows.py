@@ -34,12 +34,11 @@ class Rows:
         ids [B, R], lengths [B] committed tokens per sequence.
         """
         batch, count = ids.shape
-        steps = torch.arange(count, device=ids.device)
-        visible = torch.ones(count, count, dtype=torch.bool, device=ids.device).tril_()
+        steps, parents, visible = _chain(count, ids.device)
         return cls(
             ids=ids,
             positions=lengths[:, None] + steps,
-            parents=(steps - 1).expand(batch, count),
+            parents=parents.expand(batch, count),
             visible=visible.expand(batch, count, count),
             causal=True,
         )
@@ -58,9 +57,7 @@ class Rows:
         prefix and itself in both directions, and nothing else. Rows: n + len(outcomes) * block.
         """
         batch, count = drafts.shape
-        offsets, parents, visible, masks = (
-            part.to(drafts.device) for part in _draft_and_verify(count, block, tuple(outcomes))
-        )
+        offsets, parents, visible, masks = _draft_and_verify(count, block, tuple(outcomes), drafts.device)
         total = len(offsets)
         ids = drafts.new_full((batch, total), mask)
         ids[:, :count] = drafts
@@ -104,8 +101,23 @@ class Rows:
         )
 
 
+# What steps of one setting have in common is made once. Not in inference mode, whatever the first caller is in: such
+# tensors are of no use to training.
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _chain(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(positions after the prefix [R], parents [R], visible [R, R]) of `Rows.chain`."""
+    steps = torch.arange(count, device=device)
+    return steps, steps - 1, torch.ones(count, count, dtype=torch.bool, device=device).tril_()
+
+
 @functools.lru_cache(maxsize=512)
-def _draft_and_verify(drafts: int, block: int, outcomes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.inference_mode(False)
+def _draft_and_verify(
+    drafts: int, block: int, outcomes: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(positions after the prefix [R], parents [R], visible [R, R], masks [R]) of `Rows.draft_and_verify`."""
     if not all(1 <= kept <= drafts for kept in outcomes):
         raise ValueError(f"outcomes {outcomes} of {drafts} drafts")
@@ -120,7 +132,7 @@ def _draft_and_verify(drafts: int, block: int, outcomes: tuple[int, ...]) -> tup
         visible[own, :kept] = True
         visible[own, own] = True
         masks[own] = torch.arange(block)
-    return offsets, parents, visible, masks
+    return offsets.to(device), parents.to(device), visible.to(device), masks.to(device)
 
 
 def ancestors(parents: Tensor) -> Tensor:
