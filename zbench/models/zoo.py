@@ -101,7 +101,7 @@ SHIPPED: dict[str, Shipped] = {
     ),
     "smollm2-135m-tidar": Shipped(
         kind="adapter",
-        weights_sha256="61fae1e3ef9a790e3148ae595f6a9435013de2b1dbc15d45bbf85fcf0a507b40",
+        weights_sha256="1c186915d6760b25886363db67e28b958e0f6498cadf46de7fa012281f2da94d",
         parameters=7_330_752,
         source="TiDAR mask adapter, `zbench train tidar` on the model's own text: README.md in its folder",
         target="smollm2-135m",
