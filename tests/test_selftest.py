@@ -48,16 +48,16 @@ def test_a_gate_that_sees_less_than_it_says_is_noticed(monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_a_gate_that_overlooks_counts_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert failed(selftest._real(tmp_path / "good")) == []
+    # What is real has real times, of which a busy machine may fail one: counts alone are looked at.
+    assert not set(selftest.CHANGES) & set(failed(selftest._real(tmp_path / "good")))
     monkeypatch.setattr(gate, "_judge_count", lambda row, stable: replace(row, verdict="ok"))
-    assert failed(selftest._real(tmp_path / "blind")) == list(selftest.CHANGES)
+    assert set(selftest.CHANGES) <= set(failed(selftest._real(tmp_path / "blind")))
 
 
 @pytest.mark.slow
 def test_a_gate_that_overlooks_times_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stats.Shift, "p_slower", lambda *_: 1.0)
-    [missed] = failed(selftest._real(tmp_path))
-    assert missed.startswith("a sleep of")
+    assert any(missed.startswith("a sleep of") for missed in failed(selftest._real(tmp_path)))
 
 
 @pytest.mark.parametrize("noise", selftest.NOISES)
