@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MODULES: dict[str, str] = {}  # operator -> module of `zbench.kernels` whose `KERNEL` it is
+MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KERNEL` it is
+    "block_attention": "attention",
+}
 
 
 class Work(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zbench.kernels import cpu
 from zbench.models.adapter import NOT_ADAPTED, AdaptedLayer, MaskAdapter, add_low_rank
+from zbench.models.attend import BlockAttention
 from zbench.models.cache import Cache
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost, Routing, forward_cost
@@ -146,7 +147,9 @@ class Transformer:
         self.execution = "native" if self._native else "torch"
         name = f"native ({cpu.instruction_set()})" if self._native else "torch"
         fallback = {"why_not_native": reason} if reason and self.device.type == "cpu" else {}
-        self.kernels = {"forward": name, **fallback, **team.kernels}
+        self._attention = None if self._native else BlockAttention(self.device)
+        by = {"attention": self._attention.label} if self._attention else {}
+        self.kernels = {"forward": name, **by, **fallback, **team.kernels}
 
     @property
     def weights(self) -> Weights:
@@ -220,12 +223,11 @@ class Transformer:
         self, rows: Rows, cache: Cache, wanted: Tensor, capture: Sequence[int], adapter: MaskAdapter | None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         c, weights, team = self._part, self._weights, self.team
-        assert weights is not None
+        assert weights is not None and self._attention is not None
         batch, count = rows.ids.shape
-        total = max(cache.sizes) + count
         slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
         sequence = torch.arange(batch, device=self.device)[:, None]
-        mask = attention_mask(rows, cache, total)
+        attend = self._attention.of(rows, cache, max(cache.sizes) + count)
         angles = rows.positions[..., None].float() * self.inv_freq  # [B, R, d/2]
         cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
         x = weights.embedding[rows.ids]
@@ -248,15 +250,7 @@ class Transformer:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             cache.keys[index, sequence, :, slots] = k
             cache.values[index, sequence, :, slots] = v
-            window = c.windows[index] if c.windows else None
-            mixed = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                cache.keys[index, :, :, :total],
-                cache.values[index, :, :, :total],
-                attn_mask=mask if window is None else mask & within_window(rows, cache, total, window),
-                enable_gqa=True,
-            )
-            inner = mixed.transpose(1, 2).reshape(batch, count, -1)
+            inner = attend(index, q, c.windows[index] if c.windows else None)
             x = x + team.reduce(add_low_rank(F.linear(inner, layer.out, layer.out_bias), inner, low.out, masked))
             inner = rms_norm(x, layer.mlp_norm, c.rms_eps)
             both = add_low_rank(F.linear(inner, layer.gate_up, layer.gate_up_bias), inner, low.gate_up, masked)
@@ -280,25 +274,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, pairs (i, i + d/2) (Su et al. 2021, arXiv 2104.09864). x [B, R, H, d], cos [B, R, 1, d/2]."""
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-
-
-def attention_mask(rows: Rows, cache: Cache, total: int) -> Tensor:
-    """[B, 1, R, total] bool over cache slots: the committed prefix, then what `visible` allows."""
-    batch, count = rows.ids.shape
-    relative = torch.arange(total, device=rows.ids.device) - cache.lengths[:, None]  # [B, total]
-    index = relative.clamp(0, count - 1)[:, None].expand(batch, count, total)
-    seen = rows.visible.gather(2, index) & ((relative >= 0) & (relative < count))[:, None]
-    return (seen | (relative < 0)[:, None])[:, None]
-
-
-def within_window(rows: Rows, cache: Cache, total: int, window: int) -> Tensor:
-    """[B, 1, R, total] bool: keys fewer than `window` positions behind the row."""
-    batch, count = rows.ids.shape
-    slots = torch.arange(total, device=rows.ids.device).expand(batch, total)
-    relative = slots - cache.lengths[:, None]
-    new = rows.positions.gather(1, relative.clamp(0, count - 1))
-    positions = torch.where(relative < 0, slots, new)  # a committed key's slot is its position
-    return (positions[:, None] > rows.positions[..., None] - window)[:, None]
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

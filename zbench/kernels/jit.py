@@ -1,0 +1,30 @@
+"""Triton when it is needed: a kernel is a plain function of its module until it is first launched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Any:
+    """What launches `function`; its module's `tl` becomes `triton.language`."""
+    import triton
+    import triton.language as tl
+
+    function.__globals__["tl"] = tl
+    return triton.jit(function)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which multiplies the bits of bfloat16 matrices
+    as integers: kernels have to widen what they multiply there. The products of two bfloat16 are exact in float32."""
+    from triton.runtime.jit import JITFunction
+
+    return not isinstance(compiled(_nothing), JITFunction)
+
+
+def _nothing() -> None:
+    pass
