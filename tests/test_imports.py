@@ -34,7 +34,7 @@ LIGHT += [
     "report.attention",
     "models.attention",
 ]
-LIGHT += ["compare", "report.compare", "report.scaling", "models.shard"]
+LIGHT += ["compare", "report.compare", "report.kernels", "report.scaling", "models.shard"]
 LIGHT += ["telemetry", "hardware.telemetry", "report.telemetry", "trace"]
 HEAVY = ("torch", "transformers")
 

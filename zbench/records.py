@@ -23,6 +23,7 @@ from zbench.errors import UserError
 
 SCHEMA_VERSION = 1
 MANIFEST, TRIALS = "run.json", "trials.jsonl"
+KERNELS, KERNELS_VERSION = "kernels.json", 1  # what a run of kernels writes instead (see `operators.py`)
 
 T = TypeVar("T")
 Role = Literal["prefill", "decode", "draft", "verify", "draft+verify", "denoise"]

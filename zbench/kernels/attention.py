@@ -16,7 +16,9 @@ where they begin comes from the lengths, which only the device knows.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import jit
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels.registry import Case, Kernel, Unavailable, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -314,8 +316,9 @@ def _merge(
 
 
 def example(device: torch.device, seed: int) -> tuple[Any, ...]:
-    """Three sequences, one of them empty; trees; heads of 80 dimensions; in bfloat16, NaN behind the rows."""
-    return random_call(device, torch.bfloat16, seed, lengths=(0, 300, 41), rows=5, heads=6, kv_heads=2, width=80)
+    """Three sequences, one of them empty; trees; heads of 80 dimensions; in bfloat16, NaN behind the rows; several
+    shares, as the capacity has it."""
+    return random_call(device, torch.bfloat16, seed, (0, 90, 41), rows=5, heads=6, kv_heads=2, width=80, capacity=1100)
 
 
 def random_call(
@@ -351,4 +354,63 @@ def random_call(
     return normal(batch, rows, heads, width), keys, values, begun, pack(visible.to(device))
 
 
-KERNEL = Kernel("block_attention", reference, launch, cost, example, tolerance=1e-2)
+def cases(device: torch.device) -> list[Case]:
+    """One sequence and the heads of an 8B model, 32 over 8 of 128 dimensions, in bfloat16; all rows see each other."""
+    rows, contexts = ((16, 64), (512, 2048)) if device.type == "cpu" else ((16, 64, 272), (4096, 16384, 65536))
+
+    def make(rows: int, context: int) -> Callable[[int], tuple[Any, ...]]:
+        visible = torch.ones(1, rows, rows, dtype=torch.bool)
+        return lambda seed: random_call(
+            device, torch.bfloat16, seed, (context,), rows, 32, 8, 128, capacity=context + rows, visible=visible
+        )
+
+    return [Case(f"{r} rows, context {c:,}", make(r, c)) for c in contexts for r in rows]
+
+
+def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, visible: Tensor) -> Callable[[], Tensor]:
+    """torch's own over the whole cache, with a dense mask that is made beforehand."""
+    seen, _ = _seen(torch.arange(keys.shape[2], device=keys.device), lengths, visible, None)
+    turned, mask = queries.transpose(1, 2), seen[:, None]
+
+    def call() -> Tensor:
+        mixed = F.scaled_dot_product_attention(turned, keys, values, attn_mask=mask, enable_gqa=True)
+        return mixed.transpose(1, 2)
+
+    return call
+
+
+def _flex(queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, visible: Tensor) -> Callable[[], Tensor]:
+    """FlexAttention, compiled, with a block mask that is made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if queries.device.type != "cuda":
+        raise Unavailable(f"FlexAttention is timed on GPUs only, device is {queries.device.type}")
+    batch, rows = queries.shape[:2]
+    among = unpack(visible)
+
+    def seen(b: Tensor, _: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+        place = slot - lengths[b]
+        return (place < 0) | (among[b, row, place.clamp(0, rows - 1)] & (place < rows))
+
+    blocks = create_block_mask(seen, batch, None, rows, keys.shape[2], device=str(queries.device))
+    turned = queries.transpose(1, 2).contiguous()
+    return lambda: _compiled_flex()(turned, keys, values, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+KERNEL = Kernel(
+    "block_attention",
+    reference,
+    launch,
+    cost,
+    example,
+    tolerance=1e-2,
+    cases=cases,
+    rivals={"scaled_dot_product_attention": _sdpa, "FlexAttention": _flex},
+)

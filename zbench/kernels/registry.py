@@ -10,8 +10,8 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,17 @@ class Work(NamedTuple):
     bytes_written: float
 
 
+class Case(NamedTuple):
+    """A call worth timing."""
+
+    label: str
+    make: Callable[[int], tuple[Any, ...]]  # seed -> arguments, on the device
+
+
+class Unavailable(Exception):
+    """Something cannot run here; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """An operator. `reference`, `launch` and `cost` take the same arguments."""
@@ -40,6 +51,9 @@ class Kernel:
     cost: Callable[..., Work]
     example: Callable[[torch.device, int], tuple[Any, ...]]  # device, seed -> arguments of a small, awkward call
     tolerance: float  # of the example: error of each floating result by norm, relative to the reference's
+    cases: Callable[[torch.device], Sequence[Case]] | None = None  # what `zbench run` times; None: the example
+    # What else computes this: name -> arguments to the call that is timed. May raise Unavailable.
+    rivals: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
 
 
 class Choice(NamedTuple):
