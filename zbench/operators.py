@@ -1,16 +1,17 @@
 """Operators on this device: each kernel against its reference and what else computes the same, under measured roofs.
 
-What is timed is one pass over several sets of arguments, together larger than the last-level cache where that can be
-had, so that a call finds nothing of its own there. On a GPU a pass is one recorded graph: otherwise short kernels would
-be timed by how fast the host starts them. Implementations alternate, A B B A, and a ratio comes from pairs of passes.
+What is timed goes round several sets of arguments, together larger than the last-level cache where that can be had, so
+that a call finds nothing of its own there. On a GPU a pass is one recorded graph: otherwise a short kernel's time would
+be that in which the host starts it. Implementations alternate, A B B A, and a ratio comes from pairs of passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from zbench.hardware import device as devices
 from zbench.hardware import environment, roofs
 from zbench.hardware.device import Device
 from zbench.kernels import registry
-from zbench.kernels.registry import Case, Kernel, Unavailable
+from zbench.kernels.registry import Case, Kernel, Unavailable, Work
 from zbench.records import KERNELS_VERSION
 from zbench.scenario import KernelScenario
 
@@ -76,26 +77,22 @@ def _row(
 ) -> dict[str, Any]:
     sets, past_cache = argument_sets(case, device, wanted.seed)
     work = kernel.cost(*sets[0])
-    dtype = next((str(t.dtype).removeprefix("torch.") for t in _tensors(sets[0]) if t.is_floating_point()), "")
-    moved = work.bytes_read + work.bytes_written
-    rate = measured["flops"].get(dtype, {}).get("value")
-    memory = moved / measured["bandwidth"]["read"]["value"]
-    compute = work.flops / rate if rate else 0.0
-    floor = max(memory, compute)
+    least, bound = floor(work, sets[0], measured)
     ready, missing = implementations(kernel, device, sets)
-    passes = {name: _pass(device, calls) for name, (_, calls) in ready.items()}
-    times = {name: [seconds / len(sets) for seconds in taken] for name, taken in _taken(device, passes, wanted).items()}
+    each = wanted.seconds / MOST / len(ready)
+    passes = {name: make_pass(device, calls, each) for name, (_, calls) in ready.items()}
+    times = _taken(device, passes, wanted.seconds)
     entries = []
     for name, taken in times.items():
         rounds = range(len(taken))
         seconds = stats.mean(taken, rounds)
-        share = floor / float(seconds.value)  # type: ignore[arg-type]
+        share = least / float(seconds.value)  # type: ignore[arg-type]
         against = None if name == "reference" else stats.paired_ratio(times["reference"], taken, rounds)
         entries.append(
             {
                 "name": name,
                 "implementation": ready[name][0],
-                "started": passes[name][1],
+                "started": passes[name].started,
                 "seconds": _numbers(seconds),
                 "share_of_roof": share,
                 "above_roof": share > 1 + roofs.TOLERANCE,
@@ -105,15 +102,29 @@ def _row(
     return {
         "operator": kernel.name,
         "case": case.label,
-        "dtype": dtype,
+        "dtype": _dtype(sets[0]),
         **work._asdict(),
-        "floor_seconds": floor,
-        "bound": "memory" if memory >= compute else "compute",
+        "floor_seconds": least,
+        "bound": bound,
         "argument_sets": len(sets),
         "past_cache": past_cache,
         "times": entries,
         "missing": missing,
     }
+
+
+def floor(work: Work, arguments: tuple[Any, ...], measured: Mapping[str, Any]) -> tuple[float, str]:
+    """(the least seconds that a call can take under measured roofs, "memory" or "compute"). FLOPs are held against the
+    matrix products of the first floating argument's type; where these were not measured, bytes alone count."""
+    rate = measured["flops"].get(_dtype(arguments))
+    memory = (work.bytes_read + work.bytes_written) / measured["bandwidth"]["read"]["value"]
+    compute = work.flops / rate["value"] if rate else 0.0
+    return max(memory, compute), "memory" if memory >= compute else "compute"
+
+
+def _dtype(arguments: tuple[Any, ...]) -> str:
+    floating = (tensor for tensor in _tensors(arguments) if tensor.is_floating_point())
+    return next((str(tensor.dtype).removeprefix("torch.") for tensor in floating), "")
 
 
 def argument_sets(case: Case, device: Device, seed: int) -> tuple[list[tuple[Any, ...]], bool]:
@@ -154,43 +165,57 @@ def implementations(
     return ready, missing
 
 
-def _pass(device: Device, calls: Sequence[Thunk]) -> tuple[Thunk, str]:
-    """(all calls one after another, how they are started), warmed up."""
+class Pass(NamedTuple):
+    """Some calls of one implementation, which are timed together."""
 
-    def eager() -> None:
-        for call in calls:
-            call()
+    run: Thunk
+    calls: int
+    started: str  # how the calls are
 
-    eager()
-    if device.type != "cuda":
-        return eager, "one after another"
+
+def make_pass(device: Device, calls: Sequence[Thunk], seconds: float) -> Pass:
+    """Warmed up. On a GPU all calls, as a graph; else about as many as `seconds` take, the next pass going on from
+    there, so that arguments are met again only after all others."""
+    calls[0]()
+    start = device.mark()
+    calls[0]()
+    end = device.mark()
     device.synchronize()
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            eager()
-    except RuntimeError:  # something in it asks the device
-        device.synchronize()
-        return eager, "one after another"
-    return graph.replay, "as a graph"
+    if device.type == "cuda":
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+            return Pass(graph.replay, len(calls), "as a graph")
+        except RuntimeError:  # something in it asks the device
+            device.synchronize()
+    count = max(1, min(len(calls), int(seconds / device.seconds(start, end))))
+    turns = itertools.cycle(calls)
+
+    def run() -> None:
+        for _ in range(count):
+            next(turns)()
+
+    return Pass(run, count, "one after another")
 
 
-def _taken(device: Device, passes: dict[str, tuple[Thunk, str]], wanted: KernelScenario) -> dict[str, list[float]]:
-    """Seconds of each pass, in rounds."""
+def _taken(device: Device, passes: dict[str, Pass], seconds: float) -> dict[str, list[float]]:
+    """Seconds of a call in each round."""
 
-    def once(run: Thunk) -> float:
+    def once(one: Pass) -> float:
         start = device.mark()
-        run()
+        one.run()
         end = device.mark()
         device.synchronize()
-        return device.seconds(start, end)
+        return device.seconds(start, end) / one.calls
 
-    together = sum(once(run) for run, _ in passes.values())
-    rounds = int(max(FEWEST, min(MOST, wanted.seconds / together)))
+    together = sum(once(one) * one.calls for one in passes.values())
+    rounds = int(max(FEWEST, min(MOST, seconds / together)))
     taken: dict[str, list[float]] = {name: [] for name in passes}
     for index in range(rounds):
         for name in passes if index % 2 == 0 else reversed(passes):
-            taken[name].append(once(passes[name][0]))
+            taken[name].append(once(passes[name]))
     return taken
 
 
