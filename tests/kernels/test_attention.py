@@ -74,7 +74,7 @@ def any_rows(rows: int, seed: int) -> Tensor:
     return torch.rand(rows, rows, generator=torch.Generator().manual_seed(seed)) < 0.3
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from(list(TOLERANCE)), seed=st.integers(0, 999))
 def test_kernel_and_reference_are_the_float64_sum(
     device: torch.device, data: st.DataObject, dtype: torch.dtype, seed: int
