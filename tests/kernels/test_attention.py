@@ -49,8 +49,10 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def poisoned() -> Iterator[None]:
     """What is allocated meanwhile holds NaN."""
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def chain(rows: int, _: int) -> Tensor:

@@ -148,6 +148,7 @@ def _power(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
+@functools.cache
 def chip_of(device: torch.device) -> tuple[Chip, int]:
     """(what `plan` knows of the device, its compute units)."""
     if device.type != "cuda":  # the interpreter's
@@ -384,7 +385,7 @@ def _flex(queries: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, visibl
     from torch.nn.attention.flex_attention import create_block_mask
 
     if queries.device.type != "cuda":
-        raise Unavailable(f"FlexAttention is timed on GPUs only, device is {queries.device.type}")
+        raise Unavailable(f"timed on GPUs only, device is {queries.device.type}")
     batch, rows = queries.shape[:2]
     among = unpack(visible)
 

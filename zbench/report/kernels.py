@@ -110,7 +110,8 @@ def _table(rows: list[Data]) -> Table:
         cached = [] if row["past_cache"] else ["its arguments fit into the last-level cache"]
         for index, time in enumerate(row["times"]):
             first = not index
-            caveat = "; ".join([time["implementation"], time["started"], *([work, *cached, *missing] if first else [])])
+            ran = [] if time["implementation"] == time["name"] else [time["implementation"]]
+            caveat = "; ".join([*ran, time["started"], *([work, *cached, *missing] if first else [])])
             gain = time["speedup_over_reference"]
             entries = [
                 Entry("Time", quantity(time["seconds"]["value"], "s"), _interval(time["seconds"], "s")),
