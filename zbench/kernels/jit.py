@@ -7,9 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 
+def compiled(function: Callable[..., Any], helpers: tuple[Callable[..., Any], ...] = ()) -> Any:
+    """What launches `function`; `helpers` are the functions of its module that it calls."""
+    for helper in helpers:
+        function.__globals__[helper.__name__] = _jitted(helper)
+    return _jitted(function)
+
+
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Any:
-    """What launches `function`; its module's `tl` becomes `triton.language`."""
+def _jitted(function: Callable[..., Any]) -> Any:
+    """As Triton has it; its module's `tl` becomes `triton.language`."""
     import triton
     import triton.language as tl
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KERNEL` it is
     "block_attention": "attention",
+    "verify": "verify",
 }
 
 
@@ -54,6 +55,7 @@ class Kernel:
     cases: Callable[[torch.device], Sequence[Case]] | None = None  # what `zbench run` times; None: the example
     # What else computes this: name -> arguments to the call that is timed. May raise Unavailable.
     rivals: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
+    examples: int = 1  # seeds from 0 that between them run every launch
 
 
 class Choice(NamedTuple):
@@ -71,7 +73,9 @@ def choose(name: str, device: torch.device) -> Choice:
     """What runs `name` on `device`. A kernel is checked against its reference once per process and device first; one
     that fails or disagrees warns, is not used, and the label says so."""
     kernel = get(name)
-    reason = unavailable(device) or disagreement(kernel, device)
+    reason = unavailable(device)
+    for seed in range(kernel.examples):
+        reason = reason or disagreement(kernel, device, seed)
     return Choice(kernel.reference, f"torch ({reason})") if reason else Choice(kernel.launch, "triton")
 
 
