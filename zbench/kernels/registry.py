@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KERNEL` it is
+    "add_norm": "add_norm",
     "block_attention": "attention",
+    "commit": "commit",
+    "rope_cache": "rope_cache",
     "verify": "verify",
 }
 

@@ -38,12 +38,10 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """What is verified. Without `probs` drafts were chosen outright; `offered`, `trusted` and `probs` are for chains."""
+    """What is verified. Without `probs` drafts were chosen outright. `offered`, `trusted`, `probs` are for chains."""
 
     ids: Tensor  # [B, R] int64: the last committed token, then the drafts
-    parents: Tensor | None = (
-        None  # [B, R] of a tree: parents precede children, -1 is the root or padding; None: a chain
-    )
+    parents: Tensor | None = None  # [B, R] of a tree: parents come first, -1 is the root or padding; None: a chain
     offered: Tensor | None = None  # [B] how many of the drafts are real; None: all
     trusted: Tensor | None = None  # [B, R - 1] bool: passes whatever the target says
     probs: Tensor | None = None  # [B, R - 1, V] float32: the distributions that the drafts were drawn from
@@ -403,10 +401,7 @@ def _walk(
     row, depth, token = first * 0, first * 0, first * 0
     going = depth == 0
     while going:
-        if parents is not None:
-            passes = (parent_of == row) & (steps > row)
-        else:
-            passes = steps == row + 1
+        passes = steps == row + 1 if parents is None else (parent_of == row) & (steps > row)
         if not FORCED:
             token = _row_token(
                 logits, logits_b, logits_r, theirs, theirs_b, theirs_r, mixed, mixes, own, other, peak, second,
@@ -552,7 +547,7 @@ def cost(logits: Tensor, drafts: Drafts, draws: Draws, mix: Mix | None = None) -
 
 
 def example(device: torch.device, seed: int) -> tuple[Any, ...]:
-    """By seed: greedy tree, sampled tree, chain with trusted drafts, chain of drawn drafts, forced chain, forced tree."""
+    """By seed: greedy tree, sampled tree, chain with trust, chain of drawn drafts, forced chain, forced tree."""
     mode = seed % 6
     tree, forced = mode in (0, 1, 5), mode in (4, 5)
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.kernels import cpu
+from zbench.kernels import cpu, registry
+from zbench.kernels.add_norm import rms_norm as rms_norm
+from zbench.kernels.rope_cache import rotate as rotate
 from zbench.models.adapter import NOT_ADAPTED, AdaptedLayer, MaskAdapter, add_low_rank
 from zbench.models.attend import BlockAttention
 from zbench.models.cache import Cache
@@ -144,12 +146,15 @@ class Transformer:
             if execution == "native":
                 raise cpu.NativeUnavailable(reason)
             self._weights = weights
+        self._add_norm, self._rope_cache = (registry.choose(name, self.device) for name in ("add_norm", "rope_cache"))
         self.execution = "native" if self._native else "torch"
         name = f"native ({cpu.instruction_set()})" if self._native else "torch"
         fallback = {"why_not_native": reason} if reason and self.device.type == "cpu" else {}
+        self.kernels = {"forward": name, **fallback, **team.kernels}
         self._attention = None if self._native else BlockAttention(self.device)
-        by = {"attention": self._attention.label} if self._attention else {}
-        self.kernels = {"forward": name, **by, **fallback, **team.kernels}
+        if self._attention:
+            self.kernels["attention"] = self._attention.label
+            self.kernels |= {op: registry.choose(op, self.device).label for op in ("add_norm", "rope_cache", "commit")}
 
     @property
     def weights(self) -> Weights:
@@ -226,7 +231,6 @@ class Transformer:
         assert weights is not None and self._attention is not None
         batch, count = rows.ids.shape
         slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
-        sequence = torch.arange(batch, device=self.device)[:, None]
         attend = self._attention.of(rows, cache, max(cache.sizes) + count)
         angles = rows.positions[..., None].float() * self.inv_freq  # [B, R, d/2]
         cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
@@ -239,41 +243,28 @@ class Transformer:
             places = masks[masked].clamp(max=len(adapter.mask_embedding) - 1)
             x = x.flatten(0, 1).index_copy(0, masked, adapter.mask_embedding[places]).view_as(x)
         hidden: dict[int, Tensor] = {}
+        added: Tensor | None = None  # what the MLP of the layer before adds to the residual stream
         for index, (layer, low) in enumerate(zip(weights.layers, adapted, strict=True)):
+            x, inner = self._add_norm.call(x, added, layer.attention_norm, c.rms_eps)
             if index in capture:
                 hidden[index] = x.float()
-            inner = rms_norm(x, layer.attention_norm, c.rms_eps)
             qkv = add_low_rank(F.linear(inner, layer.qkv, layer.qkv_bias), inner, low.qkv, masked)
-            q, k, v = qkv.view(batch, count, -1, c.head_dim).split((c.heads, c.kv_heads, c.kv_heads), 2)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = rms_norm(q, layer.q_norm, c.rms_eps), rms_norm(k, layer.k_norm, c.rms_eps)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            cache.keys[index, sequence, :, slots] = k
-            cache.values[index, sequence, :, slots] = v
+            q = self._rope_cache.call(
+                qkv, cos, sin, layer.q_norm, layer.k_norm, c.rms_eps, cache.keys[index], cache.values[index], slots
+            )
             inner = attend(index, q, c.windows[index] if c.windows else None)
-            x = x + team.reduce(add_low_rank(F.linear(inner, layer.out, layer.out_bias), inner, low.out, masked))
-            inner = rms_norm(x, layer.mlp_norm, c.rms_eps)
+            added = team.reduce(add_low_rank(F.linear(inner, layer.out, layer.out_bias), inner, low.out, masked))
+            x, inner = self._add_norm.call(x, added, layer.mlp_norm, c.rms_eps)
             both = add_low_rank(F.linear(inner, layer.gate_up, layer.gate_up_bias), inner, low.gate_up, masked)
             gate, up = both.chunk(2, -1)
             inner = F.silu(gate) * up
-            x = x + team.reduce(add_low_rank(F.linear(inner, layer.down, layer.down_bias), inner, low.down, masked))
+            added = team.reduce(add_low_rank(F.linear(inner, layer.down, layer.down_bias), inner, low.down, masked))
+        x = x if added is None else x + added
         if c.layers in capture:
             hidden[c.layers] = x.float()
         if self.headless:
             return torch.empty(0, c.vocab, device=self.device), hidden
         return self.head(rms_norm(x.flatten(0, 1)[wanted], weights.norm, c.rms_eps)), hidden
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, the mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, pairs (i, i + d/2) (Su et al. 2021, arXiv 2104.09864). x [B, R, H, d], cos [B, R, 1, d/2]."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
