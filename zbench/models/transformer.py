@@ -229,7 +229,7 @@ class Transformer:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         c, weights, team = self._part, self._weights, self.team
         assert weights is not None and self._attention is not None
-        batch, count = rows.ids.shape
+        count = rows.ids.shape[1]
         slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
         attend = self._attention.of(rows, cache, max(cache.sizes) + count)
         angles = rows.positions[..., None].float() * self.inv_freq  # [B, R, d/2]
