@@ -47,6 +47,7 @@ _CONVENTIONS = {
 }
 # AMD's Infinity Cache sits behind the L2 that torch reports: 256 MiB on CDNA 3 and 4 (ROCm documentation).
 _INFINITY_CACHE_BYTES = {"gfx942": 256 * 2**20, "gfx950": 256 * 2**20}
+_UNKNOWN_CACHE_BYTES = 2**30  # taken for four times a cache of unknown size
 # Long enough for one call to dwarf its launch, and for a cache that the system under-reports.
 _SMALLEST_BUFFER_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 _SIZES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384)}
@@ -317,6 +318,12 @@ def _rate(times: Sequence[float], work: float) -> _Rate:
     return _Rate(value=work / median, low=work / slow, high=work / fast, n=len(times))
 
 
+def past_cache_bytes(device: Device) -> int:
+    """How much has to be gone through before the last-level cache holds none of it: four times its size."""
+    cache = _last_level_cache_bytes(device)
+    return _UNKNOWN_CACHE_BYTES if cache is None else 4 * cache
+
+
 @functools.cache
 def _last_level_cache_bytes(device: Device) -> int | None:
     """Bytes a buffer must dwarf; None where the system does not tell."""
@@ -337,7 +344,7 @@ def _buffer_bytes(device: Device, cache: int | None, free: int) -> int:
         UserError: the three would take more than half of the free memory.
     """
     unit = 4 * 2**20  # whole rows of the matrix-vector product, whole repeats of the random block
-    least = -(-(2**30 if cache is None else 4 * cache) // unit) * unit
+    least = -(-(_UNKNOWN_CACHE_BYTES if cache is None else 4 * cache) // unit) * unit
     affordable = free // 6 // unit * unit
     if affordable < least:
         raise UserError(

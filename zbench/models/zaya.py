@@ -27,16 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.kernels import cpu
+from zbench.kernels import cpu, registry
 from zbench.models import execution as executions
 from zbench.models.adapter import MaskAdapter
+from zbench.models.attend import block_attention
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing, forward_cost
 from zbench.models.model import Output, check_room, count_choices, wanted_rows
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Team
-from zbench.models.transformer import attention_mask, rms_norm, rotate
+from zbench.models.transformer import rms_norm, rotate
 from zbench.models.zaya_config import CONV_TAPS, ZayaConfig
 from zbench.records import PreparationRecord
 
@@ -265,7 +266,8 @@ class Zaya:
         self.native = not reason
         # The native kernel takes and gives float32, so that is what flows between projections there.
         self.activations = torch.float32 if self.native else dtype
-        self.kernels = {"forward": "torch", "experts": "grouped matrix products"}
+        self.attention = block_attention(registry.choose("block_attention", self.device))
+        self.kernels = {"forward": "torch", "experts": "grouped matrix products", "attention": self.attention.label}
         if self.native:
             name = f"native ({cpu.instruction_set()})"
             self.kernels |= {"projections": name, "experts": f"{name}, one after another"}
@@ -402,10 +404,9 @@ class _Step:
     def __init__(self, model: Zaya, rows: Rows, cache: ZayaCache, span: int) -> None:
         batch, count = rows.ids.shape
         self.config, self.values, self.dtype, self.cache = model.part, model.values, model.dtype, cache
-        self.span = span
         self.slots = cache.lengths[:, None] + torch.arange(count, device=model.device)
         self.sequence = torch.arange(batch, device=model.device)[:, None]
-        self.mask = attention_mask(rows, cache, span)
+        self.mix, self.seen = model.attention.attend, model.attention.masks(rows, cache, span)(None)
         angles = rows.positions[..., None].float() * model._inv_freq
         self.cos, self.sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # [B, R, 1, rotary / 2]
         self.mixed, self.delayed = cache.begin(rows.parents)
@@ -416,18 +417,12 @@ class _Step:
 
     def attend(self, index: int, block: Block, h: Tensor) -> Tensor:
         """h [B, R, D] -> what the heads mixed [B, R, H d]."""
-        c, cache = self.config, self.cache
+        cache = self.cache
         q, k, v = self._project(block, h, self.mixed[index], self.delayed[index])
         cache.keys[index, self.sequence, :, self.slots] = self._rotated(k * block.temp).to(self.dtype)
         cache.values[index, self.sequence, :, self.slots] = v.to(self.dtype)
-        mixed = F.scaled_dot_product_attention(
-            self._rotated(q).to(self.dtype).transpose(1, 2),
-            cache.keys[index, :, :, : self.span],
-            cache.values[index, :, :, : self.span],
-            attn_mask=self.mask,
-            enable_gqa=True,
-        )
-        return mixed.transpose(1, 2).reshape(*h.shape[:2], c.heads * c.head_dim).to(h.dtype)
+        queries = self._rotated(q).to(self.dtype)
+        return self.mix(queries, cache.keys[index], cache.values[index], self.seen).to(h.dtype)
 
     def _project(self, block: Block, h: Tensor, mixed: Tensor, delayed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, R, D] -> q [B, R, H, d], k and v [B, R, kv, d], normalised; rows go into `mixed` and `delayed`."""
