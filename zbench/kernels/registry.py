@@ -19,6 +19,8 @@ from torch import Tensor
 
 MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KERNEL` it is
     "block_attention": "attention",
+    "ccgqa": "ccgqa",
+    "experts": "experts",
 }
 
 
