@@ -15,6 +15,7 @@ projection, the state and each head's matrix once per tile of rows.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import jit
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -322,4 +323,14 @@ def random_call(
     )  # fmt: skip
 
 
-KERNEL = Kernel("ccgqa", reference, launch, cost, example, tolerance=2e-2)
+def cases(device: torch.device) -> list[Case]:
+    """ZAYA1-8B's heads, in bfloat16: a decoded token, a verify and a TiDAR step of one sequence, a batch of 64."""
+    heads = partial(random_call, device, torch.bfloat16, heads=8, kv_heads=2, width=128, half=32)
+    shapes = ((1, 1), (1, 16), (1, 272), (64, 1))
+    return [
+        Case(f"batch {batch}, {rows} rows", partial(heads, lengths=(8,) * batch, count=rows, capacity=rows + 8))
+        for batch, rows in shapes
+    ]
+
+
+KERNEL = Kernel("ccgqa", reference, launch, cost, example, tolerance=2e-2, cases=cases)

@@ -10,6 +10,7 @@ its neighbours are, so what other rows chose does not change its result.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.kernels import jit
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -173,4 +174,14 @@ def random_call(
     return normal(len(choice), width), torch.tensor(choice, device=device), gate_up, down
 
 
-KERNEL = Kernel("experts", reference, launch, cost, example, tolerance=2e-2)
+def cases(device: torch.device) -> list[Case]:
+    """16 experts of ZAYA1-8B's size in bfloat16 (on a CPU an eighth as wide each way), rows spread evenly over them."""
+    size = 256 if device.type == "cpu" else 2048
+
+    def make(rows: int, seed: int) -> tuple[Any, ...]:
+        return random_call(device, torch.bfloat16, seed, [5 * i % 16 for i in range(rows)], 16, size, size)
+
+    return [Case(f"{rows} rows, {min(rows, 16)} experts hit", partial(make, rows)) for rows in (1, 4, 16, 64, 320)]
+
+
+KERNEL = Kernel("experts", reference, launch, cost, example, tolerance=2e-2, cases=cases)

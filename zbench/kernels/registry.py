@@ -24,11 +24,6 @@ MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KER
     "stream_copy": "stream:COPY",
     "stream_read": "stream:READ",
     "stream_triad": "stream:TRIAD",
-    "ccgqa": "ccgqa",
-    "experts": "experts",
-    "stream_copy": "stream:COPY",
-    "stream_read": "stream:READ",
-    "stream_triad": "stream:TRIAD",
 }
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zbench.kernels import jit
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -31,7 +33,7 @@ def programs(device: torch.device) -> int:
 
 
 def once(x: Tensor) -> tuple[Tensor, int, int]:
-    """(out, stride, steps) with which `read` takes each block of x exactly once, or its last ones twice."""
+    """(out, stride, steps) with which `read` takes each block of x exactly once."""
     blocks = x.numel() // BLOCK
     count = math.gcd(blocks, programs(x.device))
     return x.new_empty(count), count, blocks // count
@@ -134,6 +136,31 @@ def triad_example(device: torch.device, seed: int) -> tuple[Any, ...]:
     return b, c, 0.5, torch.full_like(b, torch.nan)
 
 
-READ = Kernel("stream_read", read_reference, read, read_cost, read_example, tolerance=1e-4)
-COPY = Kernel("stream_copy", copy_reference, copy, copy_cost, copy_example, tolerance=0.0)
-TRIAD = Kernel("stream_triad", triad_reference, triad, triad_cost, triad_example, tolerance=1e-6)
+def _cases(make: Callable[[torch.device, int, int], tuple[Any, ...]], device: torch.device) -> list[Case]:
+    """The least that dwarfs a launch."""
+    size = 2**24 if device.type == "cpu" else 2**28
+    return [Case(f"{size * 4 // 2**20} MiB a vector", partial(make, device, size))]
+
+
+def _whole(device: torch.device, size: int, seed: int) -> tuple[Any, ...]:
+    [x] = _vectors(device, seed, 1, size)
+    return x, *once(x)
+
+
+def _pair(device: torch.device, size: int, seed: int) -> tuple[Any, ...]:
+    [x] = _vectors(device, seed, 1, size)
+    return x, torch.empty_like(x)
+
+
+def _triple(device: torch.device, size: int, seed: int) -> tuple[Any, ...]:
+    b, c = _vectors(device, seed, 2, size)
+    return b, c, 0.5, torch.empty_like(b)
+
+
+READ = Kernel(
+    "stream_read", read_reference, read, read_cost, read_example, tolerance=1e-4, cases=partial(_cases, _whole)
+)
+COPY = Kernel("stream_copy", copy_reference, copy, copy_cost, copy_example, tolerance=0.0, cases=partial(_cases, _pair))
+TRIAD = Kernel(
+    "stream_triad", triad_reference, triad, triad_cost, triad_example, tolerance=1e-6, cases=partial(_cases, _triple)
+)

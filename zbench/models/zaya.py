@@ -250,7 +250,7 @@ class Zaya:
         asked for and cannot be had."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.team, self.part, tensors = team, team.shard.of(config), team.shard.tensors(tensors, config)
-        self.values = tuple(map(len, team.shard.values(config)))  # channels of the current token, of the one before
+        self.delayed = len(team.shard.values(config)[1])  # channels of the values that come from the token before
         reason = self._why_not_native() if execution != "torch" else "torch was asked for"
         if execution == "native" and reason:
             raise cpu.NativeUnavailable(reason)
@@ -296,7 +296,7 @@ class Zaya:
         return cpu.unavailable_reason() or ""
 
     def new_cache(self, batch: int, capacity: int) -> ZayaCache:
-        return ZayaCache(self.part, self.values[1], batch, capacity, self.dtype, self.activations, self.device)
+        return ZayaCache(self.part, self.delayed, batch, capacity, self.dtype, self.activations, self.device)
 
     def cost(
         self,
