@@ -225,7 +225,7 @@ class Block:
             for part in ("attention", "mlp")
         )
         self.router = Router(mlp, c.rms_eps)
-        stacked = mlp.stored("experts.gate_up_proj"), mlp.stored("experts.down_proj")
+        stacked = (mlp.stored(f"experts.{part}").contiguous() for part in ("gate_up_proj", "down_proj"))
         self.experts = Experts(*stacked, None if model.native else model.operators["experts"].call)
 
 
