@@ -710,13 +710,14 @@ def schema() -> None:
 @main.command()
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
 @click.option(
-    "--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True, help="Repeatable."
-)
+    "--dtype", "dtypes", multiple=True,
+    help="Repeatable; default: bfloat16 and float32, on a GPU float16 and, where it has it, float8 too.",
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 @click.option("--refresh", is_flag=True, help="Measure again although a cached measurement exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def roofs(device: str, dtypes: tuple[str, ...], threads: int | None, refresh: bool, as_json: bool) -> None:
-    """Measure this device's memory bandwidth and compute ceilings, or show the cached ones.
+    """Measure this device's memory bandwidth, its caches' and its compute ceilings, or show the cached ones.
 
     \b
     Examples:
@@ -730,8 +731,12 @@ def roofs(device: str, dtypes: tuple[str, ...], threads: int | None, refresh: bo
 
     if threads:
         torch.set_num_threads(threads)
+    found = devices.resolve(device)
     measured = ceilings.load_or_measure(
-        devices.resolve(device), dtypes, refresh=refresh, progress=lambda line: click.echo(line, err=True)
+        found,
+        dtypes or ceilings.usual_dtypes(found),
+        refresh=refresh,
+        progress=lambda line: click.echo(line, err=True),
     )
     click.echo(json.dumps(measured, indent=1) if as_json else ceilings.table(measured))
 

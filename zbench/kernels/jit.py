@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 
-def compiled(function: Callable[..., Any], helpers: tuple[Callable[..., Any], ...] = ()) -> Any:
-    """What launches `function`; `helpers` are the functions of its module that it calls."""
-    for helper in helpers:
-        function.__globals__[helper.__name__] = _jitted(helper)
-    return _jitted(function)
-
-
 @functools.cache
-def _jitted(function: Callable[..., Any]) -> Any:
-    """As Triton has it; its module's `tl` becomes `triton.language`."""
+def compiled(function: Callable[..., Any]) -> Any:
+    """What launches `function`. Its module's `tl` becomes `triton.language`, and so do the functions of its module that
+    it calls become functions of the device."""
     import triton
     import triton.language as tl
 
-    function.__globals__["tl"] = tl
+    assert isinstance(function, FunctionType)
+    scope = function.__globals__
+    scope["tl"] = tl
+    for name in function.__code__.co_names:
+        if isinstance(called := scope.get(name), FunctionType):
+            scope[name] = compiled(called)
     return triton.jit(function)
 
 

@@ -17,11 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KERNEL` it is
+MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KERNEL` it is, or "module:NAME" of it
     "add_norm": "add_norm",
     "block_attention": "attention",
+    "ccgqa": "ccgqa",
     "commit": "commit",
+    "experts": "experts",
     "rope_cache": "rope_cache",
+    "stream_copy": "stream:COPY",
+    "stream_read": "stream:READ",
+    "stream_triad": "stream:TRIAD",
     "verify": "verify",
 }
 
@@ -68,7 +73,8 @@ class Choice(NamedTuple):
 
 def get(name: str) -> Kernel:
     """KeyError where there is no operator of that name."""
-    return importlib.import_module(f"zbench.kernels.{MODULES[name]}").KERNEL
+    module, _, attribute = MODULES[name].partition(":")
+    return getattr(importlib.import_module(f"zbench.kernels.{module}"), attribute or "KERNEL")
 
 
 @functools.cache

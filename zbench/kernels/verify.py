@@ -255,9 +255,9 @@ def launch(logits: Tensor, drafts: Drafts, draws: Draws, mix: Mix | None = None)
     ids, token_draws = drafts.ids.contiguous(), None if greedy else _contiguous(draws.token)
     verdict = Verdict(empty(batch, rows), empty(batch), empty(batch, rows), empty(batch))
     with torch.cuda.device_of(logits):
-        jit.compiled(_chunks, HELPERS)[(batch * rows, chunks)](**shared, CUT=cut)
+        jit.compiled(_chunks)[(batch * rows, chunks)](**shared, CUT=cut)
         if drafts.probs is None or not drawn:
-            jit.compiled(_walk, HELPERS)[(batch,)](
+            jit.compiled(_walk)[(batch,)](
                 **shared, **blocks, **verdict._asdict(), ids=ids, token_draws=token_draws,
                 parents=_contiguous(drafts.parents),
                 trusted=None if drafts.forced is not None else _contiguous(drafts.trusted),
@@ -272,10 +272,10 @@ def launch(logits: Tensor, drafts: Drafts, draws: Draws, mix: Mix | None = None)
             "rest": empty(batch, chunks, dtype=torch.float64),
             "accepted": empty(batch),
         }
-        jit.compiled(_residuals, HELPERS)[(batch, chunks)](
+        jit.compiled(_residuals)[(batch, chunks)](
             **shared, **blocks, **drafter, ids=ids, accept_draws=_contiguous(draws.accept)
         )
-        jit.compiled(_resample, HELPERS)[(batch,)](
+        jit.compiled(_resample)[(batch,)](
             **shared, **blocks, **drafter, **verdict._asdict(), ids=ids, token_draws=token_draws
         )
     return verdict
@@ -526,9 +526,6 @@ def _resample(
     tl.store(tokens + first + steps, tl.where(steps == row, token, drafted), mask=within)
     tl.store(counts + sequence, row + 1)
     tl.store(bonus + sequence, token)
-
-
-HELPERS = (_load, _first_beyond, _row_token)
 
 
 def cost(logits: Tensor, drafts: Drafts, draws: Draws, mix: Mix | None = None) -> Work:
