@@ -76,7 +76,7 @@ def any_rows(rows: int, seed: int) -> Tensor:
     return torch.rand(rows, rows, generator=torch.Generator().manual_seed(seed)) < 0.3
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data(), dtype=st.sampled_from(list(TOLERANCE)), seed=st.integers(0, 999))
 def test_kernel_and_reference_are_the_float64_sum(
     device: torch.device, data: st.DataObject, dtype: torch.dtype, seed: int
@@ -188,7 +188,7 @@ def test_plans_fit_into_shared_memory_and_fill_the_device_once(
     assert chosen.splits == 1 or capacity // chosen.splits >= attention.LEAST_SLOTS
 
 
-@pytest.mark.parametrize("family", ["smollm", "mistral", "zaya"])  # mistral has a sliding window
+@pytest.mark.parametrize("family", ["mistral", "zaya"])  # mistral has a sliding window
 def test_a_model_gives_the_same_logits_with_the_kernel(
     device: torch.device, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,9 +202,9 @@ def test_a_model_gives_the_same_logits_with_the_kernel(
         model = build(loaded, torch.float32, device, "torch")
         registry.choose.cache_clear()
         cache = model.new_cache(2, 40)
-        ids = torch.arange(20, device=device).view(2, 10)
+        ids = torch.arange(16, device=device).view(2, 8)
         found = [model.forward(Rows.chain(ids, cache.lengths), cache).logits]
-        cache.extend([10, 7])
+        cache.extend([8, 5])
         tree = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2]], device=device)
         found.append(model.forward(Rows.tree(ids[:, :4], cache.lengths, tree), cache).logits)
         return model.kernels["attention"], found

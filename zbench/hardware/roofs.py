@@ -396,8 +396,10 @@ def _float8_candidates(device: Device, size: int) -> Iterator[Candidate]:
     assert kind is not None
     x, weight = (torch.randn(size, size, device=device.torch).to(getattr(torch, kind)) for _ in range(2))
     one = torch.ones((), device=device.torch)
-    options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
-    yield f"torch scaled matmul ({kind})", lambda: torch._scaled_mm(x, weight.t(), **options)
+    yield (
+        f"torch scaled matmul ({kind})",
+        lambda: torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16),
+    )
 
 
 @functools.cache

@@ -227,8 +227,8 @@ class Block:
             for part in ("attention", "mlp")
         )
         self.router = Router(mlp, c.rms_eps)
-        stacked = (mlp.stored(f"experts.{part}").contiguous() for part in ("gate_up_proj", "down_proj"))
-        self.experts = Experts(*stacked, None if model.native else model.operators["experts"].call)
+        gate_up, down = (mlp.stored(f"experts.{part}").contiguous() for part in ("gate_up_proj", "down_proj"))
+        self.experts = Experts(gate_up, down, None if model.native else model.operators["experts"].call)
 
 
 class Zaya:
