@@ -25,7 +25,7 @@ from zbench import stats
 from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.hardware import environment
-from zbench.metrics import DEFINITIONS_VERSION, METRICS, Better, Cell, Run, caveats, evaluate, load_run
+from zbench.metrics import DEFINITIONS_VERSION, METRICS, NOT_ALWAYS, Better, Cell, Run, caveats, evaluate, load_run
 from zbench.records import MANIFEST, SCHEMA_VERSION, read_manifest
 from zbench.scenario import STRICT, load_other
 from zbench.stats import CONFIDENCE, FEW
@@ -271,9 +271,7 @@ def _cell(path: Path, cell: Cell, policy: Policy) -> CellSnapshot:
 def _refuse_nan(run: Run) -> None:
     """Sums of a table leave NaN out without a word, and a count that leaves something out is a wrong count."""
     for what, table in (("forward", run.forwards), ("step", run.steps)):
-        # NaN for a dense model, and where one device has it all.
-        absent = ["experts", "collective_bytes", "collective_seconds"]
-        numbers = table.select_dtypes("number").drop(columns=absent, errors="ignore")
+        numbers = table.select_dtypes("number").drop(columns=list(NOT_ALWAYS), errors="ignore")
         if (odd := ~np.isfinite(numbers.to_numpy(dtype=float))).any():
             row, column = np.argwhere(odd)[0]
             where = f"{numbers.columns[column]} of a {what} of {table['cell'].iloc[row]}"

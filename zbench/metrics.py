@@ -1344,6 +1344,8 @@ def _share(achieved: Estimate, peak: float, name: str) -> Estimate:
     return replace(achieved, value=value, low=low, high=high)
 
 
+# Of a forward, and NaN for a dense model, where one device has it all, or where nothing counted them.
+NOT_ALWAYS = ("experts", "collective_bytes", "collective_seconds", "launches")
 _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
 _REQUEST_COLUMNS = (
     *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "ttft", "decode_seconds", "output_ids",
@@ -1355,7 +1357,7 @@ _STEP_COLUMNS = (
 _VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
-    *(_NOT_ALWAYS := ("experts", "collective_bytes", "collective_seconds", "launches")),
+    *NOT_ALWAYS,
 )  # fmt: skip
 
 
@@ -1416,7 +1418,7 @@ def _forwards(
         "step": step,
         "model": _words(stored["model"]),
         "role": _words(stored["role"]),
-        **{name: _numbers(stored[name]) for name in ("rows", "batch", "context", "flops", "seconds", *_NOT_ALWAYS)},
+        **{name: _numbers(stored[name]) for name in ("rows", "batch", "context", "flops", "seconds", *NOT_ALWAYS)},
         "bytes": _numbers(stored["bytes_read"]) + _numbers(stored["bytes_written"]),
         "live": live_then,
         "kind": _words([_kind(*each) for each in kinds]),

@@ -21,7 +21,7 @@ SMOLLM2 = ModelConfig(
     family="llama", layers=30, width=576, ffn=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, max_positions=8192,
     rope_theta=100000.0, tied=True, eos_ids=(2,), bos_id=1,
 )  # fmt: skip
-DRAFTERS = sorted(zoo.SHIPPED)
+DRAFTERS = sorted(name for name, item in zoo.SHIPPED.items() if item.kind != "model")
 MEGABYTES = 16
 
 
@@ -46,22 +46,24 @@ def test_the_folder_holds_what_the_table_says(name: str) -> None:
     assert total == item.parameters
 
 
-@pytest.mark.parametrize("name", [name for name in DRAFTERS if zoo.SHIPPED[name].target == "smollm2-135m"])
+@pytest.mark.parametrize("name", DRAFTERS)
 def test_a_drafter_loads_for_its_target(name: str) -> None:
     item = zoo.SHIPPED[name]
     folder = zoo.drafter(name, item.kind)
+    target = SMOLLM2 if item.target == "smollm2-135m" else loading.load("zbench-tiny").config
+    assert isinstance(target, ModelConfig)
     if item.kind == "adapter":
         from zbench.models.adapter import load_adapter
 
-        assert load_adapter(folder, SMOLLM2).config.shift == 1
+        assert load_adapter(folder, target).config.shift == 1
     elif item.kind == "eagle3":
         from zbench.models.eagle3 import load_drafter
 
-        assert load_drafter(folder, SMOLLM2).hash == item.weights_sha256
+        assert load_drafter(folder, target).hash == item.weights_sha256
     else:
         from zbench.models import dflash
 
-        assert dflash.load_drafter(folder, SMOLLM2).hash == item.weights_sha256
+        assert dflash.load_drafter(folder, target).hash == item.weights_sha256
 
 
 def test_a_drafter_of_another_kind_or_unknown_is_refused() -> None:
@@ -103,6 +105,18 @@ def test_what_comes_with_the_package_is_listed_beside_what_is_fetched() -> None:
     assert set(zoo.ZOO) | set(zoo.SHIPPED) == set(rows)
     assert all(rows[name].present and rows[name].target == zoo.SHIPPED[name].target for name in DRAFTERS)
     assert replace(zoo.SHIPPED["smollm2-135m-tidar"], kind="eagle3").weights == "model.safetensors"
+
+
+def test_the_tiny_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path))
+    model = loading.load("zbench-tiny")
+    assert model.weights_hash == zoo.SHIPPED["zbench-tiny"].weights_sha256
+    tokenizer = loading.load_tokenizer(model)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    assert text == "<|im_start|>user\nHello<|im_end|>\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    (row,) = [row for row in zoo.available() if row.name == "zbench-tiny"]
+    assert row.present and row.kind == "model" and row.target is None
 
 
 def test_a_drafter_is_no_model() -> None:

@@ -101,10 +101,38 @@ SHIPPED: dict[str, Shipped] = {
     ),
     "smollm2-135m-tidar": Shipped(
         kind="adapter",
-        weights_sha256="61fae1e3ef9a790e3148ae595f6a9435013de2b1dbc15d45bbf85fcf0a507b40",
+        weights_sha256="1c186915d6760b25886363db67e28b958e0f6498cadf46de7fa012281f2da94d",
         parameters=7_330_752,
         source="TiDAR mask adapter, `zbench train tidar` on the model's own text: README.md in its folder",
         target="smollm2-135m",
+    ),
+    "zbench-tiny": Shipped(
+        kind="model",
+        weights_sha256="047118d3e40a27c1f20d988360a1226de0d442ba1aeaab39087c44395b6fc739",
+        parameters=1_049_728,
+        source="a language model trained on what smollm2-135m wrote, for tests and gates: README.md in its folder",
+        target=None,
+    ),
+    "zbench-tiny-eagle3": Shipped(
+        kind="eagle3",
+        weights_sha256="a4f28cf5313ed4d249ab7fa4a2d00b3d5ace14f79adda42d06d0b92dc34ee214",
+        parameters=393_728,
+        source="EAGLE-3 drafter, `zbench train eagle3` on the model's own text: README.md in its folder",
+        target="zbench-tiny",
+    ),
+    "zbench-tiny-dflash": Shipped(
+        kind="dflash",
+        weights_sha256="b76fa0d1f69634a49ec1eecf0f569d4a6c8569dbc9471a1b39d0bb5c0407f572",
+        parameters=410_496,
+        source="DFlash drafter, `zbench train dflash` on the model's own text: README.md in its folder",
+        target="zbench-tiny",
+    ),
+    "zbench-tiny-tidar": Shipped(
+        kind="adapter",
+        weights_sha256="286599b0b00adca639ebb470db351bb23f1280ee066721bbc739596980f60dd8",
+        parameters=156_544,
+        source="TiDAR mask adapter, `zbench train tidar` on the model's own text: README.md in its folder",
+        target="zbench-tiny",
     ),
 }
 
