@@ -126,7 +126,7 @@ def test_what_is_no_run_of_kernels_is_refused_in_one_line(folder: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["-o", "kernels=[attenton]"], "no kernel is called attenton; known: block_attention"),
+        (["-o", "kernels=[attenton]"], "no kernel is called attenton; known: add_norm, block_attention"),
         (["--resume"], "cannot be resumed"),
         (["-o", "kernels=3"], "kernels"),
     ],
