@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 USUAL_THREADS = torch.get_num_threads()
+
+# Where no GPU is there, Triton's kernels run in its interpreter. It asks when it is first imported, so here.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:

@@ -236,8 +236,11 @@ def test_large_shapes_are_estimated_without_a_gpu_and_the_device_is_named(
 def test_all_scenario_files_are_checked_before_one_fails(yaml: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("name: [\n")
-    result = zbench("validate", other, yaml)
+    kernels = tmp_path / "kernels.yaml"
+    kernels.write_text("name: k\nkernels: [commit, verify]\n")
+    result = zbench("validate", other, kernels, yaml)
     refused(result, "other.yaml")
+    assert f"{kernels}: valid, kernels: commit, verify" in result.stdout
     assert f"{yaml}: valid, 2 cells" in result.stdout
 
 

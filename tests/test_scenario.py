@@ -63,8 +63,19 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_scenario_loads_under_its_own_name_and_begins_with_the_question_it_answers(path):
-    assert scenario.load(path).name == path.stem
+    assert scenario.load_any(path).name == path.stem
     assert path.read_text().startswith("# ")
+
+
+def test_a_scenario_of_kernels_is_as_strict_and_is_none_of_engines(tmp_path):
+    path = tmp_path / "k.yaml"
+    path.write_text("name: k\nkernels: [block_attention]\n")
+    assert scenario.load_any(path, ["seconds=0.5"]).kernels == ("block_attention",)
+    with pytest.raises(UserError, match="is about kernels, which `zbench run` times"):
+        scenario.load(path)
+    path.write_text("name: k\nkernels: all\nsecond: 3\n")
+    with pytest.raises(UserError, match=r"k.yaml:3: unknown key 'second' in kernelscenario; did you mean 'seconds'?"):
+        scenario.load_any(path)
 
 
 def test_only_name_model_engines_and_prompts_must_be_given(folder):
@@ -470,14 +481,15 @@ def test_a_scenario_survives_being_written_as_json(changes, matrix):
 def test_the_schema_describes_every_key_and_allows_no_other():
     schema = scenario.json_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    for model in (schema, *schema["$defs"].values()):
+    assert {"Scenario", "KernelScenario"} <= schema["$defs"].keys()
+    for model in schema["$defs"].values():
         assert model["additionalProperties"] is False
         assert model["description"]
         assert all(field["description"].endswith(".") for field in model["properties"].values())
 
 
 def test_the_schema_offers_engines_by_name_and_by_mapping():
-    by_name, *by_mapping = scenario.json_schema()["properties"]["engines"]["items"]["oneOf"]
+    by_name, *by_mapping = scenario.json_schema()["$defs"]["Scenario"]["properties"]["engines"]["items"]["oneOf"]
     assert by_name["enum"] == list(scenario.ENGINES)
     assert len(by_mapping) == len(scenario.ENGINES)
 

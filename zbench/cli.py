@@ -16,7 +16,7 @@ from zbench.errors import UserError
 
 if TYPE_CHECKING:
     from zbench.hardware.projection import Peaks
-    from zbench.scenario import Scenario
+    from zbench.scenario import KernelScenario, Scenario
 
 FAILED_CELLS, INTERRUPTED = 5, 130
 FRACTION = click.FloatRange(min=0, min_open=True, max=1)
@@ -96,7 +96,8 @@ def run(
       zbench run scenarios/quickstart.yaml -o model=smollm2-135m -o batch=4 --out /tmp/runs
       zbench run scenarios/random_1b.yaml --dry-run
 
-    A scenario about other hardware than this machine's is projected instead of measured (see `zbench project`).
+    A scenario about other hardware than this machine's is projected instead of measured (see `zbench project`); one
+    with a key `kernels` times operators (see docs/kernels.md).
 
     Exit codes: 0 measured or projected, 2 bad input, 5 some cells failed, 130 interrupted (continue with --resume).
     """
@@ -104,7 +105,12 @@ def run(
 
     from zbench import scenario as scenarios
 
-    wanted = scenarios.load(scenario, overrides)
+    wanted = scenarios.load_any(scenario, overrides)
+    if isinstance(wanted, scenarios.KernelScenario):
+        if resume:
+            raise UserError("a run of kernels takes a minute or two and cannot be resumed; start it again")
+        _kernels(wanted, out, dry_run, report, as_json)
+        return
     if dry_run:
         from zbench import estimate
 
@@ -151,6 +157,37 @@ def run(
         sys.exit(INTERRUPTED)
     if outcome.failed:
         sys.exit(FAILED_CELLS)
+
+
+def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_json: bool) -> None:
+    """Time kernels into a folder, and say what it comes to."""
+    from zbench import operators
+    from zbench.cache import atomic_write, new_folder
+    from zbench.hardware import device
+    from zbench.records import KERNELS
+    from zbench.report import kernels as pages
+
+    if dry_run:
+        here = device.resolve(wanted.device)
+        planned = [(k.name, case.label) for k in operators.chosen(wanted) for case in operators.cases(k, here)]
+        lines = [json.dumps([{"kernel": name, "case": case} for name, case in planned], indent=1)]
+        for line in lines if as_json else [f"{name}: {case}" for name, case in planned]:
+            click.echo(line)
+        return
+    found = operators.measure(wanted, lambda line: click.echo(line, err=True))
+    folder = new_folder(out, wanted.name)
+    try:
+        atomic_write(folder / KERNELS, json.dumps(found, indent=1, allow_nan=False))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    page = pages.render(folder) if report else folder / KERNELS
+    if as_json:
+        click.echo(json.dumps(found, indent=1, allow_nan=False))
+        click.echo(f"report: {page}", err=True)
+        return
+    for line in pages.headline(folder):
+        click.echo(line)
+    click.echo(f"report: {page}")
 
 
 @main.command()
@@ -607,9 +644,14 @@ def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     wrong = []
     for file in files:
         try:
-            cells = scenarios.cells(scenarios.load(file, overrides))
+            wanted = scenarios.load_any(file, overrides)
+            cells = () if isinstance(wanted, scenarios.KernelScenario) else scenarios.cells(wanted)
         except UserError as error:
             wrong.append(str(error))
+            continue
+        if isinstance(wanted, scenarios.KernelScenario):
+            named = wanted.kernels if wanted.kernels == "all" else ", ".join(wanted.kernels)
+            click.echo(f"{file}: valid, kernels: {named}")
             continue
         click.echo(f"{file}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
         for cell in cells if len(files) == 1 else ():
@@ -668,13 +710,14 @@ def schema() -> None:
 @main.command()
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
 @click.option(
-    "--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True, help="Repeatable."
-)
+    "--dtype", "dtypes", multiple=True,
+    help="Repeatable; default: bfloat16 and float32, on a GPU float16 and, where it has it, float8 too.",
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 @click.option("--refresh", is_flag=True, help="Measure again although a cached measurement exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def roofs(device: str, dtypes: tuple[str, ...], threads: int | None, refresh: bool, as_json: bool) -> None:
-    """Measure this device's memory bandwidth and compute ceilings, or show the cached ones.
+    """Measure this device's memory bandwidth, its caches' and its compute ceilings, or show the cached ones.
 
     \b
     Examples:
@@ -688,8 +731,12 @@ def roofs(device: str, dtypes: tuple[str, ...], threads: int | None, refresh: bo
 
     if threads:
         torch.set_num_threads(threads)
+    found = devices.resolve(device)
     measured = ceilings.load_or_measure(
-        devices.resolve(device), dtypes, refresh=refresh, progress=lambda line: click.echo(line, err=True)
+        found,
+        dtypes or ceilings.usual_dtypes(found),
+        refresh=refresh,
+        progress=lambda line: click.echo(line, err=True),
     )
     click.echo(json.dumps(measured, indent=1) if as_json else ceilings.table(measured))
 

@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 MANIFEST, TRIALS = "run.json", "trials.jsonl"
 # Engines whose decoder is not zbench's own: what it is held against.
 PEERS = frozenset({"reference", "endpoint", "llama_cpp", "vllm", "dflash_reference"})
+KERNELS, KERNELS_VERSION = "kernels.json", 1  # what a run of kernels writes instead (see `operators.py`)
 
 T = TypeVar("T")
 Role = Literal["prefill", "decode", "draft", "verify", "draft+verify", "denoise"]

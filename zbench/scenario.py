@@ -26,6 +26,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     StringConstraints,
     Tag,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -52,6 +53,7 @@ class _Strict(BaseModel):
 # from the keys again.
 _BRANCH = "\0"
 
+_NAME, _DEVICE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", r"^(auto|cpu|(cuda|rocm)(:\d+)?)$"
 Count = Annotated[int, Field(ge=1)]
 Items = Field(strict=False)  # a YAML list for a tuple
 
@@ -887,7 +889,7 @@ class Scenario(_Strict):
     """What to compare: engines on one model and one set of prompts, at every point of a matrix of settings."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$",
+        pattern=_NAME,
         description="Short name; run folders are called after it.",
         examples=["quickstart"],
     )
@@ -901,7 +903,7 @@ class Scenario(_Strict):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|(cuda|rocm)(:\d+)?)$",
+        pattern=_DEVICE,
         description="auto (first GPU, else CPU), cpu, cuda, cuda:N, rocm or rocm:N.",
         examples=["auto", "cuda:1"],
     )
@@ -1051,6 +1053,22 @@ class Scenario(_Strict):
         return None if self.budget.minutes is None else self.budget.minutes * 60
 
 
+class KernelScenario(_Strict):
+    """Which hand-written kernels to time on this device, each against its reference and what else computes the same."""
+
+    name: str = Field(pattern=_NAME, description="Short name; run folders are called after it.", examples=["kernels"])
+    description: str = Field("", description="The question that this scenario answers, in one line.")
+    kernels: Literal["all"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        description="all, or a list of their names.", examples=["all", ["block_attention"]]
+    )
+    device: str = Field(default="auto", pattern=_DEVICE, description="As in a scenario of engines.")
+    threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's choice.")
+    seconds: float = Field(
+        default=2.0, gt=0, description="What the repetitions of one case aim for; five rounds are made anyway."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the inputs.")
+
+
 # --- Text to document ---
 
 
@@ -1181,12 +1199,25 @@ def _key_problems(node: yaml.Node | None, source: str) -> Iterator[_Problem]:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
-    """Read and check a scenario, every point of its matrix included.
+    """Read and check a scenario of engines, every point of its matrix included.
 
     `overrides` are "key=value": a dotted key of the scenario and a YAML value, applied in order.
     Raises UserError, with one line for each thing that is wrong.
     """
+    found = load_any(path, overrides)
+    if isinstance(found, KernelScenario):
+        raise UserError(f"{path}: is about kernels, which `zbench run` times; this takes a scenario of engines")
+    return found
+
+
+def load_any(path: str | Path, overrides: Sequence[str] = ()) -> Scenario | KernelScenario:
+    """As `load`, for a scenario of engines or, where it has a key `kernels`, of kernels."""
     document = _written_out(_override(_parse(_read(Path(path)), str(path)), overrides))
+    if isinstance(document.data, dict) and "kernels" in document.data:
+        of_kernels, problems = _check(document, KernelScenario)
+        if of_kernels is None:
+            raise _user_error(problems)
+        return of_kernels
     scenario, problems = _check(document, Scenario)
     if scenario is None:
         raise _user_error(problems)
@@ -1204,7 +1235,8 @@ def load_other(path: Path, kind: type[_Model]) -> _Model:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of the YAML, for completion and checks in an editor."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Scenario.model_json_schema()}
+    either = TypeAdapter(Scenario | KernelScenario).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **either}
 
 
 def content_hash(scenario: Scenario) -> str:

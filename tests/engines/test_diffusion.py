@@ -255,6 +255,7 @@ def test_an_outcome_that_is_never_prepared_at_first_is_learnt_from_the_steps_tha
         assert all(step.committed == (4,) and step.prepared == (4,) for step in steps[4:-1])
 
 
+@settings(deadline=None)
 @given(block=st.integers(1, 32), shift=st.integers(0, 1), data=st.data())
 def test_sources_point_at_the_mask_that_predicts_the_token_after_the_next(block: int, shift: int, data: Any) -> None:
     assume(block > shift)

@@ -23,6 +23,8 @@ def small_and_quick(monkeypatch, tmp_path):
     monkeypatch.setattr(roofs, "_SMALLEST_BUFFER_BYTES", {"cpu": 4 * MIB})
     monkeypatch.setattr(roofs, "_last_level_cache_bytes", lambda device: MIB)
     monkeypatch.setattr(roofs, "_native", lambda device: None)
+    monkeypatch.setattr(roofs, "_READ_AGAIN_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(roofs, "_SWEEP_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def counted_measurements(monkeypatch, small_and_quick):
 
     def fake(device, dtypes, progress=None):
         calls.append(tuple(dtypes))
-        return {"run": len(calls), "flops": {dtype: {"value": 1.0} for dtype in dtypes}}
+        return {"run": len(calls), "flops": {dtype: {"value": 1.0} for dtype in dtypes}, "caches": {"sweep": []}}
 
     monkeypatch.setattr(roofs, "measure", fake)
     return calls
@@ -192,6 +194,94 @@ def test_an_achieved_figure_up_to_the_tolerance_above_the_roof_passes(roof, shar
 def test_an_achieved_figure_beyond_the_tolerance_fails_loudly(roof, share):
     with pytest.raises(ValueError, match="the roof or the count is wrong"):
         check_utilisation("bandwidth", roof * share, roof)
+
+
+# Caches --------------------------------------------------------------------------------------------------------------
+
+
+def test_roofs_kept_before_caches_were_measured_stay_and_get_them(counted_measurements, tmp_path, monkeypatch):
+    load_or_measure(CPU, ("float32",))
+    (kept,) = (tmp_path / "roofs").glob("*.json")
+    old = json.loads(kept.read_text())
+    del old["caches"]
+    kept.write_text(json.dumps(old))
+    swept = []
+    monkeypatch.setattr(roofs, "measure_caches", lambda device: swept.append(device) or {"unavailable": "a test"})
+    for _ in range(2):
+        assert load_or_measure(CPU, ("float32",)) == old | {"caches": {"unavailable": "a test"}}
+    assert swept == [CPU]
+    assert counted_measurements == [("float32",)]
+
+
+def test_without_native_kernels_the_caches_of_a_cpu_are_unavailable_and_the_table_says_why(small_and_quick):
+    result = measure(CPU, ("float32",), budget_seconds=0.1)
+    assert result["caches"].keys() == {"unavailable"}
+    assert "caches: unavailable: the native kernels cannot be built here" in roofs.table(result)
+
+
+@pytest.fixture
+def known_caches(small_and_quick, monkeypatch):
+    """A CPU of known caches whose native kernel takes as long as the smallest cache that holds the set says."""
+    monkeypatch.setattr(roofs, "cache_bytes", lambda: {"L2": 2 * MIB, "L1i": 3 * 2**15, "L1d": 2**16, "L3": 8 * MIB})
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    held = {2**15: 100e9, MIB: 50e9, 4 * MIB: 20e9}
+
+    class Native:
+        @staticmethod
+        def read_sum(x, passes):
+            return x, passes
+
+    def times(device, call, seconds):
+        x, passes = call()
+        return [passes * x.nbytes / next((rate for size, rate in held.items() if x.nbytes <= size), 10e9)] * 5
+
+    monkeypatch.setattr(roofs, "_native", lambda device: Native)
+    monkeypatch.setattr(roofs, "_times", times)
+
+
+def test_each_level_has_the_bandwidth_of_a_set_that_fits_into_it_and_into_no_smaller_one(known_caches):
+    caches = roofs.measure_caches(CPU)
+    assert json.loads(json.dumps(caches)) == caches
+    levels = {name: (level["capacity"], level["bytes"], level["value"]) for name, level in caches["levels"].items()}
+    half = 2 / 4  # of the machine's threads
+    assert levels == {
+        "L1d": (2**16 * half, 2**14, pytest.approx(100e9)),
+        "L2": (2 * MIB * half, MIB // 2, pytest.approx(50e9)),
+        "L3": (8 * MIB * half, 2 * MIB, pytest.approx(20e9)),
+    }
+    sizes = [rate["bytes"] for rate in caches["sweep"]]
+    assert sizes == [2**k for k in range(14, 24)]
+    assert caches["sweep"][-1]["value"] == pytest.approx(10e9)  # past the caches
+
+
+def test_a_level_that_no_size_tells_from_a_smaller_one_is_left_out(known_caches, monkeypatch):
+    monkeypatch.setattr(roofs, "cache_bytes", lambda: {"L1d": 2**16, "L2": 2**17, "L3": 2 * MIB})
+    assert list(roofs.measure_caches(CPU)["levels"]) == ["L1d", "L3"]
+
+
+def test_the_table_has_a_line_for_each_level(known_caches):
+    kept = {"device": "one", "measured": "now", "bandwidth": {}, "flops": {}, "ridge": {}}
+    lines = roofs.table(kept | {"caches": roofs.measure_caches(CPU)}).splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["L1d", "100.0", "GB/s"], ["L2", "50.0", "GB/s"], ["L3", "20.0", "GB/s"],
+    ]  # fmt: skip
+    assert lines[2].endswith("512 KiB read again and again, of 1 MiB")
+    assert len(roofs.table(kept).splitlines()) == 1
+
+
+def test_a_cpu_has_no_roof_for_float8_and_says_so():
+    with pytest.raises(UserError, match="does not multiply it"):
+        measure(CPU, ("float8",))
+    assert roofs.usual_dtypes(CPU) == ("bfloat16", "float32")
+
+
+@pytest.mark.slow
+def test_the_smallest_cache_of_this_machine_is_faster_than_its_memory():
+    if roofs._native(CPU) is None:
+        pytest.skip("the native kernels cannot be built here")
+    sweep = roofs.measure_caches(CPU)["sweep"]
+    assert sweep[0]["value"] > 1.5 * sweep[-1]["value"]
 
 
 @pytest.mark.slow

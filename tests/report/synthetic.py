@@ -37,6 +37,13 @@ ROOFS = {
         "bfloat16": {"value": RATE, "low": 8.8e11, "high": 9.1e11, "n": 20, "unit": "FLOP/s", "shape": [2048] * 3}
     },
     "ridge": {"bfloat16": RATE / READ},
+    "caches": {
+        "sweep": [],
+        "levels": {
+            name: {"value": rate, "low": rate, "high": rate, "n": 9, "unit": "B/s", "bytes": size, "capacity": 2 * size}
+            for name, rate, size in (("L1d", 600e9, 2**15), ("L2", 250e9, 2**19), ("L3", 110e9, 2**23))
+        },
+    },
 }
 SPECS = {
     "name": "Invented CPU",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.text import Text
 
-from tests.report.synthetic import DIFFUSION, ENGINES, GRID, SPECS, SPECULATIVE, write_run
+from tests.report.synthetic import DIFFUSION, ENGINES, GRID, RATE, READ, ROOFS, SPECS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.report import figures
 from zbench.report.findings import Results
@@ -114,6 +114,25 @@ def test_experts_are_drawn_for_a_mixture_of_experts_only_one_mark_per_kind_besid
         total = results.run.manifest.models[cells[0].record.model]["experts"]
         assert hit == pytest.approx(0.2 + 0.8 * total * (1 - (1 - 1 / total) ** rows), rel=0.02)
     assert f"of {total}" in plot.alt(results, cells)
+
+
+def test_cache_levels_are_thin_slopes_up_to_the_flat_roof_where_they_were_measured_and_differ(tmp_path: Path) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "roofline"]
+
+    def slopes(name: str, **levels: float) -> dict[str, float]:
+        roofs = {**ROOFS, "caches": {"levels": {level: {"value": rate} for level, rate in levels.items()}}}
+        roofs = roofs if levels else {key: part for key, part in ROOFS.items() if key != "caches"}
+        found = Results.of(metrics.load_run(write_run(tmp_path / name, engines=("autoregressive",), roofs=roofs)))
+        axes = figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0]
+        thin = [line for line in axes.lines if line.get_linewidth() == 0.6]
+        assert all(line.get_ydata()[1] == RATE for line in thin)
+        bandwidths = [line.get_ydata()[0] / line.get_xdata()[0] for line in thin]
+        named = [text.get_text() for text in axes.texts if text.get_text().startswith("L")]
+        return dict(zip(named, bandwidths, strict=True))
+
+    several = slopes("several", L1d=600e9, L2=590e9, L3=3 * READ, L4=READ)
+    assert several == {"L3 114 GB/s": pytest.approx(3 * READ), "L2 590 GB/s": pytest.approx(590e9)}
+    assert slopes("older run") == {}
 
 
 def test_a_run_with_one_point_has_no_overview(results: Results) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from zbench.engines.base import PREFILL_ROWS, Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import verify_chain
+from zbench.engines.verify import kernels, verify_chain
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.cache import Cache
@@ -48,7 +48,7 @@ class DFlash:
             raise UserError(f"dflash: block must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} tokens, not {self.block}")
         self._capture = sorted(drafter.config.taps)
         self.exact = None if synthetic or draft_sampling else True
-        self.kernels = {**model.kernels, **drafter.kernels}
+        self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         return generate(self, prompts, request, meter)

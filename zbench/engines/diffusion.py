@@ -32,7 +32,7 @@ from zbench.engines.base import Generated, Meter, Request, State, Step, chunks, 
 from zbench.engines.plans import ONE_HEAD_ROWS, prepared
 from zbench.engines.sampling import Purpose, draw, on_device, probabilities
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import Verdict, verify_chain
+from zbench.engines.verify import Mix, Verdict, kernels, verify_chain
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models.adapter import MaskAdapter
@@ -94,7 +94,7 @@ class Diffusion:
         self.mix, self.trust, self.draft_sampling, self.synthetic = mix, trust, draft_sampling, synthetic
         lossy = mix is not None or trust is not None
         self.exact = None if lossy or synthetic or draft_sampling else True
-        self.kernels = dict(model.kernels)
+        self.kernels = {**model.kernels, **kernels(model.device)}
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         return generate(self, prompts, request, meter)
@@ -136,11 +136,10 @@ class Diffusion:
         )
         masks = out.logits if at_once else out.hidden.get(model.config.layers)
         logits = out.logits[:, :count]
-        if self.mix is not None:
-            logits = self._mixed(logits, masks, at_once, count, outcomes, contexts, meter)
+        mix = self._mix(masks, at_once, count, outcomes, contexts, meter)
         with meter.phase("accept"):
             index = on_device([len(output) for output in state.outputs], ids.device)
-            verdict = self._verify(state, logits, ids, index)
+            verdict = self._verify(state, logits, ids, index, mix)
         state.last = verdict.bonus
         if masks is not None and outcomes and self.block > 1:
             chosen = self._chosen(masks, verdict.counts, count, outcomes)
@@ -166,7 +165,7 @@ class Diffusion:
             prepared=outcomes,
         )
 
-    def _verify(self, state: DiffusionState, logits: Tensor, ids: Tensor, index: Tensor) -> Verdict:
+    def _verify(self, state: DiffusionState, logits: Tensor, ids: Tensor, index: Tensor, mix: Mix | None) -> Verdict:
         count = ids.shape[1]
         trusted = None if self.trust is None or state.confidence is None else state.confidence >= self.trust
         return verify_chain(
@@ -178,6 +177,7 @@ class Diffusion:
             self.synthetic,
             on_device(state.offered, ids.device),
             None if trusted is None else trusted[:, : count - 1],
+            mix,
         )
 
     def _chosen(self, rows: Tensor, counts: Tensor, drafts: int, outcomes: tuple[int, ...]) -> Tensor:
@@ -213,23 +213,21 @@ class Diffusion:
         forward ran the head on them (`headed`), else the head's on hidden states [B, n, D]."""
         return masks if headed else run_head(self.model, masks, contexts, meter)
 
-    def _mixed(
+    def _mix(
         self,
-        logits: Tensor,
         masks: Tensor | None,
         headed: bool,
         count: int,
         outcomes: tuple[int, ...],
         contexts: list[int],
         meter: Meter,
-    ) -> Tensor:
-        """Own logits [B, count, V], mixed with the first mask's of the block that stands at the same place."""
+    ) -> Mix | None:
+        """The logits of the first mask of each block, for the row of the chain that stands at the same place."""
         if masks is None or not outcomes or self.mix is None:
-            return logits
-        rows = torch.tensor([kept - 1 for kept in outcomes], device=logits.device)
+            return None
+        rows = on_device([kept - 1 for kept in outcomes], masks.device)
         firsts = masks[:, count + self.block * torch.arange(len(outcomes), device=rows.device)]
-        theirs = self._predicted(firsts, headed, contexts, rows, meter)
-        return logits.index_copy(1, rows, self.mix * logits[:, rows] + (1 - self.mix) * theirs)
+        return Mix(self._predicted(firsts, headed, contexts, rows, meter), rows, self.mix)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.plans import eagle3_tokens
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import Verdict, verify_chain, verify_tree
+from zbench.engines.verify import Verdict, kernels, verify_chain, verify_tree
 from zbench.hardware.device import Mark
 from zbench.kernels import cpu
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
@@ -52,7 +52,7 @@ class Eagle3:
         tokens = eagle3_tokens(depth, top_k, tokens, drafter.config.draft_vocab)
         self.model, self.drafter = model, drafter
         self.depth, self.top_k, self.tokens, self.synthetic = depth, top_k, tokens, synthetic
-        self.kernels = {**model.kernels, **drafter.kernels}
+        self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
         self.exact = None if synthetic else True
         self._capture = tuple(sorted(drafter.config.taps))
         self._nodes = (depth - 1) * top_k  # the last level is drafted, but nothing follows from it

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from zbench.kernels import cpu
+from zbench.kernels import verify as kernel
+from zbench.kernels.verify import draw as draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,33 +28,8 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """logits [..., V] float32 -> the float32 distribution [..., V] that sampling draws from (temperature > 0).
-
-    top_p keeps the smallest set of most likely tokens whose mass reaches it (Holtzman et al. 2020, arXiv 1904.09751).
-    """
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k, -1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probs = logits.softmax(-1)
-    if sampling.top_p < 1.0:
-        ordered, order = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered
-        dropped = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
-        probs = probs.masked_fill(dropped, 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF draw: probs [..., V] (need not sum to 1), uniforms [...] in [0, 1) float64 -> token ids [...].
-
-    A token depends on its own distribution and its own uniform only, never on what else is in the batch.
-    """
-    cumulative = probs.double().cumsum(-1)
-    target = uniforms[..., None] * cumulative[..., -1:]
-    # First index whose cumulative mass exceeds the target: a token of probability zero is never drawn.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    """logits [..., V] float32 -> the float32 distribution [..., V] that sampling draws from (temperature > 0)."""
+    return kernel.probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def on_device(index: Sequence[int] | Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 A roof is the best of several implementations, since an engine may use any of them: adding one is one line in
 `_read_candidates` or `_product_candidates`. Each figure is the median of its repetitions, with their quartiles.
+Beside the roofs stands what the caches give: reading a working set again and again, by its size.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
 METHOD_VERSION = 3  # part of the cache key: bump it when a figure would change
 ROUNDS = 3
 TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float8")
 
 _METHOD = (
     "Median of repeated calls, low and high are their quartiles; the best of several implementations, named, and of "
     "three rounds: a machine shared with others is slower now and then, never faster than it can be. "
     "Bandwidth: float32 buffers of at least 4x the last-level cache (1 GiB where that is unknown). "
-    "Compute: square products of random matrices, best of a sweep of sizes."
+    "Compute: square products of random matrices, best of a sweep of sizes. "
+    "Caches: one working set read again and again; a level's figure is that of half its capacity."
 )
 _CONVENTIONS = {
     "read": "every byte of one buffer, read once",
@@ -47,9 +49,13 @@ _CONVENTIONS = {
 }
 # AMD's Infinity Cache sits behind the L2 that torch reports: 256 MiB on CDNA 3 and 4 (ROCm documentation).
 _INFINITY_CACHE_BYTES = {"gfx942": 256 * 2**20, "gfx950": 256 * 2**20}
+_UNKNOWN_CACHE_BYTES = 2**30  # taken for four times a cache of unknown size
 # Long enough for one call to dwarf its launch, and for a cache that the system under-reports.
 _SMALLEST_BUFFER_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 _SIZES = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (2048, 4096, 8192, 16384)}
+_SMALLEST_SET_BYTES = {"cpu": 2**14, "cuda": 2**16}
+_READ_AGAIN_BYTES = {"cpu": 2**25, "cuda": 2**30}  # in one call, so that it dwarfs its launch
+_SWEEP_SECONDS = 0.03  # of one working set in one round
 _QUIET_PERCENT = 10
 _FEWEST, _MOST = 5, 50  # repetitions: quartiles of fewer mean nothing, more teach nothing
 
@@ -75,13 +81,17 @@ def measure(
 
     Bandwidths are B/s, `flops` FLOP/s by dtype, `ridge` FLOP/B (a product's rate over the read bandwidth). The
     budget is what the repetitions aim for, not a hard limit: a few calls of each kind are made however slow they are.
-    `warning` is a line about a machine that was busy with something else, or None.
+    `warning` is a line about a machine that was busy with something else, or None. `caches` is as `measure_caches`
+    says, beside the budget.
 
     Raises:
-        UserError: an unknown dtype, or too little free memory to get past the caches.
+        UserError: an unknown dtype or one that the device does not multiply, or too little free memory to get past
+            the caches.
     """
     if unknown := [d for d in dtypes if d not in DTYPES]:
         raise UserError(f"no roof for dtype {', '.join(unknown)}; choose from {', '.join(DTYPES)}")
+    if "float8" in dtypes and _float8(device) is None:
+        raise UserError(f"no roof for dtype float8: {device.name} does not multiply it")
     say = progress or (lambda line: None)
     if warning := _disturbance(device):
         say(warning)
@@ -104,7 +114,40 @@ def measure(
         "bandwidth": bandwidth,
         "flops": flops,
         "ridge": {dtype: rate["value"] / bandwidth["read"]["value"] for dtype, rate in flops.items()},
+        "caches": measure_caches(device),
     }
+
+
+def measure_caches(device: Device) -> dict[str, Any]:
+    """Read bandwidth by the size of a working set that is read again and again, about three seconds. JSON-able.
+
+    `sweep` holds a rate for each size, `bytes`. `levels` holds by name, the smallest cache first, the rate of the
+    largest size up to half of the `capacity` that all processors (a CPU: the threads in use) have there between them,
+    where a smaller cache does not hold it. Where it cannot be measured there is `unavailable` with the reason alone.
+    """
+    read = _read_again(device)
+    if isinstance(read, str):
+        return {"unavailable": read}
+    capacities = _cache_capacities(device)
+    largest = min(2 * max(capacities.values(), default=_SMALLEST_BUFFER_BYTES[device.type]), device.memory_bytes() // 8)
+    sizes = [_SMALLEST_SET_BYTES[device.type]]
+    while 2 * sizes[-1] <= largest:
+        sizes.append(2 * sizes[-1])
+    rounds = []
+    for _ in range(ROUNDS):
+        calls = [read(size, max(size, _READ_AGAIN_BYTES[device.type])) for size in sizes]
+        rounds.append([_rate(_times(device, call, _SWEEP_SECONDS), taken) for call, taken in calls])
+    sweep = [
+        {"bytes": size, **max(rates)._asdict(), "unit": "B/s"}
+        for size, rates in zip(sizes, zip(*rounds, strict=True), strict=True)
+    ]
+    levels, held = {}, 0
+    for name, capacity in capacities.items():
+        fitting = [rate for rate in sweep if held < rate["bytes"] <= capacity // 2]
+        if fitting:
+            levels[name] = fitting[-1] | {"capacity": capacity}
+        held = capacity
+    return {"sweep": sweep, "levels": levels}
 
 
 def load_or_measure(
@@ -126,15 +169,25 @@ def load_or_measure(
         with FileLock(f"{path}.lock"):
             kept = _load(path.read_text() if path.exists() else "")
             if kept and not refresh and set(dtypes) <= kept["flops"].keys():
-                return kept
-            wanted = dict.fromkeys([*dtypes, *(kept["flops"] if kept else ())])
-            roofs = measure(device, tuple(wanted), progress)
+                if "caches" in kept:
+                    return kept
+                roofs = kept | {"caches": measure_caches(device)}  # kept before they were measured
+            else:
+                wanted = dict.fromkeys([*dtypes, *(kept["flops"] if kept else ())])
+                roofs = measure(device, tuple(wanted), progress)
             atomic_write(path, json.dumps(roofs, indent=1))
             return roofs
     except OSError as error:
         raise UserError(
             f"cannot keep roofs in {path.parent}: {error.strerror or error}; set ZBENCH_CACHE to a writable folder"
         ) from error
+
+
+def usual_dtypes(device: Device) -> tuple[str, ...]:
+    """What `zbench roofs` measures unasked: the types that decoding uses on such a device."""
+    if device.type == "cpu":
+        return ("bfloat16", "float32")
+    return ("bfloat16", "float16", "float32", *(["float8"] if _float8(device) else []))
 
 
 def cached(device: Device) -> dict[str, Any] | None:
@@ -152,6 +205,12 @@ def table(roofs: dict[str, Any]) -> str:
     for name, roof in roofs["flops"].items():
         lines.append(_line(spread, name, roof, 1e9, "GFLOP/s", roof["implementation"]))
     lines += [f"ridge {name}: {value:.1f} FLOP/B" for name, value in roofs["ridge"].items()]
+    caches = roofs.get("caches", {})
+    for name, level in caches.get("levels", {}).items():
+        held = f"{_size(level['bytes'])} read again and again, of {_size(level['capacity'])}"
+        lines.append(_line(spread, name, level, 1e9, "GB/s", held))
+    if "unavailable" in caches:
+        lines.append(f"caches: unavailable: {caches['unavailable']}")
     return "\n".join([*lines, *filter(None, [roofs.get("warning")])])
 
 
@@ -160,20 +219,29 @@ def _line(form: str, name: str, roof: dict[str, Any], scale: float, unit: str, h
     return form.format(name=name, unit=unit, n=roof["n"], how=how, **numbers)
 
 
+def _size(count: int) -> str:
+    """Bytes in the units of caches: "48 KiB"."""
+    return f"{count / 2**20:.4g} MiB" if count >= 2**20 else f"{count / 2**10:.4g} KiB"
+
+
 def conditions(device: Device) -> dict[str, Any]:
     """What a measured roof depends on; roofs are valid only where all of it is equal."""
     import torch
 
     facts = device_facts(device)
     kept = ("name", "uuid", "driver", "power_cap_watts", "compute_units", "compute_partition", "memory_partition")
-    return {key: facts[key] for key in kept if key in facts} | {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_threads_of_machine": os.cpu_count(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "native_kernels": _native(device) is not None,
-        "method_version": METHOD_VERSION,
-    }
+    return (
+        {key: facts[key] for key in kept if key in facts}
+        | {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cpu_threads_of_machine": os.cpu_count(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "native_kernels": _native(device) is not None,
+            "method_version": METHOD_VERSION,
+        }
+        | ({} if device.type == "cpu" else {"triton": _triton(device, "stream_read") is not None})
+    )
 
 
 def check_utilisation(name: str, achieved: float, roof: float) -> None:
@@ -225,6 +293,10 @@ def _bandwidths(device: Device, share: float) -> dict[str, dict[str, Any]]:
         "copy": [("torch copy_", lambda: a.copy_(b))],
         "triad": [("torch add", lambda: torch.add(b, c, alpha=0.5, out=a))],
     }
+    if copy := _triton(device, "stream_copy"):
+        candidates["copy"].append(("triton copy", lambda: copy(b, a)))
+    if triad := _triton(device, "stream_triad"):
+        candidates["triad"].append(("triton triad", lambda: triad(b, c, 0.5, a)))
     traffic = {"read": b.nbytes, "copy": 2 * b.nbytes, "triad": 3 * b.nbytes}
     roofs = {}
     for kind, convention in _CONVENTIONS.items():
@@ -243,7 +315,37 @@ def _read_candidates(device: Device, buffer: Tensor) -> list[Candidate]:
     candidates: list[Candidate] = [("torch sum", buffer.sum), ("torch mv", lambda: matrix.mv(vector))]
     if native := _native(device):
         candidates.append(("zbench native read_sum", lambda: native.read_sum(buffer)))
+    if read := _triton(device, "stream_read"):
+        walk = _stream().once(buffer)
+        candidates.append(("triton read", lambda: read(buffer, *walk)))
     return candidates
+
+
+def _read_again(device: Device) -> Callable[[int, int], tuple[Callable[[], object], int]] | str:
+    """(bytes of a working set, bytes to read) -> a call that does so, and the bytes it reads; or why there is none."""
+    import torch
+
+    def buffer(size: int) -> Tensor:
+        return torch.rand(size // 4, device=device.torch)
+
+    if native := _native(device):
+
+        def on_cpu(size: int, wanted: int) -> tuple[Callable[[], object], int]:
+            x, passes = buffer(size), -(-wanted // size)
+            return lambda: native.read_sum(x, passes), passes * size
+
+        return on_cpu
+    if device.type == "cpu":
+        return "the native kernels cannot be built here, and calls of torch take longer than small reads"
+    if read := _triton(device, "stream_read"):
+
+        def on_gpu(size: int, wanted: int) -> tuple[Callable[[], object], int]:
+            x = buffer(size)
+            out, stride, steps = _stream().again(x, wanted)
+            return lambda: read(x, out, stride, steps), len(out) * steps * _stream().BLOCK * x.itemsize
+
+        return on_gpu
+    return f"the Triton kernel that reads cannot be used: {_choice(device, 'stream_read').label}"
 
 
 def _product_rate(device: Device, dtype: str, share: float) -> dict[str, Any]:
@@ -273,6 +375,9 @@ def _product_candidates(device: Device, dtype: str, size: int) -> Iterator[Candi
     import torch
     from torch.nn.functional import linear
 
+    if dtype == "float8":
+        yield from _float8_candidates(device, size)
+        return
     # Random data: zeros switch fewer transistors and run faster on a device that is bound by power.
     x, weight = (torch.randn(size, size, device=device.torch).to(getattr(torch, dtype)) for _ in range(2))
     yield "torch matmul", lambda: torch.matmul(x, weight)
@@ -283,12 +388,57 @@ def _product_candidates(device: Device, dtype: str, size: int) -> Iterator[Candi
         yield "zbench native linear", lambda: native.linear(rows, packed, size)
 
 
+def _float8_candidates(device: Device, size: int) -> Iterator[Candidate]:
+    """x [size, size] by a weight [size, size], both with one scale, into bfloat16."""
+    import torch
+
+    kind = _float8(device)
+    assert kind is not None
+    x, weight = (torch.randn(size, size, device=device.torch).to(getattr(torch, kind)) for _ in range(2))
+    one = torch.ones((), device=device.torch)
+    yield (
+        f"torch scaled matmul ({kind})",
+        lambda: torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16),
+    )
+
+
+@functools.cache
+def _float8(device: Device) -> str | None:
+    """The eight-bit type that the device's matrix units multiply, as torch calls it; None where they have none.
+
+    Ada, Hopper and later; CDNA 4 as those, and CDNA 3 a type with other zeros (ROCm documentation).
+    """
+    if device.type == "cpu":
+        return None
+    import torch
+
+    properties = torch.cuda.get_device_properties(device.torch)
+    if device.backend == "rocm":
+        architecture = properties.gcnArchName.split(":")[0]
+        return {"gfx942": "float8_e4m3fnuz", "gfx950": "float8_e4m3fn"}.get(architecture)
+    return "float8_e4m3fn" if (properties.major, properties.minor) >= (8, 9) else None
+
+
 def _native(device: Device) -> ModuleType | None:
     """The native CPU kernels, where they can be built: what an engine may run, the roof has to include."""
     if device.type != "cpu":
         return None
     native = importlib.import_module("zbench.kernels.cpu")
     return native if native.available() else None
+
+
+def _choice(device: Device, operator: str) -> Any:
+    return importlib.import_module("zbench.kernels.registry").choose(operator, device.torch)
+
+
+def _triton(device: Device, operator: str) -> Callable[..., object] | None:
+    """The Triton kernel of an operator, on a device where it does what its reference does."""
+    choice = _choice(device, operator)
+    return choice.call if choice.label == "triton" else None
+
+
+def _stream() -> ModuleType:
+    return importlib.import_module("zbench.kernels.stream")
 
 
 def _rates(device: Device, candidates: Sequence[Candidate], work: float, seconds: float) -> dict[str, _Rate]:
@@ -317,6 +467,12 @@ def _rate(times: Sequence[float], work: float) -> _Rate:
     return _Rate(value=work / median, low=work / slow, high=work / fast, n=len(times))
 
 
+def past_cache_bytes(device: Device) -> int:
+    """How much has to be gone through before the last-level cache holds none of it: four times its size."""
+    cache = _last_level_cache_bytes(device)
+    return _UNKNOWN_CACHE_BYTES if cache is None else 4 * cache
+
+
 @functools.cache
 def _last_level_cache_bytes(device: Device) -> int | None:
     """Bytes a buffer must dwarf; None where the system does not tell."""
@@ -330,6 +486,30 @@ def _last_level_cache_bytes(device: Device) -> int | None:
     return max(properties.L2_cache_size, _INFINITY_CACHE_BYTES.get(architecture, 0))
 
 
+def _cache_capacities(device: Device) -> dict[str, int]:
+    """Bytes by level, the smallest first, that hold a set which all processors read; empty where that is not known.
+
+    Of a CPU the share of the threads in use; its threads read a part each, so that their own caches add up. Every
+    processor of a GPU reads the whole set.
+    """
+    if device.type == "cpu":
+        import torch
+
+        share = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
+        found = {name: int(size * share) for name, size in cache_bytes().items() if name in ("L1d", "L2", "L3")}
+        return dict(sorted(found.items()))
+    import torch
+
+    properties = torch.cuda.get_device_properties(device.torch)
+    found = {"L2": properties.L2_cache_size}
+    if device.backend == "cuda":  # one memory serves as cache and as shared memory
+        found = {"L1": properties.shared_memory_per_multiprocessor} | found
+    architecture = getattr(properties, "gcnArchName", "").split(":")[0]
+    if behind := _INFINITY_CACHE_BYTES.get(architecture):
+        found["Infinity Cache"] = behind
+    return found
+
+
 def _buffer_bytes(device: Device, cache: int | None, free: int) -> int:
     """Size of one of three buffers: at least 4x the cache (1 GiB where it is unknown), a multiple of 4 MiB.
 
@@ -337,7 +517,7 @@ def _buffer_bytes(device: Device, cache: int | None, free: int) -> int:
         UserError: the three would take more than half of the free memory.
     """
     unit = 4 * 2**20  # whole rows of the matrix-vector product, whole repeats of the random block
-    least = -(-(2**30 if cache is None else 4 * cache) // unit) * unit
+    least = -(-(_UNKNOWN_CACHE_BYTES if cache is None else 4 * cache) // unit) * unit
     affordable = free // 6 // unit * unit
     if affordable < least:
         raise UserError(

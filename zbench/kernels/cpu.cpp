@@ -797,9 +797,10 @@ void zb_verify_chain(const float* logits, int64_t ld, const int64_t* drafts, int
     }
 }
 
-// Streams `count` floats once with every thread and returns their sum: the read-bandwidth roof. Each thread follows
-// several streams, as a projection does with its panels: one stream alone leaves the prefetchers idle.
-float zb_read_sum(const float* x, int64_t count, int64_t threads) {
+// Streams `count` floats `passes` times with every thread and returns the sum of what was read: the read-bandwidth
+// roof, and the caches' where a thread's share of the floats fits into one. Each thread follows several streams, as a
+// projection does with its panels: one stream alone leaves the prefetchers idle.
+float zb_read_sum(const float* x, int64_t count, int64_t passes, int64_t threads) {
     constexpr int STREAMS = 8;
     constexpr int64_t BLOCK = 2 * VL;
     constexpr int64_t AHEAD = 512;  // 2 KiB: what the projections reach with their own prefetches
@@ -810,17 +811,18 @@ float zb_read_sum(const float* x, int64_t count, int64_t threads) {
         int64_t length = count / (n * STREAMS) / BLOCK * BLOCK;
         const float* from = x + t * length * STREAMS;
         vf s[STREAMS][2] = {};
-        for (int64_t i = 0; i < length; i += BLOCK)
-            UNROLL for (int k = 0; k < STREAMS; k++) {
-                const float* at = from + k * length + i;
-                UNROLL for (int v = 0; v < 2; v++) {
-                    __builtin_prefetch(at + AHEAD + v * VL, 0, 2);
-                    s[k][v] += load(at + v * VL);
+        for (int64_t pass = 0; pass < passes; pass++)
+            for (int64_t i = 0; i < length; i += BLOCK)
+                UNROLL for (int k = 0; k < STREAMS; k++) {
+                    const float* at = from + k * length + i;
+                    UNROLL for (int v = 0; v < 2; v++) {
+                        __builtin_prefetch(at + AHEAD + v * VL, 0, 2);
+                        s[k][v] += load(at + v * VL);
+                    }
                 }
-            }
         for (int k = 0; k < STREAMS; k++) for (int v = 0; v < 2; v++) for (int l = 0; l < VL; l++) total += s[k][v][l];
         if (t == 0)
-            for (int64_t i = n * STREAMS * length; i < count; i++) total += x[i];
+            for (int64_t i = n * STREAMS * length; i < count; i++) total += passes * x[i];
     }
     return total;
 }

@@ -10,14 +10,25 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-MODULES: dict[str, str] = {}  # operator -> module of `zbench.kernels` whose `KERNEL` it is
+MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KERNEL` it is, or "module:NAME" of it
+    "add_norm": "add_norm",
+    "block_attention": "attention",
+    "ccgqa": "ccgqa",
+    "commit": "commit",
+    "experts": "experts",
+    "rope_cache": "rope_cache",
+    "stream_copy": "stream:COPY",
+    "stream_read": "stream:READ",
+    "stream_triad": "stream:TRIAD",
+    "verify": "verify",
+}
 
 
 class Work(NamedTuple):
@@ -26,6 +37,17 @@ class Work(NamedTuple):
     flops: float
     bytes_read: float
     bytes_written: float
+
+
+class Case(NamedTuple):
+    """A call worth timing."""
+
+    label: str
+    make: Callable[[int], tuple[Any, ...]]  # seed -> arguments, on the device
+
+
+class Unavailable(Exception):
+    """Something cannot run here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +60,10 @@ class Kernel:
     cost: Callable[..., Work]
     example: Callable[[torch.device, int], tuple[Any, ...]]  # device, seed -> arguments of a small, awkward call
     tolerance: float  # of the example: error of each floating result by norm, relative to the reference's
+    cases: Callable[[torch.device], Sequence[Case]] | None = None  # what `zbench run` times; None: the example
+    # What else computes this: name -> arguments to the call that is timed. May raise Unavailable.
+    rivals: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
+    examples: int = 1  # seeds from 0 that between them run every launch
 
 
 class Choice(NamedTuple):
@@ -47,7 +73,8 @@ class Choice(NamedTuple):
 
 def get(name: str) -> Kernel:
     """KeyError where there is no operator of that name."""
-    return importlib.import_module(f"zbench.kernels.{MODULES[name]}").KERNEL
+    module, _, attribute = MODULES[name].partition(":")
+    return getattr(importlib.import_module(f"zbench.kernels.{module}"), attribute or "KERNEL")
 
 
 @functools.cache
@@ -55,7 +82,9 @@ def choose(name: str, device: torch.device) -> Choice:
     """What runs `name` on `device`. A kernel is checked against its reference once per process and device first; one
     that fails or disagrees warns, is not used, and the label says so."""
     kernel = get(name)
-    reason = unavailable(device) or disagreement(kernel, device)
+    reason = unavailable(device)
+    for seed in range(kernel.examples):
+        reason = reason or disagreement(kernel, device, seed)
     return Choice(kernel.reference, f"torch ({reason})") if reason else Choice(kernel.launch, "triton")
 
 
@@ -77,7 +106,8 @@ def disagreement(kernel: Kernel, device: torch.device, seed: int = 0) -> str | N
         found_result = kernel.launch(*found)
         error = worst_error([found_result, *found], [wanted_result, *wanted])
     except Exception as failure:  # a compiler may raise anything
-        reason = f"the Triton kernel failed: {type(failure).__name__}: {str(failure).splitlines()[:1]}"
+        first = next(iter(str(failure).splitlines()), "no message")
+        reason = f"the Triton kernel failed: {type(failure).__name__}: {first}"
     else:
         if error <= kernel.tolerance:
             return None
@@ -95,7 +125,7 @@ def worst_error(found: Any, wanted: Any) -> float:
         if not wanted.is_floating_point():
             return 0.0 if torch.equal(found, wanted) else float("inf")
         finite = wanted.isfinite()
-        if not torch.equal(found[~finite].nan_to_num(nan=0.5), wanted[~finite].nan_to_num(nan=0.5)):
+        if not torch.allclose(found[~finite], wanted[~finite], equal_nan=True):
             return float("inf")
         found, wanted = found[finite].double(), wanted[finite].double()
         error, norm = (found - wanted).norm().item(), wanted.norm().item()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zbench.kernels import cpu
+from zbench.kernels import cpu, registry
 from zbench.models.families import AnyConfig
 
 
@@ -45,17 +45,11 @@ class Cache:
 
     def commit(self, kept: Tensor, counts: Sequence[int]) -> None:
         """Commit rows `kept` [B, K] of the last forward, ascending, -1 padded after counts[b] of them."""
-        slots = torch.where(kept >= 0, kept + self.lengths[:, None], kept)
         if self.panels:
+            slots = torch.where(kept >= 0, kept + self.lengths[:, None], kept)
             cpu.commit(self.keys, self.values, self.capacity, self.lengths, slots.contiguous())
         else:
-            target = self.lengths[:, None] + torch.arange(kept.shape[1], device=kept.device)
-            # A padded entry copies its own target onto itself.
-            source = torch.where(kept >= 0, slots, target).clamp(max=self.capacity - 1)
-            target = target.clamp(max=self.capacity - 1)
-            sequence = torch.arange(kept.shape[0], device=kept.device)[:, None]
-            for store in (self.keys, self.values):
-                store[:, sequence, :, target] = store[:, sequence, :, source]
+            registry.choose("commit", self.keys.device).call(self.keys, self.values, self.lengths, kept)
         self._grow(counts)
 
     def truncate(self, sizes: Sequence[int]) -> None:

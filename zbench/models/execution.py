@@ -64,8 +64,11 @@ def compiling(found: list[PreparationRecord], what: str) -> Iterator[None]:
             found.append(PreparationRecord("compile", what, sum(seconds), None))
 
 
-def compiled_layer(layer: Callable[..., Tensor], **constants: Any) -> Callable[..., Tensor]:
-    """`layer(x, weights, low, step, keys, values, mask, **constants)` under torch.compile.
+Layer = Callable[..., tuple[Tensor, Tensor]]
+
+
+def compiled_layer(layer: Layer, **constants: Any) -> Layer:
+    """`layer(x, inner, weights, low, step, keys, values, mask, following, **constants)` under torch.compile.
 
     All layers share what is compiled, since their weights are arguments. It is compiled for one row and for several,
     with and without masks, for each batch size, and not for each context.
@@ -74,9 +77,13 @@ def compiled_layer(layer: Callable[..., Tensor], **constants: Any) -> Callable[.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     fast = torch.compile(layer, fullgraph=True, dynamic=False)
 
-    def run(x: Tensor, weights: Any, low: Any, step: Any, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        any_size(x, 1), any_size(mask, 2, 3)
-        return fast(x, weights, low, step, any_size(keys, 2), any_size(values, 2), mask, **constants)
+    def run(
+        x: Tensor, inner: Tensor, weights: Any, low: Any, step: Any, keys: Tensor, values: Tensor, mask: Tensor,
+        following: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        any_size(x, 1), any_size(inner, 1), any_size(mask, 2, 3)
+        any_size(keys, 2), any_size(values, 2)
+        return fast(x, inner, weights, low, step, keys, values, mask, following, **constants)
 
     return run
 

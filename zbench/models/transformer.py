@@ -7,14 +7,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.kernels import cpu
+from zbench.kernels import cpu, registry
+from zbench.kernels.add_norm import rms_norm as rms_norm
+from zbench.kernels.rope_cache import rotate as rotate
 from zbench.models import execution as executions
 from zbench.models.adapter import NOT_ADAPTED, AdaptedLayer, LowRank, MaskAdapter, add_low_rank
+from zbench.models.attend import BlockAttention, Seen, block_attention
 from zbench.models.cache import Cache
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost, Routing, forward_cost
@@ -156,17 +160,24 @@ class Transformer:
 
     def _run(self, execution: str) -> None:
         self.execution, self.prepared = execution, list[PreparationRecord]()
-        c = self._part
-        self._layer: Callable[..., Tensor] = partial(
-            run_layer, heads=c.heads, kv_heads=c.kv_heads, eps=c.rms_eps, reduce=self.team.reduce
-        )
         self.graphs: executions.Graphs | None = None
+        if execution == "native":
+            return
+        self._operators = Operators.on(self.device, traced=execution == "compiled")
+        self.kernels = {**self.kernels, **self._operators.labels}
+        operators: dict[str, Any] = {
+            "add_norm": self._operators.add_norm,
+            "rope_cache": self._operators.rope_cache,
+            "attend": self._operators.attention.attend,
+            "eps": self.config.rms_eps,
+        }
+        self._layer: executions.Layer = partial(run_layer, **operators, reduce=self.team.reduce)
         if execution in ("compiled", "graph"):
             if self.team.size > 1:
                 raise executions.ExecutionUnavailable(f"{execution} runs on one rank only")
             self.kernels = {**self.kernels, "forward": f"torch, {execution}"}
         if execution == "compiled":
-            self._layer = executions.compiled_layer(run_layer, heads=c.heads, kv_heads=c.kv_heads, eps=c.rms_eps)
+            self._layer = executions.compiled_layer(run_layer, **operators)
         if execution == "graph":
             self.graphs = executions.graphs_on(self, self.device)
 
@@ -266,10 +277,10 @@ class Transformer:
     ) -> Output:
         """The forward on torch's operators, attention over the first `span` slots of the cache. Of what the host knows
         it depends on shapes and `span` only, so that it can be a graph."""
-        c, weights = self._part, self.weights
+        c, weights, operators = self._part, self.weights, self._operators
         batch, count = rows.ids.shape
         slots = cache.lengths[:, None] + torch.arange(count, device=self.device)
-        mask = attention_mask(rows, cache, span)
+        masks = operators.attention.masks(rows, cache, span)
         angles = rows.positions[..., None].float() * self.inv_freq  # [B, R, d/2]
         x = weights.embedding[rows.ids]
         adapted: Sequence[AdaptedLayer] = (NOT_ADAPTED,) * c.layers
@@ -282,25 +293,50 @@ class Transformer:
             angles.cos()[:, :, None],
             angles.sin()[:, :, None],
             slots,
-            torch.arange(batch, device=self.device)[:, None],
             is_mask,
         )
         if self.execution == "compiled":
             step = step.of_any_size()
         hidden: dict[int, Tensor] = {}
+        norms = [*(layer.attention_norm for layer in weights.layers), weights.norm]
+        x, inner = operators.add_norm(x, None, norms[0], c.rms_eps)
         for index, (layer, low) in enumerate(zip(weights.layers, adapted, strict=True)):
             if index in capture:
                 hidden[index] = x.float()
-            window = c.windows[index] if c.windows else None
-            seen = mask if window is None else mask & within_window(rows, cache, span, window)
-            x = self._layer(x, layer, low, step, cache.keys[index], cache.values[index], seen)
+            seen = masks(c.windows[index] if c.windows else None)
+            keys, values = cache.keys[index], cache.values[index]
+            x, inner = self._layer(x, inner, layer, low, step, keys, values, seen, norms[index + 1])
         if c.layers in capture:
             hidden[c.layers] = x.float()
         if self.headless:
             return Output(torch.empty(batch, 0, c.vocab, device=self.device), hidden)
-        wanted = x.flatten(0, 1)[wanted_rows(rows, logits)]
-        found = self.head(rms_norm(wanted, weights.norm, c.rms_eps))
+        found = self.head(inner.flatten(0, 1)[wanted_rows(rows, logits)])
         return Output(found.view(batch, -1, self.config.vocab), hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """What runs the parts of a layer for which there are kernels."""
+
+    add_norm: Callable[..., tuple[Tensor, Tensor]]
+    rope_cache: Callable[..., Tensor]
+    attention: BlockAttention
+    labels: dict[str, str]
+
+    @classmethod
+    def on(cls, device: torch.device, traced: bool) -> Operators:
+        """Chosen by the registry; torch's where torch.compile traces them, as it has to see what it fuses."""
+
+        def choice(name: str) -> registry.Choice:
+            if traced:
+                return registry.Choice(registry.get(name).reference, "torch (compiled)")
+            return registry.choose(name, device)
+
+        add_norm, rope_cache = choice("add_norm"), choice("rope_cache")
+        attention = block_attention(choice("block_attention"))
+        labels = {"attention": attention.label, "add_norm": add_norm.label, "rope_cache": rope_cache.label}
+        labels["commit"] = registry.choose("commit", device).label
+        return cls(add_norm.call, rope_cache.call, attention, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +346,6 @@ class LayerStep:
     cos: Tensor  # [B, R, 1, d/2]
     sin: Tensor
     slots: Tensor  # [B, R] where each row goes in the cache
-    sequence: Tensor  # [B, 1]
     is_mask: Tensor | None  # [B, R, 1] bool: rows that the adapter acts on; None where it acts on none
 
     def of_any_size(self) -> LayerStep:
@@ -323,72 +358,38 @@ class LayerStep:
 
 def run_layer(
     x: Tensor,
+    inner: Tensor,
     layer: Layer,
     low: AdaptedLayer,
     step: LayerStep,
     keys: Tensor,
     values: Tensor,
-    mask: Tensor,
+    seen: Seen,
+    following: Tensor,
     *,
-    heads: int,
-    kv_heads: int,
+    add_norm: Callable[..., tuple[Tensor, Tensor]],
+    rope_cache: Callable[..., Tensor],
+    attend: Callable[..., Tensor],
     eps: float,
     reduce: Callable[[Tensor], Tensor] = lambda part: part,
-) -> Tensor:
-    """One block: x [B, R, D] to x [B, R, D]. Writes the rows' keys and values into this layer's [B, kv, S, d], and
-    attends to their first slots, as many as the mask [B, 1, R, span] has."""
-    batch, count, _ = x.shape
-    span = mask.shape[-1]
+) -> tuple[Tensor, Tensor]:
+    """One block: the residual stream x [B, R, D] and its norm `inner` to the same behind the block.
+
+    A norm follows every addition to the stream, so that both are one operator; the last is that of the next block, or
+    the final one: its weight is `following` [D]. Writes the rows' keys and values into this layer's [B, kv, S, d], and
+    attends to what is `seen` there.
+    """
 
     def project(inner: Tensor, weight: Tensor, bias: Tensor | None, pair: LowRank | None) -> Tensor:
         return add_low_rank(F.linear(inner, weight, bias), inner, pair, step.is_mask)
 
-    qkv = project(rms_norm(x, layer.attention_norm, eps), layer.qkv, layer.qkv_bias, low.qkv)
-    q, k, v = qkv.view(batch, count, heads + 2 * kv_heads, -1).split((heads, kv_heads, kv_heads), 2)
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
-    q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
-    keys[step.sequence, :, step.slots] = k
-    values[step.sequence, :, step.slots] = v
-    mixed = F.scaled_dot_product_attention(
-        q.transpose(1, 2), keys[:, :, :span], values[:, :, :span], attn_mask=mask, enable_gqa=True
-    )
-    inner = mixed.transpose(1, 2).reshape(batch, count, -1)
-    x = x + reduce(project(inner, layer.out, layer.out_bias, low.out))
-    both = project(rms_norm(x, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias, low.gate_up)
-    gate, up = both.chunk(2, -1)
-    return x + reduce(project(F.silu(gate) * up, layer.down, layer.down_bias, low.down))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, the mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, pairs (i, i + d/2) (Su et al. 2021, arXiv 2104.09864). x [B, R, H, d], cos [B, R, 1, d/2]."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-
-
-def attention_mask(rows: Rows, cache: Cache, total: int) -> Tensor:
-    """[B, 1, R, total] bool over cache slots: the committed prefix, then what `visible` allows."""
-    batch, count = rows.ids.shape
-    relative = torch.arange(total, device=rows.ids.device) - cache.lengths[:, None]  # [B, total]
-    index = relative.clamp(0, count - 1)[:, None].expand(batch, count, total)
-    seen = rows.visible.gather(2, index) & ((relative >= 0) & (relative < count))[:, None]
-    return (seen | (relative < 0)[:, None])[:, None]
-
-
-def within_window(rows: Rows, cache: Cache, total: int, window: int) -> Tensor:
-    """[B, 1, R, total] bool: keys fewer than `window` positions behind the row."""
-    batch, count = rows.ids.shape
-    slots = torch.arange(total, device=rows.ids.device).expand(batch, total)
-    relative = slots - cache.lengths[:, None]
-    new = rows.positions.gather(1, relative.clamp(0, count - 1))
-    positions = torch.where(relative < 0, slots, new)  # a committed key's slot is its position
-    return (positions[:, None] > rows.positions[..., None] - window)[:, None]
+    qkv = project(inner, layer.qkv, layer.qkv_bias, low.qkv)
+    q = rope_cache(qkv, step.cos, step.sin, layer.q_norm, layer.k_norm, eps, keys, values, step.slots)
+    mixed = attend(q, keys, values, seen)
+    x, inner = add_norm(x, reduce(project(mixed, layer.out, layer.out_bias, low.out)), layer.mlp_norm, eps)
+    gate, up = project(inner, layer.gate_up, layer.gate_up_bias, low.gate_up).chunk(2, -1)
+    added = reduce(project(F.silu(gate) * up, layer.down, layer.down_bias, low.down))
+    return add_norm(x, added, following, eps)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

@@ -19,24 +19,24 @@ the same to the convolutions. What they need of the prefix is the state that `Za
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.kernels import cpu
+from zbench.kernels import ccgqa, cpu, registry
 from zbench.models import execution as executions
 from zbench.models.adapter import MaskAdapter
+from zbench.models.attend import block_attention
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing, forward_cost
 from zbench.models.model import Output, check_room, count_choices, wanted_rows
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Team
-from zbench.models.transformer import attention_mask, rms_norm, rotate
+from zbench.models.transformer import rms_norm
 from zbench.models.zaya_config import CONV_TAPS, ZayaConfig
 from zbench.records import PreparationRecord
 
@@ -145,18 +145,18 @@ class Router:
 
 
 class Experts:
-    """The gated MLPs of one layer, of which each row is computed by one. On the native kernel a
-    row's sums do not depend on other rows; torch's grouped products may round them otherwise."""
+    """The gated MLPs of one layer, of which each row is computed by one. On the native kernel and on Triton's a
+    row's sums do not depend on what other rows chose; torch's grouped products may round them otherwise."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, native: bool) -> None:
-        """gate_up [E, 2 F, D], down [E, D, F]."""
-        self.count = len(down)
-        self._native = [(Projection(a), Projection(b)) for a, b in zip(gate_up, down, strict=True)] if native else []
-        self._stacked = None if native else (gate_up.transpose(1, 2), down.transpose(1, 2))
+    def __init__(self, gate_up: Tensor, down: Tensor, call: Callable[..., Tensor] | None) -> None:
+        """gate_up [E, 2 F, D], down [E, D, F]; `call` runs the operator "experts", None the native kernel."""
+        self.count, self._call = len(down), call
+        self._native = [] if call else [(Projection(a), Projection(b)) for a, b in zip(gate_up, down, strict=True)]
+        self._stacked = (gate_up, down) if call else ()
 
     def __call__(self, x: Tensor, choice: Tensor) -> Tensor:
         """x [N, D], choice [N] in 0 .. E -> [N, D]; choice E skips and gives zeros."""
-        return self._one_by_one(x, choice) if self._stacked is None else self._grouped(x, choice, *self._stacked)
+        return self._call(x, choice, *self._stacked) if self._call else self._one_by_one(x, choice)
 
     def _one_by_one(self, x: Tensor, choice: Tensor) -> Tensor:
         """On the CPU, where asking which experts were hit waits for nothing."""
@@ -168,15 +168,6 @@ class Experts:
                 gate, up = gate_up(x[rows]).chunk(2, -1)
                 out[rows] = down(F.silu(gate) * up)
         return out
-
-    def _grouped(self, x: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        """All experts in two grouped products over rows in the order of their experts: the host never waits."""
-        order = choice.argsort()
-        ends = (choice <= torch.arange(self.count, device=x.device)[:, None]).sum(1, dtype=torch.int32)
-        gate, up = F.grouped_mm(x[order], gate_up, offs=ends).chunk(2, -1)
-        sorted_rows = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
-        out = torch.empty_like(x).index_copy_(0, order, sorted_rows)
-        return out.masked_fill((choice == self.count)[:, None], 0.0)  # no group: what is there was never written
 
 
 class _Layer:
@@ -218,12 +209,14 @@ class Block:
         )
         self.qkv = layer.linear(*(f"{qkv}{part}" for part in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed")))
         self.out = layer.linear("self_attn.o_proj")
-        self.depthwise = layer.vector(f"{qkv}conv_qk_depthwise.weight")[:, 0].unbind(1)  # of the parent, of the row
-        self.depthwise_bias = layer.vector(f"{qkv}conv_qk_depthwise.bias")
         grouped = layer.vector(f"{qkv}conv_qk_grouped.weight").view(-1, c.head_dim, c.head_dim, CONV_TAPS)
-        self.grouped = grouped.permute(0, 3, 2, 1).flatten(1, 2).contiguous()  # [heads, 2 d (parent, row), d]
-        self.grouped_bias = layer.vector(f"{qkv}conv_qk_grouped.bias").view(-1, c.head_dim)
-        self.temp = layer.vector("self_attn.qk_norm.temp")[:, None]
+        self.front = ccgqa.Front(
+            depthwise=layer.vector(f"{qkv}conv_qk_depthwise.weight")[:, 0].t().contiguous(),
+            depthwise_bias=layer.vector(f"{qkv}conv_qk_depthwise.bias"),
+            grouped=grouped.permute(0, 3, 2, 1).flatten(1, 2).contiguous(),
+            grouped_bias=layer.vector(f"{qkv}conv_qk_grouped.bias").view(-1, c.head_dim),
+            temp=layer.vector("self_attn.qk_norm.temp"),
+        )
         self.after_attention, self.after_mlp = (
             Scaling(
                 *(
@@ -234,15 +227,16 @@ class Block:
             for part in ("attention", "mlp")
         )
         self.router = Router(mlp, c.rms_eps)
-        self.experts = Experts(mlp.stored("experts.gate_up_proj"), mlp.stored("experts.down_proj"), model.native)
+        gate_up, down = (mlp.stored(f"experts.{part}").contiguous() for part in ("gate_up_proj", "down_proj"))
+        self.experts = Experts(gate_up, down, None if model.native else model.operators["experts"].call)
 
 
 class Zaya:
     """A loaded model on one device; a `Model`.
 
-    `execution` "auto" takes the native CPU kernel for the projections where it can run, and torch for all else;
-    "native" insists on it, "eager" does without, "graph" records that (`execution.py`). With a `team` this is one
-    rank's part of the model.
+    `execution` "auto" takes the native CPU kernel for the projections where it can run, else it is eager: Triton's
+    kernels where they can run, and torch for all else. "native" insists on the first, "graph" records the second
+    (`execution.py`). With a `team` this is one rank's part of the model.
     """
 
     def __init__(
@@ -258,14 +252,21 @@ class Zaya:
         ExecutionUnavailable when what was asked for cannot be had."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.team, self.part, tensors = team, team.shard.of(config), team.shard.tensors(tensors, config)
-        self.values = tuple(map(len, team.shard.values(config)))  # channels of the current token, of the one before
+        self.delayed = len(team.shard.values(config)[1])  # channels of the values that come from the token before
         reason = self._why_not_native() if execution in ("auto", "native") else f"{execution} was asked for"
         if execution == "native" and reason:
             raise cpu.NativeUnavailable(reason)
         self.native = not reason
         # The native kernel takes and gives float32, so that is what flows between projections there.
         self.activations = torch.float32 if self.native else dtype
-        self.kernels = {"forward": "torch", "experts": "grouped matrix products"}
+        self.attention = block_attention(registry.choose("block_attention", self.device))
+        self.operators = {name: registry.choose(name, self.device) for name in ("ccgqa", "experts")}
+        self.kernels = {
+            "forward": "torch",
+            "attention": self.attention.label,
+            **{name: choice.label for name, choice in self.operators.items()},
+            "commit": registry.choose("commit", self.device).label,
+        }
         if self.native:
             name = f"native ({cpu.instruction_set()})"
             self.kernels |= {"projections": name, "experts": f"{name}, one after another"}
@@ -316,7 +317,7 @@ class Zaya:
         return self.graphs.new_cache(batch, capacity) if self.graphs else self.empty_cache(batch, capacity)
 
     def empty_cache(self, batch: int, capacity: int) -> ZayaCache:
-        return ZayaCache(self.part, self.values[1], batch, capacity, self.dtype, self.activations, self.device)
+        return ZayaCache(self.part, self.delayed, batch, capacity, self.dtype, self.activations, self.device)
 
     def cost(
         self,
@@ -400,60 +401,16 @@ class _Step:
     """What the attention of all layers shares in one forward."""
 
     def __init__(self, model: Zaya, rows: Rows, cache: ZayaCache, span: int) -> None:
-        batch, count = rows.ids.shape
-        self.config, self.values, self.dtype, self.cache = model.part, model.values, model.dtype, cache
-        self.span = span
-        self.slots = cache.lengths[:, None] + torch.arange(count, device=model.device)
-        self.sequence = torch.arange(batch, device=model.device)[:, None]
-        self.mask = attention_mask(rows, cache, span)
+        self.cache, self.front = cache, model.operators["ccgqa"].call
+        self.places = ccgqa.Places.of(rows.parents, cache.lengths)
+        self.mix, self.seen = model.attention.attend, model.attention.masks(rows, cache, span)(None)
         angles = rows.positions[..., None].float() * model._inv_freq
-        self.cos, self.sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # [B, R, 1, rotary / 2]
+        self.cos, self.sin = angles.cos(), angles.sin()  # [B, R, rotary / 2]
         self.mixed, self.delayed = cache.begin(rows.parents)
-        # Where the parent of the prefix's last token and of each row stands in `mixed`, and a row's in what has one
-        # entry before the rows.
-        self.parents = rows.parents + 1
-        self.before = F.pad(self.parents + 1, (1, 0))
 
     def attend(self, index: int, block: Block, h: Tensor) -> Tensor:
         """h [B, R, D] -> what the heads mixed [B, R, H d]."""
-        c, cache = self.config, self.cache
-        q, k, v = self._project(block, h, self.mixed[index], self.delayed[index])
-        cache.keys[index, self.sequence, :, self.slots] = self._rotated(k * block.temp).to(self.dtype)
-        cache.values[index, self.sequence, :, self.slots] = v.to(self.dtype)
-        mixed = F.scaled_dot_product_attention(
-            self._rotated(q).to(self.dtype).transpose(1, 2),
-            cache.keys[index, :, :, : self.span],
-            cache.values[index, :, :, : self.span],
-            attn_mask=self.mask,
-            enable_gqa=True,
-        )
-        return mixed.transpose(1, 2).reshape(*h.shape[:2], c.heads * c.head_dim).to(h.dtype)
-
-    def _project(self, block: Block, h: Tensor, mixed: Tensor, delayed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, R, D] -> q [B, R, H, d], k and v [B, R, kv, d], normalised; rows go into `mixed` and `delayed`."""
-        c, (batch, count, _) = self.config, h.shape
-        z, v, late = block.qkv(h).split((c.mixed, *self.values), -1)
-        mixed[:, CONV_TAPS:], delayed[:, 1:] = z, late
-        of_parent, of_row = block.depthwise
-        y = mixed[self.sequence, self.before] * of_parent + mixed[:, 1:] * of_row + block.depthwise_bias
-        heads = c.heads + c.kv_heads
-        pairs = torch.stack([y[self.sequence, self.parents], y[:, 1:]], 2)  # [B, R, 2, z]
-        pairs = pairs.view(batch * count, CONV_TAPS, heads, c.head_dim).permute(2, 0, 1, 3).flatten(2)
-        y = torch.bmm(pairs, block.grouped).transpose(0, 1) + block.grouped_bias  # [B R, H + kv, d]
-
-        raw_q, raw_k = z.view(batch, count, heads, c.head_dim).split((c.heads, c.kv_heads), 2)
-        grouped = raw_q.reshape(batch, count, c.kv_heads, -1, c.head_dim)
-        coupled = (grouped + raw_k[:, :, :, None]) / 2
-        q, k = y.view(batch, count, heads, c.head_dim).split((c.heads, c.kv_heads), 2)
-        q, k = q + coupled.flatten(2, 3), k + coupled.mean(3)
-        values = torch.cat([v, delayed[self.sequence, self.parents]], -1).view(batch, count, c.kv_heads, c.head_dim)
-        return self._unit(q), self._unit(k), values
-
-    def _unit(self, x: Tensor) -> Tensor:
-        """Each head scaled to length sqrt(d); float32."""
-        eps = torch.finfo(self.dtype).eps
-        return F.normalize(x.float(), dim=-1, eps=eps) * math.sqrt(self.config.head_dim)
-
-    def _rotated(self, x: Tensor) -> Tensor:
-        turning, still = x.split((self.config.rotary_dim, self.config.head_dim - self.config.rotary_dim), -1)
-        return torch.cat([rotate(turning, self.cos, self.sin), still], -1)
+        keys, values = self.cache.keys[index], self.cache.values[index]
+        projected, state = block.qkv(h), (self.mixed[index], self.delayed[index])
+        queries = self.front(projected, *state, self.places, self.cos, self.sin, block.front, keys, values)
+        return self.mix(queries, keys, values, self.seen).to(h.dtype)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WIDTH = 4.2  # inches at 100 dots each; on a phone, at 360 px, the text is still about 9 px high
 MARKERS = "osD^vPX*"
 HATCHES = ("", "//", "\\\\", "--", "xx", "||", "++", "/", "|")  # of lines only: dots make an SVG ten times larger
+APART = 1.5  # ratio of bandwidths from which two slopes of the roofline leave room for a name between them
 NAMED_FROM = 0.05  # share of an engine's time from which its prefills, drafts or verifies are named in the roofline
 PAINTED = ("prefill", "decode", "draft", "verify", "draft+verify", "accept", "commit", "host gap", "denoise")
 QUANTILES = np.linspace(0.005, 0.995, 100)  # each tick of a strip is one percent of the steps
@@ -198,6 +199,9 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
     for kind, bandwidth, rate in roofs:
         style: Any = "-" if kind == "measured" else (0, (4, 3))
         axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color=theme.ink, lw=1.2, ls=style)
+    caches = [(name, bandwidth) for name, bandwidth in _caches(results, cells) if 3 * left * bandwidth < roofs[-1][2]]
+    for _, bandwidth in caches:
+        axes.plot([left, roofs[-1][2] / bandwidth], [left * bandwidth, roofs[-1][2]], color=theme.muted, lw=0.6)
     for (cell, kind), at_x, at_y in zip(dots, x, y, strict=True):
         colour, marker = _series(results, cell, theme)
         filled = "none" if kind.endswith("prefill") else colour
@@ -212,6 +216,7 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
     _legend_of_engines(axes, _with_forwards(cells))
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
     _name_roofs(axes, theme, roofs, left, right, clear_of=max(y))
+    _name_caches(axes, theme, caches, roofs[-1][2] if caches else 0.0)
     _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind in dots], x, y)
 
 
@@ -225,6 +230,31 @@ def _roofs(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float, fl
         measured = manifest.roofs["bandwidth"]["read"]["value"], manifest.roofs["flops"][dtype]["value"]
         known.append(("measured", *measured))
     return known
+
+
+def _caches(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float]]:
+    """(name, B/s) of the cache levels whose slopes can be told apart, from memory up; none without measured roofs."""
+    roofs = results.run.manifest.roofs or {}
+    if cells[0].record.dtype not in roofs.get("flops", {}):
+        return []
+    found, last = [], roofs["bandwidth"]["read"]["value"]
+    for name, level in reversed(roofs.get("caches", {}).get("levels", {}).items()):
+        if level["value"] >= APART * last:
+            last = level["value"]
+            found.append((name, last))
+    return found
+
+
+def _name_caches(axes: Axes, theme: Theme, caches: list[tuple[str, float]], rate: float) -> None:
+    """Along the upper end of each slope, below the flat part."""
+    for name, bandwidth in caches:
+        at = rate / bandwidth / 1.25
+        start, end = axes.transData.transform([(at / 10, at * bandwidth / 10), (at, at * bandwidth)])
+        angle = float(np.degrees(np.arctan2(*(end - start)[::-1])))
+        axes.text(
+            at, at * bandwidth, f"{name} {quantity(bandwidth, 'B/s')}", rotation=angle, rotation_mode="anchor",
+            ha="right", va="bottom", fontsize=6.5, color=theme.muted, clip_on=True,
+        )  # fmt: skip
 
 
 def _name_roofs(
@@ -830,7 +860,8 @@ PLOTS = (
         "roofline", "Where each forward stands",
         "One mark per kind of forward; open marks are prefills, and close marks of one kind share a name. Below the "
         "slope memory limits, below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on "
-        "this device. Dashed: spec sheet. A roof that is not known is not drawn.",
+        "this device; thin: what its caches give to data that fits into them. Dashed: spec sheet. A roof that is not "
+        "known is not drawn.",
         lambda results, cells: bool(_with_forwards(cells)),
         lambda results, cells: 3.5 + 0.2 * _legend_lines(_with_forwards(cells)), _roofline, _roofline_alt,
     ),

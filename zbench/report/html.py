@@ -201,10 +201,10 @@ def page(
         ],
         undrawn=len(results.points) - len(drawn),
         telemetry=telemetry.said(results),
-        environment=_flat_sections(manifest.environment),
+        environment=flat_sections(manifest.environment),
         roofs=_roofs(results),
         scenario=yaml.safe_dump(manifest.scenario, sort_keys=False, allow_unicode=True),
-        models=_flat_sections(manifest.models),
+        models=flat_sections(manifest.models),
         definitions=list(METRICS.values()),
         definitions_version=DEFINITIONS_VERSION,
         definitions_hash=definitions_hash(),
@@ -445,8 +445,11 @@ def _failure(results: Results, cell: Cell) -> str:
 
 
 def _roofs(results: Results) -> list[tuple[str, str, str]]:
+    return roof_rows(results.run.manifest.roofs or {}, results.run.manifest.specs or {})
+
+
+def roof_rows(roofs: Mapping[str, Any], specs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(roof, value, spread or source) of the measured roofs and of the spec sheet."""
-    roofs, specs = results.run.manifest.roofs or {}, results.run.manifest.specs or {}
     rows = []
     for kind in ("bandwidth", "flops"):
         for name, roof in roofs.get(kind, {}).items():
@@ -463,7 +466,7 @@ def _roofs(results: Results) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _flat_sections(nested: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def flat_sections(nested: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(section, [(dotted key, value)]): values that are not mappings are gathered under ""."""
     loose = [(key, _shown(value)) for key, value in nested.items() if not isinstance(value, Mapping)]
     sections = [(key, _flat(value)) for key, value in nested.items() if isinstance(value, Mapping)]

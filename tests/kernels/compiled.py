@@ -1,0 +1,79 @@
+"""What a kernel's examples launch, compiled for GPUs that need not be here: `python -m tests.kernels.compiled verify`.
+
+The interpreter accepts what the compiler refuses (types that change in a loop, shapes that are no power of two).
+Prints one line per launch and target; ends with an error where one does not compile.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from zbench.kernels import jit, registry
+
+TARGETS = (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+class Launch:
+    """Stands where a jitted function does; compiles what it is launched with instead of running it."""
+
+    def __init__(self, kernel: Any, seen: set[str]) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.compile
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        constant = {p.name for p in self.kernel.params if p.is_constexpr}
+        signature, constants = {}, {}
+        for index, name in enumerate(self.kernel.arg_names):
+            value = given.get(name)
+            if name in constant or value is None:
+                signature[name], constants[(index,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        key = f"{self.kernel.__name__} {signature} {constants}"
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        for target in TARGETS:
+            began = time.perf_counter()
+            source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
+            made = triton.compile(source, target=target, options=options)
+            shared, took = made.metadata.shared, time.perf_counter() - began
+            print(f"{self.kernel.__name__} {target.arch}: {shared} bytes shared, {took:.1f} s", flush=True)
+
+
+def main(names: list[str]) -> None:
+    seen: set[str] = set()
+    really = jit.compiled
+    jit.compiled = lambda *args: Launch(really(*args), seen)  # type: ignore[assignment]
+    for name in names:
+        kernel = registry.get(name)
+        for seed in range(kernel.examples):
+            kernel.launch(*kernel.example(torch.device("cpu"), seed))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(registry.MODULES))
