@@ -112,16 +112,18 @@ class Chip:
     stages: int  # of the software pipeline
     buffers: int  # copies of the loaded tile that this takes in shared memory
     programs: int  # wanted on a unit at once, so that one computes while another waits
+    slots: int  # loaded at a time, at most
 
 
-# Reasoned from sizes: no GPU has run these yet. On AMD two stages keep the next tile in registers.
+# Reasoned from sizes and from what the compiler then takes: no GPU has run these yet. On CDNA3 two stages keep the next
+# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160.
 CHIPS = {
-    "gfx942": Chip(64 * 2**10, 2, 1, 1),  # CDNA3
-    "gfx950": Chip(160 * 2**10, 2, 2, 2),  # CDNA4
-    "sm90": Chip(227 * 2**10, 3, 3, 2),  # Hopper
-    "sm100": Chip(227 * 2**10, 3, 3, 2),  # Blackwell
+    "gfx942": Chip(64 * 2**10, 2, 1, 1, 64),  # CDNA3
+    "gfx950": Chip(160 * 2**10, 2, 2, 2, 64),  # CDNA4
+    "sm90": Chip(227 * 2**10, 3, 3, 2, 128),  # Hopper
+    "sm100": Chip(227 * 2**10, 3, 3, 2, 128),  # Blackwell
 }
-OTHER = Chip(64 * 2**10, 2, 2, 1)
+OTHER = Chip(64 * 2**10, 2, 2, 1, 64)
 MOST_SPLITS = 64  # the merge of one row and head holds them all in registers
 LEAST_SLOTS = 256  # of a share, or it is not worth merging
 
@@ -137,7 +139,7 @@ def plan(rows: int, group: int, kv_heads: int, batch: int, capacity: int, width:
     programs = chip.programs if tile <= 64 else 1
     room = chip.shared // programs - tile * width * itemsize
     fitting = room // (2 * width * itemsize * chip.buffers)
-    slots = max(16, min(128, 1 << max(fitting, 1).bit_length() - 1))
+    slots = max(16, min(chip.slots, 1 << max(fitting, 1).bit_length() - 1))
     tiles = -(-rows * group // tile) * kv_heads * batch
     splits = max(1, min(units * programs // tiles, capacity // max(LEAST_SLOTS, 2 * slots), MOST_SPLITS))
     return Plan(tile, slots, splits, 8 if tile == 128 else 4, chip.stages)

@@ -99,6 +99,13 @@ SHIPPED: dict[str, Shipped] = {
         source="EAGLE-3 drafter, `zbench train eagle3` on the model's own text: README.md in its folder",
         target="smollm2-135m",
     ),
+    "smollm2-135m-dflash": Shipped(
+        kind="dflash",
+        weights_sha256="0b5b1fe6f36c7d931edabb335136df62703ca82c0fbb1b299b37e263cf8f5597",
+        parameters=7_745_152,
+        source="DFlash drafter, `zbench train dflash` on the model's own text: README.md in its folder",
+        target="smollm2-135m",
+    ),
     "smollm2-135m-tidar": Shipped(
         kind="adapter",
         weights_sha256="1c186915d6760b25886363db67e28b958e0f6498cadf46de7fa012281f2da94d",
