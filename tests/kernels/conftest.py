@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,3 +13,12 @@ def device() -> torch.device:
     """Where Triton kernels run here. Skips where they cannot."""
     pytest.importorskip("triton", reason='triton is not installed: pip install "zbench[kernels]"')
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned_outputs() -> Iterator[None]:
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

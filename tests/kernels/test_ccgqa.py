@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,17 +16,9 @@ from zbench.kernels.registry import worst_error
 from zbench.models.rows import Rows
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 FLOAT32, BFLOAT16 = 1e-5, 2e-2
 few = settings(max_examples=3, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Memory that nothing was written to holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def both(device: torch.device, dtype: torch.dtype = torch.float32, **shape: Any) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,16 +16,8 @@ from zbench.kernels.registry import worst_error
 from zbench.models.rows import Rows
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 few = settings(max_examples=3, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Memory that nothing was written to holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def one_by_one(x: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,16 +11,8 @@ from zbench.kernels import cpu, registry, stream
 from zbench.kernels.registry import worst_error
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 few = settings(max_examples=5, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Memory that nothing was written to holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def vectors(device: torch.device, count: int, size: int) -> list[torch.Tensor]:
