@@ -8,6 +8,7 @@ matrix; a *trial* is one execution of a cell on one batch of prompts.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 from collections.abc import Iterator, Sequence
@@ -416,6 +417,7 @@ def uncollected() -> Iterator[None]:
     try:
         yield
         gc.freeze()
+        atexit.register(gc.unfreeze)  # held at the interpreter's end, nanobind's modules (Triton) report leaks
     finally:
         if was:
             gc.enable()
