@@ -248,7 +248,8 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
     for option in ("drafter", "adapter"):
         chosen = options.get(option) or {}
         if "zoo" in chosen:
-            zoo.drafter(chosen["zoo"], "adapter" if option == "adapter" else name)  # type: ignore[arg-type]
+            kind = "adapter" if option == "adapter" else name.removesuffix("_reference")  # a package's takes ours
+            zoo.drafter(chosen["zoo"], kind)  # type: ignore[arg-type]
         if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
             raise UserError(f"{name}: {option} folder {chosen['path']} does not exist")
     if name == "endpoint":
