@@ -15,9 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zbench.kernels import jit, registry
+from zbench.kernels import chips, jit, registry
 
-TARGETS = (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
+TARGETS = {"sm90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 OPTIONS = ("num_warps", "num_stages")
 TYPES = {
     torch.float64: "fp64",
@@ -34,8 +34,8 @@ TYPES = {
 class Launch:
     """Stands where a jitted function does; compiles what it is launched with instead of running it."""
 
-    def __init__(self, kernel: Any, seen: set[str]) -> None:
-        self.kernel, self.seen = kernel, seen
+    def __init__(self, kernel: Any, target: GPUTarget, seen: set[str]) -> None:
+        self.kernel, self.target, self.seen = kernel, target, seen
 
     def __getitem__(self, grid: Any) -> Any:
         return self.compile
@@ -57,22 +57,23 @@ class Launch:
         if key in self.seen:
             return
         self.seen.add(key)
-        for target in TARGETS:
-            began = time.perf_counter()
-            source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
-            made = triton.compile(source, target=target, options=options)
-            shared, took = made.metadata.shared, time.perf_counter() - began
-            print(f"{self.kernel.__name__} {target.arch}: {shared} bytes shared, {took:.1f} s", flush=True)
+        began = time.perf_counter()
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
+        made = triton.compile(source, target=self.target, options=options)
+        shared, took = made.metadata.shared, time.perf_counter() - began
+        print(f"{self.kernel.__name__} {self.target.arch}: {shared} bytes shared, {took:.1f} s", flush=True)
 
 
 def main(names: list[str]) -> None:
-    seen: set[str] = set()
     really = jit.compiled
-    jit.compiled = lambda *args: Launch(really(*args), seen)  # type: ignore[assignment]
-    for name in names:
-        kernel = registry.get(name)
-        for seed in range(kernel.examples):
-            kernel.launch(*kernel.example(torch.device("cpu"), seed))
+    for chip, target in TARGETS.items():
+        here, seen = chips.Chip(chip, 100, *chips.KNOWN[chip]), set[str]()
+        chips.of = lambda device, here=here: here  # type: ignore[assignment, misc]
+        jit.compiled = lambda *args, to=(target, seen): Launch(really(*args), *to)  # type: ignore[assignment]
+        for name in names:
+            kernel = registry.get(name)
+            for seed in range(kernel.examples):
+                kernel.launch(*kernel.example(torch.device("cpu"), seed))
 
 
 if __name__ == "__main__":
