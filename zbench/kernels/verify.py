@@ -618,7 +618,9 @@ def _favoured(device: torch.device, vocab: int, kind: str, rows: int, seed: int)
     if kind == "drawn":
         noise = torch.randn(1, rows - 1, vocab, generator=g, device=device)
         probs = (logits[:, :-1] + 0.3 * noise).softmax(-1)
-    drafts = Drafts(favoured.gather(1, parents.clamp(min=0)), parents if kind == "tree" else None, probs=probs)
+    row = torch.arange(rows, device=device)
+    ids = (favoured.gather(1, parents.clamp(min=0)) + (row - 1) % children) % vocab  # siblings differ
+    drafts = Drafts(ids, parents if kind == "tree" else None, probs=probs)
     token, accept = (
         torch.rand(1, count, generator=g, device=device, dtype=torch.float64) for count in (rows, rows - 1)
     )
