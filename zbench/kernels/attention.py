@@ -115,11 +115,12 @@ class Launch(NamedTuple):
 
 
 # Reasoned from sizes and from what the compiler then takes: no GPU has run these. On CDNA3 two stages keep the next
-# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160.
+# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160. Fewer warps would leave
+# some of the four SIMDs of AMD's units idle: a warp takes nearly all registers of one.
 TABLE = {
     "": Launch(4, 2, 1, 64),
-    "gfx942": Launch(2, 2, 1, 64),
-    "gfx950": Launch(2, 2, 2, 64),
+    "gfx942": Launch(4, 2, 1, 64),
+    "gfx950": Launch(4, 2, 2, 64),
     "sm90": Launch(4, 3, 2, 128),
     "sm100": Launch(4, 3, 2, 128),
 }

@@ -36,11 +36,12 @@ class Launch(NamedTuple):
     warps: int  # of a tile of 16 rows; one of 64 has twice as many
 
 
-# 16 sums a lane for heads of 128. By reasoning: no GPU has run these.
+# 16 sums a lane for heads of 128. On AMD 8, one warp for each SIMD of a unit: there are far fewer programs than units.
+# By reasoning: no GPU has run these.
 TABLE = {
     "": Launch(32, 4),
-    "gfx942": Launch(32, 2),
-    "gfx950": Launch(32, 2),
+    "gfx942": Launch(32, 4),
+    "gfx950": Launch(32, 4),
     "sm90": Launch(32, 4),
     "sm100": Launch(32, 4),
 }
