@@ -115,8 +115,8 @@ class Launch(NamedTuple):
 
 
 # Reasoned from sizes and from what the compiler then takes: no GPU has run these. On CDNA3 two stages keep the next
-# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160. Fewer warps would leave
-# some of the four SIMDs of AMD's units idle: a warp takes nearly all registers of one.
+# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160. A unit of
+# theirs has four SIMDs: fewer warps would leave some idle.
 TABLE = {
     "": Launch(4, 2, 1, 64),
     "gfx942": Launch(4, 2, 1, 64),
