@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ FEWEST, MOST = 5, 50  # rounds
 MOST_SETS = 32  # of arguments
 
 Thunk = Callable[[], Any]
+Name = TypeVar("Name")
 
 
 def chosen(wanted: KernelScenario) -> list[Kernel]:
@@ -81,7 +82,7 @@ def _row(
     ready, missing = implementations(kernel, device, sets)
     each = wanted.seconds / MOST / len(ready)
     passes = {name: make_pass(device, calls, each) for name, (_, calls) in ready.items()}
-    times = _taken(device, passes, wanted.seconds)
+    times = alternate(device, passes, wanted.seconds)
     entries = []
     for name, taken in times.items():
         rounds = range(len(taken))
@@ -200,8 +201,8 @@ def make_pass(device: Device, calls: Sequence[Thunk], seconds: float) -> Pass:
     return Pass(run, count, "one after another")
 
 
-def _taken(device: Device, passes: dict[str, Pass], seconds: float) -> dict[str, list[float]]:
-    """Seconds of a call in each round."""
+def alternate(device: Device, passes: dict[Name, Pass], seconds: float) -> dict[Name, list[float]]:
+    """Seconds of a call in each round, A B B A; of all together about `seconds`."""
 
     def once(one: Pass) -> float:
         start = device.mark()
@@ -212,7 +213,7 @@ def _taken(device: Device, passes: dict[str, Pass], seconds: float) -> dict[str,
 
     together = sum(once(one) * one.calls for one in passes.values())
     rounds = int(max(FEWEST, min(MOST, seconds / together)))
-    taken: dict[str, list[float]] = {name: [] for name in passes}
+    taken: dict[Name, list[float]] = {name: [] for name in passes}
     for index in range(rounds):
         for name in passes if index % 2 == 0 else reversed(passes):
             taken[name].append(once(passes[name]))

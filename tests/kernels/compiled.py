@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from zbench.kernels import jit, registry
+from zbench.kernels import chips, registry
 
-TARGETS = (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
+TARGETS = {"sm90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 OPTIONS = ("num_warps", "num_stages")
 TYPES = {
     torch.float64: "fp64",
@@ -31,48 +33,40 @@ TYPES = {
 }
 
 
-class Launch:
-    """Stands where a jitted function does; compiles what it is launched with instead of running it."""
-
-    def __init__(self, kernel: Any, seen: set[str]) -> None:
-        self.kernel, self.seen = kernel, seen
-
-    def __getitem__(self, grid: Any) -> Any:
-        return self.compile
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        given = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        constant = {p.name for p in self.kernel.params if p.is_constexpr}
-        signature, constants = {}, {}
-        for index, name in enumerate(self.kernel.arg_names):
-            value = given.get(name)
-            if name in constant or value is None:
-                signature[name], constants[(index,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
-        key = f"{self.kernel.__name__} {signature} {constants}"
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        for target in TARGETS:
-            began = time.perf_counter()
-            source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants)
-            made = triton.compile(source, target=target, options=options)
-            shared, took = made.metadata.shared, time.perf_counter() - began
-            print(f"{self.kernel.__name__} {target.arch}: {shared} bytes shared, {took:.1f} s", flush=True)
+def compile(kernel: JITFunction, target: GPUTarget, seen: set[str], *args: Any, **kwargs: Any) -> None:
+    """What `kernel` is launched with, once for each of its variants."""
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constants = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = given.get(name)
+        if name in constant or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    key = f"{kernel.__name__} {signature} {constants}"
+    if key in seen:
+        return
+    seen.add(key)
+    began = time.perf_counter()
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=target, options=options)
+    shared, took = made.metadata.shared, time.perf_counter() - began
+    print(f"{kernel.__name__} {target.arch}: {shared} bytes shared, {took:.1f} s", flush=True)
 
 
 def main(names: list[str]) -> None:
-    seen: set[str] = set()
-    really = jit.compiled
-    jit.compiled = lambda *args: Launch(really(*args), seen)  # type: ignore[assignment]
-    for name in names:
-        kernel = registry.get(name)
-        for seed in range(kernel.examples):
-            kernel.launch(*kernel.example(torch.device("cpu"), seed))
+    for chip, target in TARGETS.items():
+        here, seen = chips.Chip(chip, 100, *chips.KNOWN[chip]), set[str]()
+        chips.of = lambda device, here=here: here  # type: ignore[assignment, misc]
+        JITFunction.__getitem__ = lambda kernel, grid, to=(target, seen): partial(compile, kernel, *to)
+        for name in names:
+            kernel = registry.get(name)
+            for seed in range(kernel.examples):
+                kernel.launch(*kernel.example(torch.device("cpu"), seed))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.tiny import oracle
 from zbench.kernels import attention, registry
-from zbench.kernels.attention import CHIPS, OTHER, Plan
+from zbench.kernels.attention import TABLE, Plan
+from zbench.kernels.chips import KNOWN, Chip
 from zbench.models import families
 from zbench.models.loading import LoadedModel
 from zbench.models.model import build
@@ -173,18 +174,20 @@ def test_cost_counts_pairs_and_reads_the_prefix_once() -> None:
 @given(
     rows=st.integers(1, 320), group=st.integers(1, 16), kv_heads=st.integers(1, 16), batch=st.integers(1, 64),
     capacity=st.integers(16, 1 << 17), width=st.sampled_from([64, 80, 96, 128, 256]), itemsize=st.sampled_from([2, 4]),
-    chip=st.sampled_from([*CHIPS.values(), OTHER]), units=st.integers(80, 304),
+    name=st.sampled_from([*TABLE]), units=st.integers(80, 304),
 )  # fmt: skip
 def test_plans_fit_into_shared_memory_and_fill_the_device_once(
-    rows, group, kv_heads, batch, capacity, width, itemsize, chip, units
+    rows, group, kv_heads, batch, capacity, width, itemsize, name, units
 ) -> None:  # fmt: skip
-    chosen = attention.plan(rows, group, kv_heads, batch, capacity, width, itemsize, chip, units)
+    chip, wanted = Chip(name, units, *KNOWN.get(name, (64 * 2**10, True))), TABLE[name]
+    chosen = attention.plan(rows, group, kv_heads, batch, capacity, width, itemsize, chip, wanted)
+    buffers = {"": 2, "gfx942": 1, "gfx950": 2, "sm90": 3, "sm100": 3}[name]  # of the loaded tile
     padded = max(16, 1 << (width - 1).bit_length())
-    loaded = padded * itemsize * (chosen.tile + 2 * chosen.slots * chip.buffers)
+    loaded = padded * itemsize * (chosen.tile + 2 * chosen.slots * buffers)
     assert loaded <= chip.shared or chosen.slots == 16
     assert chosen.tile & (chosen.tile - 1) == 0 and 16 <= chosen.tile <= 128
     tiles = -(-rows * group // chosen.tile) * kv_heads * batch
-    assert chosen.splits == 1 or chosen.splits * tiles <= units * chip.programs
+    assert chosen.splits == 1 or chosen.splits * tiles <= units * wanted.programs
     assert chosen.splits == 1 or capacity // chosen.splits >= attention.LEAST_SLOTS
 
 

@@ -123,7 +123,7 @@ def test_one_row_after_nothing(device: torch.device) -> None:
 def test_rows_of_several_sequences_share_tiles_and_fill_several(
     device: torch.device, tiles: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ccgqa, "tiles", lambda rows: tiles)
+    monkeypatch.setattr(ccgqa, "tiles", lambda rows, chosen: tiles)
     assert both(device, lengths=(3, 0, 12), count=7, capacity=20, **SMALL) < FLOAT32
 
 

@@ -55,7 +55,7 @@ def test_kept_rows_stand_behind_the_prefix_and_the_rest_is_untouched(
 
 def test_a_row_is_read_before_another_is_written_over_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row moves up by one, so that each target is another's source; also when channels are split."""
-    monkeypatch.setattr(commit, "HELD", 64)
+    monkeypatch.setattr(commit, "TABLE", {"": commit.Launch(64, 4)})
     keys = torch.arange(7.0, device=device)[:, None].expand(7, 40).repeat(1, 1, 1, 1, 1)
     values, kept = -keys, torch.arange(1, 7, device=device)[None]
     commit.launch(keys, values, torch.zeros(1, dtype=torch.int64, device=device), kept)

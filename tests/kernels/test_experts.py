@@ -68,7 +68,7 @@ def test_what_other_rows_chose_does_not_change_a_result(device: torch.device) ->
 def test_an_expert_with_more_rows_than_a_tile(
     device: torch.device, tile: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "tiles", lambda rows: tile)
+    monkeypatch.setattr(experts, "tiles", lambda rows, chosen: tile)
     call = experts.random_call(device, torch.float32, 5, [0, 1, 0, 0, 0] * 8, experts=1, width=40, inner=16)
     assert worst_error(experts.launch(*call), experts.reference(*call)) < 1e-6
 

@@ -19,7 +19,7 @@ ALPHA = 1e-4  # a right kernel fails one statistical test in ten thousand; seeds
 
 @pytest.fixture(autouse=True)
 def _several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "CHUNK", 16)
+    monkeypatch.setattr(verify, "TABLE", {"": verify.Launch(16, 8)})
 
 
 def assert_same(found: Verdict, wanted: Verdict) -> None:

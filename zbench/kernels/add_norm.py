@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zbench.kernels import jit
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels import chips, jit
+from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+
+class Launch(NamedTuple):
+    share: int  # values of a row for each warp
+    most: int  # warps
+
+
+# 16 values for each of a warp's 32 or 64 lanes, by reasoning: no GPU has run these.
+TABLE = {
+    "": Launch(512, 16),
+    "gfx942": Launch(1024, 8),
+    "gfx950": Launch(1024, 8),
+    "sm90": Launch(512, 16),
+    "sm100": Launch(512, 16),
+}
+CANDIDATES = {"share": (256, 512, 1024, 2048), "most": (4, 8, 16)}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,10 +50,11 @@ def launch(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple
     normed = torch.empty_like(x)
     total = x if added is None else torch.empty_like(x)
     block = 1 << (width - 1).bit_length()
+    chosen = chips.pick(TABLE, x.device)
     with torch.cuda.device_of(x):
         jit.compiled(_add_norm)[(x.numel() // width,)](
             x, None if added is None else added.contiguous(), weight, total, normed, width, eps,
-            BLOCK=block, num_warps=min(16, max(1, block // 512)),
+            BLOCK=block, num_warps=min(chosen.most, max(1, block // chosen.share)),
         )  # fmt: skip
     return total, normed
 
@@ -71,4 +89,19 @@ def example(device: torch.device, seed: int) -> tuple[Any, ...]:
     return x, None if seed % 2 else added, weight, 1e-5
 
 
-KERNEL = Kernel("add_norm", reference, launch, cost, example, tolerance=1e-2, examples=2)
+def cases(device: torch.device) -> list[Case]:
+    """An 8B model's residual stream in bfloat16 (on a CPU an eighth as wide): a token, a verify, TiDAR steps."""
+    width = 512 if device.type == "cpu" else 4096
+
+    def make(rows: int, seed: int) -> tuple[Any, ...]:
+        g = torch.Generator().manual_seed(seed)
+        x, added = (torch.randn(rows, width, generator=g).to(device, torch.bfloat16) for _ in range(2))
+        return x, added, torch.rand(width, generator=g).to(device, torch.bfloat16), 1e-6
+
+    return [Case(f"{rows} rows of {width}", partial(make, rows)) for rows in (1, 16, 64, 272)]
+
+
+KERNEL = Kernel(
+    "add_norm", reference, launch, cost, example, tolerance=1e-2, cases=cases, examples=2, table=TABLE,
+    candidates=CANDIDATES,
+)  # fmt: skip

@@ -20,13 +20,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.kernels import jit
+from zbench.kernels import chips, jit
+from zbench.kernels.chips import Chip
 from zbench.kernels.registry import Case, Kernel, Unavailable, Work
 
 if TYPE_CHECKING:
@@ -106,59 +107,49 @@ class Plan:
     stages: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chip:
-    shared: int  # bytes of shared memory (LDS) that the programs of one compute unit have
+class Launch(NamedTuple):
+    warps: int  # of a tile up to 64; one of 128 has twice as many
     stages: int  # of the software pipeline
-    buffers: int  # copies of the loaded tile that this takes in shared memory
     programs: int  # wanted on a unit at once, so that one computes while another waits
     slots: int  # loaded at a time, at most
 
 
-# Reasoned from sizes and from what the compiler then takes: no GPU has run these yet. On CDNA3 two stages keep the next
-# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160.
-CHIPS = {
-    "gfx942": Chip(64 * 2**10, 2, 1, 1, 64),  # CDNA3
-    "gfx950": Chip(160 * 2**10, 2, 2, 2, 64),  # CDNA4
-    "sm90": Chip(227 * 2**10, 3, 3, 2, 128),  # Hopper
-    "sm100": Chip(227 * 2**10, 3, 3, 2, 128),  # Blackwell
+# Reasoned from sizes and from what the compiler then takes: no GPU has run these. On CDNA3 two stages keep the next
+# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160. A unit of
+# theirs has four SIMDs: fewer warps would leave some idle.
+TABLE = {
+    "": Launch(4, 2, 1, 64),
+    "gfx942": Launch(4, 2, 1, 64),
+    "gfx950": Launch(4, 2, 2, 64),
+    "sm90": Launch(4, 3, 2, 128),
+    "sm100": Launch(4, 3, 2, 128),
 }
-OTHER = Chip(64 * 2**10, 2, 2, 1, 64)
+CANDIDATES = {"warps": (2, 4, 8), "stages": (2, 3), "programs": (1, 2), "slots": (32, 64, 128)}
 MOST_SPLITS = 64  # the merge of one row and head holds them all in registers
 LEAST_SLOTS = 256  # of a share, or it is not worth merging
 
 
 def plan(rows: int, group: int, kv_heads: int, batch: int, capacity: int, width: int, itemsize: int, chip: Chip,
-         units: int) -> Plan:  # fmt: skip
+         wanted: Launch) -> Plan:  # fmt: skip
     """Tiles as tall as the rows need, up to 128; as many slots as fit into a program's part of shared memory beside
     its queries; shares so that all compute units are busy once."""
     width = _power(width)
     tile = min(128, _power(rows * group))
     if width > 128:
         tile = min(tile, 64)
-    programs = chip.programs if tile <= 64 else 1
+    programs = wanted.programs if tile <= 64 else 1
     room = chip.shared // programs - tile * width * itemsize
-    fitting = room // (2 * width * itemsize * chip.buffers)
-    slots = max(16, min(chip.slots, 1 << max(fitting, 1).bit_length() - 1))
+    buffers = wanted.stages if chip.direct else wanted.stages - 1
+    fitting = room // (2 * width * itemsize * max(buffers, 1))
+    slots = max(16, min(wanted.slots, 1 << max(fitting, 1).bit_length() - 1))
     tiles = -(-rows * group // tile) * kv_heads * batch
-    splits = max(1, min(units * programs // tiles, capacity // max(LEAST_SLOTS, 2 * slots), MOST_SPLITS))
-    return Plan(tile, slots, splits, 8 if tile == 128 else 4, chip.stages)
+    splits = max(1, min(chip.units * programs // tiles, capacity // max(LEAST_SLOTS, 2 * slots), MOST_SPLITS))
+    return Plan(tile, slots, splits, wanted.warps * (2 if tile == 128 else 1), wanted.stages)
 
 
 def _power(number: int) -> int:
     """The next power of two that a matrix unit takes."""
     return max(16, 1 << (number - 1).bit_length())
-
-
-@functools.cache
-def chip_of(device: torch.device) -> tuple[Chip, int]:
-    """(what `plan` knows of the device, its compute units)."""
-    if device.type != "cuda":  # the interpreter's
-        return OTHER, 8
-    properties = torch.cuda.get_device_properties(device)
-    major, minor = properties.major, properties.minor
-    name = getattr(properties, "gcnArchName", "").split(":")[0] or f"sm{major}{minor}"
-    return CHIPS.get(name, OTHER), properties.multi_processor_count
 
 
 def launch(
@@ -176,8 +167,8 @@ def launch(
     kv_heads, capacity = keys.shape[1:3]
     group = heads // kv_heads
     if chosen is None:
-        chip, units = chip_of(queries.device)
-        chosen = plan(rows, group, kv_heads, batch, capacity, width, keys.itemsize, chip, units)
+        chip, wanted = chips.of(queries.device), chips.pick(TABLE, queries.device)
+        chosen = plan(rows, group, kv_heads, batch, capacity, width, keys.itemsize, chip, wanted)
     tiles = -(-rows * group // chosen.tile)
     out = torch.empty(batch, rows, heads, width, dtype=queries.dtype, device=queries.device)
     shares = (batch, kv_heads, rows * group, chosen.splits)
@@ -416,4 +407,6 @@ KERNEL = Kernel(
     tolerance=1e-2,
     cases=cases,
     rivals={"scaled_dot_product_attention": _sdpa, "FlexAttention": _flex},
+    table=TABLE,
+    candidates=CANDIDATES,
 )

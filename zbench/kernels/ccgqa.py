@@ -22,13 +22,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.kernels import jit
+from zbench.kernels import chips, jit
 from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 TAPS = 2  # both convolutions look at a token and the one before it
+
+
+class Launch(NamedTuple):
+    taken: int  # input channels at a time
+    warps: int  # of a tile of 16 rows; one of 64 has twice as many
+
+
+# 16 sums a lane for heads of 128. On AMD 8, one warp for each SIMD of a unit: there are far fewer programs than units.
+# By reasoning: no GPU has run these.
+TABLE = {
+    "": Launch(32, 4),
+    "gfx942": Launch(32, 4),
+    "gfx950": Launch(32, 4),
+    "sm90": Launch(32, 4),
+    "sm100": Launch(32, 4),
+}
+CANDIDATES = {"taken": (16, 32, 64), "warps": (2, 4, 8)}
 
 
 class Front(NamedTuple):
@@ -133,7 +150,7 @@ def launch(
     heads, kv_heads, width = len(front.grouped), keys.shape[1], keys.shape[3]
     queries = torch.empty(batch, count, heads - kv_heads, width, dtype=keys.dtype, device=keys.device)
     total = batch * count
-    rows, taken, warps = tiles(total)
+    rows, taken, warps = tiles(total, chips.pick(TABLE, projected.device))
     jit.compiled(_front)[(-(-total // rows), heads + kv_heads)](
         projected, mixed, delayed, places.parents, places.before, places.slots, cos, sin, *front,
         keys, values, queries, total, count, *keys.stride()[:3], *values.stride()[:3],
@@ -144,10 +161,10 @@ def launch(
     return queries
 
 
-def tiles(rows: int) -> tuple[int, int, int]:
+def tiles(rows: int, chosen: Launch) -> tuple[int, int, int]:
     """(rows of a tile, input channels taken at a time, warps). The smallest tile that matrix units have while there
     are few rows, for the most programs; a taller one where a head's matrix would be read by many tiles."""
-    return (16, 32, 4) if rows <= 1024 else (64, 32, 8)
+    return (16, *chosen) if rows <= 1024 else (64, chosen.taken, 2 * chosen.warps)
 
 
 def _front(
@@ -333,4 +350,6 @@ def cases(device: torch.device) -> list[Case]:
     ]
 
 
-KERNEL = Kernel("ccgqa", reference, launch, cost, example, tolerance=2e-2, cases=cases)
+KERNEL = Kernel(
+    "ccgqa", reference, launch, cost, example, tolerance=2e-2, cases=cases, table=TABLE, candidates=CANDIDATES
+)

@@ -6,13 +6,14 @@ from. A program therefore holds all kept rows of its part of a head before it wr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zbench.kernels import jit
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels import chips, jit
+from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -32,18 +33,32 @@ def reference(keys: Tensor, values: Tensor, lengths: Tensor, kept: Tensor) -> No
         store[:, sequence, :, target] = store[:, sequence, :, source]
 
 
-HELD = 4096  # values that a program holds at once, 16 or 32 in each of its lanes
+class Launch(NamedTuple):
+    held: int  # values that a program holds at once
+    warps: int
+
+
+# 32 values in each lane, by reasoning: no GPU has run these.
+TABLE = {
+    "": Launch(4096, 4),
+    "gfx942": Launch(4096, 2),
+    "gfx950": Launch(4096, 2),
+    "sm90": Launch(4096, 4),
+    "sm100": Launch(4096, 4),
+}
+CANDIDATES = {"held": (1024, 2048, 4096, 8192), "warps": (1, 2, 4, 8)}
 
 
 def launch(keys: Tensor, values: Tensor, lengths: Tensor, kept: Tensor) -> None:
     """As `reference`. The last dimension is contiguous, others have any strides, which keys and values share."""
     layers, batch, heads, _, width = keys.shape
     block_k = _power(kept.shape[1])
-    block_d = min(_power(width), max(16, HELD // block_k))
+    chosen = chips.pick(TABLE, keys.device)
+    block_d = min(_power(width), max(16, chosen.held // block_k))
     with torch.cuda.device_of(keys):
         jit.compiled(_commit)[(layers * batch * heads, -(-width // block_d), 2)](
             keys, values, lengths, kept.contiguous(), batch, heads, kept.shape[1], width, *keys.stride()[:4],
-            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=4,
+            BLOCK_K=block_k, BLOCK_D=block_d, num_warps=chosen.warps,
         )  # fmt: skip
 
 
@@ -92,4 +107,22 @@ def example(device: torch.device, seed: int) -> tuple[Any, ...]:
     return keys, values, torch.tensor([20, 14, 0], device=device), kept
 
 
-KERNEL = Kernel("commit", reference, launch, cost, example, tolerance=0.0)
+def cases(device: torch.device) -> list[Case]:
+    """Five rows of a tree of 32, three of which move, in all layers of an 8B model's cache (on a CPU in two layers)."""
+    layers, slots = (2, 512) if device.type == "cpu" else (36, 4096)
+
+    def make(batch: int, seed: int) -> tuple[Any, ...]:
+        g = torch.Generator(device).manual_seed(seed)
+        keys, values = (
+            torch.randn(layers, batch, 8, slots, 128, generator=g, device=device, dtype=torch.bfloat16)
+            for _ in range(2)
+        )
+        lengths = torch.full((batch,), slots - 96, device=device)
+        return keys, values, lengths, torch.tensor([0, 1, 7, 11, 24, -1], device=device).repeat(batch, 1)
+
+    return [Case(f"batch {batch}, 5 rows of {layers} layers", partial(make, batch)) for batch in (1, 8)]
+
+
+KERNEL = Kernel(
+    "commit", reference, launch, cost, example, tolerance=0.0, cases=cases, table=TABLE, candidates=CANDIDATES
+)

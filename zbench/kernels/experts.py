@@ -11,18 +11,38 @@ its neighbours are, so what other rows chose does not change its result.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.kernels import jit
+from zbench.kernels import chips, jit
 from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
 
+
+class Launch(NamedTuple):
+    """Of a tile of 16 rows. Taller ones take twice the outputs and half the inputs: more products for each load."""
+
+    outputs: int  # of a program; few make many programs, and so many reads in flight
+    taken: int  # inputs at a time
+    warps: int
+    stages: int  # of the software pipeline
+
+
+# A stage of the tallest tile takes 16 KiB of shared memory, so four would fill CDNA3's. By reasoning: no GPU has run
+# these.
+TABLE = {
+    "": Launch(16, 128, 4, 4),
+    "gfx942": Launch(16, 128, 2, 2),
+    "gfx950": Launch(16, 128, 2, 2),
+    "sm90": Launch(16, 128, 4, 4),
+    "sm100": Launch(16, 128, 4, 4),
+}
+CANDIDATES = {"outputs": (16, 32), "taken": (64, 128), "warps": (2, 4, 8), "stages": (2, 3, 4)}
 MOST_ROWS = 512  # beyond, arithmetic limits the products, which torch's grouped ones are made for
 
 
@@ -47,7 +67,7 @@ def launch(x: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return reference(x, choice, gate_up, down)
     hidden = torch.empty(rows, inner, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
-    tile, outputs, taken, warps, stages = tiles(rows)
+    tile, outputs, taken, warps, stages = tiles(rows, chips.pick(TABLE, x.device))
     options: dict[str, Any] = {
         "OUTPUTS": outputs, "TAKEN": taken, "TILE": tile, "ALL": max(16, 1 << (rows - 1).bit_length()),
         "WIDE": jit.interpreted(), "num_warps": warps, "num_stages": stages,
@@ -59,12 +79,12 @@ def launch(x: Tensor, choice: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return out
 
 
-def tiles(rows: int) -> tuple[int, int, int, int, int]:
+def tiles(rows: int, chosen: Launch) -> tuple[int, int, int, int, int]:
     """(rows of a tile, outputs of a program, inputs taken at a time, warps, stages). By the number of rows alone, so
-    that a captured graph can be replayed. Few outputs make many programs, and so many reads in flight; an expert with
-    more rows than a tile has its weights read again, from the cache."""
+    that a captured graph can be replayed. An expert with more rows than a tile has its weights read again, from the
+    cache."""
     tile = min(max(16, 1 << (rows - 1).bit_length()), 64)
-    return (tile, 16, 128, 4, 4) if tile == 16 else (tile, 32, 64, 4, 4)
+    return (tile, *chosen) if tile == 16 else (tile, 2 * chosen.outputs, chosen.taken // 2, *chosen[2:])
 
 
 def _places(choice, expert, rows, ALL: tl.constexpr):
@@ -184,4 +204,6 @@ def cases(device: torch.device) -> list[Case]:
     return [Case(f"{rows} rows, {min(rows, 16)} experts hit", partial(make, rows)) for rows in (1, 4, 16, 64, 320)]
 
 
-KERNEL = Kernel("experts", reference, launch, cost, example, tolerance=2e-2, cases=cases)
+KERNEL = Kernel(
+    "experts", reference, launch, cost, example, tolerance=2e-2, cases=cases, table=TABLE, candidates=CANDIDATES
+)

@@ -64,6 +64,8 @@ class Kernel:
     # What else computes this: name -> arguments to the call that is timed. May raise Unavailable.
     rivals: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
     examples: int = 1  # seeds from 0 that between them run every launch
+    table: dict[str, Any] = field(default_factory=dict)  # chip -> named tuple of launch parameters, see `chips`
+    candidates: Mapping[str, Sequence[int]] = field(default_factory=dict)  # parameter -> the values that tuning tries
 
 
 class Choice(NamedTuple):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zbench.kernels import jit
+from zbench.kernels import chips, jit
 from zbench.kernels.add_norm import rms_norm
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+
+class Launch(NamedTuple):
+    warps: int  # for one head of one row
+
+
+# A head of 128 is 4 values for each of 32 lanes, 2 for each of 64, by reasoning: no GPU has run these.
+TABLE = {"": Launch(1), "gfx942": Launch(1), "gfx950": Launch(1), "sm90": Launch(1), "sm100": Launch(1)}
+CANDIDATES = {"warps": (1, 2, 4)}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,7 +86,7 @@ def launch(
             qkv, cos.contiguous(), sin.contiguous(), q_norm if normed else None, k_norm if normed else None, eps,
             queries, keys, values, slots.contiguous(), rows, *keys.stride()[:3],
             HEADS=heads, KV=kv_heads, WIDTH=width, HALF=cos.shape[-1], BLOCK=1 << (width - 1).bit_length(),
-            num_warps=1,
+            num_warps=chips.pick(TABLE, qkv.device).warps,
         )  # fmt: skip
     return queries
 
@@ -157,4 +167,27 @@ def example(device: torch.device, seed: int) -> tuple[Any, ...]:
     return qkv, angles.cos(), angles.sin(), *norms, 1e-6, keys, values, slots
 
 
-KERNEL = Kernel("rope_cache", reference, launch, cost, example, tolerance=1e-2, examples=2)
+def cases(device: torch.device) -> list[Case]:
+    """An 8B model's heads in bfloat16, a cache of 4096 (on a CPU a quarter of each): a token, a verify, TiDAR steps."""
+    heads, kv_heads, slots = (8, 2, 1024) if device.type == "cpu" else (32, 8, 4096)
+
+    def make(rows: int, seed: int, width: int = 128) -> tuple[Any, ...]:
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g).to(device, torch.bfloat16)
+
+        angles = torch.rand(1, rows, 1, width // 2, generator=g).to(device) * 6
+        norms = normal(width), normal(width)
+        keys, values = (torch.zeros(1, kv_heads, slots, width, dtype=torch.bfloat16, device=device) for _ in range(2))
+        qkv = normal(1, rows, (heads + 2 * kv_heads) * width)
+        place = torch.arange(slots // 2, slots // 2 + rows, device=device)[None]
+        return qkv, angles.cos(), angles.sin(), *norms, 1e-6, keys, values, place
+
+    return [Case(f"{rows} rows, {heads} and {kv_heads} heads", partial(make, rows)) for rows in (1, 16, 64, 272)]
+
+
+KERNEL = Kernel(
+    "rope_cache", reference, launch, cost, example, tolerance=1e-2, cases=cases, examples=2, table=TABLE,
+    candidates=CANDIDATES,
+)  # fmt: skip

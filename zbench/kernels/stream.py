@@ -10,26 +10,42 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zbench.kernels import jit
+from zbench.kernels import chips, jit
 from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 BLOCK = 4096  # elements that a program takes at a time: 16 KiB
-_RESIDENT = 8  # programs per processor that keep enough reads in flight
+_RESIDENT = 8  # programs per unit that keep enough reads in flight
+
+
+class Launch(NamedTuple):
+    read: int  # warps of each
+    copy: int
+    triad: int
+
+
+# 16 values a lane, four loads of 16 bytes, by reasoning: no GPU has run these.
+TABLE = {
+    "": Launch(8, 8, 8),
+    "gfx942": Launch(4, 4, 4),
+    "gfx950": Launch(4, 4, 4),
+    "sm90": Launch(8, 8, 8),
+    "sm100": Launch(8, 8, 8),
+}
+WARPS = (2, 4, 8, 16)  # that tuning tries
 
 
 @functools.cache
 def programs(device: torch.device) -> int:
     """As many as `device` keeps resident, rounded down to a power of two."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return 1 << (_RESIDENT * processors).bit_length() - 1
+    return 1 << (_RESIDENT * chips.of(device).units).bit_length() - 1
 
 
 def once(x: Tensor) -> tuple[Tensor, int, int]:
@@ -54,7 +70,8 @@ def read_reference(x: Tensor, out: Tensor, stride: int, steps: int) -> None:
 
 def read(x: Tensor, out: Tensor, stride: int, steps: int) -> None:
     """See `read_reference`. ValueError where x is not made of whole blocks."""
-    jit.compiled(_read)[(len(out),)](x, out, len(_blocks(x)), stride, steps, BLOCK=BLOCK, num_warps=8)
+    warps = chips.pick(TABLE, x.device).read
+    jit.compiled(_read)[(len(out),)](x, out, len(_blocks(x)), stride, steps, BLOCK=BLOCK, num_warps=warps)
 
 
 def copy_reference(x: Tensor, out: Tensor) -> None:
@@ -63,7 +80,8 @@ def copy_reference(x: Tensor, out: Tensor) -> None:
 
 def copy(x: Tensor, out: Tensor) -> None:
     """out = x."""
-    jit.compiled(_copy)[(-(-x.numel() // BLOCK),)](x, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    warps = chips.pick(TABLE, x.device).copy
+    jit.compiled(_copy)[(-(-x.numel() // BLOCK),)](x, out, x.numel(), BLOCK=BLOCK, num_warps=warps)
 
 
 def triad_reference(b: Tensor, c: Tensor, scale: float, out: Tensor) -> None:
@@ -72,7 +90,8 @@ def triad_reference(b: Tensor, c: Tensor, scale: float, out: Tensor) -> None:
 
 def triad(b: Tensor, c: Tensor, scale: float, out: Tensor) -> None:
     """out = b + scale c."""
-    jit.compiled(_triad)[(-(-b.numel() // BLOCK),)](b, c, scale, out, b.numel(), BLOCK=BLOCK, num_warps=8)
+    warps = chips.pick(TABLE, b.device).triad
+    jit.compiled(_triad)[(-(-b.numel() // BLOCK),)](b, c, scale, out, b.numel(), BLOCK=BLOCK, num_warps=warps)
 
 
 def _blocks(x: Tensor) -> Tensor:
@@ -158,9 +177,14 @@ def _triple(device: torch.device, size: int, seed: int) -> tuple[Any, ...]:
 
 
 READ = Kernel(
-    "stream_read", read_reference, read, read_cost, read_example, tolerance=1e-4, cases=partial(_cases, _whole)
-)
-COPY = Kernel("stream_copy", copy_reference, copy, copy_cost, copy_example, tolerance=0.0, cases=partial(_cases, _pair))
+    "stream_read", read_reference, read, read_cost, read_example, tolerance=1e-4, cases=partial(_cases, _whole),
+    table=TABLE, candidates={"read": WARPS},
+)  # fmt: skip
+COPY = Kernel(
+    "stream_copy", copy_reference, copy, copy_cost, copy_example, tolerance=0.0, cases=partial(_cases, _pair),
+    table=TABLE, candidates={"copy": WARPS},
+)  # fmt: skip
 TRIAD = Kernel(
-    "stream_triad", triad_reference, triad, triad_cost, triad_example, tolerance=1e-6, cases=partial(_cases, _triple)
-)
+    "stream_triad", triad_reference, triad, triad_cost, triad_example, tolerance=1e-6, cases=partial(_cases, _triple),
+    table=TABLE, candidates={"triad": WARPS},
+)  # fmt: skip

@@ -15,13 +15,14 @@ that the reference draws with the same number, unless the number falls within ro
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zbench.kernels import jit
-from zbench.kernels.registry import Kernel, Work
+from zbench.kernels import chips, jit
+from zbench.kernels.registry import Case, Kernel, Work
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -203,9 +204,20 @@ def _sum_to_root(values: Tensor, parents: Tensor) -> Tensor:
     return total
 
 
-CHUNK = 4096  # logits that a program of the first launch reads: at V = 152k one row alone keeps 38 programs busy
-# Warps of a launch, from the 32 or 64 lanes of one: 16 logits a lane. By that rule, not by measurement.
-WARPS = {"cuda": 8, "hip": 4}
+class Launch(NamedTuple):
+    chunk: int  # logits that a program of the first launch reads; a power of two
+    warps: int
+
+
+# At V = 152k one row alone keeps 38 programs busy, with 16 logits a lane. By reasoning: no GPU has run these.
+TABLE = {
+    "": Launch(4096, 8),
+    "gfx942": Launch(4096, 4),
+    "gfx950": Launch(4096, 4),
+    "sm90": Launch(4096, 8),
+    "sm100": Launch(4096, 8),
+}
+CANDIDATES = {"chunk": (2048, 4096, 8192), "warps": (2, 4, 8, 16)}
 
 
 def launch(logits: Tensor, drafts: Drafts, draws: Draws, mix: Mix | None = None) -> Verdict:
@@ -213,7 +225,8 @@ def launch(logits: Tensor, drafts: Drafts, draws: Draws, mix: Mix | None = None)
     if draws.filtered:
         return reference(logits, drafts, draws, mix)
     batch, rows, vocab = logits.shape
-    chunk = min(CHUNK, _power(vocab))
+    chosen = chips.pick(TABLE, logits.device)
+    chunk = min(chosen.chunk, _power(vocab))
     chunks = -(-vocab // chunk)
     greedy = not draws.temperature or drafts.forced is not None
     drawn = drafts.probs is not None and not greedy
@@ -249,7 +262,7 @@ def launch(logits: Tensor, drafts: Drafts, draws: Draws, mix: Mix | None = None)
         "GREEDY": greedy,
         "MIXED": 0 if mix is None else _power(len(mix.rows)),
         "CHUNK": chunk,
-        "num_warps": WARPS["hip" if torch.version.hip else "cuda"],
+        "num_warps": chosen.warps,
     }
     blocks = {"CHUNKS": _power(chunks), "ROWS": _power(rows)}
     ids, token_draws = drafts.ids.contiguous(), None if greedy else _contiguous(draws.token)
@@ -548,7 +561,7 @@ def example(device: torch.device, seed: int) -> tuple[Any, ...]:
     mode = seed % 6
     tree, forced = mode in (0, 1, 5), mode in (4, 5)
     generator = torch.Generator().manual_seed(seed)
-    batch, rows, vocab = 3, 5, 2 * CHUNK + 77
+    batch, rows, vocab = 3, 5, 2 * chips.pick(TABLE, device).chunk + 77
     logits = 3 * torch.randn(batch, rows, vocab, generator=generator)
     logits[:, :, torch.randperm(vocab, generator=generator)[: vocab // 3]] = float("-inf")
     token, accept = (torch.rand(batch, n, generator=generator, dtype=torch.float64) for n in (rows, rows - 1))
@@ -582,4 +595,39 @@ def example(device: torch.device, seed: int) -> tuple[Any, ...]:
     )
 
 
-KERNEL = Kernel("verify", reference, launch, cost, example, tolerance=0.0, examples=6)
+def cases(device: torch.device) -> list[Case]:
+    """Qwen3's vocabulary (on a CPU 8192): chains of drafts that the target's distribution favours, chosen outright or
+    drawn from a drafter's, and a tree."""
+    vocab = 8192 if device.type == "cpu" else 151_936
+    kinds = [("greedy", rows) for rows in (1, 16, 64)] + [("sampled", rows) for rows in (1, 16, 64)]
+    return [
+        Case(f"{kind}, {rows} rows of {vocab}", partial(_favoured, device, vocab, kind, rows))
+        for kind, rows in (*kinds, ("tree", 64), ("drawn", 16))
+    ]
+
+
+def _favoured(device: torch.device, vocab: int, kind: str, rows: int, seed: int) -> tuple[Any, ...]:
+    """Drafts have most of the mass, so that sampled ones are kept for some rows and then refused."""
+    g = torch.Generator(device).manual_seed(seed)
+    logits = 3 * torch.randn(1, rows, vocab, generator=g, device=device)
+    favoured = torch.randint(vocab, (1, rows), generator=g, device=device)
+    logits.scatter_(2, favoured[..., None], 18.0)
+    children = 3 if kind == "tree" else 1
+    parents = torch.tensor([[-1, *((row - 1) // children for row in range(1, rows))]], device=device)
+    probs = None
+    if kind == "drawn":
+        noise = torch.randn(1, rows - 1, vocab, generator=g, device=device)
+        probs = (logits[:, :-1] + 0.3 * noise).softmax(-1)
+    row = torch.arange(rows, device=device)
+    ids = (favoured.gather(1, parents.clamp(min=0)) + (row - 1) % children) % vocab  # siblings differ
+    drafts = Drafts(ids, parents if kind == "tree" else None, probs=probs)
+    token, accept = (
+        torch.rand(1, count, generator=g, device=device, dtype=torch.float64) for count in (rows, rows - 1)
+    )
+    return logits, drafts, Draws(0.0 if kind == "greedy" else 1.0, token=token, accept=accept)
+
+
+KERNEL = Kernel(
+    "verify", reference, launch, cost, example, tolerance=0.0, cases=cases, examples=6, table=TABLE,
+    candidates=CANDIDATES,
+)  # fmt: skip
