@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, ROOFS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.records import LosslessCheck
+from zbench.report import findings
 from zbench.report.findings import Results, answers, quantity, speculation, title, warnings
 
 
@@ -208,3 +209,10 @@ def test_planned_cells_without_trials_make_the_run_incomplete(results: Any, tmp_
 def test_everything_failed_is_one_sentence(results: Any) -> None:
     ((_, sentences),) = answers(results(failing=DEFAULT_ENGINES))
     assert sentences == ["Nothing was measured: all 48 trials failed. First error: out of <memory>"]
+
+
+def test_a_sentence_lists_six_things_and_counts_the_rest() -> None:
+    words = [f"engine {n}" for n in range(20)]
+    assert findings._listed(words[:1]) == "engine 0"
+    assert findings._listed(words[:6]) == "engine 0, engine 1, engine 2, engine 3, engine 4 and engine 5"
+    assert findings._listed(words) == "engine 0, engine 1, engine 2, engine 3, engine 4 and 15 more"

@@ -22,6 +22,7 @@ from zbench.records import CellRecord
 from zbench.stats import FEW
 
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
+MOST = 6  # things that a sentence lists
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
 _PREFIXED |= {"FLOP", "W", "J/token", "J·s/token²", "Hz"}
@@ -236,6 +237,8 @@ def _speed(results: Results, cell: Cell) -> str:
 def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]:
     """Pairs are reported from the side that wins; an interval that holds 1 shows no difference."""
     slower, faster, alike = [], [], []
+    if len(others) > MOST:  # the nearest, and the fastest, are what is worth reading
+        others = sorted(others, key=lambda cell: -float(results.row(cell, "speedup").value or 0))
     for cell in others:
         row = results.row(cell, "speedup")
         value, low, high = float(row.value or 0), row.low, row.high
@@ -363,7 +366,11 @@ def _at(cell: Cell) -> str:
 
 
 def _listed(words: Iterable[str]) -> str:
-    *most, last = words
+    """Nobody reads a list of twenty: beyond `MOST` the tables have the rest."""
+    listed = list(words)
+    if len(listed) > MOST:
+        listed = [*listed[: MOST - 1], f"{len(listed) - MOST + 1} more"]
+    *most, last = listed
     return f"{', '.join(most)} and {last}" if most else last
 
 
