@@ -12,6 +12,7 @@ On a GPU an eager operator starts one kernel or a few: `zbench profile` counts k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from zbench.kernels import cpu
 from zbench.models.execution import GRAPH
 from zbench.models.model import Model, Output
 from zbench.models.team import Team
+
+# Kineto, which every profiler of torch starts, tells when on the terminal. It asks once, when first used.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 TOKENS = 4  # decoded to see every kind of forward once or more
 # They move nothing.
