@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from zbench import scenario
+from zbench import engines, scenario
 from zbench.cli import main
 from zbench.engines import plans
 from zbench.errors import UserError
@@ -98,6 +98,17 @@ def test_a_zoo_drafter_is_named_in_a_scenario_and_planned(tmp_path: Path) -> Non
     options = engine.model_dump()
     assert options["adapter"] == {"zoo": "smollm2-135m-tidar"}
     assert plans.plan("diffusion", options, SMOLLM2).forwards[0].rows == 4 + 2 * 3
+
+
+@pytest.mark.parametrize("name", ["eagle3", "dflash", "dflash_reference"])
+def test_an_engine_takes_drafters_of_its_own_kind_only(name: str) -> None:
+    def ask(drafter: str) -> None:
+        engines.check(name, {"drafter": {"zoo": drafter}, "adapter": None, "api_key_env": None}, SMOLLM2)
+
+    own, other = ("eagle3", "dflash") if name == "eagle3" else ("dflash", "eagle3")
+    ask(f"smollm2-135m-{own}")
+    with pytest.raises(UserError, match=f"is no {own} drafter"):
+        ask(f"smollm2-135m-{other}")
 
 
 def test_what_comes_with_the_package_is_listed_beside_what_is_fetched() -> None:

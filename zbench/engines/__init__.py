@@ -239,6 +239,9 @@ def missing(name: str) -> str:
     return f"{package} is not installed: {install}" if package and find_spec(package) is None else ""
 
 
+_DRAFTERS: dict[str, zoo.Kind] = {"eagle3": "eagle3", "dflash": "dflash", "dflash_reference": "dflash"}
+
+
 def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
     """What can be said of an engine's options once the model's shape is known. Raises UserError before anything is
     loaded or measured."""
@@ -248,8 +251,7 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
     for option in ("drafter", "adapter"):
         chosen = options.get(option) or {}
         if "zoo" in chosen:
-            kind = "adapter" if option == "adapter" else name.removesuffix("_reference")  # a package's takes ours
-            zoo.drafter(chosen["zoo"], kind)  # type: ignore[arg-type]
+            zoo.drafter(chosen["zoo"], "adapter" if option == "adapter" else _DRAFTERS[name])
         if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
             raise UserError(f"{name}: {option} folder {chosen['path']} does not exist")
     if name == "endpoint":
