@@ -158,6 +158,30 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(name: str, tmp_path:
         run(tmp_path / "part", settings)
 
 
+@pytest.mark.parametrize("name", ["tidar", "eagle3", "dflash"])
+def test_what_the_target_said_is_asked_once_for_all_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, target = replace(memory.corpus("smollm"), folder=tmp_path / "corpus"), memory.target("smollm")
+    settings = Settings(batch=2, steps=4, rate=1e-2)
+    train(objectives(corpus)[name], target, corpus, tmp_path / "first", settings)
+
+    def asked(*arguments: object) -> None:
+        raise AssertionError("the target was asked again")
+
+    monkeypatch.setattr(Target, "read", asked)
+    train(objectives(corpus)[name], target, corpus, tmp_path / "second", settings)
+    assert (tmp_path / "second" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
+    with pytest.raises(AssertionError, match="asked again"):
+        train(objectives(corpus)[name], target, corpus, tmp_path / "third", replace(settings, keep=0.0, batch=3))
+
+
+def test_a_full_disk_share_keeps_nothing(tmp_path: Path) -> None:
+    corpus, target = replace(memory.corpus("smollm"), folder=tmp_path / "corpus"), memory.target("smollm")
+    train(objectives(corpus)["eagle3"], target, corpus, tmp_path / "out", Settings(batch=2, steps=2, keep=0.0))
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_a_batch_without_a_whole_block_teaches_nothing_and_breaks_nothing() -> None:
     corpus = memory.corpus("smollm")
     short = [

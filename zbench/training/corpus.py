@@ -57,6 +57,7 @@ class Conversation:
 class Corpus:
     index: dict[str, Any]
     conversations: tuple[Conversation, ...]
+    folder: Path | None = None
 
     def part(self, held_out: bool) -> tuple[Conversation, ...]:
         return tuple(c for c in self.conversations if c.held_out == held_out)
@@ -138,4 +139,4 @@ def load_corpus(folder: Path, weights_hash: str) -> Corpus:
         raise UserError(
             f"{folder} was written by another model ({index['model']}); a drafter learns its own target's text"
         )
-    return Corpus(index, tuple(c for entry in index["shards"] for c in read_shard(folder, entry)))
+    return Corpus(index, tuple(c for entry in index["shards"] for c in read_shard(folder, entry)), folder)

@@ -67,23 +67,22 @@ class Read:
         nothing = torch.zeros(*batch.ids.shape, 0, device=batch.ids.device)
         return cls(batch, None, None, {}, nothing.long(), nothing)
 
-    @property
-    def bytes(self) -> int:
-        optional = [tensor for tensor in (self.keys, self.values) if tensor is not None]
-        return sum(tensor.nbytes for tensor in (*optional, *self.hidden.values(), self.top_ids, self.top_probs))
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the batch, for a file."""
+        context = {"keys": self.keys, "values": self.values}
+        return {
+            **{name: tensor for name, tensor in context.items() if tensor is not None},
+            **{f"hidden.{tap}": tensor for tap, tensor in self.hidden.items()},
+            "top_ids": self.top_ids.int(),
+            "top_probs": self.top_probs,
+        }
 
-    def to(self, device: torch.device) -> Read:
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return Read(
-            self.batch.to(device),
-            move(self.keys),
-            move(self.values),
-            {tap: tensor.to(device) for tap, tensor in self.hidden.items()},
-            self.top_ids.to(device),
-            self.top_probs.to(device),
-        )
+    @classmethod
+    def of_tensors(cls, batch: Batch, tensors: dict[str, Tensor]) -> Read:
+        taps = {name: int(name.removeprefix("hidden.")) for name in tensors if name.startswith("hidden.")}
+        hidden = {tap: tensors[name] for name, tap in taps.items()}
+        keys, values = tensors.get("keys"), tensors.get("values")
+        return cls(batch, keys, values, hidden, tensors["top_ids"].long(), tensors["top_probs"])
 
 
 class Target:

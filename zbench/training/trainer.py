@@ -10,8 +10,10 @@ of what they learn from: what one process does with their batches joined. Rank 0
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,13 +31,15 @@ from zbench.errors import UserError
 from zbench.models.config import parameter_count
 from zbench.ranks import World
 from zbench.training.corpus import Conversation, Corpus
-from zbench.training.target import Batch, Read, Target
+from zbench.training.target import TOP, Batch, Read, Target
 
 STATE, PROGRESS, LOG = "training.safetensors", "training.json", "log.jsonl"
+READS = "reads"  # in the corpus's folder: what the target said about it
 STALLED = 1800.0  # seconds without progress after which a rank counts as lost; an evaluation is shorter
 _TIMED = 3  # steps that say how long the others will take
 _FIRST = 10  # the step after which a run measured in minutes is evaluated first: a broken one shows soon
 _CONTEXT = 256  # tokens, for the estimate of memory
+_READ = ".read.safetensors"
 _POOL = 16  # batches that are formed together, so that conversations of like length meet
 
 
@@ -85,7 +89,7 @@ class Settings:
     steps: int | None = None
     minutes: float | None = None
     longest: int = 640  # tokens of a conversation that are used
-    remember: float = 6.0  # gigabytes for what the target said about batches, so that later epochs need not ask again
+    keep: float = 6.0  # gigabytes of disk for what the target said about batches
     evaluate_every: float = 300.0  # seconds; with `steps`, a tenth of them
     held_out: int = 32  # conversations to evaluate on
 
@@ -134,9 +138,10 @@ def train(
     learners = Learners(world, target.device)
     say(estimate(objective, target, settings, world.size))
     batches = form_batches(training, settings.batch, settings.seed)
-    reader = Reader(target, objective, batches, settings.remember)
+    reads = (corpus.folder or out) / READS
+    reader = Reader(target, objective, batches, reads, settings.keep)
     tests = [Batch.of(part) for part in _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)]
-    test_reader = Reader(target, objective, tests, settings.remember)
+    test_reader = Reader(target, objective, tests, reads, settings.keep)
     first, order = state.step, batch_order(len(batches), settings.seed, state.step * world.size)
     seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
     began = time.monotonic() - seconds_before
@@ -275,24 +280,41 @@ def batch_order(count: int, seed: int, skip: int) -> Iterator[int]:
 
 
 class Reader:
-    """Reads batches by number, and keeps what was read as long as `gigabytes` hold it: it never changes."""
+    """Reads batches by number, and keeps what was read in `folder` for later epochs, stages and runs, as long as
+    `gigabytes` hold it: it follows from the target and the batch."""
 
-    def __init__(self, target: Target, objective: Objective, batches: Sequence[Batch], gigabytes: float) -> None:
-        self.target, self.objective, self.batches = target, objective, batches
-        self._kept: dict[int, Read] = {}
-        self._room = gigabytes * 1e9
+    def __init__(
+        self, target: Target, objective: Objective, batches: Sequence[Batch], folder: Path, gigabytes: float
+    ) -> None:
+        self.target, self.objective, self.batches, self.folder = target, objective, batches, folder
+        kept = folder.glob(f"*{_READ}") if folder.is_dir() else ()
+        self._room = gigabytes * 1e9 - sum(file.stat().st_size for file in kept)
+        of = target.loaded.weights_hash, target.dtype, target.device.type, TOP, objective.capture, objective.context
+        self._of = repr(of).encode()
 
     def read(self, number: int) -> Read:
-        if number in self._kept:
-            return self._kept[number].to(self.target.device)
-        objective = self.objective
+        batch, objective, device = self.batches[number], self.objective, self.target.device
         if not objective.asks:
-            return Read.of_text(self.batches[number].to(self.target.device))
-        read = self.target.read(self.batches[number].to(self.target.device), objective.capture, objective.context)
-        if read.bytes <= self._room:
-            self._room -= read.bytes
-            self._kept[number] = read.to(torch.device("cpu"))
+            return Read.of_text(batch.to(device))
+        file = self.folder / f"{self._name(batch)}{_READ}"
+        if file.exists():
+            return Read.of_tensors(batch.to(device), load_file(file, device=str(device)))
+        read = self.target.read(batch.to(device), objective.capture, objective.context)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in read.tensors().items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size <= self._room:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_whole(file, tensors)
+                self._room -= size
+            except OSError:  # a corpus that cannot be written to keeps nothing
+                self._room = 0.0
         return read
+
+    def _name(self, batch: Batch) -> str:
+        told = self._of + repr(tuple(batch.ids.shape)).encode()
+        text = (batch.ids.numpy().tobytes(), batch.answer.numpy().tobytes())
+        return hashlib.sha256(told + b"".join(text)).hexdigest()[:32]
 
 
 def estimate(objective: Objective, target: Target, settings: Settings, ranks: int = 1) -> str:
@@ -306,7 +328,7 @@ def estimate(objective: Objective, target: Target, settings: Settings, ranks: in
     rows, layers = objective.rows
     activations = settings.batch * rows * layers * per_row * itemsize
     length = f"{settings.steps} steps" if settings.steps else f"{settings.minutes:g} minutes"
-    kept = f", up to {settings.remember:g} GB of kept reads" if objective.asks else ""
+    kept = f", up to {settings.keep:g} GB of disk for what the target said" if objective.asks else ""
     several = f" on {ranks} ranks, each with" if ranks > 1 else ";"
     return (
         f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}{several} {state / 1e9:.1f} GB of "
@@ -368,7 +390,7 @@ def _save(
 
 def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all, and without a second copy of its tensors in memory."""
-    part = file.with_name(f".{file.name}.part")
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         save_file(tensors, part)
         part.replace(file)
