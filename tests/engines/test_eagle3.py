@@ -43,9 +43,9 @@ def prompts(*sizes: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 300, (size,), generator=generator).tolist() for size in sizes]
 
 
-def random(model: Transformer, vocab: int = 64) -> Eagle3Drafter:
+def random(model: Transformer, vocab: int = 64, native: bool = True) -> Eagle3Drafter:
     stored = random_drafter(model.config, 0, vocab)
-    return Eagle3Drafter(stored.config, stored.tensors, model.embedding, model.dtype)
+    return Eagle3Drafter(stored.config, stored.tensors, model.embedding, model.dtype, native=native)
 
 
 class Scripted(Eagle3Drafter):
@@ -94,6 +94,23 @@ def test_a_random_drafter_changes_no_token(family: str, options: dict[str, Any])
     request = Request(16, GREEDY, (0, 0, 0), frozenset({2}))
     plain, _ = decode(Autoregressive(model), ids, request)
     assert decode(Eagle3(model, random(model), **options), ids, request)[0] == plain
+
+
+@needs_native
+@pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
+def test_the_native_drafter_proposes_what_torch_proposes(options: dict[str, Any]) -> None:
+    model, ids = runtime("smollm", "auto"), prompts(4, 23, 1)
+    request, found = Request(16, GREEDY, (0, 0, 0)), []
+    for native in (True, False):
+        engine = Eagle3(model, random(model, native=native), **options)
+        state = started(engine, ids, 2)
+        draft = engine._draft_chain if options.get("top_k", 1) == 1 else engine._draft_tree
+        meter = Meter(CPU)
+        meter.begin_step()
+        rows = draft(state, meter)
+        forwards = decode(engine, ids, request)[1].records()[1]
+        found.append((rows.ids.tolist(), rows.parents.tolist(), [(f.rows, f.flops, f.bytes_read) for f in forwards]))
+    assert found[0] == found[1]
 
 
 @settings(max_examples=40, deadline=None)
