@@ -28,7 +28,7 @@ class Eagle3State(State):
     """Between steps: what the target committed last and the drafter has not read yet."""
 
     draft_cache: DraftCache
-    taps: list[Tensor]  # per tap [B, K, D]: the target's hidden states at the committed tokens
+    taps: list[Tensor]  # per tap [B, K, D]: the target's hidden states at the committed tokens, the real ones first
     following: Tensor  # [B, K] the token after each
     unread: Tensor  # [B] how many of the K are real
     unread_sizes: list[int]  # the same on the host; 0 for a sequence that has finished
@@ -74,8 +74,6 @@ class Eagle3:
         self._prefill_drafter(prompts, taps, draft_cache, meter)
         # The pair of the prompt's last token waits for the first step, as every step leaves some.
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
-        first = last.new_zeros(len(prompts), self.depth + 1)
-        first[:, 0] = last
         return Eagle3State(
             state.cache,
             state.sampler,
@@ -83,8 +81,8 @@ class Eagle3:
             state.outputs,
             state.active,
             draft_cache,
-            taps=_rows(taps, ends[:, None].expand_as(first)),
-            following=first,
+            taps=_rows(taps, ends[:, None]),
+            following=last[:, None],
             unread=torch.ones_like(ends),
             unread_sizes=[1] * len(prompts),
         )
@@ -97,14 +95,15 @@ class Eagle3:
             gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
-            kept, following = (padded[:, : self.depth + 1] for padded in (verdict.kept, verdict.tokens))
-            if rows.causal:
+            taps = [out.hidden[tap] for tap in self.drafter.config.taps]
+            if rows.causal:  # what is kept are the first rows
                 state.cache.extend(counts)
             else:
+                kept = verdict.kept[:, : self.depth + 1]
                 state.cache.commit(kept, counts)
+                taps = _rows(taps, kept.clamp(min=0))
             state.last, state.unread, state.unread_sizes = verdict.bonus, verdict.counts, counts
-            state.taps = _rows([out.hidden[tap] for tap in self.drafter.config.taps], kept.clamp(min=0))
-            state.following = following.clamp(min=0)
+            state.taps, state.following = taps, verdict.tokens[:, : self.depth + 1].clamp(min=0)
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
             drafted=tuple(self.tokens * active for active in state.active),
