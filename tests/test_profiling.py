@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,41 @@ def test_section_flops_and_bytes_are_those_of_the_cost_model() -> None:
     assert sum(o.flops or 0 for o in found) == cost.flops
     norms = 4 * (3 * 2 * 64 + 64)  # read from cache, so left out of sections
     assert sum(o.bytes or 0 for o in found) == cost.bytes_read + cost.bytes_written - norms
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no native decoder here")
+def test_the_sections_of_a_draft_have_the_flops_and_bytes_of_its_levels() -> None:
+    from zbench.models.config import ModelConfig
+    from zbench.models.eagle3 import Eagle3Drafter, random_drafter
+
+    target = ModelConfig(
+        family="llama", layers=8, width=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=300, max_positions=256
+    )
+    stored, batch, rows, depth = random_drafter(target, 0, 48), 2, 3, 3
+    drafter = Eagle3Drafter(stored.config, stored.tensors, torch.randn(300, 64), torch.float32)
+    cache = drafter.new_cache(batch, 32, depth)
+    taps, ids = [torch.randn(batch, rows, 64)] * 3, torch.ones(batch, rows, dtype=torch.int64)
+    with cpu.recording() as calls:
+        drafter.extend(taps, ids, cache)
+        cache.extend([rows] * batch)
+        start = time.perf_counter_ns()
+        _, ends = drafter.chain(taps, ids, torch.tensor([rows - 1] * batch), [rows] * batch, cache, depth, lambda: None)
+        stop = time.perf_counter_ns()
+    costs = [
+        drafter.cost(rows, [0, 0], 0, rows * (rows + 1) // 2, True),
+        drafter.cost(rows, [rows, rows], batch, rows * (rows + 1) // 2, True),
+        *(drafter.cost(1, [2 * rows, 2 * rows], batch, level, False) for level in range(1, depth)),
+    ]
+    assert len(calls) == len(costs)
+    for index, (call, cost) in enumerate(zip(calls, costs, strict=True)):
+        found = profiling.sections(call)
+        assert sum(o.flops or 0 for o in found) == cost.flops
+        norms = 4 * (3 * 64 + (64 if call.wanted else 0))  # read from cache, so left out of sections
+        # The cost counts the nodes drafted so far as new rows, the sections as keys to read.
+        nodes = 4 * batch * 2 * 2 * 16 * max(index - 2, 0)
+        assert sum(o.bytes or 0 for o in found) == cost.bytes_read + cost.bytes_written - norms + nodes
+    assert [call.times[-1] for call in calls[1:]] == ends
+    assert start <= calls[1].times[0] and ends == sorted(ends) and ends[-1] <= stop
 
 
 def test_torch_operators_are_counted_from_their_shapes(tmp_path: Path) -> None:

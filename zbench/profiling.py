@@ -31,6 +31,7 @@ from zbench.hardware import counters as hardware
 from zbench.hardware import roofs, specs
 from zbench.hardware.device import Device
 from zbench.kernels import cpu
+from zbench.models.drafters import Eagle3Config
 from zbench.models.model import Model
 from zbench.records import ForwardRecord
 from zbench.trace import Operator
@@ -261,7 +262,10 @@ def sections(call: cpu.Timed) -> list[Operator]:
     if call.shape:
         n, k = call.shape
         work["projection"] = 2.0 * m * n * k, float(n * k * size + m * n * 4)
-    elif c := call.config:
+    elif call.config:
+        drafts = isinstance(call.config, Eagle3Config)
+        c = call.config.layer if drafts else call.config
+        vocab, inputs = (call.config.draft_vocab, 2 * c.width) if drafts else (c.vocab, c.width)
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         rows = m // len(call.contexts)
         windows = c.windows or (None,) * c.layers
@@ -270,17 +274,20 @@ def sections(call: cpu.Timed) -> list[Operator]:
         )  # of a mean layer
         work = {
             "embed": (0.0, float(m * c.width * size)),
-            "qkv": _projection(m, c.width, q + 2 * kv, size),
+            "qkv": _projection(m, inputs, q + 2 * kv, size),
             "rotate and store": (0.0, float(2 * m * kv * size)),
             "attention": (4.0 * q * (rows * read + call.pairs), float(2 * kv * size * read)),
             "out": _projection(m, q, c.width, size),
             "gate_up": _projection(m, c.width, 2 * c.ffn, size),
             "down": _projection(m, c.ffn, c.width, size),
             "head": (
-                2.0 * call.wanted * c.width * c.vocab,
-                float(c.vocab * (c.width * size + 4 * call.wanted)) if call.wanted else 0.0,
+                2.0 * call.wanted * c.width * vocab,
+                float(vocab * (c.width * size + 4 * call.wanted)) if call.wanted else 0.0,
             ),
         }
+        if drafts:
+            work["fuse"] = _projection(m, len(call.config.taps) * call.config.target_width, c.width, size)
+            work = {f"draft {name}": value for name, value in work.items()}
     return [
         Operator(name, "native", 1, (end - start) / 1e9, *work.get(name, (None, None)))
         for name, start, end in call.spans()
@@ -358,7 +365,7 @@ def _counts(point: run.Point, cell: Any, decode: Callable[..., None], device: De
     profiled = _Profiled(device)
     decode(built, second, COUNTED, profiled.running)
     shared.release()
-    # A drafter's projections stay native on a CPU, out of sight of both: their shapes are known.
+    # A drafter stays native on a CPU, out of sight of both: its shapes are known.
     counted = counter.get_total_flops() + sum(o.flops or 0 for call in native for o in sections(call))
     forwards, again = first.records()[1], second.records()[1]
     moved = _moved(profiled)

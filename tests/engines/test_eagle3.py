@@ -43,9 +43,9 @@ def prompts(*sizes: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, 300, (size,), generator=generator).tolist() for size in sizes]
 
 
-def random(model: Transformer, vocab: int = 64) -> Eagle3Drafter:
+def random(model: Transformer, vocab: int = 64, native: bool = True) -> Eagle3Drafter:
     stored = random_drafter(model.config, 0, vocab)
-    return Eagle3Drafter(stored.config, stored.tensors, model.embedding, model.dtype)
+    return Eagle3Drafter(stored.config, stored.tensors, model.embedding, model.dtype, native=native)
 
 
 class Scripted(Eagle3Drafter):
@@ -67,11 +67,19 @@ class Scripted(Eagle3Drafter):
     def logits(self, features: Tensor) -> Tensor:
         logits = torch.zeros(*features.shape[:2], self.config.layer.vocab)
         logits[..., 290 : 290 + self.place] = 21.0
-        for row, script, size, start in zip(logits, self.scripts, self.cache.sizes, self.starts, strict=True):
-            output = size - 1 + self.level + 2 - start  # the last pair predicts the token after next
-            if output < len(script):
-                row[:, script[output]] = 20.0
+        for b, row in enumerate(logits):
+            if (token := self._next(self.cache, b, self.level)) is not None:
+                row[:, token] = 20.0
         return logits
+
+    def chain(self, taps: Any, ids: Tensor, last: Tensor, counts: Any, cache: DraftCache, depth: int, mark: Any) -> Any:
+        tokens, marks = super().chain(taps, ids, last, counts, cache, depth, mark)
+        scripted = [[self._next(cache, b, level) or 0 for level in range(depth)] for b in range(len(tokens))]
+        return torch.tensor(scripted), marks
+
+    def _next(self, cache: DraftCache, b: int, level: int) -> int | None:
+        output = cache.sizes[b] - 1 + level + 2 - self.starts[b]  # the last pair predicts the token after next
+        return self.scripts[b][output] if output < len(self.scripts[b]) else None
 
 
 def decode(engine: Any, ids: list[list[int]], request: Request) -> tuple[Generated, Meter]:
@@ -86,6 +94,23 @@ def test_a_random_drafter_changes_no_token(family: str, options: dict[str, Any])
     request = Request(16, GREEDY, (0, 0, 0), frozenset({2}))
     plain, _ = decode(Autoregressive(model), ids, request)
     assert decode(Eagle3(model, random(model), **options), ids, request)[0] == plain
+
+
+@needs_native
+@pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
+def test_the_native_drafter_proposes_what_torch_proposes(options: dict[str, Any]) -> None:
+    model, ids = runtime("smollm", "auto"), prompts(4, 23, 1)
+    request, found = Request(16, GREEDY, (0, 0, 0)), []
+    for native in (True, False):
+        engine = Eagle3(model, random(model, native=native), **options)
+        state = started(engine, ids, 2)
+        draft = engine._draft_chain if options.get("top_k", 1) == 1 else engine._draft_tree
+        meter = Meter(CPU)
+        meter.begin_step()
+        rows = draft(state, meter)
+        forwards = decode(engine, ids, request)[1].records()[1]
+        found.append((rows.ids.tolist(), rows.parents.tolist(), [(f.rows, f.flops, f.bytes_read) for f in forwards]))
+    assert found[0] == found[1]
 
 
 @settings(max_examples=40, deadline=None)
@@ -141,7 +166,10 @@ def committed(cache: Cache, index: int) -> Tensor:
 
 def pairs(cache: DraftCache, index: int, size: int) -> Tensor:
     """The first pairs' keys and values of one sequence [2, kv_heads, size, d]."""
-    return torch.stack([cache.keys, cache.values])[:, index, :, cache.nodes : cache.nodes + size]
+    keys = cache.keys
+    if cache.panels:
+        keys = cpu.key_panels(keys).transpose(-2, -3).reshape(keys.shape)
+    return torch.stack([keys, cache.values])[:, index, :, cache.first : cache.first + size]
 
 
 def started(engine: Eagle3, ids: list[list[int]], steps: int) -> Eagle3State:
@@ -276,7 +304,7 @@ def test_every_forward_is_recorded_with_its_role_and_rows() -> None:
     assert [(f.model, f.role, f.rows) for f in forwards] == [
         ("target", "prefill", 5),
         ("drafter", "draft", 4),
-        ("drafter", "draft", 4),
+        ("drafter", "draft", 1),
         ("drafter", "draft", 2),
         ("drafter", "draft", 2),
         ("target", "verify", 7),

@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "autoregressive": {},
     "forward": {"rows": (1, 2, 5)},
     "reference": {},
-    "eagle3": {"drafter": {"random": True, "vocab": 64}, "depth": 3, "synthetic": {"length": 2.5}},
+    "eagle3": {"drafter": {"random": True, "vocab": 64}, "depth": 3, "synthetic": {"length": 4}},
     "dflash": {"drafter": {"random": True, "layers": 2}, "block": 5, "synthetic": {"length": 2.5}},
     "diffusion": {"block_size": 4, "synthetic": {"length": 2.5}},
     "diffusion, two outcomes": {"block_size": 4, "proposals": 2, "outcomes": "uniform", "synthetic": {"length": 4}},

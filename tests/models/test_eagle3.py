@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from tests.tiny import relative_error
 from zbench.errors import UserError
+from zbench.kernels import cpu
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import eagle3_taps
@@ -33,6 +35,7 @@ from zbench.models.eagle3 import (
 TARGET = ModelConfig(
     family="llama", layers=8, width=96, ffn=160, heads=6, kv_heads=2, head_dim=16, vocab=300, max_positions=512
 )
+needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"draft_vocab": 300},
@@ -40,6 +43,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"norm_before_fc": True},
     {"fc_norm": True},
     {"norm_output": True},
+    {"norm_before_fc": True, "fc_norm": True, "norm_output": True, "norm_before_residual": True},
 ]
 
 
@@ -66,8 +70,8 @@ def checkpoint(**variant: Any) -> Eagle3Checkpoint:
 EMBEDDING = torch.randn(TARGET.vocab, TARGET.width, generator=torch.Generator().manual_seed(1))
 
 
-def drafter_of(stored: Eagle3Checkpoint) -> Eagle3Drafter:
-    return Eagle3Drafter(stored.config, stored.tensors, EMBEDDING, torch.float32)
+def drafter_of(stored: Eagle3Checkpoint, native: bool = True, dtype: torch.dtype = torch.float32) -> Eagle3Drafter:
+    return Eagle3Drafter(stored.config, stored.tensors, EMBEDDING.to(dtype), dtype, native=native)
 
 
 def published_logits(stored: Eagle3Checkpoint, taps: Tensor, tokens: list[int], path: list[int]) -> Tensor:
@@ -133,10 +137,12 @@ def read(drafter: Eagle3Drafter, cache: Any, taps: list[Tensor], tokens: list[li
     return torch.stack([hidden[index, count - 1] for index, count in enumerate(counts)])[:, None]
 
 
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v), "released"))
-def test_a_chain_has_the_logits_of_the_published_recurrence(variant: dict[str, Any]) -> None:
+def test_a_chain_has_the_logits_of_the_published_recurrence(variant: dict[str, Any], native: bool) -> None:
     stored = checkpoint(**variant)
-    drafter = drafter_of(stored)
+    drafter = drafter_of(stored, native)
+    assert (drafter.native is not None) == native
     sizes, depth = [9, 5], 3
     taps = [features(size, 10 + size) for size in sizes]
     tokens = [ids_of(size, 20 + size) for size in sizes]
@@ -154,11 +160,12 @@ def test_a_chain_has_the_logits_of_the_published_recurrence(variant: dict[str, A
             hidden = drafter.expand(ids, hidden, cache, level, visible)
 
 
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_a_tree_node_has_the_logits_of_its_own_path(data: st.DataObject) -> None:
+def test_a_tree_node_has_the_logits_of_its_own_path(data: st.DataObject, native: bool) -> None:
     stored = checkpoint()
-    drafter = drafter_of(stored)
+    drafter = drafter_of(stored, native)
     width, depth = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     taps, tokens = [features(6, 1), features(3, 2)], [ids_of(6, 3), ids_of(3, 4)]
     cache = drafter.new_cache(2, 32, nodes=width * depth)
@@ -178,6 +185,78 @@ def test_a_tree_node_has_the_logits_of_its_own_path(data: st.DataObject) -> None
     for b in range(2):
         for j in range(width):
             assert relative_error(got[b, j].double(), published_logits(stored, taps[b], tokens[b], paths[b][j])) < 1e-5
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v), "released"))
+def test_a_chain_in_one_call_is_the_likeliest_path_of_the_published_recurrence(
+    variant: dict[str, Any], native: bool
+) -> None:
+    stored, depth, sizes = checkpoint(**variant), 4, [7, 4]
+    drafter = drafter_of(stored, native)
+    taps, tokens = [features(size, 40 + size) for size in sizes], [ids_of(size, 50 + size) for size in sizes]
+    cache = drafter.new_cache(2, 32, nodes=depth - 1)
+    read(drafter, cache, taps, tokens, [0, 0], 3)
+    rest = torch.stack([torch.nn.functional.pad(t[3:], (0, 0, 0, 7 - len(t))) for t in taps])
+    following = torch.tensor([row[3:] + [0] * (7 - len(row)) for row in tokens])
+    last = torch.tensor([size - 4 for size in sizes])
+    got, marks = drafter.chain(rest.chunk(3, -1), following, last, [4, 1], cache, depth, time.perf_counter_ns)
+    assert marks == sorted(marks) and len(marks) == depth
+    assert cache.sizes == cache.lengths.tolist() == sizes
+    for b in range(2):
+        path: list[int] = []
+        for _ in range(depth):
+            best = published_logits(stored, taps[b], tokens[b], path).argmax()
+            path.append(int(drafter.target_ids(best)))
+        assert got[b].tolist() == path
+
+
+def two_levels(drafter: Eagle3Drafter) -> Tensor:
+    """All logits of two sequences: after each of their pairs, and after two levels of three nodes each."""
+    cache = drafter.new_cache(2, 64, nodes=6)
+    taps = torch.stack([features(40, 1), features(40, 2)]).bfloat16().to(drafter.dtype).chunk(3, -1)
+    hidden = drafter.extend(taps, torch.tensor([ids_of(40, 3), ids_of(40, 4)]), cache)
+    cache.extend([40, 33])
+    last = hidden[torch.arange(2)[:, None], torch.tensor([[39], [32]])].expand(-1, 3, -1)
+    seen = torch.eye(6, dtype=torch.bool).expand(2, -1, -1)
+    level = drafter.expand(torch.tensor([[5, 6, 7], [8, 9, 10]]), last, cache, 0, seen[:, :3])
+    below = drafter.expand(torch.tensor([[1, 2, 3]] * 2), level, cache, 1, seen[:, :3] | seen[:, 3:])
+    return torch.cat([drafter.logits(x) for x in (hidden, level, below)], 1).double()
+
+
+@needs_native
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v), "released"))
+def test_the_native_drafter_agrees_with_torch(variant: dict[str, Any]) -> None:
+    stored = checkpoint(**variant)
+    assert relative_error(*(two_levels(drafter_of(stored, native)) for native in (True, False))) < 1e-5
+    # In bfloat16 torch rounds the activations between operators too, and lands further from exact arithmetic.
+    rounded = {name: t if name == "d2t" else t.bfloat16().float() for name, t in stored.tensors.items()}
+    embedding = EMBEDDING.bfloat16().float()
+    exact = two_levels(Eagle3Drafter(stored.config, rounded, embedding, torch.float32, native=False))
+    native, eager = (two_levels(drafter_of(stored, n, torch.bfloat16)) - exact for n in (True, False))
+    assert native.norm() < eager.norm() < 0.03 * exact.norm()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_native_row_does_not_depend_on_the_rows_beside_it_nor_on_the_threads(dtype: torch.dtype) -> None:
+    drafter, count = drafter_of(checkpoint(), dtype=dtype), 23
+    taps, ids = features(count, 1)[None].to(dtype).chunk(3, -1), torch.tensor([ids_of(count, 2)])
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for parts, used in (((count,), 1), ((1,) * count, 2), ((5, 11, 7), 3)):
+            torch.set_num_threads(used)
+            cache, rows, begin = drafter.new_cache(1, 48, nodes=3), [], 0
+            for size in parts:
+                part = slice(begin, begin + size)
+                rows.append(drafter.extend([tap[:, part] for tap in taps], ids[:, part], cache))
+                cache.extend([size])
+                begin += size
+            results.append(torch.cat(rows, 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_draft_levels_leave_no_trace_in_the_pairs() -> None:

@@ -14,6 +14,7 @@ from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import kernels, verify_chain
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
+from zbench.kernels import cpu
 from zbench.models.cache import Cache
 from zbench.models.dflash import BLOCK_SIZES, DFlashDrafter
 from zbench.models.model import Model
@@ -104,7 +105,7 @@ class DFlash:
 
     def _choose(self, logits: Tensor, state: DFlashState) -> tuple[Tensor, Tensor | None]:
         if not self.draft_sampling or state.sampler.sampling.greedy:
-            return self.drafter.target_ids(logits.argmax(-1)), None
+            return self.drafter.target_ids(cpu.argmax(logits)), None
         probs = probabilities(self.drafter.target_logits(logits), state.sampler.sampling)
         first = torch.tensor([len(output) for output in state.outputs], device=logits.device)
         positions = first[:, None] + torch.arange(logits.shape[1], device=logits.device)

@@ -18,7 +18,6 @@ from zbench.engines.plans import eagle3_tokens
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, kernels, verify_chain, verify_tree
 from zbench.hardware.device import Mark
-from zbench.kernels import cpu
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
 from zbench.models.model import Model
 from zbench.models.rows import Rows
@@ -29,7 +28,7 @@ class Eagle3State(State):
     """Between steps: what the target committed last and the drafter has not read yet."""
 
     draft_cache: DraftCache
-    taps: list[Tensor]  # per tap [B, K, D]: the target's hidden states at the committed tokens
+    taps: list[Tensor]  # per tap [B, K, D]: the target's hidden states at the committed tokens, the real ones first
     following: Tensor  # [B, K] the token after each
     unread: Tensor  # [B] how many of the K are real
     unread_sizes: list[int]  # the same on the host; 0 for a sequence that has finished
@@ -59,7 +58,6 @@ class Eagle3:
         # own[level, j] marks node j of a level among all nodes.
         self._own = torch.eye(self._nodes, dtype=torch.bool, device=model.device)
         self._own = self._own.view(depth - 1, top_k, self._nodes)
-        self._chain_visible = self._own.cumsum(0) > 0
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         return generate(self, prompts, request, meter)
@@ -76,8 +74,6 @@ class Eagle3:
         self._prefill_drafter(prompts, taps, draft_cache, meter)
         # The pair of the prompt's last token waits for the first step, as every step leaves some.
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.model.device)
-        first = last.new_zeros(len(prompts), self.depth + 1)
-        first[:, 0] = last
         return Eagle3State(
             state.cache,
             state.sampler,
@@ -85,8 +81,8 @@ class Eagle3:
             state.outputs,
             state.active,
             draft_cache,
-            taps=_rows(taps, ends[:, None].expand_as(first)),
-            following=first,
+            taps=_rows(taps, ends[:, None]),
+            following=last[:, None],
             unread=torch.ones_like(ends),
             unread_sizes=[1] * len(prompts),
         )
@@ -99,14 +95,15 @@ class Eagle3:
             gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
-            kept, following = (padded[:, : self.depth + 1] for padded in (verdict.kept, verdict.tokens))
-            if rows.causal:
+            taps = [out.hidden[tap] for tap in self.drafter.config.taps]
+            if rows.causal:  # what is kept are the first rows
                 state.cache.extend(counts)
             else:
+                kept = verdict.kept[:, : self.depth + 1]
                 state.cache.commit(kept, counts)
+                taps = _rows(taps, kept.clamp(min=0))
             state.last, state.unread, state.unread_sizes = verdict.bonus, verdict.counts, counts
-            state.taps = _rows([out.hidden[tap] for tap in self.drafter.config.taps], kept.clamp(min=0))
-            state.following = following.clamp(min=0)
+            state.taps, state.following = taps, verdict.tokens[:, : self.depth + 1].clamp(min=0)
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
             drafted=tuple(self.tokens * active for active in state.active),
@@ -133,28 +130,28 @@ class Eagle3:
             ids = following[:, begin : begin + base.PREFILL_ROWS]
             count = ids.shape[1]
             self.drafter.extend([tap[:, begin : begin + count] for tap in taps], ids, cache)
-            self._record(meter, mark, count, cache.sizes, count * (count + 1) // 2, wanted=0, fused=True)
+            pairs = count * (count + 1) // 2
+            self._record(meter, mark, meter.device.mark(), count, cache.sizes, pairs, wanted=0, fused=True)
             cache.extend([max(0, min(size - begin, count)) for size in sizes])
 
     def _draft_chain(self, state: Eagle3State, meter: Meter) -> Rows:
         """The last committed token and `depth` drafts, each the likeliest after the one before it."""
-        drafter, cache = self.drafter, state.draft_cache
-        mark, contexts = meter.device.mark(), cache.sizes
-        features = self._read_committed(state)
-        chain = [state.last[:, None]]
-        for level in range(self.depth):
-            if level:
-                features = drafter.expand(chain[-1], features, cache, level - 1, self._chain_visible[level - 1])
-            chain.append(drafter.target_ids(cpu.argmax(drafter.logits(features))))
-            mark = self._record_level(meter, mark, contexts, level)
-            contexts = cache.sizes
-        return Rows.chain(torch.cat(chain, 1), state.cache.lengths)
+        cache, counts = state.draft_cache, state.unread_sizes
+        start, contexts = meter.device.mark(), cache.sizes
+        taps, following, last = self._unread(state)
+        tokens, ends = self.drafter.chain(taps, following, last, counts, cache, self.depth, meter.device.mark)
+        for level, end in enumerate(ends):
+            self._record_level(meter, start, end, contexts, level, following.shape[1])
+            start, contexts = end, cache.sizes
+        return Rows.chain(torch.cat([state.last[:, None], tokens], 1), state.cache.lengths)
 
     def _draft_tree(self, state: Eagle3State, meter: Meter) -> Rows:
         """The last committed token as the root, and below it the `tokens` likeliest nodes of a beam search."""
         drafter, cache, k = self.drafter, state.draft_cache, self.top_k
-        mark, contexts = meter.device.mark(), cache.sizes
-        features = self._read_committed(state)
+        start, contexts = meter.device.mark(), cache.sizes
+        taps, following, last = self._unread(state)
+        features = drafter.extend(taps, following, cache)[cache.sequence, last[:, None]]
+        cache.extend(state.unread_sizes)
         batch, sequence = len(features), cache.sequence
         beam = torch.full((batch, 1), -1, device=features.device)  # candidate numbers; the root is none
         beam_scores = features.new_zeros(batch, 1)
@@ -173,20 +170,21 @@ class Eagle3:
                 beam, came_from = first + best, best // k
                 visible = visible[sequence, came_from] | self._own[level]
                 inherited = features[sequence, came_from]
-                mark = self._record_level(meter, mark, contexts, level)
-                contexts = cache.sizes
+                end = meter.device.mark()
+                self._record_level(meter, start, end, contexts, level, following.shape[1])
+                start, contexts = end, cache.sizes
                 features = drafter.expand(ids.gather(1, best), inherited, cache, level, visible)
         ids, scores, parents = (torch.cat(parts, 1) for parts in zip(*candidates, strict=True))
         drafts, parents = rerank(ids, scores, parents, self.tokens)
         rows = tree_rows(torch.cat([state.last[:, None], drafts], 1), state.cache.lengths, parents, self.depth)
-        self._record_level(meter, mark, contexts, self.depth - 1)
+        self._record_level(meter, start, meter.device.mark(), contexts, self.depth - 1, following.shape[1])
         return rows
 
-    def _read_committed(self, state: Eagle3State) -> Tensor:
-        """Read the pairs that the last step left; returns the feature [B, 1, h] of each sequence's last token."""
-        features = self.drafter.extend(state.taps, state.following, state.draft_cache)
-        state.draft_cache.extend(state.unread_sizes)
-        return features[state.draft_cache.sequence, (state.unread - 1)[:, None]]
+    def _unread(self, state: Eagle3State) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The pairs that the last step left, as many of each sequence as the longest has, and where each ends [B]."""
+        count = max(*state.unread_sizes, 1)
+        last = (state.unread - 1).clamp(max=count - 1)  # of a sequence that has finished nothing is read
+        return [tap[:, :count] for tap in state.taps], state.following[:, :count], last
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features [B, n, h] -> the top_k next tokens of each [B, n, k] and their log-probabilities, untempered."""
@@ -194,23 +192,21 @@ class Eagle3:
         best = logits.topk(self.top_k)
         return self.drafter.target_ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
 
-    def _record_level(self, meter: Meter, mark: Mark, contexts: list[int], level: int) -> Mark:
+    def _record_level(self, meter: Meter, start: Mark, end: Mark, contexts: list[int], level: int, unread: int) -> None:
         """Level 0 reads what was committed, the others the beam; each asks for as many logits as it has nodes."""
         batch = len(contexts)
         if level == 0:
-            count = self.depth + 1
-            return self._record(meter, mark, count, contexts, count * (count + 1) // 2, wanted=batch, fused=True)
-        k = self.top_k
-        return self._record(meter, mark, k, contexts, k * level, wanted=batch * k, fused=False)
+            self._record(meter, start, end, unread, contexts, unread * (unread + 1) // 2, wanted=batch, fused=True)
+        else:
+            k = self.top_k
+            self._record(meter, start, end, k, contexts, k * level, wanted=batch * k, fused=False)
 
     def _record(
-        self, meter: Meter, mark: Mark, rows: int, contexts: list[int], pairs: int, wanted: int, fused: bool
-    ) -> Mark:
-        """A forward of the drafter, with the choice of tokens that follows it, from `mark` to now."""
-        end = meter.device.mark()
+        self, meter: Meter, start: Mark, end: Mark, rows: int, contexts: list[int], pairs: int, wanted: int, fused: bool
+    ) -> None:
+        """A forward of the drafter, with the choice of tokens that follows it."""
         cost = partial(self.drafter.cost, rows, contexts, wanted, pairs, fused)
-        meter.add_forward("draft", rows, contexts, cost, mark, end, "drafter")
-        return end
+        meter.add_forward("draft", rows, contexts, cost, start, end, "drafter")
 
 
 def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

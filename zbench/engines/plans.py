@@ -97,7 +97,7 @@ def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     tokens = eagle3_tokens(depth, k, options["tokens"], drafter.draft_vocab)
 
     def level(index: int) -> Forward:
-        # Level 0 reads what was committed, padded to the longest path; each later one the beam of the level before.
+        # Level 0 reads what was committed, at most a whole path, as here; each later one the beam of the level before.
         rows, pairs, wanted = (depth + 1, causal_pairs(depth + 1), 1) if index == 0 else (k, k * index, k)
 
         def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:  # every rank has it whole

@@ -366,9 +366,10 @@ struct zb_batch {
 }
 
 struct Workspace {
-    char* at; int64_t left; bool ok = true;
+    char* at; int64_t left; bool ok = true; int64_t needed = 0;
     template <class T> T* take(int64_t n) {
         int64_t bytes = (n * (int64_t)sizeof(T) + 63) / 64 * 64;
+        needed += bytes;
         if (bytes > left) { ok = false; return nullptr; }
         T* p = (T*)at; at += bytes; left -= bytes; return p;
     }
@@ -828,4 +829,218 @@ float zb_read_sum(const float* x, int64_t count, int64_t passes, int64_t threads
 }
 
 const char* zb_instruction_set() { return DOT ? "avx512-bf16" : WIDE ? "avx512" : VL == 8 ? "avx2" : "generic"; }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The drafter of EAGLE-3 (formulas: models/eagle3.py): a layer that reads tokens beside features, level after level, each
+// from what the one before gave. A whole greedy chain is one call: a level of a small drafter takes less than the calls of
+// eager torch around it. Rows, threads and the order of sums are as in the decoder above.
+
+extern "C" {
+struct zb_drafter {
+    int64_t width, ffn, heads, kv_heads, head_dim, vocab, taps, tap_width, bf16_weights;  // vocab: the draft's
+    int64_t norm_before_residual, norm_output;
+    double eps;
+    const void *fc, *qkv, *out, *gate_up, *down, *head;  // packed
+    const void* embedding;                               // [V, D] plain
+    const float *tap_norms, *joined_norm;                // [taps, tap_width], each tap's and over all; or null
+    const float *embedding_norm, *feature_norm, *mlp_norm, *norm, *inv_freq;
+    const int64_t* target_ids;                           // [vocab]; or null: draft tokens are the target's
+};
+struct zb_draft {
+    int64_t batch, rows, capacity, before, chain, threads;
+    const int64_t *ids, *lengths;  // [B,R] what the first level reads, [B] committed pairs
+    const float* const* taps;      // each [B,R,tap_width]: rows are pairs. Null: rows are nodes, `before` others read already
+    const uint8_t* visible;        // [B,R,before+R]: which nodes a node sees; null for pairs
+    void *keys, *values;           // [B,kv,S/16,d,16] and [B,kv,S,d]: committed pairs, then what is under way
+    float* features;               // [B,R,D]: a node's parent's, then the rows' own
+    const int64_t* last;           // [B]: the row that the chain follows; null without one
+    int64_t* tokens;               // [B,chain], of the target
+    void* workspace;
+    int64_t workspace_bytes;
+    int64_t* times;                // [max(chain, 1), 14] ns of the steady clock, at a level's start and after its sections
+};
+}
+
+static void normalise(float* x, const float* weight, float eps, int n) {
+    float scale = 1.0f / sqrtf(mean_square(x, n) + eps);
+    for (int i = 0; i < n; i += VL) store(x + i, load(x + i) * scale * load(weight + i));
+}
+
+// One thread's share of y[m] = x(m), columns of all rows.
+template <class W, class Rows>
+static void place(Rows x, int n, const Acts<W>& y, int M, int thread, int threads) {
+    for (int m = 0; m < M; m++)
+        for (int i = n / VL * thread / threads * VL; i < n / VL * (thread + 1) / threads * VL; i += VL) y.put(m, i, load(x(m) + i));
+}
+
+// Returns 0, or the bytes that the workspace must have.
+template <class W>
+static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
+    const int D = (int)model.width, F = (int)model.ffn, H = (int)model.heads, G = (int)model.kv_heads, d = (int)model.head_dim;
+    const int B = (int)batch.batch, QKV = (H + 2 * G) * d, group = H / G, T = (int)model.tap_width, fused = (int)model.taps * T;
+    const int most = B * (int)batch.rows, chain = (int)batch.chain, threads = (int)batch.threads, V = (int)model.vocab;
+    const int64_t S = batch.capacity;
+    const float eps = (float)model.eps, scale = 1.0f / sqrtf((float)d);
+    typedef act_t<W> A;
+
+    Workspace space{(char*)batch.workspace, batch.workspace_bytes};
+    float* embedded = space.take<float>((int64_t)most * D);
+    float* joined = space.take<float>(batch.taps ? (int64_t)most * fused : 0);
+    float* qkv = space.take<float>((int64_t)most * QKV);
+    float* mixed = space.take<float>((int64_t)most * H * d);
+    int widest = 2 * D > H * d ? 2 * D : H * d;
+    if (batch.taps && fused > widest) widest = fused;
+    A* act = space.take<A>((int64_t)(most + TALL) * widest);
+    A* hidden = space.take<A>((int64_t)(most + TALL) * F);
+    float* cosine = space.take<float>((int64_t)most * d / 2);
+    float* sine = space.take<float>((int64_t)most * d / 2);
+    vf* scores = space.take<vf>((int64_t)threads * NV * ((S + P - 1) / P * P + P));
+    A* queries = space.take<A>((int64_t)threads * P * d);
+    const int64_t most_tasks = ((int)batch.rows * group + P - 1) / P + 2 * threads;  // of one sequence and KV head
+    uint16_t* seen = space.take<uint16_t>(B * most_tasks * (batch.before + batch.rows));
+    float* logits = space.take<float>(chain ? (int64_t)B * V : 0);
+    float* carried = space.take<float>(chain ? (int64_t)B * D : 0);
+    int64_t* next = space.take<int64_t>(chain ? B : 0);
+    if (!space.ok) return space.needed;
+
+    Barrier team;
+#pragma omp parallel num_threads(threads)
+    {
+        const int t = omp_get_thread_num(), n = omp_get_num_threads();
+        int64_t* times = batch.times;
+        // Sections end at barriers, so that the first thread's clock is everyone's.
+        auto mark = [&] {
+            if (t == 0) *times++ = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+        };
+        auto done = [&] { team.wait(n); mark(); };
+        for (int level = 0; level == 0 || level < chain; level++) {
+            const bool first = level == 0, pairs = first && batch.taps;
+            const int R = first ? (int)batch.rows : 1, M = B * R, before = first ? (int)batch.before : 0, tall = height(M);
+            const int64_t* ids = first ? batch.ids : next;
+            float* features = first ? batch.features : carried;
+            const int m0 = (int)((int64_t)M * t / n), m1 = (int)((int64_t)M * (t + 1) / n);
+            auto feature = [&](int m) { return features + (int64_t)m * D; };
+            // What every row sees. The nodes of a chain are pairs to come: each sees all before it.
+            auto prefix = [&](int b) { return batch.lengths[b] + (first ? 0 : batch.last[b] + level); };
+            // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
+            int tasks = (R * group + P - 1) / P;
+            while (B * G * tasks < 2 * n && tasks < R * group) tasks++;
+            const int per_task = (R * group + tasks - 1) / tasks;
+            tasks = (R * group + per_task - 1) / per_task;
+
+            mark();
+            for (int m = m0; m < m1; m++) {
+                const int b = m / R, r = m % R;
+                const W* row = (const W*)model.embedding + ids[m] * D;
+                for (int i = 0; i < D; i += VL) store(embedded + (int64_t)m * D + i, load_wide(row + i));
+                const int64_t position = prefix(b) + (batch.visible && first ? before / R : r);
+                for (int i = 0; i < d / 2; i++) {
+                    float angle = (float)position * model.inv_freq[i];
+                    cosine[(int64_t)m * (d / 2) + i] = cosf(angle);
+                    sine[(int64_t)m * (d / 2) + i] = sinf(angle);
+                }
+                for (int i = 0; pairs && i < model.taps; i++) {
+                    float* to = joined + (int64_t)m * fused + i * T;
+                    memcpy(to, batch.taps[i] + (int64_t)m * T, T * 4);
+                    if (model.tap_norms) normalise(to, model.tap_norms + i * T, eps, T);
+                }
+            }
+            for (int64_t i = (int64_t)B * tasks * t / n; i < (int64_t)B * tasks * (t + 1) / n; i++)
+                for (int j = 0; j < before + R; j++) {
+                    uint32_t bits = 0;
+                    for (int c = 0; c < P; c++) {
+                        const int lane = (int)(i % tasks) * per_task + c, r = lane / group;
+                        // An unused lane sees all: it must not divide by zero.
+                        bool sees = c >= per_task || r >= R;
+                        if (!sees) sees = batch.visible && first ? batch.visible[(i / tasks * R + r) * (before + R) + j] : j <= r;
+                        bits |= (uint32_t)sees << c;
+                    }
+                    seen[i * (before + R) + j] = (uint16_t)bits;
+                }
+            done();
+            if (pairs) {
+                const Acts<W> x{act, fused, tall};
+                auto row = [&](int m) { return joined + (int64_t)m * fused; };
+                if (model.joined_norm) normalise(row, model.joined_norm, eps, fused, x, M, t, n);
+                else place(row, fused, x, M, t, n);
+                team.wait(n);
+                project<1>(Matrix<W>{(const W*)model.fc}, x, M, D, t, n, Assign{features, D, D, nullptr});
+            }
+            done();
+            // The embedding's columns come first, the feature's behind them.
+            normalise([&](int m) { return embedded + (int64_t)m * D; }, model.embedding_norm, eps, D, Acts<W>{act, 2 * D, tall}, M, t, n);
+            normalise(feature, model.feature_norm, eps, D, Acts<W>{act + (int64_t)D * tall, 2 * D, tall}, M, t, n);
+            done();
+            project<1>(Matrix<W>{(const W*)model.qkv}, Acts<W>{act, 2 * D, tall}, M, QKV, t, n, Assign{qkv, QKV, QKV, nullptr});
+            done();
+            for (int m = m0; m < m1 && model.norm_before_residual; m++) normalise(feature(m), model.feature_norm, eps, D);
+            for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
+                const int m = (int)(i / (H + G)), h = (int)(i % (H + G));
+                float* x = qkv + (int64_t)m * QKV + (int64_t)h * d;
+                rotate(x, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2), d, nullptr, eps);
+                if (h < H) continue;
+                const int64_t slot = prefix(m / R) + before + m % R, head = (int64_t)(m / R) * G + h - H;
+                constexpr int U = key_unit<W>();
+                W* k = (W*)batch.keys + head * S * d + slot / P * P * d + slot % P * U;
+                W* v = (W*)batch.values + (head * S + slot) * d;
+                for (int e = 0; e < d; e++) put(k + e / U * U * P + e % U, x[e]);
+                for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
+            }
+            done();
+            const Acts<W> attended{act, H * d, tall}, normed{act, D, tall}, gated{hidden, F, tall};
+            for (int64_t task = (int64_t)B * G * tasks * t / n; task < (int64_t)B * G * tasks * (t + 1) / n; task++) {
+                const int head = (int)(task / tasks), from = (int)(task % tasks) * per_task, b = head / G, g = head % G;
+                const int count = R * group - from < per_task ? R * group - from : per_task;
+                float* out[P];
+                const Acts<W> q{queries + (int64_t)t * P * d, d, P};
+                for (int c = 0; c < P; c++) {
+                    const int64_t m = (int64_t)b * R + (from + c) / group, h = g * group + (from + c) % group;
+                    out[c] = mixed + m * H * d + h * d;
+                    for (int e = 0; e < d; e += VL) q.put(c, e, c < count ? load(qkv + m * QKV + h * d + e) : vf{});
+                }
+                attend<W>(q.a, count, seen + ((int64_t)b * tasks + task % tasks) * (before + R), nullptr, nullptr, prefix(b), before + R,
+                          (const W*)batch.keys + (int64_t)head * S * d, (const W*)batch.values + (int64_t)head * S * d, d, scale,
+                          scores + (int64_t)t * NV * ((S + P - 1) / P * P + P), out);
+                for (int c = 0; c < count; c++) {
+                    const int64_t at = out[c] - mixed;
+                    for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
+                }
+            }
+            done();
+            project<1>(Matrix<W>{(const W*)model.out}, attended, M, D, t, n, Accumulate{features, D, nullptr});
+            done();
+            normalise(feature, model.mlp_norm, eps, D, normed, M, t, n);
+            done();
+            project<2>(Matrix<W>{(const W*)model.gate_up}, normed, M, 2 * F, t, n, Gate<W>{gated, nullptr});
+            done();
+            project<1>(Matrix<W>{(const W*)model.down}, gated, M, D, t, n, Accumulate{features, D, nullptr});
+            done();
+            if (model.norm_output) {
+                for (int m = m0; m < m1; m++) normalise(feature(m), model.norm, eps, D);
+                team.wait(n);
+            }
+            // Only the row that the chain goes on from passes the head.
+            auto row = [&](int b) { return feature(first ? b * R + (int)batch.last[b] : b); };
+            const Acts<W> asking{act, D, height(B)};
+            if (chain && model.norm_output) place(row, D, asking, B, t, n);
+            else if (chain) normalise(row, model.norm, eps, D, asking, B, t, n);
+            done();
+            if (chain) project<1>(Matrix<W>{(const W*)model.head}, asking, B, V, t, n, Assign{logits, V, V, nullptr});
+            done();
+            for (int b = B * t / n; b < B * (t + 1) / n && chain; b++) {
+                const int64_t best = first_largest(logits + (int64_t)b * V, V);
+                next[b] = batch.tokens[(int64_t)b * chain + level] = model.target_ids ? model.target_ids[best] : best;
+                if (first) memcpy(carried + (int64_t)b * D, row(b), D * 4);
+            }
+            done();
+        }
+    }
+    return 0;
+}
+
+extern "C" {
+int64_t zb_draft_levels(const zb_drafter* model, const zb_draft* batch) {
+    return model->bf16_weights ? draft<bf16>(*model, *batch) : draft<float>(*model, *batch);
+}
 }

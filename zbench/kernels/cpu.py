@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -91,12 +91,39 @@ class _Batch(ctypes.Structure):
     ]
 
 
+class _Drafter(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("width", "ffn", "heads", "kv_heads", "head_dim", "vocab", "taps", "tap_width", "bf16_weights")
+        ),
+        *((name, ctypes.c_int64) for name in ("norm_before_residual", "norm_output")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("fc", "qkv", "out", "gate_up", "down", "head", "embedding")),
+        *((name, ctypes.c_void_p) for name in ("tap_norms", "joined_norm", "embedding_norm", "feature_norm")),
+        *((name, ctypes.c_void_p) for name in ("mlp_norm", "norm", "inv_freq", "target_ids")),
+    ]
+
+
+class _Draft(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "rows", "capacity", "before", "chain", "threads")),
+        *((name, ctypes.c_void_p) for name in ("ids", "lengths")),
+        ("taps", ctypes.POINTER(ctypes.c_void_p)),
+        *((name, ctypes.c_void_p) for name in ("visible", "keys", "values", "features", "last", "tokens", "workspace")),
+        ("workspace_bytes", ctypes.c_int64),
+        ("times", ctypes.c_void_p),
+    ]
+
+
 # What a forward of the native decoder does, in order: once, then for each layer, then once.
 BEFORE, LAYER, AFTER = (
     ("embed",),
     ("attention norm", "qkv", "rotate and store", "attention", "out", "mlp norm", "gate_up", "down"),
     ("final norm", "head"),
 )
+# A level of a draft; some have no `fuse`, some no head.
+LEVEL = tuple(f"draft {name}" for name in ("embed", "fuse", *LAYER, *AFTER, "argmax"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +139,7 @@ class Timed:
     contexts: tuple[int, ...] = ()
     pairs: float = 0.0  # (row, visible new row) pairs, of the whole batch
     wanted: int = 0
-    config: Any = None
+    config: Any = None  # of a forward: a ModelConfig; of a level of a draft: an Eagle3Config
     itemsize: int = 0
     shape: tuple[int, int] | None = None
 
@@ -160,6 +187,7 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
     try:
         library = ctypes.CDLL(str(_build()))
         library.zb_forward.restype = ctypes.c_int
+        library.zb_draft_levels.restype = ctypes.c_int64
         library.zb_linear.restype = None
         library.zb_commit.restype = None
         library.zb_argmax.restype = None
@@ -419,26 +447,51 @@ class Adapter:
         self.columns = max(self.columns, len(a))
 
 
-class Decoder:
+# In the order of `zb_drafter`.
+_DRAFT_NORMS = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+
+
+class _Packed:
+    """Weights that a native call reads, kept alive."""
+
+    def __init__(self, dtype: torch.dtype, **sizes: int) -> None:
+        """Raises NativeUnavailable for a dtype or sizes that no kernel here takes."""
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise NativeUnavailable(f"{dtype} is not supported by the native CPU decoder")
+        if any(size % PANEL for size in sizes.values()):
+            *names, last = sizes
+            raise NativeUnavailable(f"{', '.join(names)} and {last} must be multiples of 16 for the native CPU decoder")
+        self._library = _library()
+        self.dtype = dtype
+        self._keep: list[Tensor] = []
+        self._pages = Pages(1 << 26)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def _pack(self, packed: Tensor) -> int:
+        return self._hold(self._pages.copy(packed))
+
+    def _hold(self, tensor: Tensor) -> int:
+        self._keep.append(tensor.contiguous())
+        return self._keep[-1].data_ptr()
+
+    def _float(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._hold(tensor.float())
+
+
+class Decoder(_Packed):
     """Packed weights of one model and the forward over them. Tensors in Hugging Face layout, on the CPU."""
 
     def __init__(self, config, weights, inv_freq: Tensor, dtype: torch.dtype) -> None:
         """`config` is a ModelConfig, `weights` a `transformer.Weights`. Raises NativeUnavailable."""
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise NativeUnavailable(f"{dtype} is not supported by the native CPU decoder")
-        if config.head_dim % PANEL or config.width % PANEL or config.ffn % PANEL:
-            raise NativeUnavailable("width, ffn and head_dim must be multiples of 16 for the native CPU decoder")
-        self._library = _library()
-        self.config, self.dtype = config, dtype
-        self._keep: list[Tensor] = []
-        self._pages = Pages(1 << 26)
+        super().__init__(dtype, width=config.width, ffn=config.ffn, head_dim=config.head_dim)
+        self.config = config
         layers = (_Layer * config.layers)()
         for index, (layer, source) in enumerate(zip(layers, weights.layers, strict=True)):
-            layer.qkv = self._hold(self._pages.copy(pack(source.qkv)))
-            layer.out = self._hold(self._pages.copy(pack(source.out)))
+            layer.qkv = self._pack(pack(source.qkv))
+            layer.out = self._pack(pack(source.out))
             gate, up = source.gate_up.chunk(2)
-            layer.gate_up = self._hold(self._pages.copy(pack_gate_up(gate, up)))
-            layer.down = self._hold(self._pages.copy(pack(source.down)))
+            layer.gate_up = self._pack(pack_gate_up(gate, up))
+            layer.down = self._pack(pack(source.down))
             layer.qkv_bias = self._float(source.qkv_bias)
             layer.out_bias = self._float(source.out_bias)
             layer.down_bias = self._float(source.down_bias)
@@ -467,15 +520,7 @@ class Decoder:
             self._float(weights.norm),
             self._float(inv_freq),
         )
-        self._workspace = torch.empty(0, dtype=torch.uint8)
         self._logits = Recycled()
-
-    def _hold(self, tensor: Tensor) -> int:
-        self._keep.append(tensor.contiguous())
-        return self._keep[-1].data_ptr()
-
-    def _float(self, tensor: Tensor | None) -> int | None:
-        return None if tensor is None else self._hold(tensor.float())
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm -> float32 logits [..., V]."""
@@ -552,6 +597,162 @@ class Decoder:
         needed = 4 * floats + seen + 64 * 20
         if self._workspace.numel() < needed:
             self._workspace = torch.empty(needed, dtype=torch.uint8)
+
+
+class Drafter(_Packed):
+    """Packed weights of an EAGLE-3 drafter and the levels of a draft over them; its cache is laid out as a decoder's.
+
+    `keys` and `values` [B, kv_heads, S, d], S a multiple of 16, hold the committed pairs `lengths` [B], then what is
+    under way. Token ids, `lengths` and `last` are int64, hidden states and features float32.
+    """
+
+    def __init__(
+        self,
+        config,
+        weights: Mapping[str, Tensor],
+        embedding: Tensor,
+        inv_freq: Tensor,
+        target_ids: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """`config` is an Eagle3Config, `weights` have the names of the original layout. Raises NativeUnavailable."""
+        layer = config.layer
+        sizes = {
+            "width": layer.width,
+            "ffn": layer.ffn,
+            "head_dim": layer.head_dim,
+            "target width": config.target_width,
+        }
+        super().__init__(dtype, **sizes)
+        self.config = config
+        attention, mlp = "midlayer.self_attn.", "midlayer.mlp."
+        self._head = self._pages.copy(pack(weights["lm_head.weight"]))
+        tap_norms = [weights[f"fc_norm.{tap}.weight"] for tap in range(len(config.taps))] if config.fc_norm else None
+        self._model = _Drafter(
+            *(layer.width, layer.ffn, layer.heads, layer.kv_heads, layer.head_dim, config.draft_vocab),
+            *(len(config.taps), config.target_width, dtype == torch.bfloat16),
+            config.norm_before_residual,
+            config.norm_output,
+            layer.rms_eps,
+            self._pack(pack(weights["fc.weight"])),
+            self._pack(pack(torch.cat([weights[f"{attention}{x}_proj.weight"] for x in "qkv"]))),
+            self._pack(pack(weights[f"{attention}o_proj.weight"])),
+            self._pack(pack_gate_up(weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"])),
+            self._pack(pack(weights[f"{mlp}down_proj.weight"])),
+            self._head.data_ptr(),
+            self._hold(embedding.to(dtype)),
+            None if tap_norms is None else self._float(torch.stack(tap_norms)),
+            self._float(weights["input_norm.weight"] if config.norm_before_fc else None),
+            *(self._float(weights[f"midlayer.{name}.weight"]) for name in _DRAFT_NORMS),
+            self._float(weights["norm.weight"]),
+            self._float(inv_freq),
+            None if target_ids is None else self._hold(target_ids),
+        )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [..., h] after the final norm -> float32 logits [..., draft vocab]."""
+        flat = hidden.reshape(-1, self.config.layer.width)
+        return _linear(self._library, flat, self._head, self.config.draft_vocab).view(*hidden.shape[:-1], -1)
+
+    def read_pairs(self, taps: Sequence[Tensor], ids: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Taps, each [B, R, target width], and ids [B, R] of pairs behind the committed ones -> features [B, R, h]."""
+        features = torch.empty(*ids.shape, self.config.layer.width)
+        self._call(ids, lengths, keys, values, features, taps=taps)
+        return features
+
+    def read_nodes(
+        self, ids: Tensor, features: Tensor, before: int, visible: Tensor, lengths: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """ids [B, k] and the features [B, k, h] they follow, `before` nodes having been read -> features [B, k, h].
+
+        `visible` [B, k, before + k] says which nodes a node sees, itself included."""
+        features = features.clone(memory_format=torch.contiguous_format)
+        self._call(ids, lengths, keys, values, features, before=before, visible=visible.contiguous())
+        return features
+
+    def draft(
+        self,
+        taps: Sequence[Tensor],
+        ids: Tensor,
+        last: Tensor,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        depth: int,
+    ) -> tuple[Tensor, list[int]]:
+        """Read pairs, of which last[b] is sequence b's last one, and draft a chain from there.
+
+        Returns the target's ids [B, depth] of the likeliest tokens and when each level was done, ns of
+        `time.perf_counter_ns`."""
+        tokens = torch.empty(len(ids), depth, dtype=torch.int64)
+        features = torch.empty(*ids.shape, self.config.layer.width)
+        return tokens, self._call(ids, lengths, keys, values, features, taps=taps, last=last, tokens=tokens)
+
+    def _call(
+        self,
+        ids: Tensor,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        features: Tensor,
+        taps: Sequence[Tensor] = (),
+        before: int = 0,
+        visible: Tensor | None = None,
+        last: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> list[int]:
+        """Returns when each level was done."""
+        batch, rows = ids.shape
+        chain = 0 if tokens is None else tokens.shape[1]
+        given = [ids.contiguous(), *(tap.contiguous() for tap in taps)]  # kept alive
+        pointers = (ctypes.c_void_p * len(taps))(*(tap.data_ptr() for tap in given[1:]))
+        times = torch.empty(max(chain, 1), 1 + len(LEVEL), dtype=torch.int64)
+        arguments = _Draft(
+            *(batch, rows, keys.shape[2], before, chain, torch.get_num_threads()),
+            given[0].data_ptr(),
+            lengths.data_ptr(),
+            pointers if taps else None,
+            None if visible is None else visible.data_ptr(),
+            *(t.data_ptr() for t in (keys, values, features)),
+            *(None if t is None else t.data_ptr() for t in (last, tokens)),
+            self._workspace.data_ptr(),
+            self._workspace.numel(),
+            times.data_ptr(),
+        )
+        call = functools.partial(self._library.zb_draft_levels, ctypes.byref(self._model), ctypes.byref(arguments))
+        if needed := call():
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
+            arguments.workspace, arguments.workspace_bytes = self._workspace.data_ptr(), needed
+            call()
+        if _recorded is not None:
+            _recorded.extend(self._timed(times.tolist(), rows, lengths, bool(taps), visible, last))
+        return times[:, -1].tolist()
+
+    def _timed(
+        self,
+        times: list[list[int]],
+        rows: int,
+        lengths: Tensor,
+        pairs: bool,
+        visible: Tensor | None,
+        last: Tensor | None,
+    ) -> Iterator[Timed]:
+        batch = len(lengths)
+        seen = batch * rows * (rows + 1) // 2 if visible is None else int(visible.sum())
+        for level, clock in enumerate(times):
+            contexts = lengths if level == 0 or last is None else lengths + last + level
+            names = LEVEL if last is not None else LEVEL[:-3]
+            ran = [i for i, name in enumerate(names) if name != "draft fuse" or (pairs and level == 0)]
+            yield Timed(
+                tuple(LEVEL[index] for index in ran),
+                (*(clock[index] for index in ran), clock[ran[-1] + 1]),
+                batch * (1 if level else rows),
+                tuple(contexts.tolist()),
+                float(batch if level else seen),
+                0 if last is None else batch,
+                self.config,
+                self.dtype.itemsize,
+            )
 
 
 def key_panels(keys: Tensor) -> Tensor:

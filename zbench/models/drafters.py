@@ -54,13 +54,12 @@ class Eagle3Config:
         pairs: int,
         fused: bool,
         itemsize: int,
-        kv_itemsize: int | None = None,
     ) -> Cost:
         """Cost of reading `rows` tokens per sequence, as `cost.forward_cost` counts it.
 
         `wanted` rows over the whole batch ask for logits, `pairs` counts the (row, visible new row) pairs of one
-        sequence, `fused` says whether the rows' features come from the target through `fc`. Weights have `itemsize`
-        bytes per element, cached keys and values `kv_itemsize` (None: as many).
+        sequence, `fused` says whether the rows' features come from the target through `fc`. Weights, cached keys and
+        values have `itemsize` bytes per element.
         """
         layer = self.layer
         total = rows * len(contexts)
@@ -72,7 +71,7 @@ class Eagle3Config:
         tap_norms = len(self.taps) * self.target_width * (self.norm_before_fc + self.fc_norm)
         norms = 3 * layer.width + (tap_norms if fused else 0)
         weights = projections + norms + total * layer.width + (head + layer.width if wanted else 0)
-        kv_bytes = 2 * kv * (kv_itemsize or itemsize)
+        kv_bytes = 2 * kv * itemsize
         return Cost(
             flops=float(2 * total * projections + 4 * q * attended + 2 * wanted * head),
             weight_bytes=float(weights * itemsize),

@@ -15,7 +15,7 @@ A *pair* t is (feature of token t, token t + 1); its rotary position is t. It pr
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zbench.errors import UserError
+from zbench.hardware.device import Mark
+from zbench.kernels import cpu
 from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
 from zbench.models.families import AnyConfig
-from zbench.models.projection import Projection
 from zbench.models.transformer import inverse_frequencies, rotate
 
 _MAX_POSITIONS = 2048  # the released configs' training length, where a config does not say
@@ -240,20 +241,22 @@ def _check_tensors(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> None:
 
 
 class DraftCache:
-    """Keys and values [B, kv_heads, nodes + capacity, d] of the drafter's one layer.
+    """Keys and values [B, kv_heads, S, d] of the drafter's one layer, for `capacity` pairs and `nodes` nodes under way.
 
-    The first `nodes` slots hold the nodes of the draft under way, the pairs follow: nodes come and go without
-    moving a pair, and every draft level has the same shape. `lengths` [B] counts committed pairs, `sizes` mirrors it
-    on the host.
+    For torch the nodes come first: they come and go without moving a pair, and every draft level has the same shape.
+    The native drafter has them where the next pairs will be, and keys in panels (`cpu.key_panels`). `first` is the slot
+    of the first pair. `lengths` [B] counts committed pairs, `sizes` mirrors it on the host.
     """
 
     def __init__(self, drafter: Eagle3Drafter, batch: int, capacity: int, nodes: int) -> None:
         layer, device = drafter.config.layer, drafter.device
-        self.nodes = nodes
-        shape = (batch, layer.kv_heads, nodes + capacity, layer.head_dim)
+        self.nodes, self.panels = nodes, drafter.native is not None
+        self.first = 0 if self.panels else nodes
+        room = -(-(nodes + capacity) // cpu.PANEL) * cpu.PANEL
+        shape = (batch, layer.kv_heads, room, layer.head_dim)
         # Zeros, not garbage: an invisible key is multiplied by zero, and 0 x NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=drafter.activations, device=device)
-        self.values = torch.zeros(shape, dtype=drafter.activations, device=device)
+        self.keys = torch.zeros(shape, dtype=drafter.dtype, device=device)
+        self.values = torch.zeros(shape, dtype=drafter.dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.sizes = [0] * batch
         self.slots = torch.arange(capacity, device=device)
@@ -268,7 +271,10 @@ class DraftCache:
 
 
 class Eagle3Drafter:
-    """A drafter on one device. `embedding` [V, D] is the target's, shared; a checkpoint's own one takes its place."""
+    """A drafter on one device. `embedding` [V, D] is the target's, shared; a checkpoint's own one takes its place.
+
+    On a CPU it is native (`cpu.Drafter`, with float32 features) where that can run, else torch's operators.
+    """
 
     def __init__(
         self,
@@ -277,31 +283,37 @@ class Eagle3Drafter:
         embedding: Tensor,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        native: bool = True,
     ) -> None:
-        """`tensors` as in an Eagle3Checkpoint."""
+        """`tensors` as in an Eagle3Checkpoint. `native` False takes torch where native could run too."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         weights = {
             name: tensor.to(device=self.device, dtype=None if name == "d2t" else dtype)
             for name, tensor in tensors.items()
         }
-        layer = "midlayer."
         self.embedding = weights.get("embed_tokens.weight", embedding)
-        self._fc = Projection(weights["fc.weight"])
-        self._qkv = Projection(torch.cat([weights[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"]))
-        self._out = Projection(weights[f"{layer}self_attn.o_proj.weight"])
-        self._gate_up = Projection(torch.cat([weights[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")]))
-        self._down = Projection(weights[f"{layer}mlp.down_proj.weight"])
-        self._head = Projection(weights["lm_head.weight"])
-        # The native kernel takes and gives float32, so that is what flows between projections there.
-        self.activations = torch.float32 if self._fc.native else dtype
+        self._target_ids = target_ids(weights["d2t"]) if "d2t" in weights else None
+        self.inv_freq = inverse_frequencies(config.layer).to(self.device)
+        self.native, self.kernels = None, {"drafter": "torch"}
+        if native and self.device.type == "cpu":
+            try:
+                self.native = cpu.Drafter(config, weights, self.embedding, self.inv_freq, self._target_ids, dtype)
+                self.kernels = {"drafter": f"native ({cpu.instruction_set()})"}
+            except cpu.NativeUnavailable as error:
+                self.kernels["why_drafter_not_native"] = str(error)
+        layer = "midlayer."
         self._norms = {
-            name.removesuffix(".weight").removeprefix(layer): weight.to(self.activations)
+            name.removesuffix(".weight").removeprefix(layer): weight.float() if self.native else weight
             for name, weight in weights.items()
             if weight.dim() == 1 and name != "d2t"
         }
-        self._target_ids = target_ids(weights["d2t"]) if "d2t" in weights else None
-        self.inv_freq = inverse_frequencies(config.layer).to(self.device)
-        self.kernels = {"drafter": "native" if self._fc.native else "torch"}
+        if self.native is None:
+            self._fc = weights["fc.weight"]
+            self._qkv = torch.cat([weights[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"])
+            self._out = weights[f"{layer}self_attn.o_proj.weight"]
+            self._gate_up = torch.cat([weights[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")])
+            self._down = weights[f"{layer}mlp.down_proj.weight"]
+            self._head = weights["lm_head.weight"]
 
     def new_cache(self, batch: int, capacity: int, nodes: int) -> DraftCache:
         """Room for `capacity` pairs, uncommitted ones included, and `nodes` nodes under way."""
@@ -313,6 +325,8 @@ class Eagle3Drafter:
 
         Returns the features [B, R, h] of those tokens. `cache.extend` says afterwards how many pairs were real.
         """
+        if self.native:
+            return self.native.read_pairs(_floats(taps), ids, cache.lengths, cache.keys, cache.values)
         count = ids.shape[1]
         positions = cache.lengths[:, None] + cache.slots[:count]
         total = max(cache.sizes) + count
@@ -330,6 +344,10 @@ class Eagle3Drafter:
         Returns the features [B, k, h] of those tokens.
         """
         count, total = ids.shape[1], max(cache.sizes)
+        if self.native:
+            seen = visible[..., : (level + 1) * count].expand(*ids.shape, -1)
+            place = (cache.lengths, cache.keys, cache.values)
+            return self.native.read_nodes(ids, features, level * count, seen, *place)
         prefix = cache.slots[:total] < cache.lengths[:, None, None]
         mask = torch.cat([visible.expand(*ids.shape, -1), prefix.expand(-1, count, -1)], -1)
         positions = (cache.lengths[:, None] + level).expand(-1, count)
@@ -340,7 +358,40 @@ class Eagle3Drafter:
     def logits(self, features: Tensor) -> Tensor:
         """features [B, n, h] -> logits over the draft vocabulary [B, n, draft vocab] float32."""
         normed = features if self.config.norm_output else self._norm(features, "norm")
-        return self._head(normed).float()
+        return self.native.head(normed) if self.native else F.linear(normed, self._head).float()
+
+    @torch.inference_mode()
+    def chain(
+        self,
+        taps: Sequence[Tensor],
+        ids: Tensor,
+        last: Tensor,
+        counts: Sequence[int],
+        cache: DraftCache,
+        depth: int,
+        mark: Callable[[], Mark],
+    ) -> tuple[Tensor, list[Mark]]:
+        """Read pairs as `extend` does, commit counts[b] of them, and draft a chain behind pair last[b].
+
+        Returns its tokens [B, depth], the target's ids, each the likeliest after the one before it, and a mark of the
+        device's at the end of each level. A chain of n needs n - 1 nodes.
+        """
+        if self.native:
+            place = (cache.lengths, cache.keys, cache.values)
+            tokens, ends = self.native.draft(_floats(taps), ids, last, *place, depth)
+            cache.extend(counts)
+            return tokens, ends
+        features = self.extend(taps, ids, cache)[cache.sequence, last[:, None]]
+        cache.extend(counts)
+        chain: list[Tensor] = []
+        marks: list[Mark] = []
+        for level in range(depth):
+            if level:
+                visible = (cache.slots[: cache.nodes] < level).view(1, 1, -1)
+                features = self.expand(chain[-1], features, cache, level - 1, visible)
+            chain.append(self.target_ids(self.logits(features).argmax(-1)))
+            marks.append(mark())
+        return torch.cat(chain, 1), marks
 
     def target_ids(self, ids: Tensor) -> Tensor:
         """Draft token ids of any shape -> the target's ids."""
@@ -348,18 +399,17 @@ class Eagle3Drafter:
 
     def cost(self, rows: int, contexts: Sequence[int], wanted: int, pairs: int, fused: bool) -> Cost:
         """Cost of reading `rows` tokens per sequence; see `Eagle3Config.cost`."""
-        itemsize, kv_itemsize = self.dtype.itemsize, self.activations.itemsize
-        return self.config.cost(rows, contexts, wanted, pairs, fused, itemsize, kv_itemsize)
+        return self.config.cost(rows, contexts, wanted, pairs, fused, self.dtype.itemsize)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self._norms[name], self.config.layer.rms_eps)
 
     def _fuse(self, taps: Sequence[Tensor]) -> Tensor:
-        parts = [tap.to(self.activations) for tap in taps]
+        parts = [tap.to(self.dtype) for tap in taps]
         if self.config.fc_norm:
             parts = [self._norm(part, f"fc_norm.{index}") for index, part in enumerate(parts)]
         joined = torch.cat(parts, -1)
-        return self._fc(self._norm(joined, "input_norm") if self.config.norm_before_fc else joined)
+        return F.linear(self._norm(joined, "input_norm") if self.config.norm_before_fc else joined, self._fc)
 
     def _layer(
         self,
@@ -375,8 +425,8 @@ class Eagle3Drafter:
         layer, (batch, count) = self.config.layer, ids.shape
         normed = self._norm(features, "hidden_norm")
         residual = normed if self.config.norm_before_residual else features
-        embedded = self._norm(self.embedding[ids].to(self.activations), "input_layernorm")
-        heads = self._qkv(torch.cat([embedded, normed], -1)).view(batch, count, -1, layer.head_dim)
+        embedded = self._norm(self.embedding[ids], "input_layernorm")
+        heads = F.linear(torch.cat([embedded, normed], -1), self._qkv).view(batch, count, -1, layer.head_dim)
         turning, v = heads.split((layer.heads + layer.kv_heads, layer.kv_heads), 2)
         q, k = rotate(turning, cache.cos[positions], cache.sin[positions]).split((layer.heads, layer.kv_heads), 2)
         cache.keys[cache.sequence, :, slots] = k
@@ -388,7 +438,11 @@ class Eagle3Drafter:
             attn_mask=mask[:, None],
             enable_gqa=True,
         )
-        h1 = residual + self._out(mixed.transpose(1, 2).reshape(batch, count, -1))
-        gate, up = self._gate_up(self._norm(h1, "post_attention_layernorm")).chunk(2, -1)
-        h2 = h1 + self._down(F.silu(gate) * up)
+        h1 = residual + F.linear(mixed.transpose(1, 2).reshape(batch, count, -1), self._out)
+        gate, up = F.linear(self._norm(h1, "post_attention_layernorm"), self._gate_up).chunk(2, -1)
+        h2 = h1 + F.linear(F.silu(gate) * up, self._down)
         return self._norm(h2, "norm") if self.config.norm_output else h2
+
+
+def _floats(taps: Sequence[Tensor]) -> list[Tensor]:
+    return [tap.float() for tap in taps]
