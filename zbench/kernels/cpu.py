@@ -504,7 +504,7 @@ class Decoder:
         batch, rows = ids.shape
         logits = self._logits.floats(logit_rows.numel(), self.config.vocab)
         captured = torch.empty(len(capture), batch, rows, self.config.width)
-        layers = torch.tensor(capture, dtype=torch.int64)
+        layers = (ctypes.c_int64 * len(capture))(*capture)
         threads = torch.get_num_threads()
         sections = BEFORE + LAYER * self.config.layers + AFTER
         times = None if _recorded is None else torch.zeros(1 + len(sections), dtype=torch.int64)
@@ -521,7 +521,9 @@ class Decoder:
             ctypes.pointer(adapter.argument) if adapter else None,
             keys.data_ptr(),
             values.data_ptr(),
-            *(t.data_ptr() for t in (logit_rows, layers, logits, captured, self._workspace)),
+            logit_rows.data_ptr(),
+            ctypes.addressof(layers),
+            *(t.data_ptr() for t in (logits, captured, self._workspace)),
             self._workspace.numel(),
             None if times is None else times.data_ptr(),
         )
