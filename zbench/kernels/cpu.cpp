@@ -575,9 +575,10 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     A* between = space.take<A>((int64_t)(M + TALL) * columns);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
-    // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
+    // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks where a thread would have none; no
+    // further, as the scores of a task cost the same for one lane as for all.
     int tasks_per_head = (R * group + P - 1) / P;
-    while (B * G * tasks_per_head < 2 * threads && tasks_per_head < R * group) tasks_per_head++;
+    while (B * G * tasks_per_head < threads && tasks_per_head < R * group) tasks_per_head++;
     const int per_task = (R * group + tasks_per_head - 1) / tasks_per_head;
     tasks_per_head = (R * group + per_task - 1) / per_task;
     vf* scores = space.take<vf>((int64_t)threads * NV * ld);
