@@ -359,7 +359,9 @@ class Pages:
         """The same values, contiguous, at the next cache line."""
         size = tensor.numel() * tensor.element_size()
         if self._left.numel() < size:
-            memory = mmap.mmap(-1, -(-max(size, self._chunk) // self.HUGE) * self.HUGE + self.HUGE)
+            length = -(-max(size, self._chunk) // self.HUGE) * self.HUGE + self.HUGE
+            # Private: of what could be shared with other processes most systems make no huge pages.
+            memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel built without them
                     memory.madvise(mmap.MADV_HUGEPAGE)
