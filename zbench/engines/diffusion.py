@@ -168,6 +168,7 @@ class Diffusion:
     def _verify(self, state: DiffusionState, logits: Tensor, ids: Tensor, index: Tensor, mix: Mix | None) -> Verdict:
         count = ids.shape[1]
         trusted = None if self.trust is None or state.confidence is None else state.confidence >= self.trust
+        whole = self.synthetic is None and all(n == count - 1 for n in state.offered)
         return verify_chain(
             logits,
             ids[:, 1:],
@@ -175,7 +176,7 @@ class Diffusion:
             index,
             None if state.probs is None else state.probs[:, : count - 1],
             self.synthetic,
-            on_device(state.offered, ids.device),
+            None if whole else on_device(state.offered, ids.device),
             None if trusted is None else trusted[:, : count - 1],
             mix,
         )

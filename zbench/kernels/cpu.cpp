@@ -37,6 +37,7 @@ constexpr bool DOT = true;
 #else
 constexpr bool DOT = false;
 #endif
+constexpr int STREAMED = 4;   // the most rows whose arithmetic hides behind reading their weights
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -167,16 +168,22 @@ INLINE void dot(const float* w, const float* x, int height, int K, vf* acc) {
 }
 
 #if defined(__AVX512BF16__)
+INLINE void add_products(__m512bh w, const bf16* pair, vf& to) {  // to += w . the pair, in every lane
+    // GCC does not fold a broadcast into this instruction by itself.
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(to) : "v"(w), "m"(*(const bf16(*)[2])pair));
+}
+
 template <int NP, int MR, int FROM = 0, int COUNT = NP>
 INLINE void dot(const bf16* w, const bf16* x, int height, int K, vf* acc) {
     for (int k = 0; k < K; k += 2, x += 2 * height) {
         __m512bh wv[COUNT];
         unrolled<COUNT>(EACH(p) {
             wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
-            // The arithmetic of several rows hides the way from memory only if the next panels are on it already.
-            if (MR > 1) _mm_prefetch((const char*)(w + ((int64_t)(NP + p) * K + k) * P), _MM_HINT_T1);
+            // The arithmetic of many rows hides the way from memory only if the next panels are on it already.
+            if (MR > STREAMED) _mm_prefetch((const char*)(w + ((int64_t)(NP + p) * K + k) * P), _MM_HINT_T1);
         });
         unrolled<MR>(EACH(m) {
+            if constexpr (COUNT == 1) { add_products(wv[0], x + 2 * m, acc[m * NP + FROM]); return; }
             int32_t pair; memcpy(&pair, x + 2 * m, 4);
             __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
             unrolled<COUNT>(EACH(p) { vf& to = acc[m * NP + FROM + p]; to = (vf)_mm512_dpbf16_ps((__m512)to, wv[p], xv); });
@@ -231,9 +238,11 @@ static __attribute__((noinline)) void tile(const Matrix<W>& by, const Acts<W>& x
 }
 
 // Panels per tile for MR rows: as many accumulators as the register file holds (16 registers with AVX, 32 with AVX512).
-// Tall tiles read each weight once for all their rows, so that memory streams while the arithmetic runs.
-template <int MR> constexpr int panels() {
+// Tall tiles read each weight once for all their rows, so that memory streams while the arithmetic runs. With the dot
+// product few rows are bound by memory alone, and one panel after another is one stream for the prefetchers.
+template <int MR, class W> constexpr int panels() {
     if (!WIDE) return MR == 1 ? 4 : MR == 2 ? 2 : 1;
+    if (MR > 1 && MR <= STREAMED && Acts<W>::U == 2) return 1;
     return MR == 1 ? 8 : MR <= 6 ? 4 : MR <= 12 ? 2 : 1;
 }
 constexpr int TALL = WIDE ? 16 : 5;
@@ -252,7 +261,7 @@ INLINE void emit(const Matrix<W>& by, const Acts<W>& x, int m0, int panel, Out& 
 template <int MR, int STEP, class W, class Out>
 static inline void sweep(int rows, const Matrix<W>& by, const Acts<W>& x, int m0, int p0, int p1, Out& out) {
     if (rows == MR) {
-        constexpr int NP = panels<MR>(), Q = NP > STEP ? NP : STEP;
+        constexpr int NP = panels<MR, W>(), Q = NP > STEP ? NP : STEP;
         int p = p0;
         for (; p + Q <= p1; p += Q) emit<NP, MR, STEP>(by, x, m0, p, out);
         for (; p < p1; p += STEP) emit<1, MR, STEP>(by, x, m0, p, out);
@@ -567,9 +576,10 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     A* between = space.take<A>((int64_t)(M + TALL) * columns);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
-    // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
+    // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks where a thread would have none; no
+    // further, as the scores of a task cost the same for one lane as for all.
     int tasks_per_head = (R * group + P - 1) / P;
-    while (B * G * tasks_per_head < 2 * threads && tasks_per_head < R * group) tasks_per_head++;
+    while (B * G * tasks_per_head < threads && tasks_per_head < R * group) tasks_per_head++;
     const int per_task = (R * group + tasks_per_head - 1) / tasks_per_head;
     tasks_per_head = (R * group + per_task - 1) / per_task;
     vf* scores = space.take<vf>((int64_t)threads * NV * ld);

@@ -387,7 +387,9 @@ class Pages:
         """The same values, contiguous, at the next cache line."""
         size = tensor.numel() * tensor.element_size()
         if self._left.numel() < size:
-            memory = mmap.mmap(-1, -(-max(size, self._chunk) // self.HUGE) * self.HUGE + self.HUGE)
+            length = -(-max(size, self._chunk) // self.HUGE) * self.HUGE + self.HUGE
+            # Private: of what could be shared with other processes most systems make no huge pages.
+            memory = mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel built without them
                     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -549,7 +551,7 @@ class Decoder(_Packed):
         batch, rows = ids.shape
         logits = self._logits.floats(logit_rows.numel(), self.config.vocab)
         captured = torch.empty(len(capture), batch, rows, self.config.width)
-        layers = torch.tensor(capture, dtype=torch.int64)
+        layers = (ctypes.c_int64 * len(capture))(*capture)
         threads = torch.get_num_threads()
         sections = BEFORE + LAYER * self.config.layers + AFTER
         times = None if _recorded is None else torch.zeros(1 + len(sections), dtype=torch.int64)
@@ -566,7 +568,9 @@ class Decoder(_Packed):
             ctypes.pointer(adapter.argument) if adapter else None,
             keys.data_ptr(),
             values.data_ptr(),
-            *(t.data_ptr() for t in (logit_rows, layers, logits, captured, self._workspace)),
+            logit_rows.data_ptr(),
+            ctypes.addressof(layers),
+            *(t.data_ptr() for t in (logits, captured, self._workspace)),
             self._workspace.numel(),
             None if times is None else times.data_ptr(),
         )

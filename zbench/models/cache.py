@@ -36,6 +36,8 @@ class Cache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        # On a CPU a step writes the lengths as they are, which costs less than two of torch's operators.
+        self._shared = self.lengths.numpy() if self.lengths.device.type == "cpu" else None
         self.sizes = [0] * batch
         self.pending: Any = None  # what the last forward left for `commit`, beside keys and values
 
@@ -61,4 +63,7 @@ class Cache:
 
     def _grow(self, counts: Sequence[int]) -> None:
         self.sizes = [size + count for size, count in zip(self.sizes, counts, strict=True)]
-        self.lengths += torch.tensor(counts, device=self.lengths.device)
+        if self._shared is not None:
+            self._shared[:] = self.sizes
+        else:
+            self.lengths += torch.tensor(counts, device=self.lengths.device)

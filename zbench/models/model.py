@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -117,9 +118,15 @@ def wanted_rows(rows: Rows, logits: Tensor | None) -> Tensor:
     """[n] flat indices of the rows that ask for logits."""
     batch, count = rows.ids.shape
     if logits is None:
-        return torch.arange(batch * count, device=rows.ids.device)
+        return _all_rows(batch * count, rows.ids.device)
     offsets = torch.arange(batch, device=rows.ids.device)[:, None] * count
     return (logits + offsets).reshape(-1)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _all_rows(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def count_choices(choices: Sequence[Tensor], experts: int) -> Tensor:

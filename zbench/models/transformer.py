@@ -249,7 +249,7 @@ class Transformer:
             None if rows.masks is None else rows.masks.contiguous(),
             None if adapter is None else adapter.native,
         )
-        hidden = dict(zip(capture, captured, strict=True))
+        hidden = dict(zip(capture, captured, strict=True)) if capture else {}
         return Output(flat.view(rows.ids.shape[0], -1, self.config.vocab), hidden)
 
     @torch.inference_mode()
