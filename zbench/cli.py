@@ -944,9 +944,12 @@ _start = click.option(
 @train.command("tidar")
 @_training
 @_start
-@click.option("--block", default=8, show_default=True, type=click.IntRange(2, 32), help="Masks of a block.")
+@click.option("--block", default=8, show_default=True, type=click.IntRange(2, 32), help="Tokens of a block.")
+@click.option(
+    "--short-block", type=click.IntRange(2, 32), help="Tokens of the short blocks of most steps.  [default: half]"
+)
 @click.option("--rank", default=24, show_default=True, type=click.IntRange(min=1), help="Of the low-rank updates.")
-def train_tidar(block: int, rank: int, start: str | None, **options: Any) -> None:
+def train_tidar(block: int, short_block: int | None, rank: int, start: str | None, **options: Any) -> None:
     """Train an adapter that makes a model draft for itself: for the engine `diffusion`.
 
     \b
@@ -959,7 +962,7 @@ def train_tidar(block: int, rank: int, start: str | None, **options: Any) -> Non
 
     def objective(target: Any, corpus: Any, seed: int) -> Tidar:
         begun = load_adapter(_trained(start, "adapter"), target.config) if start else None
-        return Tidar(target, TidarSettings(block=block, rank=rank), seed, begun)
+        return Tidar(target, TidarSettings(block=block, rank=rank, short_block=short_block), seed, begun)
 
     _train(options, objective, 2e-3)
 

@@ -288,6 +288,11 @@ class Eagle3Spec(SpeculativeSpec):
     tokens: Count | None = Field(
         None, description="Tokens drafted per step; null is depth for a chain and 4 x depth for a tree."
     )
+    confidence: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="End a chain where the drafter gives its drafts so far less than this chance of being right; 0 "
+        "drafts depth tokens in every step.",
+    )
 
 
 class DFlashSpec(SpeculativeSpec):

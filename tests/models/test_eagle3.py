@@ -211,6 +211,31 @@ def test_a_chain_in_one_call_is_the_likeliest_path_of_the_published_recurrence(
         assert got[b].tolist() == path
 
 
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
+def test_a_chain_ends_where_no_sequence_is_confident(native: bool) -> None:
+    stored, depth = checkpoint(), 5
+    drafter = drafter_of(stored, native)
+    taps, tokens = features(7, 40), ids_of(7, 50)
+    path: list[int] = []
+    chances = [1.0]
+    for _ in range(depth):
+        logits = published_logits(stored, taps, tokens, path)
+        path.append(int(drafter.target_ids(logits.argmax())))
+        chances.append(chances[-1] * float(logits.softmax(-1).max()))
+
+    def levels(confidence: float) -> int:
+        cache = drafter.new_cache(1, 32, nodes=depth - 1)
+        given = taps[None].chunk(3, -1), torch.tensor([tokens]), torch.tensor([6]), [7]
+        got, marks = drafter.chain(*given, cache, depth, time.perf_counter_ns, confidence)
+        assert got[0].tolist() == path[: len(marks)]
+        return len(marks)
+
+    assert levels(0.0) == depth
+    for drafted in range(1, depth):  # a chance just above and just below what was drafted so far
+        assert levels(chances[drafted] * 1.001) == drafted
+        assert levels(chances[drafted] * 0.999) == drafted + 1
+
+
 def two_levels(drafter: Eagle3Drafter) -> Tensor:
     """All logits of two sequences: after each of their pairs, and after two levels of three nodes each."""
     cache = drafter.new_cache(2, 64, nodes=6)

@@ -131,6 +131,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
         options["top_k"],
         options["tokens"],
         synthetic.parse(drawn, options["depth"]) if drawn else None,
+        options["confidence"],
     )
     engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
     return engine

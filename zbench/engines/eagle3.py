@@ -17,6 +17,7 @@ from zbench.engines.base import Generated, Meter, Request, State, Step, generate
 from zbench.engines.plans import eagle3_tokens
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, kernels, verify_chain, verify_tree
+from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
 from zbench.models.model import Model
@@ -35,7 +36,11 @@ class Eagle3State(State):
 
 
 class Eagle3:
-    """Draft `tokens` tokens in `depth` levels of the `top_k` best nodes each; top_k 1 is a chain."""
+    """Draft `tokens` tokens in `depth` levels of the `top_k` best nodes each; top_k 1 is a chain.
+
+    A chain may end early: it goes on while the drafter gives what it has drafted in this step at least the chance
+    `confidence` of being right, in one sequence of the batch.
+    """
 
     def __init__(
         self,
@@ -45,12 +50,18 @@ class Eagle3:
         top_k: int = 1,
         tokens: int | None = None,
         synthetic: Synthetic | None = None,
+        confidence: float = 0.0,
     ) -> None:
         """`tokens` None drafts a whole chain, or the best 4 x depth nodes of a tree. Raises UserError for a setting
         that cannot be."""
         tokens = eagle3_tokens(depth, top_k, tokens, drafter.config.draft_vocab)
         self.model, self.drafter = model, drafter
+        if confidence and top_k > 1:
+            raise UserError(f"eagle3: confidence {confidence:g} ends chains; top_k {top_k} drafts trees")
+        if confidence and synthetic:
+            raise UserError("eagle3: acceptance is synthetic, so that the drafter's confidence means nothing")
         self.depth, self.top_k, self.tokens, self.synthetic = depth, top_k, tokens, synthetic
+        self.confidence = confidence
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
         self.exact = None if synthetic else True
         self._capture = tuple(sorted(drafter.config.taps))
@@ -106,7 +117,7 @@ class Eagle3:
             state.taps, state.following = taps, verdict.tokens[:, : self.depth + 1].clamp(min=0)
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
-            drafted=tuple(self.tokens * active for active in state.active),
+            drafted=tuple((rows.ids.shape[1] - 1) * active for active in state.active),
             accepted=tuple(max(count - 1, 0) for count in counts),
         )
 
@@ -135,11 +146,13 @@ class Eagle3:
             cache.extend([max(0, min(size - begin, count)) for size in sizes])
 
     def _draft_chain(self, state: Eagle3State, meter: Meter) -> Rows:
-        """The last committed token and `depth` drafts, each the likeliest after the one before it."""
+        """The last committed token and up to `depth` drafts, each the likeliest after the one before it."""
         cache, counts = state.draft_cache, state.unread_sizes
         start, contexts = meter.device.mark(), cache.sizes
         taps, following, last = self._unread(state)
-        tokens, ends = self.drafter.chain(taps, following, last, counts, cache, self.depth, meter.device.mark)
+        tokens, ends = self.drafter.chain(
+            taps, following, last, counts, cache, self.depth, meter.device.mark, self.confidence
+        )
         for level, end in enumerate(ends):
             self._record_level(meter, start, end, contexts, level, following.shape[1])
             start, contexts = end, cache.sizes

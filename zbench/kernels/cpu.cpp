@@ -242,7 +242,7 @@ static __attribute__((noinline)) void tile(const Matrix<W>& by, const Acts<W>& x
 // product few rows are bound by memory alone, and one panel after another is one stream for the prefetchers.
 template <int MR, class W> constexpr int panels() {
     if (!WIDE) return MR == 1 ? 4 : MR == 2 ? 2 : 1;
-    if (MR > 1 && MR <= STREAMED && Acts<W>::U == 2) return 1;
+    if (MR <= STREAMED && Acts<W>::U == 2) return 1;
     return MR == 1 ? 8 : MR <= 6 ? 4 : MR <= 12 ? 2 : 1;
 }
 constexpr int TALL = WIDE ? 16 : 5;
@@ -866,6 +866,8 @@ struct zb_draft {
     float* features;               // [B,R,D]: a node's parent's, then the rows' own
     const int64_t* last;           // [B]: the row that the chain follows; null without one
     int64_t* tokens;               // [B,chain], of the target
+    double confidence;             // no level follows where every chain's chance of holding so far is less
+    int64_t* levels;               // how many there were
     void* workspace;
     int64_t workspace_bytes;
     int64_t* times;                // [max(chain, 1), 14] ns of the steady clock, at a level's start and after its sections
@@ -882,6 +884,15 @@ template <class W, class Rows>
 static void place(Rows x, int n, const Acts<W>& y, int M, int thread, int threads) {
     for (int m = 0; m < M; m++)
         for (int i = n / VL * thread / threads * VL; i < n / VL * (thread + 1) / threads * VL; i += VL) y.put(m, i, load(x(m) + i));
+}
+
+// The chance that softmax(x) gives to its largest entry.
+static float chance(const float* x, float largest, int n) {
+    vf sum{};
+    for (int i = 0; i < n; i += VL) sum += vexp(load(x + i) - largest);
+    float all = 0;
+    for (int l = 0; l < VL; l++) all += sum[l];
+    return 1.0f / all;
 }
 
 // Returns 0, or the bytes that the workspace must have.
@@ -912,7 +923,14 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
     float* logits = space.take<float>(chain ? (int64_t)B * V : 0);
     float* carried = space.take<float>(chain ? (int64_t)B * D : 0);
     int64_t* next = space.take<int64_t>(chain ? B : 0);
+    float* chances = space.take<float>(chain ? B : 0);
     if (!space.ok) return space.needed;
+    for (int b = 0; b < B && chain; b++) chances[b] = 1.0f;
+    auto hopeful = [&] {
+        for (int b = 0; b < B; b++)
+            if (chances[b] >= (float)batch.confidence) return true;
+        return false;
+    };
 
     Barrier team;
 #pragma omp parallel num_threads(threads)
@@ -924,7 +942,7 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
             if (t == 0) *times++ = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
         };
         auto done = [&] { team.wait(n); mark(); };
-        for (int level = 0; level == 0 || level < chain; level++) {
+        for (int level = 0; level == 0 || (level < chain && hopeful()); level++) {
             const bool first = level == 0, pairs = first && batch.taps;
             const int R = first ? (int)batch.rows : 1, M = B * R, before = first ? (int)batch.before : 0, tall = height(M);
             const int64_t* ids = first ? batch.ids : next;
@@ -1041,8 +1059,10 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
             for (int b = B * t / n; b < B * (t + 1) / n && chain; b++) {
                 const int64_t best = first_largest(logits + (int64_t)b * V, V);
                 next[b] = batch.tokens[(int64_t)b * chain + level] = model.target_ids ? model.target_ids[best] : best;
+                if (batch.confidence > 0) chances[b] *= chance(logits + (int64_t)b * V, logits[(int64_t)b * V + best], V);
                 if (first) memcpy(carried + (int64_t)b * D, row(b), D * 4);
             }
+            if (t == 0) *batch.levels = level + 1;
             done();
         }
     }

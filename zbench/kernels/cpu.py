@@ -110,7 +110,10 @@ class _Draft(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "rows", "capacity", "before", "chain", "threads")),
         *((name, ctypes.c_void_p) for name in ("ids", "lengths")),
         ("taps", ctypes.POINTER(ctypes.c_void_p)),
-        *((name, ctypes.c_void_p) for name in ("visible", "keys", "values", "features", "last", "tokens", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("visible", "keys", "values", "features", "last", "tokens")),
+        ("confidence", ctypes.c_double),
+        ("levels", ctypes.POINTER(ctypes.c_int64)),
+        ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
         ("times", ctypes.c_void_p),
     ]
@@ -683,14 +686,19 @@ class Drafter(_Packed):
         keys: Tensor,
         values: Tensor,
         depth: int,
+        confidence: float = 0.0,
     ) -> tuple[Tensor, list[int]]:
-        """Read pairs, of which last[b] is sequence b's last one, and draft a chain from there.
+        """Read pairs, of which last[b] is sequence b's last one, and draft a chain from there: `depth` levels, or fewer
+        where no sequence's drafts so far have at least the chance `confidence` by the drafter.
 
-        Returns the target's ids [B, depth] of the likeliest tokens and when each level was done, ns of
+        Returns the target's ids [B, levels] of the likeliest tokens and when each level was done, ns of
         `time.perf_counter_ns`."""
         tokens = torch.empty(len(ids), depth, dtype=torch.int64)
         features = torch.empty(*ids.shape, self.config.layer.width)
-        return tokens, self._call(ids, lengths, keys, values, features, taps=taps, last=last, tokens=tokens)
+        ends = self._call(
+            ids, lengths, keys, values, features, taps=taps, last=last, tokens=tokens, confidence=confidence
+        )
+        return tokens[:, : len(ends)], ends
 
     def _call(
         self,
@@ -704,6 +712,7 @@ class Drafter(_Packed):
         visible: Tensor | None = None,
         last: Tensor | None = None,
         tokens: Tensor | None = None,
+        confidence: float = 0.0,
     ) -> list[int]:
         """Returns when each level was done."""
         batch, rows = ids.shape
@@ -711,6 +720,7 @@ class Drafter(_Packed):
         given = [ids.contiguous(), *(tap.contiguous() for tap in taps)]  # kept alive
         pointers = (ctypes.c_void_p * len(taps))(*(tap.data_ptr() for tap in given[1:]))
         times = torch.empty(max(chain, 1), 1 + len(LEVEL), dtype=torch.int64)
+        levels = ctypes.c_int64()
         arguments = _Draft(
             *(batch, rows, keys.shape[2], before, chain, torch.get_num_threads()),
             given[0].data_ptr(),
@@ -719,6 +729,8 @@ class Drafter(_Packed):
             None if visible is None else visible.data_ptr(),
             *(t.data_ptr() for t in (keys, values, features)),
             *(None if t is None else t.data_ptr() for t in (last, tokens)),
+            confidence,
+            ctypes.pointer(levels),
             self._workspace.data_ptr(),
             self._workspace.numel(),
             times.data_ptr(),
@@ -728,6 +740,7 @@ class Drafter(_Packed):
             self._workspace = torch.empty(needed, dtype=torch.uint8)
             arguments.workspace, arguments.workspace_bytes = self._workspace.data_ptr(), needed
             call()
+        times = times[: levels.value]
         if _recorded is not None:
             _recorded.extend(self._timed(times.tolist(), rows, lengths, bool(taps), visible, last))
         return times[:, -1].tolist()

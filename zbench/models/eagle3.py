@@ -370,26 +370,35 @@ class Eagle3Drafter:
         cache: DraftCache,
         depth: int,
         mark: Callable[[], Mark],
+        confidence: float = 0.0,
     ) -> tuple[Tensor, list[Mark]]:
-        """Read pairs as `extend` does, commit counts[b] of them, and draft a chain behind pair last[b].
+        """Read pairs as `extend` does, commit counts[b] of them, and draft a chain behind pair last[b]: `depth` levels,
+        or fewer where no sequence's drafts so far have at least the chance `confidence` of being right, by the drafter.
 
-        Returns its tokens [B, depth], the target's ids, each the likeliest after the one before it, and a mark of the
-        device's at the end of each level. A chain of n needs n - 1 nodes.
+        Returns its tokens [B, levels], the target's ids, each the likeliest after the one before it, and a mark of the
+        device's at the end of each level. A chain of n needs n - 1 nodes. With a confidence every level waits for the
+        device.
         """
         if self.native:
             place = (cache.lengths, cache.keys, cache.values)
-            tokens, ends = self.native.draft(_floats(taps), ids, last, *place, depth)
+            tokens, ends = self.native.draft(_floats(taps), ids, last, *place, depth, confidence)
             cache.extend(counts)
             return tokens, ends
         features = self.extend(taps, ids, cache)[cache.sequence, last[:, None]]
         cache.extend(counts)
         chain: list[Tensor] = []
         marks: list[Mark] = []
+        chances = torch.ones(len(ids), 1, device=ids.device)
         for level in range(depth):
+            if confidence and bool((chances < confidence).all()):
+                break
             if level:
                 visible = (cache.slots[: cache.nodes] < level).view(1, 1, -1)
                 features = self.expand(chain[-1], features, cache, level - 1, visible)
-            chain.append(self.target_ids(self.logits(features).argmax(-1)))
+            logits = self.logits(features)
+            chain.append(self.target_ids(logits.argmax(-1)))
+            if confidence:
+                chances = chances * logits.softmax(-1).amax(-1)
             marks.append(mark())
         return torch.cat(chain, 1), marks
 

@@ -37,7 +37,8 @@ class TidarSettings:
     block: int = 8  # tokens, the first of which no mask predicts
     rank: int = 24
     anchors: int = 40  # blocks per conversation and step; more short ones, for as many masks
-    short: float = 0.7  # share of the steps that train blocks of half the length: near places are worth most
+    short: float = 0.7  # share of the steps that train short blocks: near places are worth most
+    short_block: int | None = None  # tokens; None: half a block
     soft: float = 0.5  # share of the loss on the model's own distribution, the rest on its text
     decay: float = 0.85  # of the weight, per place
 
@@ -78,7 +79,7 @@ class Tidar:
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores:
         s = self.settings
         short = not evaluate and bool(torch.rand((), generator=generator) < s.short)
-        masks = max(1, s.block // 2 - 1) if short else s.block - 1
+        masks = (min(s.short_block or max(s.block // 2, 2), s.block) if short else s.block) - 1
         allowed = read.batch.whole(masks + 1)
         anchors, real = draw_anchors(allowed, s.anchors * (s.block - 1) // masks, generator)
         ahead = 1 + torch.arange(masks, device=anchors.device)
