@@ -357,5 +357,5 @@ def test_a_synthetic_tree_gains_the_length_that_was_asked_for(length: float) -> 
 @pytest.mark.parametrize("options", [{"depth": 2, "top_k": 2, "confidence": 0.3}], ids=str)
 def test_confidence_ends_chains_only(options: dict[str, Any]) -> None:
     model = runtime("smollm", "auto")
-    with pytest.raises(UserError, match="confidence 0.3 ends chains; top_k 2 drafts trees"):
+    with pytest.raises(UserError, match=r"confidence 0\.3 ends chains; top_k 2 drafts trees"):
         Eagle3(model, random(model), **options)
