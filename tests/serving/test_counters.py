@@ -168,15 +168,14 @@ def test_tensorrt_llms_iterations_are_summed_unless_some_were_lost() -> None:
 
 
 def test_vllms_diffusion_counters_count_by_difference() -> None:
-    names = ("num_denoising_steps", "num_committed_tokens", "num_canvas_positions")
-
-    def text(steps: int, committed: int, positions: int) -> str:
-        values = zip(names, (steps, committed, positions), strict=True)
-        return "\n".join(f'vllm:diffusion_{name}_total{{engine="0"}} {value}' for name, value in values)
-
-    told = counters.told(counters.read(text(5, 50, 160)), counters.read(text(7, 70, 224)), [None])
-    assert told.diffusion == {"steps": 2, "committed": 20, "positions": 64}
-    assert told.speculation is None
+    """Three requests of 40 tokens: three canvases of 16 positions each, all of them evaluated in every step."""
+    before, after = (counters.read(recorded(f"vllm_diffusion_{when}.txt")) for when in ("before", "after"))
+    answers = vllm_answers("diffusion")
+    told = counters.told(before, after, [counters.of_response(answer["last_chunk"]) for answer in answers])
+    assert told.diffusion == {"steps": 81, "committed": 144, "positions": 16 * 81}
+    assert told.diffusion["committed"] == 3 * 3 * 16 > sum(len(ids) for a in answers for ids in a["token_ids"]) == 120
+    assert (told.speculation, told.why_not, told.notes) == (None, "not reported by the server", ())
+    assert counters.told(after, after, []).diffusion is None
 
 
 def test_an_unknown_server_reports_nothing() -> None:
