@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from tests.tiny import relative_error
 from zbench import prompts
-from zbench.engines import Shared
+from zbench.engines import Shared, create
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
 from zbench.engines.reference import Reference
@@ -24,6 +27,7 @@ from zbench.scenario import PromptSet
 pytestmark = pytest.mark.slow
 CPU = device.resolve("cpu")
 TOKENS = 128
+RECORDED = Path(__file__).parent / "serving" / "recorded"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,8 @@ def real() -> Any:
     model = loading.load("smollm2-135m", dtype="float32")
     chosen = prompts.load(PromptSet(set="quickstart"))
     ids = prompts.encode(chosen, loading.load_tokenizer(model), None)
-    return SimpleNamespace(shared=Shared(model, torch.float32, CPU), ids=ids)
+    named = {prompt.id: each for prompt, each in zip(chosen, ids, strict=True)}
+    return SimpleNamespace(shared=Shared(model, torch.float32, CPU), ids=ids, by_name=named)
 
 
 @pytest.mark.parametrize("execution", ["eager", "native"])
@@ -58,3 +63,20 @@ def test_greedy_tokens_equal_transformers_on_every_packaged_prompt(real: Any) ->
     assert engine.generate(real.ids, request, Meter(CPU)).outputs == want
     alone = [engine.generate([ids], Request(TOKENS, Sampling(), (0,)), Meter(CPU)).outputs[0] for ids in real.ids[:3]]
     assert alone == want[:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("eagle3", {"depth": 3, "top_k": 1, "tokens": None}), ("dflash", {"block": 8})]
+)
+def test_shipped_drafters_take_the_very_steps_that_they_take_in_vllm(real: Any, name: str, options: Any) -> None:
+    """vLLM 0.32 loaded the same folders (tests/serving/recorded): every step must gain the tokens that it gained."""
+    lines = (RECORDED / f"vllm_{name}_answers.jsonl").read_text().splitlines()
+    chosen = {"drafter": {"zoo": f"smollm2-135m-{name}"}, "synthetic": None, "draft_sampling": False}
+    engine = create(name, {**chosen, **options}, real.shared)
+    for answer in map(json.loads, lines[:3]):
+        ids = real.by_name[answer["prompt"]]
+        meter, chunks = Meter(CPU), answer["token_ids"]
+        outputs = engine.generate([ids], Request(sum(map(len, chunks)), Sampling(), (0,)), meter).outputs
+        assert outputs == [list(itertools.chain(*chunks))]
+        steps, _ = meter.records()
+        assert [step.committed[0] for step in steps] == [len(chunk) for chunk in chunks], answer["prompt"]

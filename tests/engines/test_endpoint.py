@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,16 +44,24 @@ def _no_measured_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "differences", lambda *_: [])
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
+@contextmanager
+def served(owner: str) -> Iterator[str]:
     port = free_port()
     running = subprocess.Popen(
-        [sys.executable, "-m", "tests.serving.server", str(port)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "tests.serving.server", str(port), owner], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
-    assert running.stdout and running.stdout.readline().strip() == "listening"
-    yield f"http://127.0.0.1:{port}"
-    running.terminate()
-    running.wait()
+    try:
+        assert running.stdout and running.stdout.readline().strip() == "listening"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        running.terminate()
+        running.wait()
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with served("me") as found:
+        yield found
 
 
 def wanted(tmp_path: Path, *endpoints: str, **changed: Any) -> scenario.Scenario:
@@ -149,6 +158,31 @@ def test_chat_sends_words_and_sampling_sends_seeds(tmp_path: Path, url: str) -> 
     assert {body["messages"][0]["role"] for body in bodies} == {"user"}
     assert all((b["temperature"], b["top_p"], b["top_k"], b["ignore_eos"]) == (0.7, 0.9, 5, True) for b in bodies)
     assert len({body["seed"] for body in bodies}) == 6  # one for each prompt and repeat
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_vllms_diffusion_models_are_left_their_own_schedule(tmp_path: Path, temperature: float) -> None:
+    """vLLM 0.32 answers 400 to a temperature or a seed for such a model."""
+    with served("vllm-diffusion") as url:
+        asked = wanted(tmp_path, f"label: S, url: {url}", sampling=f"{{temperature: {temperature}}}")
+        cell = measured(run.run(asked, tmp_path / "runs", QUIET), "S")
+    assert not cell.failed
+    assert value(cell, "server_diffusion_committed_per_step").value == 16 / 5
+    assert value(cell, "server_diffusion_positions_per_step").value == 16
+    server = cell.trials[0].server
+    assert server and server.speculation is None and "the server's schedule" in server.notes[0]
+
+
+def test_texts_that_go_on_after_their_end_are_asked_for_with_what_marks_it(tmp_path: Path) -> None:
+    """Without its special tokens a text has fewer tokens than the server counts (seen with vLLM 0.32)."""
+    fields = {}
+    for ignore in ("true", "false"):
+        with served("vllm") as url:
+            asked = wanted(tmp_path, f"label: S, url: {url}", ignore_eos=ignore)
+            run.run(asked, tmp_path / "runs", QUIET)
+            body = httpx.get(f"{url}/seen").json()["bodies"][-1]["body"]
+            fields[ignore] = (body.get("ignore_eos"), body.get("skip_special_tokens"))
+    assert fields == {"true": (True, False), "false": (None, None)}
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

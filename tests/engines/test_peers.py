@@ -168,6 +168,20 @@ def test_iterations_of_vllm_become_steps_and_the_first_ends_with_everybodys_firs
     assert [step.committed for step in meter.records()[0]] == [(2, 1), (2, 1), (0, 1)]
 
 
+@needs("vllm")
+@pytest.mark.slow
+def test_vllm_emits_our_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; left alone it asks for nearly all memory
+    target = engines.Shared(loading.load("zbench-tiny", "float32"), torch.float32, CPU)
+    prompts, asked = [PROMPT, PROMPT[::-1] * 3], Request(LIMIT, Sampling(), (0, 0))
+    want = Autoregressive(target.target("auto")).generate(prompts, asked, Meter(CPU)).outputs
+    engine = engines.create("vllm", options("vllm", context=256, settings={"enforce_eager": True}), target)
+    meter = Meter(CPU)
+    assert engine.generate(prompts, asked, meter).outputs == want
+    steps, _ = meter.records()
+    assert [sum(row) for row in zip(*(step.committed for step in steps), strict=True)] == [LIMIT, LIMIT]
+
+
 def test_vllm_that_ends_too_early_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="short of what was asked for"):
         stepped({0: [4]}).generate([[1]], request(2), Meter(CPU))

@@ -306,7 +306,7 @@ def write_original(stored: Eagle3Checkpoint, folder: Path) -> None:
     """The paper's own release: pickle, default taps, no rope_theta, a t2d beside d2t."""
     save_drafter(folder, stored)
     config = json.loads((folder / "config.json").read_text())
-    for key in ("eagle_config", "rope_parameters", "target_hidden_size"):
+    for key in ("eagle_aux_hidden_state_layer_ids", "eagle_config", "rope_parameters", "target_hidden_size"):
         config.pop(key)
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
     tensors = load_file(folder / "model.safetensors")
@@ -356,13 +356,17 @@ def test_speculators_variants_come_back_as_they_were(variant: dict[str, Any], tm
     assert load_drafter(tmp_path / "d", TARGET).config == stored.config
 
 
-def test_tap_ids_mean_layer_outputs_in_specforge_and_layer_inputs_in_speculators(tmp_path: Path) -> None:
-    stored = checkpoint(taps=(1, 4, 8))
+def test_tap_ids_are_layer_inputs_at_the_top_level_and_outputs_in_eagle_config(tmp_path: Path) -> None:
+    """vLLM takes either as inputs and reads the top level first; SGLang reads eagle_config alone, as outputs."""
+    key, stored = "eagle_aux_hidden_state_layer_ids", checkpoint(taps=(1, 4, 8))
     save_drafter(tmp_path / "s", stored)
-    ids = json.loads((tmp_path / "s" / "config.json").read_text())["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    assert ids == [0, 3, 7]
-    assert load_drafter(tmp_path / "s", TARGET).config.taps == (1, 4, 8)
-    write_speculators(stored, tmp_path / "v", eagle_aux_hidden_state_layer_ids=[1, 4, 8])
+    file = tmp_path / "s" / "config.json"
+    config = json.loads(file.read_text())
+    assert (config[key], config["eagle_config"][key]) == ([1, 4, 8], [0, 3, 7])
+    for left_out in ((), ("eagle_config",), (key,)):
+        file.write_text(json.dumps({k: v for k, v in config.items() if k not in left_out}))
+        assert load_drafter(tmp_path / "s", TARGET).config.taps == (1, 4, 8)
+    write_speculators(stored, tmp_path / "v")
     assert load_drafter(tmp_path / "v", TARGET).config.taps == (1, 4, 8)
 
 
@@ -418,12 +422,12 @@ def tensors_with(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
         (config_with(attention_bias=True), "attention_bias is not supported"),
         (config_with(norm_output=True), "norm_output means two things"),
         (config_with(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state false .* is not supported"),
-        (config_with(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3, 9]}), r"hidden states \[2, 4, 10\]"),
-        (config_with(eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 3]}), r"fc.weight has shape \(96, 288\)"),
+        (config_with(eagle_aux_hidden_state_layer_ids=[2, 4, 10]), r"hidden states \[2, 4, 10\]"),
+        (config_with(eagle_aux_hidden_state_layer_ids=[2, 4]), r"fc.weight has shape \(96, 288\)"),
         (config_with(speculators_model_type="dflash"), "speculators_model_type 'dflash' is not eagle3"),
         (config_with(speculators_model_type="eagle3"), "transformer_layer_config is missing"),
         (config_with(intermediate_size=None), "intermediate_size is missing"),
-        (config_with(eagle_config={"eagle_aux_hidden_state_layer_ids": "all"}), "must be a list of layer numbers"),
+        (config_with(eagle_aux_hidden_state_layer_ids="all"), "must be a list of layer numbers"),
         (config_with(draft_vocab_size="many"), "draft_vocab_size must be 1 to 300, not 'many'"),
         (config_with(draft_vocab_size=301), "draft_vocab_size must be 1 to 300, not 301"),
         (config_with(draft_vocab_size=65), r"lm_head.weight has shape \(64, 96\)"),

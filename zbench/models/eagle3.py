@@ -37,6 +37,8 @@ from zbench.models.transformer import inverse_frequencies, rotate
 
 _MAX_POSITIONS = 2048  # the released configs' training length, where a config does not say
 _RANDOM_STD = 0.02
+# At the top level (speculators, vLLM) it counts layer inputs, as we do; in eagle_config (SpecForge, SGLang) outputs.
+_TAPS_KEY = "eagle_aux_hidden_state_layer_ids"
 
 # What other trainers call the same tensor, by prefix.
 _RENAMES = {
@@ -104,8 +106,9 @@ def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
         "num_hidden_layers": 1,
         "draft_vocab_size": config.draft_vocab,
         "target_hidden_size": config.target_width,
-        # This layout counts layer outputs: the output of layer i - 1 is the input of layer i.
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in config.taps]},
+        # Both: vLLM counts inputs in either place and reads the outer one first, SGLang reads the inner one only.
+        _TAPS_KEY: list(config.taps),
+        "eagle_config": {_TAPS_KEY: [tap - 1 for tap in config.taps]},
         **{name: True for name in ("norm_before_residual", "norm_before_fc", "fc_norm") if getattr(config, name)},
     }
     (folder / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -189,7 +192,7 @@ def _parse(config: Mapping[str, Any], tensors: Collection[str], target: AnyConfi
     return Eagle3Config(
         layer=layer,
         draft_vocab=_draft_vocab(config, layer.vocab),
-        taps=_taps(config, target, speculators),
+        taps=_taps(config, target),
         target_width=target_width,
         norm_before_residual=bool(config.get("norm_before_residual", False)),
         norm_before_fc=bool(config.get("norm_before_fc")) or "input_norm.weight" in tensors,
@@ -221,13 +224,14 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
         raise UserError("norm_output means two things in this layout; remove it, or convert the drafter to speculators")
 
 
-def _taps(config: Mapping[str, Any], target: AnyConfig, speculators: bool) -> tuple[int, ...]:
-    source = config if speculators else config.get("eagle_config") or {}
-    ids = source.get("eagle_aux_hidden_state_layer_ids")
-    if ids is not None and not (isinstance(ids, list) and all(isinstance(index, int) for index in ids)):
-        raise UserError(f"eagle_aux_hidden_state_layer_ids must be a list of layer numbers, not {ids!r}")
-    # speculators counts layer inputs as we do; the other layouts name the layer whose output is meant.
-    taps = eagle3_taps(target.layers) if ids is None else tuple(index + (not speculators) for index in ids)
+def _taps(config: Mapping[str, Any], target: AnyConfig) -> tuple[int, ...]:
+    outputs = (config.get("eagle_config") or {}).get(_TAPS_KEY)
+    ids = config.get(_TAPS_KEY, outputs)
+    if ids is None:
+        return eagle3_taps(target.layers)
+    if not (isinstance(ids, list) and all(isinstance(index, int) for index in ids)):
+        raise UserError(f"{_TAPS_KEY} must be a list of layer numbers, not {ids!r}")
+    taps = tuple(ids) if _TAPS_KEY in config else tuple(index + 1 for index in ids)
     if len(set(taps)) != len(taps) or not all(0 <= tap <= target.layers for tap in taps):
         raise UserError(f"reads hidden states {list(taps)}, which a target of {target.layers} layers has not")
     return taps

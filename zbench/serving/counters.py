@@ -184,7 +184,9 @@ def _company(before: Reading, after: Reading, requests: int) -> tuple[str, ...]:
 def _iterations(iterations: Sequence[Mapping[str, Any]]) -> tuple[Speculation | None, str]:
     if len(iterations) >= KEPT_ITERATIONS:
         return None, f"the server keeps {KEPT_ITERATIONS} iterations and this trial had more: some were lost"
-    drafting = [s for i in iterations if (s := i.get("specDecodingStats")) and s.get("numDraftTokens")]
+    # With attention data parallelism every rank has a row, and each repeats the figures of rank 0.
+    rows = (i for i in iterations if not i.get("attentionDpRank"))
+    drafting = [s for i in rows if (s := i.get("specDecodingStats")) and s.get("numDraftTokens")]
     if not drafting:
         return None, "the server's iterations say that nothing was drafted"
     total = {
