@@ -1,4 +1,6 @@
-"""Tokens per step on held-out conversations against drafted tokens learnt, as in docs/zoo.md.
+"""How often the first draft is right on held-out conversations, against drafted tokens learnt, as in docs/zoo.md.
+
+The first place alone can be compared between runs that draft to different lengths.
 
     python tools/training_curves.py docs/zoo_curves.png "TiDAR=one/log.jsonl,more/log.jsonl" "EAGLE-3=eagle3/log.jsonl"
 
@@ -21,11 +23,11 @@ MARKERS = "osD^"
 
 
 def curve(logs: list[Path]) -> list[list[tuple[float, float]]]:
-    """(tokens learnt before and in each run, tokens per step), run by run."""
+    """(tokens learnt before and in each run, share of first drafts that are right), run by run."""
     before, runs = 0, []
     for log in logs:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        runs.append([(before + line["tokens"], line["accepted"]) for line in lines])
+        runs.append([(before + line["tokens"], line["right"][0]) for line in lines])
         before += lines[-1]["tokens"]
     return runs
 
@@ -36,12 +38,12 @@ def main(out: str, *named: str) -> None:
         name, logs = given.split("=", 1)
         for part, run in enumerate(curve([Path(log) for log in logs.split(",")])):
             axes.plot(
-                [tokens / 1e6 for tokens, _ in run], [accepted for _, accepted in run], color=COLOURS[number],
+                [tokens / 1e6 for tokens, _ in run], [100 * right for _, right in run], color=COLOURS[number],
                 marker=MARKERS[number], markersize=4, label=None if part else name,
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("drafted tokens learnt (millions)")
-    axes.set_ylabel("tokens per step, held-out conversations")
+    axes.set_ylabel("first drafts that are right, % (held-out conversations)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(out, dpi=150)
