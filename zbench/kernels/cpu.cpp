@@ -551,6 +551,75 @@ static Matrix<W> adapt(const void* w, const zb_low_rank* low, const Acts<W>& x, 
     return {(const W*)w, (const W*)low->b, low->source, (int)low->rank, inner};
 }
 
+// How the (row, head of the group) pairs of a sequence and KV head become lanes of tasks. Few rows are spread over more
+// tasks where a thread would have none; no further, as the scores of a task cost the same for one lane as for all.
+struct Lanes {
+    int tasks, per_task;
+    Lanes(int lanes, int kv_heads, int threads) {
+        tasks = (lanes + P - 1) / P;
+        while (kv_heads * tasks < threads && tasks < lanes) tasks++;
+        per_task = (lanes + tasks - 1) / tasks;
+        tasks = (lanes + per_task - 1) / per_task;
+    }
+};
+
+// One layer's attention of R rows per sequence over its cache; what every thread does its share of.
+template <class W>
+struct Attention {
+    int B, R, H, G, d;
+    int64_t S;             // slots of the cache
+    W *keys, *values;      // [B,G,S/16,d,16] and [B,G,S,d]
+    float* qkv;            // [B R, (H + 2 G) d]
+    int width() const { return (H + 2 * G) * d; }
+
+    // Turn queries and keys, and store keys and values at slot(m).
+    template <class Slot>
+    void store(const float* cosine, const float* sine, const float* q_norm, const float* k_norm, float eps, Slot slot, int t, int n) const {
+        const int64_t M = (int64_t)B * R;
+        for (int64_t i = M * (H + G) * t / n; i < M * (H + G) * (t + 1) / n; i++) {
+            const int m = (int)(i / (H + G)), h = (int)(i % (H + G));
+            float* x = qkv + (int64_t)m * width() + (int64_t)h * d;
+            rotate(x, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2), d, h < H ? q_norm : k_norm, eps);
+            if (h < H) continue;
+            const int64_t at = slot(m), head = (int64_t)(m / R) * G + h - H;
+            constexpr int U = key_unit<W>();
+            W* k = keys + head * S * d + at / P * P * d + at % P * U;
+            for (int e = 0; e < d; e++) put(k + e / U * U * P + e % U, x[e]);
+            W* v = values + (head * S + at) * d;
+            for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
+        }
+    }
+
+    // Rows see `prefix(b)` slots, and of the `own` behind them those that `seen` [B, tasks, own] says; with a window
+    // none older than that. `mixed` [B R, H d], scores and queries are scratch.
+    template <class Prefix>
+    void attend(const Lanes& lanes, Prefix prefix, int own, const uint16_t* seen, const int64_t* positions, int64_t window, float scale,
+                vf* scores, act_t<W>* queries, float* mixed, const Acts<W>& attended, int t, int n) const {
+        const int group = H / G;
+        const int64_t tasks = (int64_t)B * G * lanes.tasks, ld = (S + P - 1) / P * P + P;
+        for (int64_t task = tasks * t / n; task < tasks * (t + 1) / n; task++) {
+            const int head = (int)(task / lanes.tasks), from = (int)(task % lanes.tasks) * lanes.per_task, b = head / G, g = head % G;
+            const int count = R * group - from < lanes.per_task ? R * group - from : lanes.per_task;
+            float* out[P]; int64_t oldest[P];
+            const Acts<W> q{queries + (int64_t)t * P * d, d, P};
+            for (int c = 0; c < P; c++) {
+                if (c >= count) { for (int e = 0; e < d; e += VL) q.put(c, e, vf{}); continue; }
+                const int64_t m = (int64_t)b * R + (from + c) / group, h = g * group + (from + c) % group;
+                for (int e = 0; e < d; e += VL) q.put(c, e, load(qkv + m * width() + h * d + e));
+                out[c] = mixed + m * H * d + h * d;
+                if (window) oldest[c] = positions[m] - window + 1;
+            }
+            ::attend<W>(q.a, count, seen + ((int64_t)b * lanes.tasks + task % lanes.tasks) * own, window ? oldest : nullptr,
+                        window ? positions + (int64_t)b * R : nullptr, prefix(b), own, keys + (int64_t)head * S * d,
+                        values + (int64_t)head * S * d, d, scale, scores + (int64_t)t * NV * ld, out);
+            for (int c = 0; c < count; c++) {
+                const int64_t at = out[c] - mixed;
+                for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
+            }
+        }
+    }
+};
+
 template <class W>
 static int forward(const zb_model& model, const zb_batch& batch) {
     const int D = (int)model.width, F = (int)model.ffn, H = (int)model.heads, G = (int)model.kv_heads, d = (int)model.head_dim;
@@ -576,15 +645,10 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     A* between = space.take<A>((int64_t)(M + TALL) * columns);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
-    // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks where a thread would have none; no
-    // further, as the scores of a task cost the same for one lane as for all.
-    int tasks_per_head = (R * group + P - 1) / P;
-    while (B * G * tasks_per_head < threads && tasks_per_head < R * group) tasks_per_head++;
-    const int per_task = (R * group + tasks_per_head - 1) / tasks_per_head;
-    tasks_per_head = (R * group + per_task - 1) / per_task;
+    const Lanes lanes(R * group, B * G, threads);
     vf* scores = space.take<vf>((int64_t)threads * NV * ld);
     A* queries = space.take<A>((int64_t)threads * P * d);
-    uint16_t* seen = space.take<uint16_t>((int64_t)B * tasks_per_head * R);
+    uint16_t* seen = space.take<uint16_t>((int64_t)B * lanes.tasks * R);
     if (!space.ok) return 1;
     const int wanted = (int)batch.wanted;
 
@@ -617,14 +681,14 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 sine[(int64_t)m * (d / 2) + i] = sinf(angle);
             }
         }
-        for (int64_t i = (int64_t)B * tasks_per_head * t / n; i < (int64_t)B * tasks_per_head * (t + 1) / n; i++) {
-            const uint8_t* visible = batch.visible + i / tasks_per_head * R * R;
+        for (int64_t i = (int64_t)B * lanes.tasks * t / n; i < (int64_t)B * lanes.tasks * (t + 1) / n; i++) {
+            const uint8_t* visible = batch.visible + i / lanes.tasks * R * R;
             for (int j = 0; j < R; j++) {
                 uint32_t bits = 0;
                 for (int c = 0; c < P; c++) {
-                    int lane = (int)(i % tasks_per_head) * per_task + c;
+                    int lane = (int)(i % lanes.tasks) * lanes.per_task + c;
                     // An unused lane sees all: it must not divide by zero.
-                    if (c >= per_task || lane >= R * group || visible[lane / group * R + j]) bits |= 1u << c;
+                    if (c >= lanes.per_task || lane >= R * group || visible[lane / group * R + j]) bits |= 1u << c;
                 }
                 seen[i * R + j] = (uint16_t)bits;
             }
@@ -643,50 +707,17 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             if (l == model.layers) break;
             const zb_layer& layer = model.layer[l];
             const zb_adapter* low = batch.masks ? batch.adapter : nullptr;
-            W* keys = (W*)batch.keys + (int64_t)l * B * G * S * d;
-            W* values = (W*)batch.values + (int64_t)l * B * G * S * d;
+            const int64_t cached = (int64_t)l * B * G * S * d;
+            const Attention<W> attention{B, R, H, G, d, S, (W*)batch.keys + cached, (W*)batch.values + cached, qkv};
 
             normalise(residual_row, layer.attention_norm, eps, D, normed, M, t, n);
             team.wait(n); mark(t);
             project<1>(adapted(layer.qkv, low ? low->qkv + l : nullptr, normed), normed, M, QKV, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
             team.wait(n); mark(t);
-            for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
-                int m = (int)(i / (H + G)), h = (int)(i % (H + G));
-                float* x = qkv + (int64_t)m * QKV + (int64_t)h * d;
-                rotate(x, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2), d, h < H ? layer.q_norm : layer.k_norm, eps);
-                if (h < H) continue;
-                int b = m / R;
-                int64_t slot = batch.lengths[b] + m % R, head = (int64_t)b * G + h - H;
-                constexpr int U = key_unit<W>();
-                W* k = keys + head * S * d + slot / P * P * d + slot % P * U;
-                for (int e = 0; e < d; e++) put(k + e / U * U * P + e % U, x[e]);
-                W* v = values + (head * S + slot) * d;
-                for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
-            }
+            attention.store(cosine, sine, layer.q_norm, layer.k_norm, eps, [&](int m) { return batch.lengths[m / R] + m % R; }, t, n);
             team.wait(n); mark(t);
-            for (int64_t task = (int64_t)B * G * tasks_per_head * t / n; task < (int64_t)B * G * tasks_per_head * (t + 1) / n; task++) {
-                int head = (int)(task / tasks_per_head), first = (int)(task % tasks_per_head) * per_task;
-                int b = head / G, g = head % G;
-                int64_t prefix = batch.lengths[b];
-                int count = R * group - first < per_task ? R * group - first : per_task;
-                float* out[P]; int64_t oldest[P];
-                const Acts<W> q{queries + (int64_t)t * P * d, d, P};
-                for (int c = 0; c < P; c++) {
-                    if (c >= count) { for (int e = 0; e < d; e += VL) q.put(c, e, vf{}); continue; }
-                    int r = (first + c) / group, h = g * group + (first + c) % group;
-                    int64_t m = (int64_t)b * R + r;
-                    for (int e = 0; e < d; e += VL) q.put(c, e, load(qkv + m * QKV + (int64_t)h * d + e));
-                    out[c] = mixed + m * H * d + (int64_t)h * d;
-                    oldest[c] = batch.positions[m] - layer.window + 1;
-                }
-                attend<W>(q.a, count, seen + ((int64_t)b * tasks_per_head + task % tasks_per_head) * R, layer.window ? oldest : nullptr,
-                          batch.positions + (int64_t)b * R, prefix, R, keys + (int64_t)head * S * d, values + (int64_t)head * S * d,
-                          d, scale, scores + (int64_t)t * NV * ld, out);
-                for (int c = 0; c < count; c++) {
-                    int64_t at = out[c] - mixed;
-                    for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
-                }
-            }
+            attention.attend(lanes, [&](int b) { return batch.lengths[b]; }, R, seen, batch.positions, layer.window, scale, scores, queries,
+                             mixed, attended, t, n);
             team.wait(n); mark(t);
             project<1>(adapted(layer.out, low ? low->out + l : nullptr, attended), attended, M, D, t, n, Accumulate{residual, D, layer.out_bias});
             team.wait(n); mark(t);
@@ -951,11 +982,8 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
             auto feature = [&](int m) { return features + (int64_t)m * D; };
             // What every row sees. The nodes of a chain are pairs to come: each sees all before it.
             auto prefix = [&](int b) { return batch.lengths[b] + (first ? 0 : batch.last[b] + level); };
-            // Lanes are (row, head of the group) pairs. Few rows are spread over more tasks, so that every thread has some.
-            int tasks = (R * group + P - 1) / P;
-            while (B * G * tasks < 2 * n && tasks < R * group) tasks++;
-            const int per_task = (R * group + tasks - 1) / tasks;
-            tasks = (R * group + per_task - 1) / per_task;
+            const Lanes lanes(R * group, B * G, n);
+            const Attention<W> attention{B, R, H, G, d, S, (W*)batch.keys, (W*)batch.values, qkv};
 
             mark();
             for (int m = m0; m < m1; m++) {
@@ -974,14 +1002,14 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
                     if (model.tap_norms) normalise(to, model.tap_norms + i * T, eps, T);
                 }
             }
-            for (int64_t i = (int64_t)B * tasks * t / n; i < (int64_t)B * tasks * (t + 1) / n; i++)
+            for (int64_t i = (int64_t)B * lanes.tasks * t / n; i < (int64_t)B * lanes.tasks * (t + 1) / n; i++)
                 for (int j = 0; j < before + R; j++) {
                     uint32_t bits = 0;
                     for (int c = 0; c < P; c++) {
-                        const int lane = (int)(i % tasks) * per_task + c, r = lane / group;
+                        const int lane = (int)(i % lanes.tasks) * lanes.per_task + c, r = lane / group;
                         // An unused lane sees all: it must not divide by zero.
-                        bool sees = c >= per_task || r >= R;
-                        if (!sees) sees = batch.visible && first ? batch.visible[(i / tasks * R + r) * (before + R) + j] : j <= r;
+                        bool sees = c >= lanes.per_task || r >= R;
+                        if (!sees) sees = batch.visible && first ? batch.visible[(i / lanes.tasks * R + r) * (before + R) + j] : j <= r;
                         bits |= (uint32_t)sees << c;
                     }
                     seen[i * (before + R) + j] = (uint16_t)bits;
@@ -1003,38 +1031,10 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
             project<1>(Matrix<W>{(const W*)model.qkv}, Acts<W>{act, 2 * D, tall}, M, QKV, t, n, Assign{qkv, QKV, QKV, nullptr});
             done();
             for (int m = m0; m < m1 && model.norm_before_residual; m++) normalise(feature(m), model.feature_norm, eps, D);
-            for (int64_t i = (int64_t)M * (H + G) * t / n; i < (int64_t)M * (H + G) * (t + 1) / n; i++) {
-                const int m = (int)(i / (H + G)), h = (int)(i % (H + G));
-                float* x = qkv + (int64_t)m * QKV + (int64_t)h * d;
-                rotate(x, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2), d, nullptr, eps);
-                if (h < H) continue;
-                const int64_t slot = prefix(m / R) + before + m % R, head = (int64_t)(m / R) * G + h - H;
-                constexpr int U = key_unit<W>();
-                W* k = (W*)batch.keys + head * S * d + slot / P * P * d + slot % P * U;
-                W* v = (W*)batch.values + (head * S + slot) * d;
-                for (int e = 0; e < d; e++) put(k + e / U * U * P + e % U, x[e]);
-                for (int e = 0; e < d; e++) put(v + e, x[(int64_t)G * d + e]);
-            }
+            attention.store(cosine, sine, nullptr, nullptr, eps, [&](int m) { return prefix(m / R) + before + m % R; }, t, n);
             done();
             const Acts<W> attended{act, H * d, tall}, normed{act, D, tall}, gated{hidden, F, tall};
-            for (int64_t task = (int64_t)B * G * tasks * t / n; task < (int64_t)B * G * tasks * (t + 1) / n; task++) {
-                const int head = (int)(task / tasks), from = (int)(task % tasks) * per_task, b = head / G, g = head % G;
-                const int count = R * group - from < per_task ? R * group - from : per_task;
-                float* out[P];
-                const Acts<W> q{queries + (int64_t)t * P * d, d, P};
-                for (int c = 0; c < P; c++) {
-                    const int64_t m = (int64_t)b * R + (from + c) / group, h = g * group + (from + c) % group;
-                    out[c] = mixed + m * H * d + h * d;
-                    for (int e = 0; e < d; e += VL) q.put(c, e, c < count ? load(qkv + m * QKV + h * d + e) : vf{});
-                }
-                attend<W>(q.a, count, seen + ((int64_t)b * tasks + task % tasks) * (before + R), nullptr, nullptr, prefix(b), before + R,
-                          (const W*)batch.keys + (int64_t)head * S * d, (const W*)batch.values + (int64_t)head * S * d, d, scale,
-                          scores + (int64_t)t * NV * ((S + P - 1) / P * P + P), out);
-                for (int c = 0; c < count; c++) {
-                    const int64_t at = out[c] - mixed;
-                    for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
-                }
-            }
+            attention.attend(lanes, prefix, before + R, seen, nullptr, 0, scale, scores, queries, mixed, attended, t, n);
             done();
             project<1>(Matrix<W>{(const W*)model.out}, attended, M, D, t, n, Accumulate{features, D, nullptr});
             done();
