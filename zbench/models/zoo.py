@@ -94,7 +94,7 @@ SHIPPED_FOLDER = Path(__file__).parents[1] / "zoo"
 SHIPPED: dict[str, Shipped] = {
     "smollm2-135m-eagle3": Shipped(
         kind="eagle3",
-        weights_sha256="127e3dbdf9c6199c9157b45092b6fe19945873ba41d042201546a5b177fcd7a0",
+        weights_sha256="dc1dba7b375ea3d8e069eb032ac89534dfffd1a2590642abc0fdb450df822c06",
         parameters=7_448_832,
         source="EAGLE-3 drafter, `zbench train eagle3` on the model's own text: README.md in its folder",
         target="smollm2-135m",
@@ -108,7 +108,7 @@ SHIPPED: dict[str, Shipped] = {
     ),
     "smollm2-135m-tidar": Shipped(
         kind="adapter",
-        weights_sha256="1c186915d6760b25886363db67e28b958e0f6498cadf46de7fa012281f2da94d",
+        weights_sha256="53a48233225d5c28ad21d236c5cf942a3f33fa83aa459e8cd7c22686c578c8b8",
         parameters=7_330_752,
         source="TiDAR mask adapter, `zbench train tidar` on the model's own text: README.md in its folder",
         target="smollm2-135m",
