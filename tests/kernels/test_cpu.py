@@ -113,4 +113,6 @@ def test_memory_is_given_out_again_only_once_nothing_lies_in_it() -> None:
 
 def test_read_sum_visits_every_value() -> None:
     for size in (1, 100, 4096, 5003):
-        assert cpu.read_sum(torch.arange(size, dtype=torch.float32) % 7) == sum(i % 7 for i in range(size))
+        for streams in (1, 8):
+            x = torch.arange(size, dtype=torch.float32) % 7
+            assert cpu.read_sum(x, streams=streams) == sum(i % 7 for i in range(size))

@@ -30,7 +30,7 @@ from zbench.hardware.environment import cache_bytes, device_facts
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHOD_VERSION = 3  # part of the cache key: bump it when a figure would change
+METHOD_VERSION = 4  # part of the cache key: bump it when a figure would change
 ROUNDS = 3
 TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
 DTYPES = ("bfloat16", "float16", "float32", "float8")
@@ -287,7 +287,7 @@ def _bandwidths(device: Device, share: float) -> dict[str, dict[str, Any]]:
     buffer_bytes = _buffer_bytes(device, _last_level_cache_bytes(device), device.memory_bytes())
     # Random, since untouched zeros may all be one shared page; repeated, since generating them all takes seconds.
     block = torch.rand(2**20, device=device.torch)
-    a, b, c = (block.repeat(buffer_bytes // (4 * block.numel())) for _ in range(3))
+    a, b, c = (_laid(device, block.repeat(buffer_bytes // (4 * block.numel()))) for _ in range(3))
     candidates: dict[str, list[Candidate]] = {
         "read": _read_candidates(device, b),
         "copy": [("torch copy_", lambda: a.copy_(b))],
@@ -308,13 +308,22 @@ def _bandwidths(device: Device, share: float) -> dict[str, dict[str, Any]]:
     return roofs
 
 
+def _laid(device: Device, buffer: Tensor) -> Tensor:
+    """In memory like that of a model's weights: a roof measured on smaller pages would be lower than what lies below."""
+    native = _native(device)
+    return native.Pages().copy(buffer) if native else buffer
+
+
 def _read_candidates(device: Device, buffer: Tensor) -> list[Candidate]:
     """Ways to stream `buffer` (float32, one dimension) through the processor."""
     matrix = buffer.view(-1, 4096)
     vector = buffer[:4096].clone()
     candidates: list[Candidate] = [("torch sum", buffer.sum), ("torch mv", lambda: matrix.mv(vector))]
     if native := _native(device):
-        candidates.append(("zbench native read_sum", lambda: native.read_sum(buffer)))
+        candidates += [
+            ("zbench native, 8 streams", lambda: native.read_sum(buffer)),
+            ("zbench native, 1 stream", lambda: native.read_sum(buffer, streams=1)),
+        ]
     if read := _triton(device, "stream_read"):
         walk = _stream().once(buffer)
         candidates.append(("triton read", lambda: read(buffer, *walk)))

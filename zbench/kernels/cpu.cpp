@@ -784,6 +784,34 @@ static int64_t first_largest(const float* x, int64_t n) {
     return at;
 }
 
+template <int STREAMS>
+static float read_sum(const float* x, int64_t count, int64_t passes, int threads) {
+    constexpr int LOADS = STREAMS == 1 ? 8 : 2;  // of a stream at a time; sums enough to hide the latency of adding
+    constexpr int64_t BLOCK = LOADS * VL;
+    constexpr int64_t AHEAD = 512;  // 2 KiB: what the projections reach with their own prefetches
+    float total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    {
+        int t = omp_get_thread_num(), n = omp_get_num_threads();
+        int64_t length = count / (n * STREAMS) / BLOCK * BLOCK;
+        const float* from = x + t * length * STREAMS;
+        vf s[STREAMS][LOADS] = {};
+        for (int64_t pass = 0; pass < passes; pass++)
+            for (int64_t i = 0; i < length; i += BLOCK)
+                UNROLL for (int k = 0; k < STREAMS; k++) {
+                    const float* at = from + k * length + i;
+                    UNROLL for (int v = 0; v < LOADS; v++) {
+                        if (STREAMS > 1) __builtin_prefetch(at + AHEAD + v * VL, 0, 2);
+                        s[k][v] += load(at + v * VL);
+                    }
+                }
+        for (int k = 0; k < STREAMS; k++) for (int v = 0; v < LOADS; v++) for (int l = 0; l < VL; l++) total += s[k][v][l];
+        if (t == 0)
+            for (int64_t i = n * STREAMS * length; i < count; i++) total += passes * x[i];
+    }
+    return total;
+}
+
 extern "C" {
 // y[M,N] = x[M,K] . w[N,K]^T with w packed; x float32 [M,K]. scratch holds (M + TALL) * K floats.
 void zb_linear(const void* w, int64_t is_bf16, const float* x, void* scratch, float* y, int64_t M, int64_t N, int64_t K, int64_t threads) {
@@ -840,33 +868,11 @@ void zb_verify_chain(const float* logits, int64_t ld, const int64_t* drafts, int
 }
 
 // Streams `count` floats `passes` times with every thread and returns the sum of what was read: the read-bandwidth
-// roof, and the caches' where a thread's share of the floats fits into one. Each thread follows several streams, as a
-// projection does with its panels: one stream alone leaves the prefetchers idle.
-float zb_read_sum(const float* x, int64_t count, int64_t passes, int64_t threads) {
-    constexpr int STREAMS = 8;
-    constexpr int64_t BLOCK = 2 * VL;
-    constexpr int64_t AHEAD = 512;  // 2 KiB: what the projections reach with their own prefetches
-    float total = 0;
-#pragma omp parallel num_threads((int)threads) reduction(+ : total)
-    {
-        int t = omp_get_thread_num(), n = omp_get_num_threads();
-        int64_t length = count / (n * STREAMS) / BLOCK * BLOCK;
-        const float* from = x + t * length * STREAMS;
-        vf s[STREAMS][2] = {};
-        for (int64_t pass = 0; pass < passes; pass++)
-            for (int64_t i = 0; i < length; i += BLOCK)
-                UNROLL for (int k = 0; k < STREAMS; k++) {
-                    const float* at = from + k * length + i;
-                    UNROLL for (int v = 0; v < 2; v++) {
-                        __builtin_prefetch(at + AHEAD + v * VL, 0, 2);
-                        s[k][v] += load(at + v * VL);
-                    }
-                }
-        for (int k = 0; k < STREAMS; k++) for (int v = 0; v < 2; v++) for (int l = 0; l < VL; l++) total += s[k][v][l];
-        if (t == 0)
-            for (int64_t i = n * STREAMS * length; i < count; i++) total += passes * x[i];
-    }
-    return total;
+// roof, and the caches' where a thread's share of the floats fits into one. A thread follows 8 streams with prefetches, as
+// a projection does with its panels, or one that it leaves to the hardware's prefetchers, as one of few rows does: which is
+// faster depends on the pages.
+float zb_read_sum(const float* x, int64_t count, int64_t passes, int64_t streams, int64_t threads) {
+    return streams == 1 ? read_sum<1>(x, count, passes, (int)threads) : read_sum<8>(x, count, passes, (int)threads);
 }
 
 const char* zb_instruction_set() { return DOT ? "avx512-bf16" : WIDE ? "avx512" : VL == 8 ? "avx2" : "generic"; }

@@ -368,11 +368,11 @@ def verify_chain(
     return found[:, :count], found[:, -2], found[:, count:-2], found[:, -1]
 
 
-def read_sum(x: Tensor, passes: int = 1) -> float:
-    """Streams a float32 tensor `passes` times with every thread; the sum keeps the loads alive. Each thread reads the
-    same part in every pass."""
+def read_sum(x: Tensor, passes: int = 1, streams: int = 8) -> float:
+    """Streams a float32 tensor `passes` times with every thread, each along 8 streams or 1; the sum keeps the loads
+    alive. Each thread reads the same part in every pass."""
     return _library().zb_read_sum(
-        ctypes.c_void_p(x.data_ptr()), *(ctypes.c_int64(v) for v in (x.numel(), passes, torch.get_num_threads()))
+        ctypes.c_void_p(x.data_ptr()), *(ctypes.c_int64(v) for v in (x.numel(), passes, streams, torch.get_num_threads()))
     )
 
 
