@@ -66,7 +66,8 @@ def test_greedy_tokens_equal_transformers_on_every_packaged_prompt(real: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("eagle3", {"depth": 3, "top_k": 1, "tokens": None, "confidence": 0.0}), ("dflash", {"block": 8})]
+    ("name", "options"),
+    [("eagle3", {"depth": 3, "top_k": 1, "tokens": None, "confidence": 0.0}), ("dflash", {"block": 8})],
 )
 def test_shipped_drafters_take_the_very_steps_that_they_take_in_vllm(real: Any, name: str, options: Any) -> None:
     """vLLM 0.32 loaded the same folders (tests/serving/recorded): every step must gain the tokens that it gained."""

@@ -43,7 +43,7 @@ def main(out: str, *named: str) -> None:
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlabel("drafted tokens learnt (millions)")
-    axes.set_ylabel("first drafts that are right, % (held-out conversations)")
+    axes.set_ylabel("first drafts right, % (held out)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(out, dpi=150)

@@ -309,7 +309,7 @@ def _bandwidths(device: Device, share: float) -> dict[str, dict[str, Any]]:
 
 
 def _laid(device: Device, buffer: Tensor) -> Tensor:
-    """In memory like that of a model's weights: a roof measured on smaller pages would be lower than what lies below."""
+    """In memory like that of a model's weights: a roof measured on smaller pages could be too low for them."""
     native = _native(device)
     return native.Pages().copy(buffer) if native else buffer
 

@@ -371,9 +371,8 @@ def verify_chain(
 def read_sum(x: Tensor, passes: int = 1, streams: int = 8) -> float:
     """Streams a float32 tensor `passes` times with every thread, each along 8 streams or 1; the sum keeps the loads
     alive. Each thread reads the same part in every pass."""
-    return _library().zb_read_sum(
-        ctypes.c_void_p(x.data_ptr()), *(ctypes.c_int64(v) for v in (x.numel(), passes, streams, torch.get_num_threads()))
-    )
+    numbers = (x.numel(), passes, streams, torch.get_num_threads())
+    return _library().zb_read_sum(ctypes.c_void_p(x.data_ptr()), *(ctypes.c_int64(v) for v in numbers))
 
 
 class Pages:
