@@ -423,6 +423,16 @@ def test_more_than_105_percent_of_a_roof_is_an_error_and_is_not_clipped(
     assert ("the roof or the count is wrong" in row.note) == (status == "error")
 
 
+@pytest.mark.parametrize(("cache", "given"), [(0.5, True), (1.5, False)])
+def test_traffic_that_fits_into_a_cache_may_pass_the_memorys_roof(measure: Any, cache: float, given: bool) -> None:
+    made = (forward(1, seconds=0.1), forward(2, seconds=0.1))
+    traffic = made[0].bytes_read + made[0].bytes_written
+    caches = {"levels": {"L2": {"capacity": 1}, "L3": {"capacity": cache * traffic}}}
+    row = measure([trial(forwards=made)], roofs={**ROOFS, "caches": caches})["ar", "mbu", "decode, 1 row"]
+    assert row.status == ("error" if given else "unavailable")
+    assert ("fit into the last-level cache" in row.note) != given
+
+
 @pytest.mark.parametrize(
     ("changes", "metric", "reason"),
     [

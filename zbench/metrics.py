@@ -198,6 +198,12 @@ class Cell:
             raise Unavailable(f"no {key} roof was measured on this device")
         return float(roof["value"])
 
+    @property
+    def last_level_cache(self) -> float:
+        """Bytes, of the caches that were measured with the roofs; 0 where none was."""
+        levels = ((self.roofs or {}).get("caches") or {}).get("levels") or {}
+        return max((float(level.get("capacity", 0)) for level in levels.values()), default=0.0)
+
     @cached_property
     def energy(self) -> pd.DataFrame:
         """joules, seconds, tokens, group and how they are known, one row per trial (see `telemetry.trial_energy`)."""
@@ -782,9 +788,23 @@ def achieved_flops(cell: Cell) -> dict[str, Estimate]:
     return {kind: stats.ratio(f["flops"], f["seconds"], f["group"]) for kind, f in _kinds(cell)}
 
 
-@metric("mbu", "1", "achieved bandwidth / read bandwidth measured on this device", "higher")
+@metric(
+    "mbu",
+    "1",
+    "achieved bandwidth / read bandwidth of the memory measured on this device; not given where traffic that fits into "
+    "the last-level cache passes it, as of a small drafter that runs again and again",
+    "higher",
+)
 def mbu(cell: Cell) -> dict[str, Estimate]:
-    return _utilisation(achieved_bandwidth(cell), cell.roof("bandwidth"), "measured read bandwidth")
+    shares = _utilisation(achieved_bandwidth(cell), cell.roof("bandwidth"), "measured read bandwidth")
+    cache, traffic = cell.last_level_cache, {kind: f["bytes"].max() for kind, f in _kinds(cell)}
+    served = {kind for kind, share in shares.items() if share.status == "error" and traffic[kind] <= cache}
+    return {kind: _in_cache(traffic[kind], cache) if kind in served else share for kind, share in shares.items()}
+
+
+def _in_cache(traffic: float, cache: float) -> Estimate:
+    sizes = f"its {traffic / 1e6:.0f} MB fit into the last-level cache of {cache / 1e6:.0f} MB"
+    return unavailable(f"{sizes}, so that the memory does not bound it")
 
 
 @metric("mfu", "1", "achieved FLOP/s / rate measured on this device for this dtype", "higher")
