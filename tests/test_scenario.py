@@ -525,6 +525,21 @@ def test_a_diffusion_setting_that_cannot_be_is_said_in_one_line(folder, options,
     assert "\n" not in told
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("confidence: 1", "engines[1].confidence: expected less than 1, found 1"),
+        ("confidence: 0.3, top_k: 2", "engines[1]: confidence ends chains; with top_k trees are drafted"),
+        ("confidence: 0.3, synthetic: {length: 2}", "engines[1]: synthetic acceptance asks no drafter"),
+    ],
+)
+def test_a_confidence_that_cannot_be_is_said_in_one_line(folder, options, said):
+    engine = f"- {{name: eagle3, drafter: {{random: true}}, {options}}}"
+    told = complaint(folder, TEXT.replace("- name: reference\n    assisted: prompt_lookup", engine))
+    assert told.startswith(f"s.yaml:5: {said}")
+    assert "\n" not in told
+
+
 # --- Engines that sweep options ---
 
 

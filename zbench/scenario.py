@@ -294,6 +294,14 @@ class Eagle3Spec(SpeculativeSpec):
         "drafts depth tokens in every step.",
     )
 
+    @model_validator(mode="after")
+    def _has_no_idle_option(self) -> Eagle3Spec:
+        if self.confidence and self.top_k > 1:
+            raise ValueError("confidence ends chains; with top_k trees are drafted")
+        if self.confidence and self.synthetic is not None:
+            raise ValueError("synthetic acceptance asks no drafter, so it takes no confidence")
+        return self
+
 
 class DFlashSpec(SpeculativeSpec):
     """DFlash: a block-diffusion drafter fills a block of masks in one forward."""
