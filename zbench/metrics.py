@@ -202,7 +202,7 @@ class Cell:
     def last_level_cache(self) -> float:
         """Bytes, of the caches that were measured with the roofs; 0 where none was."""
         levels = ((self.roofs or {}).get("caches") or {}).get("levels") or {}
-        return max((float(level.get("capacity", 0)) for level in levels.values()), default=0.0)
+        return max((float(level["capacity"]) for level in levels.values()), default=0.0)
 
     @cached_property
     def energy(self) -> pd.DataFrame:

@@ -82,6 +82,12 @@ def test_a_tree_feeds_its_beam_level_by_level_and_verifies_all_nodes() -> None:
     assert "tree" in planned.notes[0]
 
 
+def test_a_plan_says_that_a_confident_chain_is_the_longest() -> None:
+    chosen = options("eagle3", drafter={"random": True}, depth=3, confidence=0.4)
+    planned = plans.plan("eagle3", chosen, TARGET)
+    assert len(planned.forwards) == 4 and "confidence" in planned.notes[0]
+
+
 def test_a_plan_refuses_what_its_engine_refuses() -> None:
     with pytest.raises(UserError, match="drafts 3 to 3 tokens, not 9"):
         plans.plan("eagle3", options("eagle3", drafter={"random": True}, depth=3, tokens=9), TARGET)

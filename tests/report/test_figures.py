@@ -120,7 +120,10 @@ def test_cache_levels_are_thin_slopes_up_to_the_flat_roof_where_they_were_measur
     [plot] = [plot for plot in figures.PLOTS if plot.name == "roofline"]
 
     def slopes(name: str, **levels: float) -> dict[str, float]:
-        roofs = {**ROOFS, "caches": {"levels": {level: {"value": rate} for level, rate in levels.items()}}}
+        roofs = {
+            **ROOFS,
+            "caches": {"levels": {level: {"value": rate, "capacity": 1} for level, rate in levels.items()}},
+        }
         roofs = roofs if levels else {key: part for key, part in ROOFS.items() if key != "caches"}
         found = Results.of(metrics.load_run(write_run(tmp_path / name, engines=("autoregressive",), roofs=roofs)))
         axes = figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0]

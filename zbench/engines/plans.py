@@ -109,6 +109,8 @@ def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     # A node sees its ancestors and itself. Where the nodes of a tree stand depends on the text.
     pairs = causal_pairs(rows) if k == 1 else 1 + tokens + round(tokens * (depth + 1) / 2)
     notes = () if k == 1 else ("the nodes of a tree are taken to be spread evenly over its levels",)
+    if options.get("confidence"):
+        notes = ("chains are taken to be drafted to their full depth, though a confidence ends some sooner",)
     verify = on_target(target, "verify", rows, pairs, rows)
     return Plan((*(level(index) for index in range(depth)), verify), depth, notes=notes)
 
