@@ -21,7 +21,7 @@ from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
 from zbench.training.losses import head_loss, sampled_head
 from zbench.training.target import Batch, Target
 from zbench.training.tidar import Tidar, TidarSettings
-from zbench.training.trainer import STATE, Objective, Settings, schedule, train
+from zbench.training.trainer import STATE, Objective, Reader, Settings, schedule, train
 
 
 @pytest.mark.parametrize("rows", [5, 600])  # within a chunk, and over several
@@ -164,7 +164,12 @@ def test_what_the_target_said_is_asked_once_for_all_runs(
 ) -> None:
     corpus, target = replace(memory.corpus("smollm"), folder=tmp_path / "corpus"), memory.target("smollm")
     settings = Settings(batch=2, steps=4, rate=1e-2)
+    for before in ("tidar", "eagle3", "dflash"):  # what other recipes read lies in the same folder
+        train(objectives(corpus)[before], target, corpus, tmp_path / before, settings)
     train(objectives(corpus)[name], target, corpus, tmp_path / "first", settings)
+    fresh = replace(corpus, folder=tmp_path / "fresh")
+    train(objectives(fresh)[name], target, fresh, tmp_path / "anew", replace(settings, keep=0.0))
+    assert (tmp_path / "first" / STATE).read_bytes() == (tmp_path / "anew" / STATE).read_bytes()
 
     def asked(*arguments: object) -> None:
         raise AssertionError("the target was asked again")
@@ -174,6 +179,20 @@ def test_what_the_target_said_is_asked_once_for_all_runs(
     assert (tmp_path / "second" / STATE).read_bytes() == (tmp_path / "first" / STATE).read_bytes()
     with pytest.raises(AssertionError, match="asked again"):
         train(objectives(corpus)[name], target, corpus, tmp_path / "third", replace(settings, keep=0.0, batch=3))
+
+
+def test_reads_of_batches_of_one_shape_are_kept_apart(tmp_path: Path) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    one = corpus.conversations[0]
+    batches = [Batch.of([replace(one, ids=ids)]) for ids in (one.ids, one.ids.flip(0))]
+    objective = objectives(corpus)["eagle3"]
+    for _ in range(2):  # asked, then from the folder
+        reader = Reader(target, objective, batches, tmp_path / "reads", 1.0)
+        for number, batch in enumerate(batches):
+            found, wanted = reader.read(number), target.read(batch, objective.capture)
+            for tap, hidden in wanted.hidden.items():
+                torch.testing.assert_close(found.hidden[tap], hidden, rtol=0, atol=0)
+            assert torch.equal(found.top_ids, wanted.top_ids) and torch.equal(found.top_probs, wanted.top_probs)
 
 
 def test_a_full_disk_share_keeps_nothing(tmp_path: Path) -> None:
