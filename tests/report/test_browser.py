@@ -58,6 +58,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     running.quit()
 
 
+def open_details(browser: Any) -> None:
+    """Show what is folded. It lies over its neighbours until a frame has been drawn."""
+    browser.execute_async_script("""
+        const done = arguments[0];
+        document.querySelectorAll('details').forEach(d => d.open = true);
+        requestAnimationFrame(() => requestAnimationFrame(() => done()));
+    """)
+
+
 @pytest.fixture(scope="module", params=RUNS)
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return render(write_run(tmp_path_factory.mktemp(request.param), **RUNS[request.param]))
@@ -71,7 +80,7 @@ def page(browser: Any, report: Path, request: pytest.FixtureRequest) -> Any:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(report.as_uri())
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    open_details(browser)
     browser.scheme = scheme
     return browser
 
