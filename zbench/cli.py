@@ -864,6 +864,20 @@ def train() -> None:
     "--tokens", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Answer tokens wanted."
 )
 @click.option("--seed", default=0, show_default=True, help="The corpus follows from model and seed.")
+@click.option(
+    "--written",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Share of conversations whose user turns the model writes.",
+)
+@click.option(
+    "--opened",
+    type=click.FloatRange(0, 1),
+    default=0.45,
+    show_default=True,
+    help="Share where it writes on from the first words of a request. The rest is templated.",
+)
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after the shard under way then.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Conversations at a time.")
 @click.option(
@@ -876,6 +890,8 @@ def train_data(
     out: Path,
     tokens: int,
     seed: int,
+    written: float,
+    opened: float,
     minutes: float | None,
     batch: int,
     exclude: tuple[Path, ...],
@@ -898,6 +914,8 @@ def train_data(
     from zbench.progress import amounts
     from zbench.training import data
 
+    if written + opened > 1:
+        raise UserError(f"--written {written:g} and --opened {opened:g} are more than all conversations")
     if threads:
         torch.set_num_threads(threads)
     where = devices.resolve(device).torch
@@ -905,7 +923,9 @@ def train_data(
     target = build(loaded, torch.bfloat16, where, "auto")
     seconds = None if minutes is None else 60 * minutes
     with amounts(tokens, Console(stderr=True)) as advance:
-        data.generate(target, loaded, out, tokens, data.Settings(seed), batch, exclude, advance, seconds)
+        data.generate(
+            target, loaded, out, tokens, data.Settings(seed, written, opened), batch, exclude, advance, seconds
+        )
     click.echo(out)
 
 

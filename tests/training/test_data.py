@@ -15,7 +15,7 @@ from zbench.models import loading
 from zbench.models.loading import LoadedModel
 from zbench.models.model import build
 from zbench.training import data, shapes
-from zbench.training.corpus import Corpus, Role, is_held_out, load_corpus, prompt_hash
+from zbench.training.corpus import Corpus, Role, is_held_out, load_corpus, prompt_hash, read_index
 from zbench.training.data import Settings
 
 SHAPE = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 1024}
@@ -59,6 +59,26 @@ def test_greedy_answers_are_the_models_own(model: LoadedModel, tmp_path: Path) -
         logits = target.forward(data.Rows.chain(c.ids[None], cache.lengths), cache).logits[0]
         assert logits[start - 1 : -1].argmax(-1).tolist() == c.ids[start:].tolist()
         assert c.roles[start:].tolist() == [Role.ANSWER] * (len(c.ids) - start)
+
+
+def test_a_chat_model_writes_on_from_openings(tmp_path: Path) -> None:
+    tiny = loading.load("zbench-tiny", "float32")
+    settings = Settings(written=0.0, opened=1.0, follow_ups=0.5, shard=24)
+    corpus, tokenizer = written(tiny, tmp_path, 1, settings=settings, batch=12), loading.load_tokenizer(tiny)
+    chat, first_words = data.ChatFormat.of(tokenizer, tiny.config.eos_ids), set()
+    for number in range(settings.shard):
+        rng = random.Random(f"{settings.seed}/{number}")
+        rng.random()
+        first_words.add(shapes.opening(rng))
+    assert len(corpus.conversations) > 3
+    for c in corpus.conversations:
+        assert c.ids[: len(chat.before)].tolist() == chat.before
+        start = int((c.roles == Role.ANSWER).nonzero()[0])
+        turn = tokenizer.decode(c.ids[len(chat.before) : start - len(chat.to_answer)].tolist())
+        opening = max((words for words in first_words if turn.startswith(words)), key=len)
+        assert len(turn) > len(opening)
+        assert c.ids[start - len(chat.to_answer) : start].tolist() == chat.to_answer
+    assert set(read_index(tmp_path)["counts"]) >= {"opened"}
 
 
 def test_no_prompt_to_be_measured_goes_in(model: LoadedModel, tmp_path: Path) -> None:

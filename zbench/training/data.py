@@ -1,10 +1,10 @@
 """Data without a data set: a chat model writes conversations, and learns to be drafted for on its own text.
 
-Half of the user turns are written by the model itself from the bare chat prefix at temperature 1; the others are
-templated (`shapes.py`). Answers are greedy, a part of them drawn at a lower temperature. Every conversation has its
-own random numbers, made from the seed and its number, and a row of the runtime does not depend on the rows beside it:
-so a corpus follows from model, settings and seed, whatever the batch size, and an interrupted one goes on where the
-last whole shard ended.
+Most user turns are written by the model itself at temperature 1, from the bare chat prefix or from the first words of a
+request; the others are templated (`shapes.py`). Answers are greedy, a part of them drawn at a lower temperature. Every
+conversation has its own random numbers, made from the seed and its number, and a row of the runtime does not depend on
+the rows beside it: so a corpus follows from model, settings and seed, whatever the batch size, and an interrupted one
+goes on where the last whole shard ended.
 
 All conversations under way share one forward per token. A slot whose conversation has ended begins the next one at
 once: every conversation starts with the same tokens, so its cache is cut back to those.
@@ -46,7 +46,7 @@ from zbench.training.corpus import (
     write_shard,
 )
 
-WRITTEN = "written"  # the kind of conversation whose user turns the model writes
+WRITTEN, OPENED = "written", "opened"  # kinds of conversation whose user turns the model writes; some words are given
 PROMPT = 192  # tokens of a templated user turn at most; a longer one is dropped
 OVERLAP = 8  # words in a row shared with a prompt to be measured on
 Advance = Callable[[float, str], None]  # answer tokens so far, and what to say
@@ -57,7 +57,8 @@ class Settings:
     """What a corpus follows from, beside its model. `tokens` and `batch` only say how much and how fast."""
 
     seed: int = 0
-    written: float = 0.5  # share of conversations whose user turns the model writes
+    written: float = 0.3  # share of conversations whose user turns the model writes
+    opened: float = 0.45  # share whose first turn the model writes on from an opening
     follow_ups: float = 0.2  # share that get a second round
     warm: float = 0.25  # share whose answers are drawn at `temperature`, the others being greedy
     temperature: float = 0.7
@@ -94,6 +95,12 @@ class ChatFormat:
         return cls(encode(before), encode(to_answer), encode(rest.split(second)[0]), frozenset(eos_ids))
 
 
+@dataclass(frozen=True, slots=True)
+class _UserTurn:
+    text: str = ""
+    written: bool = True  # the model writes it, or on from `text`
+
+
 @dataclass(slots=True)
 class _Conversation:
     """One under way: tokens to be fed that are known already, then a turn to be written, and so on."""
@@ -101,7 +108,7 @@ class _Conversation:
     number: int
     kind: str
     temperature: float  # of its answers
-    user_turns: deque[str | None]  # still to come; None: the model writes it
+    user_turns: deque[_UserTurn]  # still to come
     random: np.random.Generator
     ids: list[int]
     roles: list[Role]
@@ -157,11 +164,15 @@ class Writer:
     def _begin(self, number: int) -> _Conversation:
         s = self.settings
         rng = random.Random(f"{s.seed}/{number}")
-        written = self.has_template and rng.random() < s.written
-        kind = WRITTEN if written else rng.choice(list(shapes.SHAPES))
-        turns: deque[str | None] = deque([None if written else shapes.prompt(kind, rng)])
+        share = rng.random() if self.has_template else 1.0
+        if written := share < s.written + s.opened:
+            kind = WRITTEN if share < s.written else OPENED
+            turns = deque([_UserTurn(shapes.opening(rng) if kind == OPENED else "")])
+        else:
+            kind = rng.choice(list(shapes.SHAPES))
+            turns = deque([_UserTurn(shapes.prompt(kind, rng), written=False)])
         if rng.random() < s.follow_ups:
-            turns.append(None if written else shapes.follow_up(rng))
+            turns.append(_UserTurn() if written else _UserTurn(shapes.follow_up(rng), written=False))
         temperature = s.temperature if rng.random() < s.warm else 0.0
         before = self.format.before
         state = _Conversation(
@@ -173,14 +184,17 @@ class Writer:
         return state
 
     def _next_user_turn(self, state: _Conversation) -> None:
-        text, state.answering = state.user_turns.popleft(), False
-        if text is not None:
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            state.first_turn = state.first_turn or text
-            state.answering = True
-            state.dropped = "length" if len(ids) > PROMPT else self.refused.why(text)
-            state.done = bool(state.dropped)
-            self._say(state, [] if state.done else ids + self.format.to_answer)
+        turn, state.answering = state.user_turns.popleft(), False
+        ids = self.tokenizer.encode(turn.text, add_special_tokens=False) if turn.text else []
+        if turn.written:
+            state.turn = list(ids)
+            self._say(state, ids)
+            return
+        state.first_turn = state.first_turn or turn.text
+        state.answering = True
+        state.dropped = "length" if len(ids) > PROMPT else self.refused.why(turn.text)
+        state.done = bool(state.dropped)
+        self._say(state, [] if state.done else ids + self.format.to_answer)
 
     @staticmethod
     def _say(state: _Conversation, ids: list[int]) -> None:

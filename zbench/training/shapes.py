@@ -1,7 +1,8 @@
-"""Templated user turns: the shapes of request that a small chat model does not write of its own accord.
+"""User turns of shapes that a small chat model does not write of its own accord.
 
 A template is a sentence with slots; a slot is drawn from a list, or is a number. The combinations run to millions, and
-none is a prompt of a known benchmark.
+none is a prompt of a known benchmark. Their words are few all the same: what a drafter learns of them it learns of
+little else. An opening is the beginning of a request only; the model writes on from it, with words of its own.
 """
 
 from __future__ import annotations
@@ -156,12 +157,68 @@ FOLLOW_UPS = (
     "What else should I know about {subject}?",
     "Do the same for {subject}.",
 )
+OPENINGS: dict[str, tuple[str, ...]] = {
+    "code": (
+        "Write a {language} function that", "Write a {language} function named", "Write a {language} program to",
+        "Write a {language} script that", "Implement a {language} class", "Create a {language} function to",
+        "How do I use", "How can I write a {language}", "Fix the error in this {language} code:\n\n",
+        "Explain this {language} code:\n\n", "Write the body of this function:\n\ndef",
+        "Finish the following function.\n\ndef is_", "Fill in this function.\n\ndef count_",
+        "Please complete:\n\ndef get_", "def find_", "def sum_", "def remove_", "def check_",
+        "Complete the function below.\n\nfrom typing import List\n\n\ndef",
+        "Implement this:\n\ndef {function}({argument}):\n    \"\"\"", "Given a list of integers, write",
+        "Given a string, write a function", "Write a recursive function", "Write a SQL query that",
+        "Write a regular expression", "Convert this code to {language}:", "What does this function return?\n\ndef",
+        "Write an algorithm", "Design a data structure", "Write an HTML page",
+    ),
+    "maths": (
+        "{name} has {n}", "{name} buys", "{name} and {name} are", "{name} is {n} years old.", "{name} wants to",
+        "{name} earns", "{name}'s", "A {job} has", "A store sells", "A farmer", "A school has", "In a class of {n}",
+        "There are {n}", "If a train", "If {n} people", "If x", "If {name} gives", "It takes {n}", "The price of",
+        "The ratio of", "The average of", "The length of a rectangle", "How many ways", "How many hours",
+        "What is the probability", "What is the area", "What is the sum of", "Solve the equation",
+        "Solve the following", "Calculate the", "Find the value of", "Find the derivative", "Simplify",
+        "A bag contains", "A car travels", "Every day {name}", "Last week, {name}", "During {month}, {name}",
+        "Half of the {thing}", "Twice as many", "Three friends", "On {day}, {name}", "A recipe calls for",
+        "{name} reads",
+    ),
+    "instructions": (
+        "Generate a list of", "Generate a", "Create a list of", "Create a story", "Create a", "List", "List {n1}",
+        "Name", "Name {n1}", "Give me", "Give an example of", "Describe", "Describe the", "Explain", "Explain how",
+        "Explain why", "Explain the concept of", "What is", "What are", "What are the", "What does", "What causes",
+        "Who", "Who was", "When did", "Where", "Why do", "Why is", "How does", "How do", "How to", "How would you",
+        "Is it", "Can you", "Could you please", "Tell me", "Suggest", "Propose", "Outline", "Compare", "Contrast",
+        "Write a", "Write a short", "Write a poem", "Write a letter to", "Write an email", "Write a speech",
+        "Write a product description", "Write a review", "Write a headline for", "Write a dialogue between",
+        "Write a tweet", "Write a summary of", "Write two sentences", "Design a", "Plan a", "Develop a", "Compose",
+        "Imagine", "Imagine you are", "Pretend", "Act as", "You are a {job}.", "Suppose", "Discuss", "Analyze",
+        "Evaluate", "Predict", "Identify", "Determine", "Provide", "Recommend", "Find", "Make a", "Brainstorm",
+        "Construct", "Come up with", "Summarize the", "In {n1} sentences,", "Using an analogy,", "For a beginner,",
+        "My {job}", "I need", "I want to", "I have", "I am", "I'm planning", "Help me", "Should I", "Which",
+    ),
+    "texts": (
+        "Rewrite the sentence:", "Rewrite this sentence so that", "Rewrite the following paragraph",
+        "Edit this sentence", "Correct the following sentence:", "Correct the spelling", "Paraphrase:",
+        "Paraphrase the following", "Summarize this text:", "Summarize the following passage.\n\n", "Translate",
+        "Translate the following", "Classify the following", "Classify these words", "Categorize", "Sort the following",
+        "Arrange the following", "Extract the", "Extract all", "Identify the subject", "Identify the sentiment",
+        "Find the synonyms", "Replace the word", "Fill in the blank:", "Continue the story:", "Complete the sentence:",
+        "Read this:", "Convert the following", "Turn the following", "Combine these sentences:", "Change the tone",
+        "Based on the text below,", "Given the following", "Here is a paragraph:", "Is this statement true",
+        "Answer the question based on", "Choose the correct", "Question:", "Text:", "Sentence:", "Topic:",
+    ),
+}  # fmt: skip
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def prompt(kind: str, rng: random.Random) -> str:
     """A user turn of a kind of `SHAPES`."""
     return _filled(rng.choice(SHAPES[kind]), rng)
+
+
+def opening(rng: random.Random) -> str:
+    """The first words of a user turn, for a model to write on from."""
+    return _filled(rng.choice(OPENINGS[rng.choice(list(OPENINGS))]), rng)
 
 
 def follow_up(rng: random.Random) -> str:
