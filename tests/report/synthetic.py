@@ -69,6 +69,10 @@ ENGINES: dict[str, dict[str, Any]] = {
         "engine": "eagle3", "slowdown": 1.0, "draft_rows": 4, "levels": 4, "chances": (0.1, 0.2, 0.3, 0.2, 0.2),
         "options": {"depth": 4, "drafter": {"path": "drafters/invented"}, "synthetic": None},
     },
+    "eagle3 chain of up to 6": {
+        "engine": "eagle3", "slowdown": 0.95, "up_to": 6, "chances": (0.3, 0.2, 0.2, 0.1, 0.1, 0.05, 0.05),
+        "options": {"depth": 6, "confidence": 0.4, "drafter": {"path": "drafters/invented"}, "synthetic": None},
+    },
     "eagle3 tree of 16": {
         "engine": "eagle3", "slowdown": 1.1, "draft_rows": 16, "levels": 4, "chances": (0, 0, 1, 0, 0),
         "options": {"depth": 4, "drafter": {"random": True, "seed": 0}, "synthetic": {"length": 3.0}},
@@ -224,9 +228,14 @@ def _trial(
         else:
             accepted = settings["tokens_per_step"] - 1
         step, committed = len(steps), min(accepted + 1, tokens - done)
+        drafts = settings.get("draft_rows", 0)
         if most := settings.get("lookup_rows"):
             offered = int(rng.integers(0, most + 1))
             made = [("target", "verify" if offered else "decode", 1 + offered, 0.0085 + 4e-4 * offered)]
+        elif most := settings.get("up_to"):
+            drafts, before = int(rng.integers(max(accepted, 1), most + 1)), steps[-1].committed[0]
+            made = [("drafter", "draft", rows, 0.001) for rows in (before, *[1] * (drafts - 1))]
+            made.append(("target", "verify", 1 + drafts, 0.0095 + 1e-4 * drafts))
         elif count := settings.get("proposals"):
             rows = 1 + settings["draft_rows"]
             made = [("target", "draft+verify", rows * (1 + count), 0.0090), ("head", "draft", rows - 1, 0.0010)]
@@ -240,7 +249,6 @@ def _trial(
         timed = [(m, role, r, t * pace * float(np.exp(rng.normal(0, 0.03)))) for m, role, r, t in made]
         forwards += [_forward(cell, step, m, role, r, context, t) for m, role, r, t in timed]
         seconds = sum(t for *_, t in timed) + 4e-4
-        drafts = settings.get("draft_rows", 0)
         if (forwards_before := settings.get("denoising")) and len(steps) % (forwards_before + 1):
             committed = 0
         steps.append(

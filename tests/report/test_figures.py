@@ -4,14 +4,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 
 from tests.report.synthetic import DIFFUSION, ENGINES, GRID, RATE, READ, ROOFS, SPECS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.report import figures
 from zbench.report.findings import Results
 
+CONFIDENT = ("autoregressive", "eagle3 chain of up to 6", "dflash block of 8", "tidar 4 by 2")
 RUNS: dict[str, dict[str, Any]] = {
     "all engines": {"engines": tuple(ENGINES), "specs": SPECS},
     "drafting engines": {"engines": SPECULATIVE, "points": ({"batch": 4},), "prompts": 5, "repeats": 1},
@@ -19,6 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "a mixture of experts": {"engines": tuple(ENGINES), "prompts": 5, "repeats": 1, "experts": 16},
     "a mixture of experts in batches": {"engines": SPECULATIVE, "points": ({"batch": 64},), "prompts": 2, "experts": 4},
     "diffusion": {"engines": ("autoregressive", *GRID, *DIFFUSION), "prompts": 5, "repeats": 1},
+    "chains of every length": {"engines": CONFIDENT, "prompts": 3, "repeats": 2},
     "one engine without roofs": {"engines": ("autoregressive",), "roofs": None, "prompts": 2},
     "foreign engines only": {"engines": ("transformers generate",)},
     "over its roof": {"points": ({"batch": 4},)},
@@ -95,7 +98,7 @@ def test_an_engine_keeps_its_colour_and_marker_throughout(results: Results) -> N
     assert len(set.union(*series.values())) == len(series)
 
 
-def test_experts_are_drawn_for_a_mixture_of_experts_only_one_mark_per_kind_beside_the_prediction(
+def test_experts_are_drawn_for_a_mixture_of_experts_only_one_point_per_kind_beside_the_prediction(
     results: Results,
 ) -> None:
     [plot] = [plot for plot in figures.PLOTS if plot.name == "experts"]
@@ -108,12 +111,54 @@ def test_experts_are_drawn_for_a_mixture_of_experts_only_one_mark_per_kind_besid
     line, *marks = axes.lines
     assert line.get_label() == "uniform routing (predicted)"
     seen = {(c.record.id, k) for c in cells for k, f in c.forwards.groupby("kind") if f["experts"].notna().any()}
-    at = [(mark.get_xdata()[0], mark.get_ydata()[0]) for mark in marks if len(mark.get_xdata())]
+    at = {(mark.get_color(), *point) for mark in marks for point in mark.get_xydata()}
     assert len(at) == len(seen)
-    for rows, hit in at:  # as the synthetic router hits
+    for _, rows, hit in at:  # as the synthetic router hits
         total = results.run.manifest.models[cells[0].record.model]["experts"]
         assert hit == pytest.approx(0.2 + 0.8 * total * (1 - (1 - 1 / total) ** rows), rel=0.02)
     assert f"of {total}" in plot.alt(results, cells)
+
+
+def test_chains_of_many_lengths_share_one_mark_and_one_name_and_are_points_on_a_line(tmp_path: Path) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "roofline"]
+    found = Results.of(metrics.load_run(write_run(tmp_path, engines=CONFIDENT, prompts=3)))
+    axes = figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0]
+    names = [text.get_text() for text in axes.texts]
+    assert {"decode, 1 row", "prefill", "draft, 1–7 rows", "verify, 2–7 rows", "verify, 8 rows"} <= set(names)
+    assert names.count("verify, 2–7 rows") == 1
+    [chains] = [cell for cell in found.run.cells if cell.record.options.get("confidence")]
+    colour, marker = figures._series(found, chains, figures.LIGHT)
+    mine = [line for line in axes.lines if line.get_color() == colour and len(line.get_xdata())]
+    drafts, verifies = sorted(
+        (line for line in mine if line.get_marker() == "."), key=lambda line: line.get_xdata()[-1]
+    )
+    assert len(drafts.get_xdata()) == 7 and len(verifies.get_xdata()) == 6
+    assert list(verifies.get_xdata()) == sorted(verifies.get_xdata())
+    large = [tuple(line.get_xydata()[0]) for line in mine if line.get_marker() == marker]
+    assert len(large) == 3  # a draft, a verify and the prefill
+    assert len(set(large) & set(map(tuple, verifies.get_xydata()))) == 1
+
+
+def test_a_name_in_the_roofline_lies_upon_no_mark_and_no_slanted_text(results: Results) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "roofline"]
+    if not plot.applies(results, results.run.cells):
+        return
+    axes = figures.figure(plot, figures.LIGHT, results, results.run.cells).axes[0]
+    names = [text for text in axes.texts if isinstance(text, Annotation)]
+    assert names
+    marks = np.concatenate([axes.transData.transform(m.get_xydata()) for m in axes.lines if m.get_markersize() == 7])
+    slanted = [text for text in axes.texts if text.get_rotation()]
+    for name in names:
+        box = Text.get_window_extent(name)
+        for x, y in [*marks, *(middle for text in slanted for middle in _middle(text))]:
+            assert not box.contains(x, y), name.get_text()
+
+
+def _middle(text: Text) -> list[tuple[float, float]]:
+    """Points along the middle of a slanted text, in pixels; its own box is much larger than it."""
+    box, slope = text.get_window_extent(), np.tan(np.radians(text.get_rotation()))
+    x = np.linspace(box.x0 + 8, box.x1 - 8, 20)
+    return [(float(at), float((box.y0 + box.y1) / 2 + slope * (at - (box.x0 + box.x1) / 2))) for at in x]
 
 
 def test_cache_levels_are_thin_slopes_up_to_the_flat_roof_where_they_were_measured_and_differ(tmp_path: Path) -> None:

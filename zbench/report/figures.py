@@ -23,6 +23,7 @@ from zbench.report.findings import Results, clusters, interval, main_kind, quant
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 WIDTH = 4.2  # inches at 100 dots each; on a phone, at 360 px, the text is still about 9 px high
 MARKERS = "osD^vPX*"
@@ -202,10 +203,7 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
     caches = [(name, bandwidth) for name, bandwidth in _caches(results, cells) if 3 * left * bandwidth < roofs[-1][2]]
     for _, bandwidth in caches:
         axes.plot([left, roofs[-1][2] / bandwidth], [left * bandwidth, roofs[-1][2]], color=theme.muted, lw=0.6)
-    for (cell, kind), at_x, at_y in zip(dots, x, y, strict=True):
-        colour, marker = _series(results, cell, theme)
-        filled = "none" if kind.endswith("prefill") else colour
-        axes.plot(at_x, at_y, marker, ms=7, color=colour, mfc=filled, mew=1.4)
+    _mark_forwards(axes, theme, results, dots, x, y)
     axes.set(xlabel="intensity, FLOP per byte", ylabel="FLOP/s")
     axes.yaxis.set_major_formatter(EngFormatter(places=0))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -217,7 +215,7 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
     _name_roofs(axes, theme, roofs, left, right, clear_of=max(y))
     _name_caches(axes, theme, caches, roofs[-1][2] if caches else 0.0)
-    _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind in dots], x, y)
+    _name_dots(axes, theme, [_dot_names(cell).get(kind) for cell, kind in dots], x, y)
 
 
 def _roofs(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float, float]]:
@@ -273,29 +271,55 @@ def _name_roofs(
     axes.text(start, height * 1.2, bandwidths, rotation=angle, rotation_mode="anchor", ha="left", **style)
 
 
+def _bare(kind: str) -> str:
+    """What a forward does, whatever its rows."""
+    return kind.partition(",")[0]
+
+
 def _dot_names(cell: Cell) -> dict[str, str]:
-    """Names by kind, for the kind of each role that takes the most time; its name covers the role's other kinds."""
-    forwards = cell.forwards.assign(bare=cell.forwards["kind"].str.partition(",")[0])
+    """Names by kind, of those that stand for all that do the same: each takes the most time of them. Empty where all
+    of them take too little to be named."""
+    forwards = cell.forwards.assign(bare=cell.forwards["kind"].map(_bare))
     total, names = forwards["seconds"].sum(), {}
     for bare, mine in forwards.groupby("bare", sort=False):
-        if mine["seconds"].sum() >= NAMED_FROM * total:
-            kind = str(mine.groupby("kind", sort=False)["seconds"].sum().idxmax())
-            several = mine["kind"].nunique() > 1
-            names[kind] = f"{bare}, {mine['rows'].min()}–{mine['rows'].max()} rows" if several else kind
+        kind = str(mine.groupby("kind", sort=False)["seconds"].sum().idxmax())
+        several = mine["kind"].nunique() > 1
+        name = f"{bare}, {mine['rows'].min()}–{mine['rows'].max()} rows" if several else kind
+        names[kind] = name if mine["seconds"].sum() >= NAMED_FROM * total else ""
     return names
 
 
-def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.ndarray) -> None:
-    """Write each name where it covers neither a mark nor another name: beside its mark, else ever further away.
+def _mark_forwards(
+    axes: Axes, theme: Theme, results: Results, dots: Sequence[tuple[Cell, str]], x: np.ndarray, y: np.ndarray
+) -> None:
+    """A mark where a cell's forwards of one name are most of the time; their other numbers of rows are points on a thin
+    line through it, as chains that end early have many. `dots` are (cell, kind) at x, y."""
+    joined: dict[tuple[str, str], list[int]] = {}
+    for index, (cell, kind) in enumerate(dots):
+        joined.setdefault((cell.record.id, _bare(kind)), []).append(index)
+    for found in joined.values():
+        cell, kind = dots[found[0]]
+        colour, marker = _series(results, cell, theme)
+        along = sorted(found, key=lambda index: x[index])
+        if len(along) > 1:
+            axes.plot(x[along], y[along], ".-", ms=4, lw=0.8, color=colour, mew=0)
+        main = next(index for index in found if dots[index][1] in _dot_names(cell))
+        filled = "none" if kind.endswith("prefill") else colour
+        axes.plot(x[main], y[main], marker, ms=7, color=colour, mfc=filled, mew=1.4)
 
-    Marks of one name that lie close together share it.
+
+def _name_dots(axes: Axes, theme: Theme, names: Sequence[str | None], x: np.ndarray, y: np.ndarray) -> None:
+    """Write each name where it covers neither a mark nor a text: close to its mark, and across few lines.
+
+    Marks of one name that lie close together share it. None is no mark but a point of a line.
     """
     from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
 
     spots = axes.transData.transform(np.column_stack([x, y]))
-    taken = [Bbox.from_bounds(at_x - 6, at_y - 6, 12, 12) for at_x, at_y in spots]
-    taken += [text.get_window_extent() for text in axes.texts if not text.get_rotation()]
+    marks = np.column_stack([spots, np.full(len(spots), 6.0)])[[name is not None for name in names]]
+    texts = np.concatenate([np.empty((0, 3)), *map(_text_squares, axes.texts)])
+    drawn = [path for line in axes.lines if (path := np.asarray(line.get_xydata())).size]  # the legend's have none
+    lines = np.concatenate([_squares(axes.transData.transform(path), 2) for path in drawn])
     pixels = axes.figure.dpi / 72
     named: list[int] = []
     for index in np.argsort(-spots[:, 1], kind="stable"):
@@ -309,18 +333,48 @@ def _name_dots(axes: Axes, theme: Theme, names: list[str], x: np.ndarray, y: np.
             arrowprops={"arrowstyle": "-", "color": theme.muted, "lw": 0.5, "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
         width = Text.get_window_extent(text).width  # the annotation's own extent would include its arrow
-        inwards = 1 if spots[index][0] < axes.bbox.x0 + 0.6 * axes.bbox.width else -1
-        for side, down in product((inwards, -inwards), (0, -14, 14, 28, 42, 56, 70)):
-            near = spots[index][0] + 14 * side
-            box = Bbox.from_bounds(near - (side < 0) * width, spots[index][1] - down - 7, width, 14)
-            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0
-            if inside and not box.count_overlaps(taken):
-                break
-        else:  # no room: the table of forwards names it
+        places = []
+        for offset in product((14, -14, 42, -42), range(-98, 99, 7)):
+            near = spots[index] + offset
+            name = _squares(near + np.outer([0, np.sign(offset[0]) * width], [1, 0]), 7)
+            leader = _squares(np.array([spots[index], near]), 1)
+            inside = axes.bbox.x0 < name[:, 0].min() and name[:, 0].max() < axes.bbox.x1
+            inside &= axes.bbox.y0 < near[1] - 7 and near[1] + 7 < axes.bbox.y1
+            if inside and not _met(name, marks, texts) and not _met(leader, texts):
+                beyond = leader[np.hypot(*(leader[:, :2] - spots[index]).T) > 12]
+                crossed = 8 * _met(name, lines) + 4 * _met(beyond, lines) + 24 * _met(beyond, marks)
+                places.append((np.hypot(*offset) + crossed, offset, name, leader))
+        if not places:  # no room: the table of forwards names it
             text.remove()
             continue
-        text.set(position=(14 * side / pixels, -down / pixels), ha="left" if side > 0 else "right")
-        taken.append(box)
+        _, offset, name, leader = min(places, key=lambda place: place[0])
+        text.set(position=(offset[0] / pixels, offset[1] / pixels), ha="left" if offset[0] > 0 else "right")
+        texts, lines = np.concatenate([texts, name]), np.concatenate([lines, leader])
+
+
+def _squares(path: np.ndarray, half: float) -> np.ndarray:
+    """A polyline [n, 2] of a figure's pixels as squares along it [m, (x, y, half their side)]."""
+    lengths = np.concatenate([[0], np.hypot(*np.diff(path, axis=0).T).cumsum()])
+    at = np.linspace(0, lengths[-1], 2 + int(lengths[-1] / 4))
+    return np.column_stack([*(np.interp(at, lengths, axis) for axis in path.T), np.full(len(at), half)])
+
+
+def _text_squares(text: Text) -> np.ndarray:
+    """As `_squares`, along the middle of a text of any rotation."""
+    box, angle = text.get_window_extent(), text.get_rotation()
+    text.set_rotation(0)
+    flat = text.get_window_extent()
+    text.set_rotation(angle)
+    reach = flat.width / 2 * np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
+    middle = np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2
+    return _squares(np.array([middle - reach, middle + reach]), flat.height / 2)
+
+
+def _met(squares: np.ndarray, *others: np.ndarray) -> int:
+    """How many of the other squares lie upon any of these."""
+    found = np.concatenate(others)
+    apart = np.abs(squares[:, None, :2] - found[None, :, :2]).max(-1)
+    return int((apart < squares[:, None, 2] + found[None, :, 2]).any(0).sum())
 
 
 def _roofline_alt(results: Results, cells: Sequence[Cell]) -> str:
@@ -361,9 +415,7 @@ def _experts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) 
     line = np.geomspace(1, edge, 100)
     axes.plot(line, [expected_experts(count, n) for n in line], color=theme.ink, lw=1.2, ls=(0, (4, 3)),
               label="uniform routing (predicted)")  # fmt: skip
-    for cell, kind, x, y in dots:
-        colour, marker = _series(results, cell, theme)
-        axes.plot(x, y, marker, ms=7, color=colour, mfc="none" if kind.endswith("prefill") else colour, mew=1.4)
+    _mark_forwards(axes, theme, results, [dot[:2] for dot in dots], rows, hit)
     for cell in _with_experts(results, cells):
         colour, marker = _series(results, cell, theme)
         axes.plot([], [], marker, ms=6, color=colour, label=_legend_name(cell))
@@ -373,7 +425,7 @@ def _experts(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) 
     axes.minorticks_off()
     legend_below(axes, min(_legend_columns(cells), 1 + len(_with_experts(results, cells))))
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
-    _name_dots(axes, theme, [_dot_names(cell).get(kind, "") for cell, kind, *_ in dots], rows, hit)
+    _name_dots(axes, theme, [_dot_names(cell).get(kind) for cell, kind, *_ in dots], rows, hit)
 
 
 def _with_experts(results: Results, cells: Sequence[Cell]) -> list[Cell]:
@@ -858,10 +910,10 @@ def _heat_alt(results: Results, cells: Sequence[Cell]) -> str:
 PLOTS = (
     Plot(
         "roofline", "Where each forward stands",
-        "One mark per kind of forward; open marks are prefills, and close marks of one kind share a name. Below the "
-        "slope memory limits, below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on "
-        "this device; thin: what its caches give to data that fits into them. Dashed: spec sheet. A roof that is not "
-        "known is not drawn.",
+        "One mark per kind of forward, where it takes the most time; its other numbers of rows are points on the line "
+        "through it. Open marks are prefills, and close marks of one kind share a name. Below the slope memory limits, "
+        "below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on this device; thin: "
+        "what its caches give to data that fits into them. Dashed: spec sheet. A roof that is not known is not drawn.",
         lambda results, cells: bool(_with_forwards(cells)),
         lambda results, cells: 3.5 + 0.2 * _legend_lines(_with_forwards(cells)), _roofline, _roofline_alt,
     ),
@@ -880,8 +932,9 @@ PLOTS = (
     ),
     Plot(
         "experts", "How many experts a forward reads",
-        "One mark per kind of forward; open marks are prefills. Each expert that any row was sent to is read once, so "
-        "more rows read more weights. Dashed: what rows would hit that choose uniformly and independently, predicted.",
+        "One mark per kind of forward, its other numbers of rows on the line through it; open marks are prefills. Each "
+        "expert that any row was sent to is read once, so more rows read more weights. Dashed: what rows would hit "
+        "that choose uniformly and independently, predicted.",
         _has_experts, _experts_height, _experts, _experts_alt,
     ),
     Plot(
