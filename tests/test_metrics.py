@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,16 @@ def test_a_drafter_whose_cache_lags_is_charged_at_the_context_of_the_step(measur
     assert rows["spec", "tokens_per_weighted_forward", ""].value == pytest.approx(4 / (250 / 200 + 250 / 300))
 
 
-def verifying(accepted: Sequence[int], label: str = "spec", group: int = 0, **changes: Any) -> TrialRecord:
-    """A trial at batch 1 whose steps of 2.0 s accept these of 3 drafts each: 0.5 s draft, 1.0 s verify, 0.5 s else."""
-    steps = [StepRecord(2.0, 0.1, 0.2, (n + 1,), drafted=(3,), accepted=(n,)) for n in accepted]
+def verifying(
+    accepted: Sequence[int], label: str = "spec", group: int = 0, offered: Sequence[int] = (), **changes: Any
+) -> TrialRecord:
+    """A trial at batch 1 whose steps of 2.0 s accept these of the drafts offered, of 3 unless said: 0.5 s draft, 1.0 s
+    verify, 0.5 s else."""
+    offered = offered or [3] * len(accepted)
+    steps = [
+        StepRecord(2.0, 0.1, 0.2, (kept + 1,), drafted=(drafts,), accepted=(kept,))
+        for kept, drafts in zip(accepted, offered, strict=True)
+    ]
     made = [forward(0, "prefill", seconds=0.8)]
     for step in range(1, len(steps) + 1):
         made += [forward(step, "draft", model="drafter", seconds=0.5), forward(step, "verify", rows=4, seconds=1.0)]
@@ -240,14 +248,37 @@ def test_acceptance_length_counts_the_bonus_over_steps_and_over_requests(measure
 
 
 def test_acceptance_by_position_is_of_all_steps_and_of_those_that_came_so_far(measure: Any) -> None:
-    rows = measure([trial(), verifying([0, 1, 1, 2])], CHAIN)
-    assert [rows["spec", "acceptance_histogram", str(i)].value for i in range(4)] == [1, 2, 1, 0]
-    assert [rows["spec", "acceptance_at", str(i)].value for i in (1, 2, 3)] == pytest.approx([3 / 4, 1 / 4, 0])
+    rows = measure([trial(), verifying([0, 1, 1, 2, 0])], CHAIN)
+    assert [rows["spec", "acceptance_histogram", str(i)].value for i in range(4)] == [2, 2, 1, 0]
+    assert [rows["spec", "acceptance_at", str(i)].value for i in (1, 2, 3)] == pytest.approx([3 / 5, 1 / 5, 0])
+    # Of the last step only the token that ended the output is known, which says nothing of its first draft.
     assert [rows["spec", "conditional_at", str(i)].value for i in (1, 2, 3)] == pytest.approx([3 / 4, 1 / 3, 0])
 
 
+def test_a_draft_that_was_not_offered_is_not_one_that_was_refused(measure: Any) -> None:
+    offered = [3, 1, 2, 3]  # chains that a confidence ended, all accepted as far as they went
+    rows = measure([trial(), verifying([3, 1, 2, 1], offered=offered)], CHAIN)
+    assert [rows["spec", "acceptance_at", str(i)].value for i in (1, 2, 3)] == pytest.approx([1, 2 / 4, 1 / 4])
+    assert [rows["spec", "conditional_at", str(i)].value for i in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_a_sequence_of_a_batch_ends_on_its_own(measure: Any) -> None:
+    """The first ends in step 1, of whose drafts only one is known; the second refuses its second draft there."""
+    steps = [
+        StepRecord(1.0, 0, 0, (1, 1)),
+        StepRecord(1.0, 0, 0, (2, 2), drafted=(2, 2), accepted=(1, 1)),
+        StepRecord(1.0, 0, 0, (0, 3), drafted=(0, 2), accepted=(0, 2)),
+    ]
+    requests = (request("p0", range(3), end=2.0), request("p1", range(6), end=3.0))
+    made = (forward(0, "prefill"), *(forward(step, "verify", rows=3) for step in (1, 2)))
+    rows = measure(
+        [trial(), trial("spec", requests=requests, steps=tuple(steps), forwards=made, wall_seconds=3.0)], CHAIN
+    )
+    assert [rows["spec", "conditional_at", str(i)].value for i in (1, 2)] == [1, 1 / 2]
+
+
 def test_a_position_that_no_step_reached_has_no_conditional_acceptance(measure: Any) -> None:
-    rows = measure([trial(), verifying([0, 0])], CHAIN)
+    rows = measure([trial(), verifying([0, 0, 0])], CHAIN)
     assert rows["spec", "acceptance_at", "2"].value == 0
     assert rows["spec", "conditional_at", "2"].value is None
 
@@ -258,20 +289,26 @@ def test_the_positions_of_a_tree_are_its_depths(measure: Any) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
-def test_the_views_of_acceptance_agree(tmp_path_factory: pytest.TempPathFactory, accepted: list[int]) -> None:
-    folder = write(tmp_path_factory.mktemp("run"), [trial(), verifying(accepted)], CHAIN)
+@given(st.lists(st.integers(1, 3).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=1, max_size=12))
+def test_the_views_of_acceptance_agree(tmp_path_factory: pytest.TempPathFactory, found: list[tuple[int, int]]) -> None:
+    accepted, offered = [kept for kept, _ in found], [drafts for _, drafts in found]
+    folder = write(tmp_path_factory.mktemp("run"), [trial(), verifying(accepted, offered=offered)], CHAIN)
     rows = metrics.summarise(metrics.load_run(folder))
     mine = {(row.metric, row.part): row.value for row in rows if row.cell == "spec"}
-    at = [mine["acceptance_at", str(i)] for i in (1, 2, 3)]
-    counts = [mine["acceptance_histogram", str(i)] for i in range(4)]
+    positions = range(1, max(offered) + 1)
+    at = [mine["acceptance_at", str(i)] for i in positions]
+    counts = [mine["acceptance_histogram", str(i)] for i in (0, *positions)]
     assert mine["acceptance_length", "micro"] == pytest.approx(1 + sum(at))
     assert sum(counts) == len(accepted) and sum(i * n for i, n in enumerate(counts)) == sum(accepted)
-    reached = 1.0
-    for i, share in enumerate(at, start=1):
-        given_before = mine["conditional_at", str(i)]
-        reached = 0.0 if given_before is None else reached * given_before
-        assert share == pytest.approx(reached)
+    # One by one: a draft after those accepted was refused, unless there was none or the output ended there.
+    right, wrong = Counter[int](), Counter[int]()
+    for step, (kept, drafts) in enumerate(found, start=1):
+        right.update(range(1, kept + 1))
+        if kept < drafts and step < len(found):
+            wrong[kept + 1] += 1
+    for i in positions:
+        judged = right[i] + wrong[i]
+        assert mine["conditional_at", str(i)] == (pytest.approx(right[i] / judged) if judged else None)
 
 
 def test_without_drafts_there_is_no_acceptance(measure: Any) -> None:

@@ -40,7 +40,7 @@ from zbench.stats import Estimate, unavailable
 from zbench.telemetry import NoEnergy, Telemetry, trial_energy
 from zbench.telemetry import read as read_telemetry
 
-DEFINITIONS_VERSION = 3  # bump it when a metric's function changes what it computes
+DEFINITIONS_VERSION = 3  # bump it when a metric's function changes what it computes and its words do not
 ROOF_TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
 WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
 # Measured over floor, beyond which neither memory nor arithmetic explains the time: not even one after the other, whose
@@ -73,7 +73,8 @@ class Unavailable(Exception):
 class Run:
     """A run folder as read: every successful trial's records by row, keyed by their trial.
 
-    `verifies` has a row for each sequence and step that was offered drafts.
+    `verifies` has a row for each sequence and step that was offered drafts. Of those in a sequence's last step only the
+    accepted ones were judged: the token that ends the output counts as the bonus, whoever proposed it.
     """
 
     path: Path
@@ -465,7 +466,12 @@ def category_acceptance_length(cell: Cell) -> dict[str, Estimate]:
     return {name: stats.mean(v["accepted"] + 1, v["group"]) for name, v in _by_category(cell.seen_verifies)}
 
 
-@metric("draft_acceptance_rate", "1", "accepted draft tokens / proposed draft tokens", "higher")
+@metric(
+    "draft_acceptance_rate",
+    "1",
+    "accepted draft tokens / proposed draft tokens, of which those beyond the end of the output are never accepted",
+    "higher",
+)
 def draft_acceptance_rate(cell: Cell) -> Estimate:
     verifies = cell.seen_verifies
     return stats.ratio(verifies["accepted"], verifies["drafted"], verifies["group"])
@@ -495,13 +501,15 @@ def acceptance_at(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "conditional_at",
     "1",
-    "verify steps that accepted i drafts or more / verify steps that accepted i - 1 or more; in a tree, i is the depth",
+    "verify steps that accepted i drafts or more / verify steps that accepted i - 1 or more and were offered draft i "
+    "before the end of the output; in a tree, i is the depth, and every path counts as offered to the full",
     "higher",
 )
 def conditional_at(cell: Cell) -> dict[str, Estimate]:
     verifies = cell.seen_verifies
-    reached = {i: verifies["accepted"] >= i for i in range(cell.depth + 1)}
-    return {str(i): stats.ratio(reached[i], reached[i - 1], verifies["group"]) for i in reached if i}
+    accepted, judged = verifies["accepted"], verifies["judged"]
+    reached = {i: (accepted >= i - 1) & (judged >= i) for i in range(1, cell.depth + 1)}
+    return {str(i): stats.ratio(accepted >= i, reached[i], verifies["group"]) for i in reached}
 
 
 @metric(
@@ -1374,7 +1382,7 @@ _REQUEST_COLUMNS = (
 _STEP_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live",
 )  # fmt: skip
-_VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted")
+_VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted", "judged")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
     *NOT_ALWAYS,
@@ -1412,7 +1420,8 @@ def _tables(trials: Sequence[TrialRecord]) -> tuple[pd.DataFrame, pd.DataFrame, 
     of = np.repeat(np.arange(len(trials)), counts)
     step = _places(counts)
     gained = _ragged(steps["committed"])
-    live = _live(gained, of, step)
+    last = _last_gains(gained, of, step)
+    live = np.bincount(gained.row, step[gained.row] <= last, minlength=len(of)).astype(int)
     step_table = _frame(_STEP_COLUMNS, {
         **_trial_columns(trials, of),
         "step": step,
@@ -1420,7 +1429,8 @@ def _tables(trials: Sequence[TrialRecord]) -> tuple[pd.DataFrame, pd.DataFrame, 
         "committed": np.bincount(gained.row, gained.values, minlength=len(of)).astype(gained.values.dtype),
         "live": live,
     })  # fmt: skip
-    return step_table, _forwards(trials, forwards, live, counts), _verifies(trials, steps, of, step)
+    ending = _Ragged(*(column[step[gained.row] == last] for column in gained))
+    return step_table, _forwards(trials, forwards, live, counts), _verifies(trials, steps, of, step, ending)
 
 
 def _forwards(
@@ -1445,15 +1455,21 @@ def _forwards(
     })  # fmt: skip
 
 
-def _verifies(trials: Sequence[TrialRecord], steps: dict[str, list], of: np.ndarray, step: np.ndarray) -> pd.DataFrame:
-    """A row for each sequence that a step offered drafts; `of` and `step` [all steps] are its trial and number."""
+def _verifies(
+    trials: Sequence[TrialRecord], steps: dict[str, list], of: np.ndarray, step: np.ndarray, ending: _Ragged
+) -> pd.DataFrame:
+    """A row for each sequence that a step offered drafts; `of` and `step` [all steps] are its trial and number, and
+    `ending` has what each sequence gained last."""
     drafted, accepted = _ragged(steps["drafted"]), _ragged(steps["accepted"])
     if not np.array_equal(drafted.row, accepted.row):
         raise ValueError("a step drafted for other sequences than it accepted for")
     offered = drafted.values > 0
     row = drafted.row[offered]
     requests = [trial.requests for trial in trials]
-    asked = [requests[trial][at] for trial, at in zip(of[row].tolist(), drafted.place[offered].tolist(), strict=True)]
+    place = drafted.place[offered]
+    asked = [requests[trial][at] for trial, at in zip(of[row].tolist(), place.tolist(), strict=True)]
+    most = 1 + max(place.max(initial=0), ending.place.max(initial=0))
+    ends = np.isin(row * most + place, ending.row * most + ending.place)
     return _frame(_VERIFY_COLUMNS, {
         **_trial_columns(trials, of[row]),
         "step": step[row],
@@ -1461,6 +1477,7 @@ def _verifies(trials: Sequence[TrialRecord], steps: dict[str, list], of: np.ndar
         "category": _words([request.category for request in asked]),
         "drafted": drafted.values[offered],
         "accepted": accepted.values[offered],
+        "judged": np.where(ends, accepted.values[offered], drafted.values[offered]),
     })  # fmt: skip
 
 
@@ -1483,14 +1500,13 @@ def _places(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def _live(gained: _Ragged, of: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Sequences that still had tokens to come [all steps], from what each gained; `of`, `step` as in `_verifies`."""
+def _last_gains(gained: _Ragged, of: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """The step in which the sequence last gained a token [len(gained.row)]; `of`, `step` as in `_verifies`."""
     sequence = of[gained.row] * (gained.place.max(initial=0) + 1) + gained.place
     last = np.full(sequence.max(initial=0) + 1, -1)
-    then = step[gained.row]
     more = gained.values > 0
-    np.maximum.at(last, sequence[more], then[more])
-    return np.bincount(gained.row, then <= last[sequence], minlength=len(step)).astype(int)
+    np.maximum.at(last, sequence[more], step[gained.row][more])
+    return last[sequence]
 
 
 def _decode_columns(trial: TrialRecord, *names: str) -> Iterable[tuple]:

@@ -974,7 +974,8 @@ PLOTS = (
     ),
     Plot(
         "conditional", "How good each draft is",
-        "The same among the steps that accepted the draft before. A position that no step reached has no mark.",
+        "The same among the steps that accepted the draft before and offered this one before the end of the output. A "
+        "position that no step reached has no mark.",
         lambda results, cells: bool(_drafting(results, cells)),
         _curves_height, _curves("conditional_at"), _curves_alt("conditional_at"), "speculation",
     ),
