@@ -354,6 +354,26 @@ def test_a_synthetic_tree_gains_the_length_that_was_asked_for(length: float) -> 
     assert sum(a for a, _ in whole) / len(whole) + 1 == pytest.approx(length, abs=0.25)
 
 
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
+def test_a_finished_sequence_has_no_say_in_how_far_another_drafts(native: bool) -> None:
+    model, [ended, other] = runtime("smollm", "auto"), prompts(9, 5)
+    [[eos]] = decode(Autoregressive(model), [ended], Request(1, GREEDY, (0,)))[0].outputs
+    drafter, found = random(model, native=native), set[int]()
+
+    def offered(ids: list[list[int]], confidence: float) -> list[int]:
+        """To the last of the prompts, step by step."""
+        request = Request(20, GREEDY, (0,) * len(ids), frozenset({eos}))
+        meter = decode(Eagle3(model, drafter, depth=4, confidence=confidence), ids, request)[1]
+        return [step.drafted[-1] for step in meter.records()[0][1:]]
+
+    for confidence in (0.02, 0.025, 0.03, 0.04):
+        alone = offered([other], confidence)
+        assert len(alone) > 5
+        assert offered([ended, other], confidence) == alone
+        found.update(alone)
+    assert found == {1, 2}  # chains of both lengths, and none of 4
+
+
 @pytest.mark.parametrize("options", [{"depth": 2, "top_k": 2, "confidence": 0.3}], ids=str)
 def test_confidence_ends_chains_only(options: dict[str, Any]) -> None:
     model = runtime("smollm", "auto")

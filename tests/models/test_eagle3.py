@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,38 @@ def test_a_chain_ends_where_no_sequence_is_confident(native: bool) -> None:
     for drafted in range(1, depth):  # a chance just above and just below what was drafted so far
         assert levels(chances[drafted] * 1.001) == drafted
         assert levels(chances[drafted] * 0.999) == drafted + 1
+
+
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
+def test_a_sequence_that_has_finished_keeps_no_chain_going(native: bool) -> None:
+    stored, depth = checkpoint(), 4
+    drafter = drafter_of(stored, native)
+
+    def drafted(seeds: list[int], confidence: float, active: Sequence[bool] = ()) -> tuple[list[int], int]:
+        """The first sequence's drafts and how many levels there were."""
+        cache = drafter.new_cache(len(seeds), 32, nodes=depth - 1)
+        taps = torch.stack([features(5, 60 + seed) for seed in seeds])
+        tokens = torch.tensor([ids_of(5, 70 + seed) for seed in seeds])
+        last, counts = torch.full((len(seeds),), 4), [5] * len(seeds)
+        given = taps.chunk(3, -1), tokens, last, counts, cache, depth, time.perf_counter_ns, confidence
+        got, marks = drafter.chain(*given, active)
+        assert len(marks) == got.shape[1] and cache.sizes == counts
+        return got[0].tolist(), len(marks)
+
+    def ends_after_one(seed: int, confidence: float) -> bool:
+        return drafted([seed], confidence)[1] == 1
+
+    # A confidence at which one sequence's chain ends at once and the other's does not.
+    seeds, confidence = [0, 1], 1.0
+    while len({ends_after_one(seed, confidence) for seed in seeds}) == 1:
+        confidence *= 0.98
+    [doubting], [sure] = (
+        [seed for seed in seeds if ends_after_one(seed, confidence) == ends] for ends in (True, False)
+    )
+    alone = drafted([doubting], confidence)
+    assert alone[1] == 1
+    assert drafted([doubting, sure], confidence, [True, True])[1] > 1
+    assert drafted([doubting, sure], confidence, [True, False]) == alone
 
 
 def two_levels(drafter: Eagle3Drafter) -> Tensor:

@@ -39,7 +39,7 @@ class Eagle3:
     """Draft `tokens` tokens in `depth` levels of the `top_k` best nodes each; top_k 1 is a chain.
 
     A chain may end early: it goes on while the drafter gives what it has drafted in this step at least the chance
-    `confidence` of being right, in one sequence of the batch.
+    `confidence` of being right, in one sequence of the batch that has not finished.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Eagle3:
         start, contexts = meter.device.mark(), cache.sizes
         taps, following, last = self._unread(state)
         tokens, ends = self.drafter.chain(
-            taps, following, last, counts, cache, self.depth, meter.device.mark, self.confidence
+            taps, following, last, counts, cache, self.depth, meter.device.mark, self.confidence, state.active
         )
         for level, end in enumerate(ends):
             self._record_level(meter, start, end, contexts, level, following.shape[1])

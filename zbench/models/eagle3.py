@@ -375,15 +375,18 @@ class Eagle3Drafter:
         depth: int,
         mark: Callable[[], Mark],
         confidence: float = 0.0,
+        active: Sequence[bool] = (),
     ) -> tuple[Tensor, list[Mark]]:
         """Read pairs as `extend` does, commit counts[b] of them, and draft a chain behind pair last[b]: `depth` levels,
         or fewer where no sequence's drafts so far have at least the chance `confidence` of being right, by the drafter.
+        Where only some sequences are `active`, the others have no say in it.
 
         Returns its tokens [B, levels], the target's ids, each the likeliest after the one before it, and a mark of the
         device's at the end of each level. A chain of n needs n - 1 nodes. With a confidence every level waits for the
         device.
         """
-        if self.native:
+        some = bool(confidence) and not all(active)
+        if self.native and not some:  # in one call, which asks every sequence
             place = (cache.lengths, cache.keys, cache.values)
             tokens, ends = self.native.draft(_floats(taps), ids, last, *place, depth, confidence)
             cache.extend(counts)
@@ -393,6 +396,8 @@ class Eagle3Drafter:
         chain: list[Tensor] = []
         marks: list[Mark] = []
         chances = torch.ones(len(ids), 1, device=ids.device)
+        if some:
+            chances *= torch.tensor(active, device=ids.device)[:, None]
         for level in range(depth):
             if confidence and bool((chances < confidence).all()):
                 break
