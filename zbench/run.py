@@ -53,7 +53,7 @@ from zbench.telemetry import TELEMETRY
 
 INTERRUPTED = "interrupted"
 SAMPLE_EVERY = 10.0  # seconds between samples of the read roof, or more:
-SAMPLE_SHARE = 0.01  # they take at most this share of the time between the first and the last
+SAMPLE_SHARE = 0.015  # they take at most this share of the time between the first and the last
 DECODES = 4  # of a trial, at most: while something is compiled or captured in one, it is decoded again
 
 

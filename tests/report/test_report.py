@@ -212,8 +212,8 @@ def test_a_folder_that_cannot_be_written_gives_one_clear_line(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("samples", "row"),
     [
-        ((30e9, 33e9, 34e9), ("33.0 GB/s", "30.0 GB/s to 34.0 GB/s, n = 3 samples; the roof of every share and floor")),
-        ((30e9, "no memory"), ("30.0 GB/s", "n = 1 samples; the roof of every share and floor here; 1 more could not")),
+        ((30e9, 33e9, 34e9), ("33.0 GB/s", "30.0 GB/s to 34.0 GB/s, samples: 3; shares and floors")),
+        ((30e9, "no memory"), ("30.0 GB/s", "samples: 1; shares and floors on this page are of it; 1 more could not")),
         (("no memory",), ("unavailable", "no memory")),
     ],
 )
@@ -221,7 +221,7 @@ def test_the_read_roof_of_the_run_stands_above_that_measured_before(
     tmp_path: Path, samples: Sequence[float | str], row: tuple[str, str]
 ) -> None:
     page = render(write_run(tmp_path, engines=("autoregressive",), samples=samples)).read_text()
-    table = page.partition("<caption>Roofs</caption>")[2].partition("</table>")[0]
+    table = page.partition("<caption>Roofs, measured on 2025-01-01</caption>")[2].partition("</table>")[0]
     first, second = table.split("</tr>")[:2]
     assert "read, beside this run" in first and all(part in first for part in row)
     assert "read, measured" in second and "38.0 GB/s" in second

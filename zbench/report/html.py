@@ -203,6 +203,7 @@ def page(
         telemetry=telemetry.said(results),
         environment=flat_sections(manifest.environment),
         roofs=_roofs(results),
+        roofs_measured=str((manifest.roofs or {}).get("measured", ""))[:10],
         scenario=yaml.safe_dump(manifest.scenario, sort_keys=False, allow_unicode=True),
         models=flat_sections(manifest.models),
         definitions=list(METRICS.values()),
@@ -457,9 +458,9 @@ def _roof_beside(run: Run) -> list[tuple[str, str, str]]:
     read = run.read_roof
     if read is None or not read.get("sampled"):
         return [(name, "unavailable", missed[0])]
-    spread = f"{quantity(read['low'], 'B/s')} to {quantity(read['high'], 'B/s')}, n = {read['n']} samples"
+    spread = f"{quantity(read['low'], 'B/s')} to {quantity(read['high'], 'B/s')}, samples: {read['n']}"
     failed = f"; {len(missed)} more could not be taken: {missed[0]}" if missed else ""
-    return [(name, quantity(read["value"], "B/s"), f"{spread}; the roof of every share and floor here{failed}")]
+    return [(name, quantity(read["value"], "B/s"), f"{spread}; shares and floors on this page are of it{failed}")]
 
 
 def roof_rows(roofs: Mapping[str, Any], specs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
