@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from zbench import metrics
 from zbench.errors import UserError
-from zbench.records import SCHEMA_VERSION, CellRecord, ForwardRecord, Manifest, RequestRecord, StepRecord, TrialRecord
+from zbench.records import (
+    SCHEMA_VERSION,
+    CellRecord,
+    ForwardRecord,
+    Manifest,
+    RequestRecord,
+    RoofSample,
+    StepRecord,
+    TrialRecord,
+)
 
 ROOFS = {
     "bandwidth": {"read": {"value": 1000.0, "low": 990.0, "high": 1010.0, "n": 9, "unit": "B/s"}},
@@ -458,6 +467,68 @@ def test_more_than_105_percent_of_a_roof_is_an_error_and_is_not_clipped(
     assert row.value == pytest.approx(0.2 / seconds)
     assert row.status == status
     assert ("the roof or the count is wrong" in row.note) == (status == "error")
+
+
+def sampled(folder: Path, *values: float | None) -> Path:
+    """With samples of the read roof, in B/s; None is one that could not be taken."""
+    samples = [
+        RoofSample(f"2025-01-01T00:00:{i:02}", 0.1, value, value, value, 5 if value else 0, "" if value else "full")
+        for i, value in enumerate(values)
+    ]
+    (folder / "roofs.jsonl").write_text("".join(sample.to_json() + "\n" for sample in samples))
+    return folder
+
+
+def rows_of(folder: Path) -> dict[tuple[str, str], metrics.MetricRow]:
+    return {(row.metric, row.part): row for row in metrics.summarise(metrics.load_run(folder))}
+
+
+def test_the_read_roof_of_a_run_is_the_median_of_its_samples(tmp_path: Path) -> None:
+    before = rows_of(write(tmp_path / "a", [trial()]))
+    after = rows_of(sampled(write(tmp_path / "b", [trial()]), 1000.0, 1600.0, 2000.0, None))
+    kind, roof = "decode, 1 row", ROOFS["bandwidth"]["read"]["value"]
+    assert before["mbu", kind].value == pytest.approx(500 / roof)
+    assert after["mbu", kind].value == pytest.approx(500 / 1600)
+    assert after["floor_seconds", kind].value == pytest.approx(
+        max(200 / 1600, 400 / ROOFS["flops"]["bfloat16"]["value"])
+    )
+    assert after["predicted_step_seconds", ""].value == pytest.approx(after["floor_seconds", kind].value)
+    assert after["mfu", kind].value == before["mfu", kind].value
+    run = metrics.load_run(tmp_path / "b")
+    assert run.manifest.roofs == ROOFS
+    assert run.roofs is not None and run.read_roof is not None
+    assert [run.read_roof[key] for key in ("value", "low", "high", "n", "sampled")] == [1600.0, 1000.0, 2000.0, 3, True]
+    assert run.roofs["ridge"]["bfloat16"] == ROOFS["flops"]["bfloat16"]["value"] / 1600
+
+
+@pytest.mark.parametrize("values", [(), (None, None)])
+def test_without_a_sample_the_read_roof_is_that_measured_before(tmp_path: Path, values: tuple[None, ...]) -> None:
+    plain = metrics.summarise(metrics.load_run(write(tmp_path, [trial()])))
+    assert metrics.summarise(metrics.load_run(sampled(tmp_path, *values))) == plain
+
+
+@pytest.mark.parametrize(("highest", "status"), [(480.0, "ok"), (476.0, "error")])
+def test_more_than_a_roof_that_drifts_is_wrong_only_beyond_its_highest_sample(
+    tmp_path: Path, highest: float, status: str
+) -> None:
+    folder = sampled(write(tmp_path, [trial()]), 400.0, 400.0, highest)  # forwards reach 500
+    row = rows_of(folder)["mbu", "decode, 1 row"]
+    assert (row.value, row.status) == (pytest.approx(1.25), status)
+    said = "which reached 120% of its median" if status == "ok" else "the roof or the count is wrong"
+    assert said in row.note
+
+
+def test_a_torn_sample_is_left_out_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+    file = sampled(write(tmp_path, [trial()]), 1000.0, 2000.0) / "roofs.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    run = metrics.load_run(tmp_path)
+    assert run.read_roof is not None and run.read_roof["value"] == 1000
+    assert any("last line of roofs.jsonl is torn" in warning for warning in run.warnings)
+    for damaged in ("{\n" + whole, whole.replace('"schema":1', '"schema":99'), whole.replace("low", "lower")):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"roofs\.jsonl:1: not"):
+            metrics.load_run(tmp_path)
 
 
 @pytest.mark.parametrize(("cache", "given"), [(0.5, True), (1.5, False)])

@@ -26,7 +26,7 @@ from zbench.cli import main
 from zbench.errors import UserError
 from zbench.models.team import ALONE
 from zbench.ranks import Member, Watch, World, merged
-from zbench.records import RankRecord, RequestRecord, TrialRecord, read_manifest, read_trials
+from zbench.records import RankRecord, RequestRecord, TrialRecord, read_manifest, read_roof_samples, read_trials
 from zbench.scenario import ParallelSpec
 
 SHAPE = (
@@ -74,7 +74,8 @@ def started(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
 def roofs_on_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measured roofs take longer than these runs: the ranks find some in the cache, where there is one."""
     made_up = {"value": 1e12, "low": 1e12, "high": 1e12, "n": 1, "unit": "B/s"}
-    content = {"bandwidth": {"read": made_up}, "flops": {"float32": made_up}, "ridge": {"float32": 1.0}}
+    read = {**made_up, "bytes": 2**22, "implementation": "torch sum"}
+    content = {"bandwidth": {"read": read}, "flops": {"float32": made_up}, "ridge": {"float32": 1.0}}
     hook = tmp_path / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
@@ -133,6 +134,8 @@ def test_all_engines_emit_the_tokens_of_one_process(tmp_path: Path, roofs_on_fil
     assert len(by_prompt) == 3
     assert all(len(hashes) == 1 for hashes in by_prompt.values())
     assert list(manifest.environment["ranks"]) == ["rank 0", "rank 1", "rank 2"]
+    samples, torn = read_roof_samples(folder)
+    assert len(samples) >= 2 and all(sample.value for sample in samples) and not torn
     one, two = (next(t for t in trials if t.cell == f"autoregressive/parallel.tensor={n}") for n in (1, 2))
     assert one.forwards[1].flops / 2 < two.forwards[1].flops < one.forwards[1].flops  # 2 of 3 key heads are rank 0's
 

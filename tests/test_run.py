@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from zbench import engines, estimate, run, scenario
+from zbench import engines, estimate, records, run, scenario
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs
 from zbench.metrics import load_run
@@ -240,6 +240,94 @@ def test_an_interrupted_run_keeps_what_was_finished(tmp_path: Path, monkeypatch:
     assert outcome.interrupted
     assert outcome.finished == len(keys(outcome.folder)) == 4
     assert run.run(chosen, tmp_path / "out", QUIET, resume=outcome.folder).finished == 12
+
+
+@pytest.fixture
+def sampled_roof(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A read roof small enough to sample in a test, between any two trials; what happened, in order."""
+    roof = {
+        "value": 1e10,
+        "low": 1e10,
+        "high": 1e10,
+        "n": 1,
+        "unit": "B/s",
+        "bytes": 2**22,
+        "implementation": "torch sum",
+    }
+    made_up = {"bandwidth": {"read": roof}, "flops": {"float32": roof}, "ridge": {"float32": 1.0}}
+    happened: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            happened.append(f"{name} begins")
+            result = function(*arguments, **named)
+            happened.append(f"{name} ends")
+            return result
+
+        return call
+
+    monkeypatch.setattr(roofs, "load_or_measure", lambda *_, **__: made_up)
+    monkeypatch.setattr(run, "SAMPLE_EVERY", 0.0)
+    monkeypatch.setattr(run, "SAMPLE_SHARE", 1e9)
+    monkeypatch.setattr(roofs, "sample_read", noted("sample", roofs.sample_read))
+    monkeypatch.setattr(run, "measure", noted("trial", run.measure))
+    monkeypatch.setattr(run, "_ready", noted("warm-up", run._ready))
+    return happened
+
+
+def test_the_read_roof_is_sampled_around_trials_and_never_in_one(tmp_path: Path, sampled_roof: list[str]) -> None:
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    sample, trial = ["sample begins", "sample ends"], ["trial begins", "trial ends"]
+    assert sampled_roof == [*sample, "warm-up begins", "warm-up ends", *(trial + sample) * 6]
+    samples, said = records.read_roof_samples(outcome.folder)
+    assert not said
+    assert len(samples) == 7
+    assert all(s.value and s.value > 0 and not s.unavailable for s in samples)
+    read = load_run(outcome.folder).read_roof
+    assert read is not None and read["sampled"] and read["n"] == 7
+
+
+def test_samples_keep_their_distance_and_one_ends_the_run(
+    tmp_path: Path, sampled_roof: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SAMPLE_EVERY", 1e9)
+    run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    assert [i for i, what in enumerate(sampled_roof) if what == "sample begins"] == [0, len(sampled_roof) - 2]
+
+
+def test_a_resumed_run_keeps_its_samples_and_takes_more(
+    tmp_path: Path, sampled_roof: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, measure, count = wanted(tmp_path, "repeats=1"), run.measure, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measure", interrupted)
+        folder = run.run(chosen, tmp_path / "out", QUIET).folder
+    kept = (folder / run.ROOFS).read_bytes()
+    assert kept.count(b"\n") == 3
+    (folder / run.ROOFS).write_bytes(kept + b'{"schema":1,"ta')  # torn
+    run.run(chosen, tmp_path / "out", QUIET, resume=folder)
+    whole = (folder / run.ROOFS).read_bytes()
+    assert whole.startswith(kept)
+    assert len(records.read_roof_samples(folder)[0]) == 3 + 1 + 4
+    run.run(chosen, tmp_path / "out", QUIET, resume=folder)  # nothing is left to measure
+    assert (folder / run.ROOFS).read_bytes() == whole
+
+
+def test_a_roof_that_cannot_be_sampled_is_said_and_costs_no_trial(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    assert outcome.finished == 6
+    found = load_run(outcome.folder)
+    assert {sample.unavailable for sample in found.roof_samples} == {"the roof does not say how it was read"}
+    said = findings.warnings(findings.Results.of(found))
+    assert any("could not be measured beside the run (the roof does not say" in sentence for sentence in said)
 
 
 def test_a_time_budget_stops_the_run_and_says_so(tmp_path: Path) -> None:

@@ -29,10 +29,12 @@ from zbench.records import (
     CellRecord,
     ForwardRecord,
     Manifest,
+    RoofSample,
     StepRecord,
     TrialRecord,
     columns,
     read_manifest,
+    read_roof_samples,
     read_trials,
     uncollected,
 )
@@ -86,6 +88,26 @@ class Run:
     verifies: pd.DataFrame
     warnings: tuple[str, ...]
     telemetry: Telemetry | None = None  # None: none was recorded
+    roof_samples: tuple[RoofSample, ...] = ()
+
+    @cached_property
+    def roofs(self) -> dict[str, Any] | None:
+        """The manifest's, where the read roof is that of the run: the median of its samples, between the lowest and
+        the highest, `sampled`. Without samples it is the manifest's too."""
+        kept = self.manifest.roofs
+        values = [sample.value for sample in self.roof_samples if sample.value is not None]
+        if kept is None or not values:
+            return kept
+        median = float(np.median(values))
+        of_run = {"value": median, "low": min(values), "high": max(values), "n": len(values), "sampled": True}
+        read = kept["bandwidth"]["read"] | of_run
+        ridge = {dtype: rate["value"] / median for dtype, rate in kept["flops"].items()}
+        return kept | {"bandwidth": kept["bandwidth"] | {"read": read}, "ridge": ridge}
+
+    @property
+    def read_roof(self) -> dict[str, Any] | None:
+        """Of `roofs`: value, low and high in B/s, n, and `sampled` where these are of samples beside the run."""
+        return ((self.roofs or {}).get("bandwidth") or {}).get("read")
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
@@ -106,7 +128,7 @@ class Run:
             steps=self.steps[self.steps["cell"] == record.id],
             forwards=self.forwards[self.forwards["cell"] == record.id],
             verifies=self.verifies[self.verifies["cell"] == record.id],
-            roofs=self.manifest.roofs,
+            roofs=self.roofs,
             specs=self.manifest.specs,
             telemetry=self.telemetry,
         )
@@ -191,7 +213,7 @@ class Cell:
         return pairs
 
     def roof(self, kind: Literal["bandwidth", "flops"]) -> float:
-        """The measured read bandwidth in B/s, or the measured rate of this cell's dtype in FLOP/s."""
+        """The read bandwidth in B/s (see `Run.roofs`), or the measured rate of this cell's dtype in FLOP/s."""
         if self.roofs is None:
             raise Unavailable("the roofs of this device were not measured")
         key = "read" if kind == "bandwidth" else self.record.dtype
@@ -307,7 +329,8 @@ def load_run(path: Path) -> Run:
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"{path}: {error}; the records are damaged") from None
         sensors = read_telemetry(path)
-        warnings += sensors.warnings if sensors else ()
+        samples, torn = read_roof_samples(path)
+        warnings += [*(sensors.warnings if sensors else ()), *torn]
         return Run(
             path=path,
             manifest=manifest,
@@ -318,6 +341,7 @@ def load_run(path: Path) -> Run:
             verifies=verifies,
             warnings=tuple(warnings),
             telemetry=sensors,
+            roof_samples=tuple(samples),
         )
 
 
@@ -799,14 +823,23 @@ def achieved_flops(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "mbu",
     "1",
-    "achieved bandwidth / read bandwidth of the memory measured on this device; not given where traffic that fits into "
-    "the last-level cache passes it, as of a small drafter that runs again and again",
+    "achieved bandwidth / read bandwidth of this device's memory, the median of samples taken between trials of the "
+    "run, or where there are none the roof measured before it; not given where traffic that fits into the last-level "
+    "cache passes it, as of a small drafter that runs again and again",
     "higher",
 )
 def mbu(cell: Cell) -> dict[str, Estimate]:
-    shares = _utilisation(achieved_bandwidth(cell), cell.roof("bandwidth"), "measured read bandwidth")
+    peak = cell.roof("bandwidth")
+    read = (cell.roofs or {})["bandwidth"]["read"]
+    if read.get("sampled"):
+        shares = _utilisation(achieved_bandwidth(cell), peak, "read bandwidth beside the run", most=read["high"])
+    else:
+        shares = _utilisation(achieved_bandwidth(cell), peak, "measured read bandwidth")
     cache, traffic = cell.last_level_cache, {kind: f["bytes"].max() for kind, f in _kinds(cell)}
-    served = {kind for kind, share in shares.items() if share.status == "error" and traffic[kind] <= cache}
+    over = {
+        kind for kind, share in shares.items() if share.value is not None and float(share.value) > 1 + ROOF_TOLERANCE
+    }
+    served = {kind for kind in over if traffic[kind] <= cache}
     return {kind: _in_cache(traffic[kind], cache) if kind in served else share for kind, share in shares.items()}
 
 
@@ -833,7 +866,7 @@ def mfu_spec(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "floor_seconds",
     "s",
-    "max(bytes / measured read bandwidth, FLOPs / measured rate of this dtype); mean of forwards",
+    "max(bytes / read bandwidth as in mbu, FLOPs / measured rate of this dtype); mean of forwards",
     "lower",
 )
 def floor_seconds(cell: Cell) -> dict[str, Estimate]:
@@ -843,8 +876,8 @@ def floor_seconds(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "floor_gap",
     "s",
-    "seconds of the forward - floor_seconds: what neither memory nor arithmetic at the measured roofs explains; mean "
-    "of forwards",
+    "seconds of the forward - its floor_seconds: what neither memory nor arithmetic at the measured roofs explains; "
+    "mean of forwards",
     "lower",
 )
 def floor_gap(cell: Cell) -> dict[str, Estimate]:
@@ -950,8 +983,8 @@ def collective_bytes(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "bound",
     "",
-    "overhead where measured > 2 x floor (communication, if collectives are most of what is beyond the floor), else "
-    "the larger term of the floor: memory or compute",
+    "overhead where measured > 2 x floor_seconds (communication, if collectives are most of what is beyond it), else "
+    "the larger term of floor_seconds: memory or compute",
     "none",
 )
 def bound(cell: Cell) -> dict[str, Estimate]:
@@ -977,8 +1010,8 @@ def step_seconds(cell: Cell) -> Estimate:
 @metric(
     "predicted_step_seconds",
     "s",
-    "predicted: sum over the forwards of a decode step of max(bytes / measured read bandwidth, FLOPs / measured rate), "
-    "nothing else taking time; mean of steps",
+    "predicted: sum over the forwards of a decode step of max(bytes / read bandwidth as in mbu, FLOPs / measured rate)"
+    ", nothing else taking time; mean of steps",
     "none",
 )
 def predicted_step_seconds(cell: Cell) -> Estimate:
@@ -1004,7 +1037,7 @@ def row_cost(cell: Cell) -> dict[str, Estimate]:
     "free_token_slots",
     "rows",
     "the most rows R, interpolated between those measured, up to which no forward takes more than 1.1 x t(1); "
-    "measured: from row_cost; roofs: predicted, from max(bytes / measured read bandwidth, FLOPs / measured rate)",
+    "measured: from row_cost; roofs: predicted, from max(bytes / read bandwidth as in mbu, FLOPs / measured rate)",
     "higher",
 )
 def free_token_slots(cell: Cell) -> dict[str, Estimate]:
@@ -1019,7 +1052,8 @@ def free_token_slots(cell: Cell) -> dict[str, Estimate]:
     "ridge_rows",
     "rows",
     "measured: t(1) / seconds of each further row between the two largest numbers of rows, where the largest takes 2 x "
-    "t(1) or more; roofs: predicted, the rows from which FLOPs / measured rate exceeds bytes / measured read bandwidth",
+    "t(1) or more; roofs: predicted, the rows from which FLOPs / measured rate exceeds bytes / read bandwidth as in "
+    "mbu",
     "none",
 )
 def ridge_rows(cell: Cell) -> dict[str, Estimate]:
@@ -1358,18 +1392,23 @@ def _bound(cell: Cell, forwards: pd.DataFrame) -> Estimate:
     )
 
 
-def _utilisation(achieved: dict[str, Estimate], peak: float, name: str) -> dict[str, Estimate]:
-    return {kind: _share(estimate, peak, name) for kind, estimate in achieved.items()}
+def _utilisation(
+    achieved: dict[str, Estimate], peak: float, name: str, most: float | None = None
+) -> dict[str, Estimate]:
+    """Shares of a peak that was seen to reach `most` at times; more than that is an error."""
+    return {kind: _share(estimate, peak, name, most or peak) for kind, estimate in achieved.items()}
 
 
-def _share(achieved: Estimate, peak: float, name: str) -> Estimate:
+def _share(achieved: Estimate, peak: float, name: str, most: float) -> Estimate:
     value, low, high = (
         None if edge is None else float(edge) / peak for edge in (achieved.value, achieved.low, achieved.high)
     )
-    if value is not None and value > 1 + ROOF_TOLERANCE:
-        note = f"{value:.0%} of the {name}: the roof or the count is wrong"
-        return replace(achieved, value=value, low=low, high=high, note=note, status="error")
-    return replace(achieved, value=value, low=low, high=high)
+    share = replace(achieved, value=value, low=low, high=high)
+    if value is None or value <= 1 + ROOF_TOLERANCE:
+        return share
+    if value * peak <= most * (1 + ROOF_TOLERANCE):
+        return replace(share, note=f"{value:.0%} of the {name}, which reached {most / peak:.0%} of its median")
+    return replace(share, note=f"{value:.0%} of the {name}: the roof or the count is wrong", status="error")
 
 
 # Of a forward, and NaN for a dense model, where one device has it all, or where nothing counted them.

@@ -1,7 +1,8 @@
 """What a run writes down. Plain frozen dataclasses and their JSON form; no torch here.
 
 A run folder holds `run.json` (the manifest: what was to be measured, on what), `trials.jsonl`
-(one line per finished trial, appended and synced as it ends) and, where sensors were sampled,
+(one line per finished trial, appended and synced as it ends), `roofs.jsonl` (one line, synced likewise,
+each time that the read roof was measured again between trials) and, where sensors were sampled,
 `telemetry.jsonl` (see `telemetry.py`). A *cell* is one engine setting at one point of the scenario's
 matrix; a *trial* is one execution of a cell on one batch of prompts.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
@@ -23,7 +24,7 @@ import orjson
 from zbench.errors import UserError
 
 SCHEMA_VERSION = 1
-MANIFEST, TRIALS = "run.json", "trials.jsonl"
+MANIFEST, TRIALS, ROOFS = "run.json", "trials.jsonl", "roofs.jsonl"
 # Engines whose decoder is not zbench's own: what it is held against.
 PEERS = frozenset({"reference", "endpoint", "llama_cpp", "vllm", "dflash_reference"})
 KERNELS, KERNELS_VERSION = "kernels.json", 1  # what a run of kernels writes instead (see `operators.py`)
@@ -309,6 +310,33 @@ class TrialRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RoofSample:
+    """The read roof measured again beside a run, the way that the manifest's was, on the device of rank 0.
+
+    B/s, median and quartiles of `n` reads of the whole buffer; without any, `unavailable` says why.
+    """
+
+    taken: str  # ISO 8601, UTC
+    seconds: float  # that it took between trials, its buffer included
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    unavailable: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA_VERSION, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> RoofSample:
+        """Inverse of `to_json`. Raises ValueError or TypeError on another schema version or anything else."""
+        data = json.loads(line)
+        if (version := data.pop("schema", None)) != SCHEMA_VERSION:
+            raise ValueError(f"roof sample has schema {version}, this zbench reads {SCHEMA_VERSION}")
+        return cls(**data)
+
+
+@dataclass(frozen=True, slots=True)
 class CellRecord:
     """One engine setting at one point of the matrix, as planned. Part of the manifest."""
 
@@ -387,25 +415,39 @@ def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
     A last line torn by a crash is left out. Raises UserError where anything else is damaged.
     """
     path = folder / TRIALS
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return [], [f"{TRIALS} is missing: no trial has ended yet"]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
+    trials, warnings = _lines(path, TrialRecord.from_json, "a trial record")
     latest: dict[tuple[str, int, int], TrialRecord] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            trial = TrialRecord.from_json(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            if number == len(lines):
-                return list(latest.values()), [f"the last line of {TRIALS} is torn (a crash?) and was left out"]
-            raise UserError(f"{path}:{number}: not JSON; the file is damaged, remove the line or run again") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}:{number}: not a trial record ({_one_line(error)})") from None
+    for trial in trials:
         if trial.status == "ok" or trial.key not in latest or latest[trial.key].status == "error":
             latest[trial.key] = trial
-    return list(latest.values()), []
+    return list(latest.values()), warnings
+
+
+def read_roof_samples(folder: Path) -> tuple[list[RoofSample], list[str]]:
+    """What was measured of the read roof beside a run, in order; as `read_trials`. Empty where nothing was."""
+    path = folder / ROOFS
+    return _lines(path, RoofSample.from_json, "a roof sample") if path.exists() else ([], [])
+
+
+def _lines(path: Path, parse: Callable[[bytes], T], kind: str) -> tuple[list[T], list[str]]:
+    """The records of a file that is appended to, and what is to be said about it. Raises UserError."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_one_line(error)})") from None
+    found: list[T] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse(line))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            if number == len(lines):
+                return found, [f"the last line of {path.name} is torn (a crash?) and was left out"]
+            raise UserError(f"{path}:{number}: not JSON; the file is damaged, remove the line or run again") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path}:{number}: not {kind} ({_one_line(error)})") from None
+    return found, []
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from zbench.progress import track
 from zbench.ranks import Member, World
 from zbench.records import (
     MANIFEST,
+    ROOFS,
     SCHEMA_VERSION,
     TRIALS,
     CellRecord,
@@ -51,6 +52,8 @@ from zbench.records import (
 from zbench.telemetry import TELEMETRY
 
 INTERRUPTED = "interrupted"
+SAMPLE_EVERY = 10.0  # seconds between samples of the read roof, or more:
+SAMPLE_SHARE = 0.015  # they take at most this share of the time between the first and the last
 DECODES = 4  # of a trial, at most: while something is compiled or captured in one, it is decoded again
 
 
@@ -241,7 +244,7 @@ def _run(
         snapshot["ranks"] = _ranks(world.all((snapshot["system"]["host"], snapshot["device"])))
     planned = plan(points)
     total = sum(len(trials) for _, trials in planned)
-    folder, finished = Path(), set[tuple[str, int, int]]()
+    folder, finished, measured = Path(), set[tuple[str, int, int]](), None
     if world.rank == 0:
         if resume is None:
             folder = new_folder(out, wanted.name)
@@ -255,9 +258,11 @@ def _run(
         else:
             folder = resume
             finished = _finished(folder, wanted, points, snapshot)
+            measured = read_manifest(folder).roofs
     folder, finished = world.told((folder, finished))
     if world.rank:
         try:
+            world.told(None)  # the first sample of the read roof, below, is over
             for _ in _measure(planned, finished, wanted.budget_seconds, began, world):
                 pass
         except KeyboardInterrupt:
@@ -275,18 +280,25 @@ def _run(
         sensors.watching(device, folder / TELEMETRY, period) as watch,
         track(total, len(finished), console) as advance,
     ):
+        # Between the trials that come out here no rank is in one: the others wait for this one.
+        read_roof = _ReadRoof(device, _sampled_roof(planned, finished, measured), folder / ROOFS)
         try:
-            for record in _measure(planned, finished, wanted.budget_seconds, began, world, watch):
-                log.append(record)
-                failed += record.status == "error"
-                if record.status == "ok":
-                    finished.add(record.key)
-                advance(_headline(record))
+            read_roof.sample()  # before engines are warmed up: the first trial finds the caches as they leave them
+            world.told(None)
+            try:
+                for record in _measure(planned, finished, wanted.budget_seconds, began, world, watch):
+                    log.append(record.to_json())
+                    failed += record.status == "error"
+                    if record.status == "ok":
+                        finished.add(record.key)
+                    advance(_headline(record))
+                    read_roof.sample_if_due()
+            except _BudgetSpent:
+                stopped = "the scenario's time budget is spent"
+            read_roof.sample_last()
         except KeyboardInterrupt:
             stopped = INTERRUPTED
             world.interrupted()
-        except _BudgetSpent:
-            stopped = "the scenario's time budget is spent"
     return Outcome(folder, total, len(finished), failed, stopped)
 
 
@@ -571,8 +583,49 @@ def _finished(
     return {record.key for record in read_trials(folder)[0] if record.status == "ok"}
 
 
+def _sampled_roof(
+    planned: Iterable[tuple[Point, list[Trial]]],
+    finished: set[tuple[str, int, int]],
+    measured: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """The read roof to measure again; None where none is known, or no trial to come has forwards to hold against it:
+    those of a server are not seen, wherever it is."""
+    to_come = (trial for _, trials in planned for trial in trials if trial.key not in finished)
+    if measured is None or all(trial.cell.engine == "endpoint" for trial in to_come):
+        return None
+    return measured["bandwidth"].get("read")
+
+
+class _ReadRoof:
+    """The read roof measured again between trials, as what memory gives drifts; does nothing where there is none."""
+
+    def __init__(self, device: Device, roof: dict[str, Any] | None, path: Path) -> None:
+        self._device, self._roof, self._path = device, roof, path
+        self._due, self._behind = 0.0, False
+
+    def sample(self) -> None:
+        if self._roof is None:
+            return
+        sample = roofs.sample_read(self._device, self._roof)
+        with _Log(self._path) as log:
+            log.append(sample.to_json())
+        self._due = time.monotonic() + max(SAMPLE_EVERY, sample.seconds / SAMPLE_SHARE)
+        self._behind = False
+
+    def sample_if_due(self) -> None:
+        """After a trial."""
+        self._behind = True
+        if time.monotonic() >= self._due:
+            self.sample()
+
+    def sample_last(self) -> None:
+        """After the last trial, unless that was just done."""
+        if self._behind:
+            self.sample()
+
+
 class _Log:
-    """Appends one line per trial and makes sure it is on the disk, whole or not at all."""
+    """Appends lines and makes sure that each is on the disk, whole or not at all."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -585,8 +638,8 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def append(self, record: TrialRecord) -> None:
-        line = record.to_json().encode() + b"\n"
+    def append(self, text: str) -> None:
+        line = text.encode() + b"\n"
         try:
             self._file.write(line)
             self._file.flush()

@@ -117,3 +117,15 @@ def test_free_memory_stays_within_the_containers_limit(monkeypatch, tmp_path):
     assert resolve("cpu").memory_bytes() == 3000000
     (tmp_path / "memory.max").write_text("max\n")
     assert resolve("cpu").memory_bytes() > 3000000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_taken_apart_goes_back_and_what_torch_keeps_stays():
+    gpu = resolve("cuda")
+    del [torch.empty(2**24, device=gpu.torch)][:]
+    before = torch.cuda.memory_reserved(gpu.index)
+    with gpu.apart():
+        buffer = torch.empty(2**26, device=gpu.torch)
+        assert torch.cuda.memory_reserved(gpu.index) >= before + 2**26
+        del buffer
+    assert torch.cuda.memory_reserved(gpu.index) == before

@@ -1,6 +1,7 @@
 """Measured roofs: past the caches, best of several implementations, kept by what they depend on."""
 
 import json
+import weakref
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from zbench.errors import UserError
 from zbench.hardware import roofs
 from zbench.hardware.device import Device, resolve
 from zbench.hardware.roofs import check_utilisation, load_or_measure, measure
+from zbench.records import RoofSample
 
 MIB, GIB = 2**20, 2**30
 CPU = resolve("cpu")
@@ -289,3 +291,59 @@ def test_on_this_machine_a_product_must_reuse_what_it_reads_to_be_bound_by_arith
     result = measure(CPU, ("bfloat16", "float32"), budget_seconds=5)
     assert result["bandwidth"]["read"]["value"] > 1e9
     assert all(ridge > 1 for ridge in result["ridge"].values())
+
+
+@pytest.mark.parametrize("implementation", ["torch sum", "torch mv"])
+def test_a_sample_reads_as_many_bytes_as_its_roof_and_by_the_same_implementation(
+    small_and_quick, monkeypatch, implementation
+):
+    read, buffers = [], []
+
+    def candidates(device, buffer):
+        buffers.append(weakref.ref(buffer))
+        return [(name, lambda name=name: read.append((name, buffer.nbytes))) for name in ("torch sum", "torch mv")]
+
+    monkeypatch.setattr(roofs, "_read_candidates", candidates)
+    sample = roofs.sample_read(CPU, {"bytes": 8 * MIB, "implementation": implementation}, seconds=0.001)
+    assert not sample.unavailable
+    assert len(read) == sample.n + 2
+    assert set(read) == {(implementation, 8 * MIB)}
+    assert [buffer() for buffer in buffers] == [None]
+
+
+def test_a_sample_agrees_with_the_times_of_its_reads_and_survives_json(small_and_quick, monkeypatch):
+    monkeypatch.setattr(roofs, "_times", lambda device, call, seconds: [0.01, 0.02, 0.04])
+    sample = roofs.sample_read(CPU, {"bytes": 4 * MIB, "implementation": "torch sum"})
+    assert (sample.value, sample.n) == (4 * MIB / 0.02, 3)
+    assert sample.low < sample.value < sample.high
+    assert RoofSample.from_json(sample.to_json()) == sample
+
+
+def test_what_was_measured_as_a_roof_can_be_sampled(small_and_quick):
+    roof = measure(CPU, (), budget_seconds=0.1)["bandwidth"]["read"]
+    sample = roofs.sample_read(CPU, roof, seconds=0.01)
+    assert sample.n >= 5
+    assert sample.seconds * sample.value > sample.n * roof["bytes"] / 2  # what it read, it read within that time
+
+
+@pytest.mark.parametrize(
+    ("roof", "why"),
+    [
+        ({"value": 1e9}, "does not say how it was read"),
+        ({"bytes": 4 * MIB, "implementation": "triton read"}, "triton read cannot be used here"),
+        ({"bytes": 2**60, "implementation": "torch sum"}, "GiB would take more than half of the"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_sample_is_said_in_it(small_and_quick, roof, why):
+    sample = roofs.sample_read(CPU, roof)
+    assert sample.value is None
+    assert why in sample.unavailable
+
+
+def test_a_device_that_fails_in_a_sample_is_no_error_of_the_run(small_and_quick, monkeypatch):
+    def fails(device, size):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(roofs, "_buffer", fails)
+    sample = roofs.sample_read(CPU, {"bytes": 4 * MIB, "implementation": "torch sum"})
+    assert (sample.value, sample.unavailable) == (None, "out of memory")

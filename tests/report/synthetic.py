@@ -17,6 +17,7 @@ from zbench.records import (
     ForwardRecord,
     Manifest,
     RequestRecord,
+    RoofSample,
     StepRecord,
     TrialRecord,
 )
@@ -120,6 +121,7 @@ def write_run(
     repeats: int = 2,
     tokens: int = 48,
     roofs: dict[str, Any] | None = ROOFS,
+    samples: Sequence[float | str] = (),
     specs: dict[str, Any] | None = None,
     failing: Sequence[str] = (),
     divergent: Sequence[str] = (),
@@ -130,6 +132,7 @@ def write_run(
 ) -> Path:
     """Write `run.json` and `trials.jsonl`. Engines in `failing` have only errors; those in `divergent` swap a token.
 
+    `samples` of the read roof are B/s, or why one could not be taken: then `roofs.jsonl` is written too.
     With `experts`, the target is a mixture of as many, and its router hits somewhat fewer than a uniform one would.
     """
     cells = [_cell(engine, point) for point in points for engine in engines]
@@ -138,6 +141,13 @@ def write_run(
     if experts:
         manifest.models[MODEL]["experts"] = experts
     (folder / "run.json").write_text(manifest.to_json())
+    if samples:
+        taken = [
+            RoofSample(_when(i), 0.1, unavailable=value) if isinstance(value, str)
+            else RoofSample(_when(i), 0.1, value, value, value, 9)
+            for i, value in enumerate(samples)
+        ]  # fmt: skip
+        (folder / "roofs.jsonl").write_text("".join(sample.to_json() + "\n" for sample in taken))
     rng = np.random.default_rng(0)
     plan = [(group, repeat, cell) for group in range(prompts) for repeat in range(repeats) for cell in cells]
     lines = []

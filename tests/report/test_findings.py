@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, ROOFS, SPECULATIVE, write_run
+from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, READ, ROOFS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.records import LosslessCheck
 from zbench.report import findings
@@ -105,6 +105,29 @@ def over_roof() -> dict[str, Any]:
 )
 def test_what_makes_numbers_less_than_they_seem_is_said(results: Any, options: dict[str, Any], words: str) -> None:
     assert any(words in sentence for sentence in warnings(results(**options)))
+
+
+def test_a_read_roof_that_held_still_is_worth_no_word(results: Any) -> None:
+    assert warnings(results(samples=(0.96 * READ, READ, 1.08 * READ))) == []
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ((0.9 * READ, READ, 1.2 * READ), "ranged from 34.2 GB/s to 45.6 GB/s beside the run (3 samples)"),
+        (("no memory", "no memory"), "could not be measured beside the run (no memory): shares are of that measured"),
+    ],
+)
+def test_a_read_roof_that_drifted_or_is_not_known_is_said(results: Any, samples: Any, words: str) -> None:
+    [sentence] = warnings(results(samples=samples))
+    assert words in sentence
+
+
+def test_nobody_is_told_to_measure_a_roof_again_that_was_measured_beside_the_run(results: Any) -> None:
+    found = warnings(results(samples=(20e9, 20e9), engines=SPECULATIVE))
+    [sentence] = [sentence for sentence in found if "the roof or the count is wrong" in sentence]
+    assert "of the read bandwidth beside the run" in sentence
+    assert "measure the roofs again" not in sentence
 
 
 def test_forwards_over_a_roof_share_one_sentence(results: Any) -> None:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -206,6 +207,26 @@ def test_a_folder_that_cannot_be_written_gives_one_clear_line(tmp_path: Path) ->
     (folder / "report.html" / "occupied").touch()
     with pytest.raises(UserError, match="cannot write the report"):
         render(folder)
+
+
+@pytest.mark.parametrize(
+    ("samples", "row"),
+    [
+        ((30e9, 33e9, 34e9), ("33.0 GB/s", "30.0 GB/s to 34.0 GB/s, samples: 3; shares and floors")),
+        ((30e9, "no memory"), ("30.0 GB/s", "samples: 1; shares and floors on this page are of it; 1 more could not")),
+        (("no memory",), ("unavailable", "no memory")),
+    ],
+)
+def test_the_read_roof_of_the_run_stands_above_that_measured_before(
+    tmp_path: Path, samples: Sequence[float | str], row: tuple[str, str]
+) -> None:
+    page = render(write_run(tmp_path, engines=("autoregressive",), samples=samples)).read_text()
+    table = page.partition("<caption>Roofs, measured on 2025-01-01</caption>")[2].partition("</table>")[0]
+    first, second = table.split("</tr>")[:2]
+    assert "read, beside this run" in first and all(part in first for part in row)
+    assert "read, measured" in second and "38.0 GB/s" in second
+    read = json.loads((tmp_path / "metrics.json").read_text())["run"]["read_roof"]
+    assert read["value"] == (38e9 if samples == ("no memory",) else float(row[0].split()[0]) * 1e9)
 
 
 def test_the_checked_in_sample_means_what_numbers_mean_today() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -85,6 +87,20 @@ class Device:
 
             return int(torch.cuda.max_memory_allocated(self.index))
         return _peak_resident_bytes() if _peak_can_be_reset() else None
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is allocated within, and freed again within, goes back to the system: memory that torch keeps for the
+        work around it is neither taken nor let go. On a CPU large buffers always do."""
+        if self.type == "cpu":
+            yield
+            return
+        import torch
+
+        with torch.cuda.device(self.torch):
+            pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(pool):
+                yield
 
     def memory_bytes(self) -> int:
         """Memory that could be allocated now, bytes: within the container's limit (cgroup v2) where there is one."""

@@ -3,6 +3,9 @@
 A roof is the best of several implementations, since an engine may use any of them: adding one is one line in
 `_read_candidates` or `_product_candidates`. Each figure is the median of its repetitions, with their quartiles.
 Beside the roofs stands what the caches give: reading a working set again and again, by its size.
+
+Roofs are kept, but what memory gives drifts on a machine that is shared: `sample_read` measures its read roof again,
+in a fraction of a second, beside a run.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import importlib
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,12 +30,14 @@ from zbench.cache import atomic_write, cache_dir
 from zbench.errors import UserError
 from zbench.hardware.device import Device
 from zbench.hardware.environment import cache_bytes, device_facts
+from zbench.records import RoofSample
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METHOD_VERSION = 4  # part of the cache key: bump it when a figure would change
 ROUNDS = 3
+SAMPLE_SECONDS = 0.08  # of reading in one sample beside a run
 TOLERANCE = 0.05  # run-to-run noise by which a measurement may pass a measured roof
 DTYPES = ("bfloat16", "float16", "float32", "float8")
 
@@ -148,6 +154,35 @@ def measure_caches(device: Device) -> dict[str, Any]:
             levels[name] = fitting[-1] | {"capacity": capacity}
         held = capacity
     return {"sweep": sweep, "levels": levels}
+
+
+def sample_read(device: Device, roof: Mapping[str, Any], seconds: float = SAMPLE_SECONDS) -> RoofSample:
+    """Measure a read roof again: as many bytes, by the implementation that gave `roof`, for about `seconds`.
+
+    Its buffer is gone when this returns. What stands in the way of it is said in the sample, never raised.
+    """
+    began, taken = time.perf_counter(), datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+    try:
+        with device.apart():
+            rate = _read_rate(device, roof, seconds)
+    except Exception as error:  # a full GPU, say: nothing that the trials around it should end for
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return RoofSample(taken, time.perf_counter() - began, unavailable=why)
+    return RoofSample(taken, time.perf_counter() - began, **rate._asdict())
+
+
+def _read_rate(device: Device, roof: Mapping[str, Any], seconds: float) -> _Rate:
+    """B/s. Raises UserError where memory is short, or the way in which the roof was read is not there."""
+    size, implementation = roof.get("bytes"), roof.get("implementation")
+    if not size or not implementation:
+        raise UserError("the roof does not say how it was read")
+    if 2 * size > (free := device.memory_bytes()):
+        raise UserError(f"reading {size / 2**30:.2g} GiB would take more than half of the {free / 2**30:.2g} GiB free")
+    buffer = _buffer(device, size)
+    call = dict(_read_candidates(device, buffer)).get(implementation)
+    if call is None:
+        raise UserError(f"{implementation} cannot be used here")
+    return _rate(_times(device, call, seconds), buffer.nbytes)
 
 
 def load_or_measure(
@@ -285,9 +320,7 @@ def _bandwidths(device: Device, share: float) -> dict[str, dict[str, Any]]:
     import torch
 
     buffer_bytes = _buffer_bytes(device, _last_level_cache_bytes(device), device.memory_bytes())
-    # Random, since untouched zeros may all be one shared page; repeated, since generating them all takes seconds.
-    block = torch.rand(2**20, device=device.torch)
-    a, b, c = (_laid(device, block.repeat(buffer_bytes // (4 * block.numel()))) for _ in range(3))
+    a, b, c = (_buffer(device, buffer_bytes) for _ in range(3))
     candidates: dict[str, list[Candidate]] = {
         "read": _read_candidates(device, b),
         "copy": [("torch copy_", lambda: a.copy_(b))],
@@ -308,10 +341,16 @@ def _bandwidths(device: Device, share: float) -> dict[str, dict[str, Any]]:
     return roofs
 
 
-def _laid(device: Device, buffer: Tensor) -> Tensor:
-    """In memory like that of a model's weights: a roof measured on smaller pages could be too low for them."""
+def _buffer(device: Device, size: int) -> Tensor:
+    """`size` bytes of float32, a multiple of 4 MiB, in memory like that of a model's weights: a roof measured on
+    smaller pages could be too low for them."""
+    import torch
+
+    # Random, since untouched zeros may all be one shared page; repeated, since generating them all takes seconds.
+    block = torch.rand(2**20, device=device.torch)
+    whole = block.expand(size // block.nbytes, -1)
     native = _native(device)
-    return native.Pages().copy(buffer) if native else buffer
+    return (native.Pages().copy(whole) if native else whole.contiguous()).view(-1)
 
 
 def _read_candidates(device: Device, buffer: Tensor) -> list[Candidate]:

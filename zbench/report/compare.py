@@ -149,7 +149,7 @@ def _device_table(comparison: Comparison) -> Table:
     rows = []
     for side in comparison.sides:
         manifest = side.run.manifest
-        roofs, dtype = manifest.roofs or {}, manifest.cells[0].dtype
+        roofs, dtype = side.run.roofs or {}, manifest.cells[0].dtype
         read, rate = roofs.get("bandwidth", {}).get("read"), roofs.get("flops", {}).get(dtype)
         values = {
             "Folder": side.run.path.resolve().name,

@@ -36,6 +36,7 @@ def to_json(results: Results) -> str:
             "scenario_hash": manifest.scenario_hash,
             "environment_hash": manifest.environment_hash,
             "models": manifest.models,
+            "read_roof": results.run.read_roof,
             "cells": [asdict(cell) for cell in manifest.cells],
         },
         "answers": [{"point": point, "sentences": sentences} for point, sentences in answers(results)],

@@ -200,6 +200,7 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
     for kind, bandwidth, rate in roofs:
         style: Any = "-" if kind == "measured" else (0, (4, 3))
         axes.plot([left, rate / bandwidth, right], [left * bandwidth, rate, rate], color=theme.ink, lw=1.2, ls=style)
+    _shade_roof(axes, theme, results, roofs, left)
     caches = [(name, bandwidth) for name, bandwidth in _caches(results, cells) if 3 * left * bandwidth < roofs[-1][2]]
     for _, bandwidth in caches:
         axes.plot([left, roofs[-1][2] / bandwidth], [left * bandwidth, roofs[-1][2]], color=theme.muted, lw=0.6)
@@ -224,15 +225,26 @@ def _roofs(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float, fl
     known = []
     if manifest.specs and manifest.specs.get("bandwidth") and dtype in manifest.specs.get("flops", {}):
         known.append(("spec sheet", manifest.specs["bandwidth"], manifest.specs["flops"][dtype]))
-    if manifest.roofs and dtype in manifest.roofs.get("flops", {}):
-        measured = manifest.roofs["bandwidth"]["read"]["value"], manifest.roofs["flops"][dtype]["value"]
+    roofs = results.run.roofs
+    if roofs and dtype in roofs.get("flops", {}):
+        measured = roofs["bandwidth"]["read"]["value"], roofs["flops"][dtype]["value"]
         known.append(("measured", *measured))
     return known
 
 
+def _shade_roof(axes: Axes, theme: Theme, results: Results, roofs: list[tuple[str, float, float]], left: float) -> None:
+    """Between the lowest and the highest read roof of the run, where it was sampled."""
+    read = results.run.read_roof
+    if read and read.get("sampled") and roofs and roofs[-1][0] == "measured":
+        low, high, rate = read["low"], read["high"], roofs[-1][2]
+        corners = [left, rate / high, rate / low]
+        lower, upper = [left * low, rate / high * low, rate], [left * high, rate, rate]
+        axes.fill_between(corners, lower, upper, color=theme.muted, alpha=0.25, lw=0)
+
+
 def _caches(results: Results, cells: Sequence[Cell]) -> list[tuple[str, float]]:
     """(name, B/s) of the cache levels whose slopes can be told apart, from memory up; none without measured roofs."""
-    roofs = results.run.manifest.roofs or {}
+    roofs = results.run.roofs or {}
     if cells[0].record.dtype not in roofs.get("flops", {}):
         return []
     found, last = [], roofs["bandwidth"]["read"]["value"]
@@ -912,8 +924,9 @@ PLOTS = (
         "roofline", "Where each forward stands",
         "One mark per kind of forward, where it takes the most time; its other numbers of rows are points on the line "
         "through it. Open marks are prefills, and close marks of one kind share a name. Below the slope memory limits, "
-        "below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on this device; thin: "
-        "what its caches give to data that fits into them. Dashed: spec sheet. A roof that is not known is not drawn.",
+        "below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on this device, shaded "
+        "from the lowest to the highest read bandwidth beside the run; thin: what its caches give to data that fits "
+        "into them. Dashed: spec sheet. A roof that is not known is not drawn.",
         lambda results, cells: bool(_with_forwards(cells)),
         lambda results, cells: 3.5 + 0.2 * _legend_lines(_with_forwards(cells)), _roofline, _roofline_alt,
     ),

@@ -22,6 +22,7 @@ from zbench.records import CellRecord
 from zbench.stats import FEW
 
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
+DRIFTED = 0.15  # of the median, between the lowest and the highest read roof of a run: from here on it is said
 MOST = 6  # things that a sentence lists
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
@@ -112,6 +113,7 @@ def warnings(results: Results) -> list[str]:
     found = [sentence[0].upper() + sentence[1:] + "." for sentence in run.warnings]
     if run.manifest.roofs is None:
         found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
+    found += _read_roof(run)
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
     found += [sentence for cell in run.cells if (sentence := _other_tokens(cell, results))]
@@ -120,14 +122,31 @@ def warnings(results: Results) -> list[str]:
     found += [speculation(cell, results) for cell in run.cells if net_negative(cell, results)]
     labels = {cell.record.id: name(cell) for cell in run.cells}
     wrong = [row for row in results.rows if row.status == "error" and row.metric != "failed_trials"]
-    found += _over_roofs([row for row in wrong if row.metric in UTILISATION], labels)
+    found += _over_roofs([row for row in wrong if row.metric in UTILISATION], labels, run)
     found += [f"{labels[row.cell]}: {row.note}." for row in wrong if row.metric not in UTILISATION]
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
     found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
     return list(dict.fromkeys(found))
 
 
-def _over_roofs(rows: Sequence[MetricRow], labels: Mapping[str, str]) -> list[str]:
+def _read_roof(run: Run) -> list[str]:
+    """Where shares of the read bandwidth are less sure than their intervals say, which know nothing of the roof's."""
+    read = run.read_roof
+    if not run.roof_samples or read is None:
+        return []
+    if not read.get("sampled"):
+        why = run.roof_samples[0].unavailable
+        return [f"The read bandwidth could not be measured beside the run ({why}): shares are of that measured before."]
+    if read["high"] - read["low"] <= DRIFTED * read["value"]:
+        return []
+    low, high, median = (quantity(read[key], "B/s") for key in ("low", "high", "value"))
+    return [
+        f"The read bandwidth of this device ranged from {low} to {high} beside the run ({read['n']} samples): shares"
+        f" are of their median, {median}, and no surer than that."
+    ]
+
+
+def _over_roofs(rows: Sequence[MetricRow], labels: Mapping[str, str], run: Run) -> list[str]:
     """One sentence for each roof that forwards surpass, however many they are."""
     found = []
     for metric in UTILISATION:
@@ -135,9 +154,11 @@ def _over_roofs(rows: Sequence[MetricRow], labels: Mapping[str, str]) -> list[st
             worst = max(mine, key=lambda row: float(row.value or 0))
             kinds = "kind of forward is" if len(mine) == 2 else "kinds of forward are"
             others = f", and {len(mine) - 1} other {kinds} over it too" if len(mine) > 1 else ""
+            of_run = metric == "mbu" and (run.read_roof or {}).get("sampled")
             again = "; measure the roofs again on an idle machine (zbench roofs --refresh)"
             found.append(
-                f"{labels[worst.cell]}, {worst.part}: {worst.note}{others}{'' if 'spec' in metric else again}."
+                f"{labels[worst.cell]}, {worst.part}: {worst.note}{others}"
+                f"{'' if of_run or 'spec' in metric else again}."
             )
     return found
 

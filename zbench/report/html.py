@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, caveats, definitions_hash
+from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, Run, caveats, definitions_hash
 from zbench.records import PEERS
 from zbench.report import readings, telemetry
 from zbench.report.figures import Drawn
@@ -203,6 +203,7 @@ def page(
         telemetry=telemetry.said(results),
         environment=flat_sections(manifest.environment),
         roofs=_roofs(results),
+        roofs_measured=str((manifest.roofs or {}).get("measured", ""))[:10],
         scenario=yaml.safe_dump(manifest.scenario, sort_keys=False, allow_unicode=True),
         models=flat_sections(manifest.models),
         definitions=list(METRICS.values()),
@@ -445,7 +446,21 @@ def _failure(results: Results, cell: Cell) -> str:
 
 
 def _roofs(results: Results) -> list[tuple[str, str, str]]:
-    return roof_rows(results.run.manifest.roofs or {}, results.run.manifest.specs or {})
+    kept = results.run.manifest.roofs or {}
+    return [*_roof_beside(results.run), *roof_rows(kept, results.run.manifest.specs or {})]
+
+
+def _roof_beside(run: Run) -> list[tuple[str, str, str]]:
+    """The read roof of the run, above that which was measured before it."""
+    if not run.roof_samples:
+        return []
+    name, missed = "read, beside this run", [s.unavailable for s in run.roof_samples if s.unavailable]
+    read = run.read_roof
+    if read is None or not read.get("sampled"):
+        return [(name, "unavailable", missed[0])]
+    spread = f"{quantity(read['low'], 'B/s')} to {quantity(read['high'], 'B/s')}, samples: {read['n']}"
+    failed = f"; {len(missed)} more could not be taken: {missed[0]}" if missed else ""
+    return [(name, quantity(read["value"], "B/s"), f"{spread}; shares and floors on this page are of it{failed}")]
 
 
 def roof_rows(roofs: Mapping[str, Any], specs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
