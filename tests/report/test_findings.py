@@ -51,6 +51,16 @@ def test_a_quantity_reads_back_as_itself_to_three_digits(value: float) -> None:
     assert float(number.replace(",", "")) * scale[unit.removesuffix("B/s")] == pytest.approx(value, rel=6e-3)
 
 
+def test_what_the_cache_serves_is_not_called_memory_bound(results: Any) -> None:
+    slow = {**ROOFS["bandwidth"], "read": {**ROOFS["bandwidth"]["read"], "value": READ / 4}}
+    caches = {"sweep": [], "levels": {"L3": {"capacity": 1e12, "value": 4 * READ, "low": READ, "high": 5 * READ}}}
+    text = " ".join(
+        *(sentences for _, sentences in answers(results(roofs={**ROOFS, "bandwidth": slow, "caches": caches})))
+    )
+    assert "memory-bound" not in text and "unknown" not in text
+    assert "(1 row) is faster than the measured read bandwidth would allow (its 276 MB fit" in text
+
+
 def test_the_answer_says_how_fast_with_its_interval_against_what_and_what_limits(results: Any) -> None:
     ((point, sentences),) = answers(results())
     assert point == ""

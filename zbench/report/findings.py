@@ -228,8 +228,9 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
         return f"not classified ({bound.note.removeprefix('unavailable: ')})"
     metric, roof = ("mbu", "read bandwidth") if bound.value == "memory" else ("mfu", f"{cell.record.dtype} rate")
     row = results.row(cell, metric, kind)
-    share = quantity(row.value, row.unit) if isinstance(row.value, float) else "an unknown share"
-    return f"{bound.value}-bound: {share} of the measured {roof}"
+    if isinstance(row.value, float):
+        return f"{bound.value}-bound: {quantity(row.value, row.unit)} of the measured {roof}"
+    return f"faster than the measured {roof} would allow ({row.note.removeprefix('unavailable: ')})"
 
 
 def _answer(results: Results, point: Point) -> list[str]:
