@@ -22,7 +22,7 @@ from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
 from zbench.engines.reference import Reference
 from zbench.engines.sampling import Sampling
-from zbench.hardware import device
+from zbench.hardware import device, roofs
 from zbench.models import loading
 from zbench.models.rows import Rows
 
@@ -112,8 +112,9 @@ def test_native_forward_against_torch_forward(benchmark: Any, shared: Shared) ->
 @pytest.mark.parametrize("rows", [2, 4, 8, 16, 32, 64])
 def test_forward_of_many_rows_against_one_row(benchmark: Any, shared: Shared, rows: int) -> None:
     sides = {f"{rows} rows": _forward(shared, "auto", rows), "1 row": _forward(shared, "auto", 1)}
-    times = alternate(sides, 20)
+    before, times, after = _read_rate(shared), alternate(sides, 20), _read_rate(shared)
     report(benchmark, f"1 row over {rows} rows", times, f"{rows} rows", "1 row")
+    print(f"memory read {before} before and {after} after, which says how much of a row's time it is")
     benchmark.pedantic(sides[f"{rows} rows"], rounds=20)
 
 
@@ -150,6 +151,14 @@ class _Silent(Meter):
 
     def forward(self, model, role, rows, cache, *, logits=None, capture=(), name="target"):  # type: ignore[no-untyped-def, override]
         return model.forward(rows, cache, logits=logits, capture=capture)
+
+
+def _read_rate(shared: Shared) -> str:
+    kept = roofs.cached(shared.device)
+    if kept is None:
+        return "at a rate unknown without `zbench roofs`,"
+    sample = roofs.sample_read(shared.device, kept["bandwidth"]["read"])
+    return sample.unavailable or f"{sample.value / 1e9:.1f} GB/s"
 
 
 def _forward(shared: Shared, execution: str, rows: int) -> Callable[[], Any]:
