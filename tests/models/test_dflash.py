@@ -224,13 +224,8 @@ def test_in_bfloat16_native_drafts_are_nearer_to_exact_arithmetic_than_torchs() 
         tensors = {name: tensor.to(dtype) for name, tensor in rounded.items()}
         return rounds(DFlashDrafter(checkpoint.config, tensors, target), *plan)[0].double()
 
-    exact_target = runtime("qwen3", "eager", torch.bfloat16)
-    exact_target = Transformer(
-        exact_target.config,
-        {name: tensor.bfloat16().float() for name, tensor in oracle("qwen3").state_dict().items()},
-        torch.float32,
-        execution="eager",
-    )
+    weights = {name: tensor.bfloat16().float() for name, tensor in oracle("qwen3").state_dict().items()}
+    exact_target = Transformer(TARGET, weights, torch.float32, execution="eager")
     exact = logits(exact_target, torch.float32)
     native, eager = (logits(runtime("qwen3", e, torch.bfloat16), torch.bfloat16) - exact for e in ("native", "eager"))
     assert native.norm() < eager.norm() < 0.1 * exact.norm()
