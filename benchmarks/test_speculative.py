@@ -36,7 +36,7 @@ def tidar(block: int, proposals: int) -> dict[str, Any]:
 SETTINGS: dict[str, dict[str, Any]] = {
     "eagle3 chain of 4": {"name": "eagle3", "drafter": DRAFTER, "depth": 4},
     "eagle3 tree of 16": {"name": "eagle3", "drafter": DRAFTER, "depth": 4, "top_k": 4, "tokens": 16},
-    "dflash block of 8": {"name": "dflash", "drafter": {**DRAFTER, "layers": 3}, "block": 8},
+    **{f"dflash block of {b}": {"name": "dflash", "drafter": {**DRAFTER, "layers": 3}, "block": b} for b in (4, 8)},
     **{f"tidar block of {b}, {p} proposals": tidar(b, p) for b, p in ((4, 1), (4, 2), (4, 4), (8, 1), (8, 3), (8, 8))},
 }
 

@@ -28,6 +28,7 @@ engines:
   - {name: autoregressive, label: ours}
   - {name: autoregressive, label: on torch, execution: eager}
   - {name: eagle3, drafter: {random: true}, depth: 2}
+  - {name: dflash, drafter: {random: true, layers: 2}, block: 4}
   - {name: diffusion, block_size: 4, synthetic: {length: 2}}
   - reference
 """
@@ -133,6 +134,48 @@ def test_the_sections_of_a_draft_have_the_flops_and_bytes_of_its_levels() -> Non
     assert start <= calls[1].times[0] and ends == sorted(ends) and ends[-1] <= stop
 
 
+@pytest.mark.skipif(not cpu.available(), reason="no native decoder here")
+@pytest.mark.parametrize("own_head", [False, True])
+def test_the_sections_of_a_block_have_the_flops_and_bytes_of_reading_and_drafting_it(own_head: bool) -> None:
+    from zbench.models import dflash
+    from zbench.models.config import ModelConfig
+    from zbench.models.loading import random_tensors
+    from zbench.models.transformer import Transformer
+
+    config = ModelConfig(
+        family="llama", layers=8, width=64, ffn=96, heads=4, kv_heads=2, head_dim=16, vocab=300, max_positions=256
+    )
+    target = Transformer(config, random_tensors(config, 0, torch.float32), torch.float32)
+    stored, batch, rows, block = dflash.random_drafter(config, 0, layers=3), 2, 3, 5
+    shape, tensors = stored.config, dict(stored.tensors)
+    if own_head:
+        shape = replace(shape, body=replace(shape.body, vocab=48), own_head=True)
+        tensors["lm_head.weight"] = torch.randn(48, 64)
+    drafter = dflash.DFlashDrafter(shape, tensors, target)
+    cache, features = drafter.new_cache(batch, 32), [torch.randn(batch, rows, 64)] * len(shape.taps)
+    with cpu.recording() as calls:
+        start = time.perf_counter_ns()
+        drafter.read(features, cache, [rows, rows - 1])
+        drafter.draft(torch.tensor([5, 6]), cache, block)
+        drafter.draft(torch.tensor([5, 6]), cache, block, features, [1, rows])
+        stop = time.perf_counter_ns()
+    costs = [
+        drafter.cost(rows, 0, [0, 0]),
+        drafter.cost(0, block, [rows, rows - 1]),
+        drafter.cost(rows, block, [rows + 1, 2 * rows - 1]),
+    ]
+    # Norms are read from cache, so left out of sections.
+    of_context, of_block = 64 + 3 * 16, 3 * (2 * 64 + 2 * 16) + 64
+    norms = [of_context, of_block, of_context + of_block]
+    assert len(calls) == len(costs)
+    for call, cost, left_out in zip(calls, costs, norms, strict=True):
+        found = profiling.sections(call)
+        assert sum(o.flops or 0 for o in found) == cost.flops
+        assert sum(o.bytes or 0 for o in found) == cost.bytes_read + cost.bytes_written - 4 * left_out
+    times = [time for call in calls for time in call.times]
+    assert start <= times[0] and times == sorted(times) and times[-1] <= stop
+
+
 def test_torch_operators_are_counted_from_their_shapes(tmp_path: Path) -> None:
     found = profiled(tmp_path, "on torch")
     assert {operator["kind"] for operator in found["operators"]} == {"torch"}
@@ -143,11 +186,11 @@ def test_torch_operators_are_counted_from_their_shapes(tmp_path: Path) -> None:
     assert mm["of_roof"] > 0 and mm["roof"] in ("memory", "compute")
 
 
-@pytest.mark.parametrize("engine", ["eagle3", "diffusion"])
+@pytest.mark.parametrize("engine", ["eagle3", "dflash", "diffusion"])
 def test_drafting_engines_have_their_phases_and_equal_counts(tmp_path: Path, engine: str) -> None:
     found = profiled(tmp_path, engine)
     assert found["counts"][0]["disagreement"] < profiling.DISAGREEMENT
-    assert {"eagle3": "verify", "diffusion": "draft+verify"}[engine] in found["phases_seconds_per_step"]
+    assert {"diffusion": "draft+verify"}.get(engine, "verify") in found["phases_seconds_per_step"]
 
 
 def test_the_trace_has_steps_forwards_and_native_sections(tmp_path: Path) -> None:
@@ -170,8 +213,8 @@ def test_a_count_that_is_off_by_more_than_a_tenth_is_flagged() -> None:
 
 
 def test_what_cannot_be_profiled_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no engine 'dflash' in the scenario; it has ours"):
-        profiled(tmp_path, "dflash")
+    with pytest.raises(UserError, match="no engine 'other' in the scenario; it has ours"):
+        profiled(tmp_path, "other")
     with pytest.raises(UserError, match="cannot be taken step by step"):
         profiled(tmp_path, "reference")
     with pytest.raises(UserError, match="fewer --steps"):

@@ -31,7 +31,7 @@ from zbench.hardware import counters as hardware
 from zbench.hardware import roofs, specs
 from zbench.hardware.device import Device
 from zbench.kernels import cpu
-from zbench.models.drafters import Eagle3Config
+from zbench.models.drafters import DFlashConfig, Eagle3Config
 from zbench.models.model import Model
 from zbench.records import ForwardRecord
 from zbench.trace import Operator
@@ -263,9 +263,9 @@ def sections(call: cpu.Timed) -> list[Operator]:
         n, k = call.shape
         work["projection"] = 2.0 * m * n * k, float(n * k * size + m * n * 4)
     elif call.config:
-        drafts = isinstance(call.config, Eagle3Config)
-        c = call.config.layer if drafts else call.config
-        vocab, inputs = (call.config.draft_vocab, 2 * c.width) if drafts else (c.vocab, c.width)
+        eagle3, dflash = (isinstance(call.config, kind) for kind in (Eagle3Config, DFlashConfig))
+        c = call.config.layer if eagle3 else call.config.body if dflash else call.config
+        vocab, inputs = (call.config.draft_vocab, 2 * c.width) if eagle3 else (c.vocab, c.width)
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         rows = m // len(call.contexts)
         windows = c.windows or (None,) * c.layers
@@ -285,8 +285,13 @@ def sections(call: cpu.Timed) -> list[Operator]:
                 float(vocab * (c.width * size + 4 * call.wanted)) if call.wanted else 0.0,
             ),
         }
-        if drafts:
+        if eagle3:
             work["fuse"] = _projection(m, len(call.config.taps) * call.config.target_width, c.width, size)
+        if dflash:
+            work["fuse"] = _projection(call.read, len(call.config.taps) * c.width, c.width, size)
+            work["context kv"] = _projection(call.read, c.width, 2 * kv * c.layers, size)
+            work["context rotate and store"] = (0.0, float(2 * call.read * kv * c.layers * size))
+        if eagle3 or dflash:
             work = {f"draft {name}": value for name, value in work.items()}
     return [
         Operator(name, "native", 1, (end - start) / 1e9, *work.get(name, (None, None)))

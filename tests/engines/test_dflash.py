@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.models.test_dflash import TAPS, wide_drafter
 from tests.tiny import FAMILIES, runtime
-from zbench.engines import base, synthetic
+from zbench.engines import Shared, base, synthetic
 from zbench.engines import dflash as dflash_engine
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Generated, Meter, Request
@@ -24,10 +24,10 @@ from zbench.engines.sampling import Sampling, probabilities
 from zbench.errors import UserError
 from zbench.hardware import device
 from zbench.kernels import cpu
-from zbench.models import dflash, loading
+from zbench.models import dflash, loading, zoo
 from zbench.models.cache import Cache
 from zbench.models.config import ModelConfig
-from zbench.models.dflash import DFlashDrafter
+from zbench.models.dflash import DFlashDrafter, Drafts
 from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer
 
@@ -48,14 +48,14 @@ class Scripted(DFlashDrafter):
         super().__init__(checkpoint.config, checkpoint.tensors, target)
         self.prompts, self.outputs, self.propose = prompts, outputs, propose
 
-    def draft(self, anchor: Tensor, cache: Cache, block: int) -> Tensor:
-        logits = torch.zeros_like(super().draft(anchor, cache, block))
+    def draft(self, anchor: Tensor, cache: Cache, block: int, *unread: Any) -> Drafts:
+        logits = torch.zeros_like(super().draft(anchor, cache, block, *unread).logits)
         for row, (prompt, output) in enumerate(zip(self.prompts, self.outputs, strict=True)):
             at = cache.sizes[row] - len(prompt) + 1  # the context ends before the anchor, output at - 1
             following = (output + [5] * block)[at : at + block - 1]
             for slot, token in enumerate(self.propose(following, logits.shape[-1])):
                 logits[row, slot, token] = 1.0
-        return logits
+        return Drafts(logits.argmax(-1), logits)
 
 
 def right(following: list[int], _: int) -> list[int]:
@@ -160,6 +160,39 @@ def test_bfloat16_tokens_are_the_same_to_the_bit() -> None:
         assert decode(DFlash(target, choice, 6), ids, request)[0].outputs == outputs
 
 
+@functools.cache
+def trained() -> tuple[Any, dflash.DFlashCheckpoint]:
+    """A target and a drafter that is often right."""
+    target = Shared(loading.load("zbench-tiny", "float32"), torch.float32, CPU).target("auto")
+    return target, dflash.load_drafter(zoo.drafter("zbench-tiny-dflash", "dflash"), target.config)
+
+
+@needs_native
+@settings(max_examples=8, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    block=st.integers(2, 9),
+    temperature=st.sampled_from([0.0, 0.8]),
+    draft_sampling=st.booleans(),
+    eos=st.frozensets(st.integers(0, 259), max_size=40),
+    seed=st.integers(0, 1000),
+)
+def test_a_native_drafter_is_accepted_step_by_step_as_torchs_is(
+    sizes: list[int], block: int, temperature: float, draft_sampling: bool, eos: frozenset[int], seed: int
+) -> None:
+    target, checkpoint = trained()
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(97, 122, (size,), generator=generator).tolist() for size in sizes]
+    request = Request(40, Sampling(temperature), tuple(range(len(sizes))), eos)
+    found = []
+    for native in (True, False):
+        drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target, native)
+        assert (drafter.native is not None) == native
+        generated, meter = decode(DFlash(target, drafter, block, draft_sampling), ids, request)
+        found.append((generated, [(s.committed, s.drafted, s.accepted) for s in meter.records()[0]]))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_both_caches_after_a_decode_are_those_of_a_fresh_prefill(execution: str) -> None:
     target, drafter = drafting("qwen3", execution)
@@ -173,7 +206,7 @@ def test_both_caches_after_a_decode_are_those_of_a_fresh_prefill(execution: str)
     for _ in range(4):
         for output, gained in zip(state.outputs, engine.step(state, meter).tokens, strict=True):
             output.extend(gained)
-    drafter.read(state.features, state.context, state.unread)
+    following = drafter.draft(torch.tensor([7, 7]), state.context, 5, state.features, state.unread).logits
     for row, prompt in enumerate(ids):
         committed = prompt + outputs[row][: state.cache.sizes[row] - len(prompt)]
         cache, context = target.new_cache(1, 96), drafter.new_cache(1, 96)
@@ -183,8 +216,8 @@ def test_both_caches_after_a_decode_are_those_of_a_fresh_prefill(execution: str)
         probe = Rows.chain(torch.tensor([[7, 8]] * 2), state.cache.lengths)
         logits = target.forward(probe, state.cache).logits[row]
         torch.testing.assert_close(logits, fresh.logits[0, -2:], rtol=1e-4, atol=1e-4)
-        drafts = drafter.draft(torch.tensor([7, 7]), state.context, 5)[row]
-        torch.testing.assert_close(drafts, drafter.draft(torch.tensor([7]), context, 5)[0], rtol=1e-3, atol=1e-3)
+        alone = drafter.draft(torch.tensor([7]), context, 5).logits[0]
+        torch.testing.assert_close(following[row], alone, rtol=1e-3, atol=1e-3)
         assert state.context.sizes == state.cache.sizes
 
 
@@ -218,7 +251,7 @@ def seen_logits(engine: DFlash, ids: list[list[int]], request: Request) -> Tenso
     meter = Meter(CPU)
     meter.begin_step()
     state = engine.start(ids, request, meter)
-    return engine.drafter.draft(state.last, state.context, engine.block)
+    return engine.drafter.draft(state.last, state.context, engine.block).logits
 
 
 @functools.cache
@@ -270,10 +303,10 @@ def test_sampled_drafts_leave_the_joint_distribution_as_it_was(sampling: Samplin
 def test_drafts_drawn_from_another_distribution_than_they_claim_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, choose = DFlash(*six_tokens(), draft_sampling=True), DFlash._choose
 
-    def lying(self: DFlash, logits: Tensor, state: Any) -> tuple[Tensor, Tensor]:
-        drafts, probs = choose(self, logits, state)
+    def lying(self: DFlash, drafts: Drafts, state: Any) -> tuple[Tensor, Tensor]:
+        chosen, probs = choose(self, drafts, state)
         assert probs is not None
-        return drafts, torch.full_like(probs, 1 / 6)
+        return chosen, torch.full_like(probs, 1 / 6)
 
     monkeypatch.setattr(DFlash, "_choose", lying)
     assert p_value(engine, Sampling(0.8)) < ALPHA

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +29,8 @@ from zbench.models.transformer import Transformer, rms_norm
 
 needs_native = pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
 EXECUTIONS = ["eager", pytest.param("native", marks=needs_native)]
+# Of the target, and whether the drafter is one native call rather than torch's operators around its layers.
+RUNS = [("eager", True), *(pytest.param("native", native, marks=needs_native) for native in (False, True))]
 BLOCK = 5
 TAPS = (1, 3)
 MASK = 299
@@ -93,19 +95,22 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 299, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_drafts_follow_the_formulas_over_rounds_of_a_ragged_batch(execution: str) -> None:
+@pytest.mark.parametrize(("execution", "native"), RUNS)
+def test_drafts_follow_the_formulas_over_rounds_of_a_ragged_batch(execution: str, native: bool) -> None:
     target = runtime("qwen3", execution)
     checkpoint = wide_drafter(target.config)
-    drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+    drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target, native)
+    assert (drafter.native is not None) == (execution == "native" and native)
     ids = tokens(3, 40)
     taps = hidden_states(target, ids, TAPS)
     everything = torch.cat(taps, -1)
     cache = drafter.new_cache(3, 48)
     drafter.read([tap[:, :11] for tap in taps], cache, [4, 11, 1])
-    for counts in ([1, 1, 1], [BLOCK, 2, 3], [0, BLOCK, 1], [2, 0, BLOCK]):
-        anchor = ids.gather(1, cache.lengths[:, None])[:, 0]
-        logits = drafter.draft(anchor, cache, BLOCK)
+    unread: tuple[Any, ...] = ()
+    for counts in ([1, 1, 1], [BLOCK, 2, 3], [0, BLOCK, 1], [2, 0, BLOCK], []):
+        read = unread[1] if unread else [0] * 3
+        anchor = ids.gather(1, (cache.lengths + torch.tensor(read))[:, None])[:, 0]
+        drafts = drafter.draft(anchor, cache, BLOCK, *unread)
         for row, size in enumerate(cache.sizes):
             want = expected(
                 checkpoint.config,
@@ -115,10 +120,11 @@ def test_drafts_follow_the_formulas_over_rounds_of_a_ragged_batch(execution: str
                 everything[row, :size],
                 int(anchor[row]),
             )
-            assert relative_error(logits[row].double(), want) < 1e-4
+            assert relative_error(drafts.logits[row].double(), want) < 1e-4
+            assert drafts.tokens[row].tolist() == want.argmax(-1).tolist()
         # All of a block's rows are offered, only what was accepted stays.
         offered = cache.lengths[:, None] + torch.arange(BLOCK)
-        drafter.read([tap[torch.arange(3)[:, None], offered] for tap in taps], cache, counts)
+        unread = [tap[torch.arange(3)[:, None], offered.clamp(max=39)] for tap in taps], counts
 
 
 @needs_native
@@ -131,11 +137,183 @@ def test_bfloat16_drafts_stay_near_the_formulas() -> None:
     taps = hidden_states(target, ids, TAPS)
     cache = drafter.new_cache(1, 32)
     drafter.read([tap[:, :9] for tap in taps], cache, [9])
-    logits = drafter.draft(ids[:, 9], cache, BLOCK)
+    logits = drafter.draft(ids[:, 9], cache, BLOCK).logits
     want = expected(
         checkpoint.config, tensors, target.embedding, target.embedding, torch.cat(taps, -1)[0, :9], int(ids[0, 9])
     )
     assert relative_error(logits[0].double(), want) < 0.05
+
+
+def rounds(
+    drafter: DFlashDrafter,
+    features: list[Tensor],
+    anchors: Tensor,
+    sizes: list[int],
+    counts: list[list[int]],
+    block: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and tokens of the draft after each round of reading `features`, one [B, T, D] per tap, and values kept."""
+    cache, sequence = drafter.new_cache(len(sizes), 96), torch.arange(len(sizes))[:, None]
+    drafter.read([feature[:, : max(sizes)] for feature in features], cache, sizes)
+    drafts, unread = [], ()
+    for read, anchor in zip([*counts, []], anchors, strict=False):
+        drafts.append(drafter.draft(anchor, cache, block, *unread))
+        offered = cache.lengths[:, None] + torch.arange(block)
+        unread = [feature[sequence, offered] for feature in features], read
+    committed = torch.stack([cache.values[:, b, :, : min(cache.sizes)] for b in range(len(sizes))])
+    return torch.stack([d.logits for d in drafts]), torch.stack([d.tokens for d in drafts]), committed
+
+
+@needs_native
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    block=st.integers(2, 9),
+    layers=st.integers(1, 3),
+    heads=st.sampled_from([(1, 1, 16), (6, 2, 16), (4, 4, 32), (3, 1, 48)]),
+    own_head=st.none() | st.integers(5, 60),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_the_native_drafter_is_torchs(
+    sizes: list[int],
+    block: int,
+    layers: int,
+    heads: tuple[int, int, int],
+    own_head: int | None,
+    threads: int,
+    data: st.DataObject,
+) -> None:
+    target, batch = runtime("qwen2", "native"), len(sizes)
+    some = st.lists(st.integers(0, block), min_size=batch, max_size=batch)
+    counts = data.draw(st.lists(some, min_size=1, max_size=3))
+    shape = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
+    body = replace(dflash.random_drafter(target.config, layers=1).config.body, layers=layers, ffn=48, **shape)
+    config = DFlashConfig(replace(body, vocab=own_head or body.vocab), TAPS, MASK, block, own_head is not None)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    tensors = {
+        name: torch.empty(of).normal_(std=0.25 if len(of) > 1 else 0.1, generator=generator) + (len(of) == 1)
+        for name, of in dflash.tensor_shapes(config).items()
+    }
+    if own_head:
+        tensors["d2t"] = torch.randperm(300, generator=generator)[:own_head].sort().values - torch.arange(own_head)
+    features = [torch.randn(batch, 80, 96, generator=generator) for _ in TAPS]
+    anchors = torch.randint(0, 300, (len(counts) + 1, batch), generator=generator)
+    given_rounds = (features, anchors, sizes, counts, block)
+    torch.set_num_threads(threads)
+    try:
+        native, around = (rounds(DFlashDrafter(config, tensors, target, n), *given_rounds) for n in (True, False))
+    finally:
+        torch.set_num_threads(1)
+    eager = rounds(DFlashDrafter(config, tensors, runtime("qwen2", "eager")), *given_rounds)
+    for want in (around, eager):
+        assert relative_error(native[0], want[0]) < 1e-5
+        assert torch.equal(native[1], want[1])
+        assert relative_error(native[2], want[2]) < 1e-5
+
+
+@needs_native
+def test_in_bfloat16_native_drafts_are_nearer_to_exact_arithmetic_than_torchs() -> None:
+    checkpoint = wide_drafter(TARGET)
+    rounded = {name: tensor.bfloat16() for name, tensor in checkpoint.tensors.items()}
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.randn(2, 80, 96, generator=generator).bfloat16().float() for _ in TAPS]
+    plan = (features, torch.tensor([[5, 6], [7, 8], [9, 10]]), [20, 3], [[2, 5], [1, 0]], BLOCK)
+
+    def logits(target: Any, dtype: torch.dtype) -> Tensor:
+        tensors = {name: tensor.to(dtype) for name, tensor in rounded.items()}
+        return rounds(DFlashDrafter(checkpoint.config, tensors, target), *plan)[0].double()
+
+    weights = {name: tensor.bfloat16().float() for name, tensor in oracle("qwen3").state_dict().items()}
+    exact_target = Transformer(TARGET, weights, torch.float32, execution="eager")
+    exact = logits(exact_target, torch.float32)
+    native, eager = (logits(runtime("qwen3", e, torch.bfloat16), torch.bfloat16) - exact for e in ("native", "eager"))
+    assert native.norm() < eager.norm() < 0.1 * exact.norm()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_drafts_depend_neither_on_the_batch_nor_on_how_it_was_read_nor_on_the_threads(
+    dtype: torch.dtype,
+) -> None:
+    target, checkpoint = runtime("qwen3", "native", dtype), wide_drafter(TARGET)
+    drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+    features = [torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    found = []
+    try:
+        for sequences, parts, threads in (((0, 1, 2), (23,), 1), ((1,), (1,) * 23, 2), ((2, 1), (5, 11, 7), 3)):
+            torch.set_num_threads(threads)
+            cache, begin = drafter.new_cache(len(sequences), 48), 0
+            of = [feature[list(sequences)] for feature in features]
+            for size in parts[:-1]:
+                drafter.read([f[:, begin : begin + size] for f in of], cache, [size] * len(sequences))
+                begin += size
+            last = [f[:, begin:] for f in of], [parts[-1]] * len(sequences)  # what follows is no token of theirs
+            drafts = drafter.draft(torch.tensor([7] * len(sequences)), cache, BLOCK, *last)
+            found.append(drafts.logits[sequences.index(1)])
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@needs_native
+def test_a_shorter_block_is_drafted_as_a_shorter_block_of_torchs_and_only_what_fits_is() -> None:
+    target = runtime("qwen3", "native")
+    checkpoint = wide_drafter(target.config)
+    features = [torch.randn(1, 28, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    sides = [DFlashDrafter(checkpoint.config, checkpoint.tensors, target, native) for native in (True, False)]
+    for drafter in sides:
+        cache = drafter.new_cache(1, 32)
+        drafter.read(features, cache, [28])
+        assert [len(drafter.draft(torch.tensor([7]), cache, n).logits[0]) for n in (2, 4, 3)] == [1, 3, 2]
+        with pytest.raises(ValueError, match="5 rows after 28 tokens exceed the cache's 32"):
+            drafter.draft(torch.tensor([7]), cache, 5)
+
+
+def test_what_native_code_does_not_take_is_drafted_by_torch_and_says_why() -> None:
+    target = runtime("qwen3", "auto")
+    odd = replace(wide_drafter(target.config).config, body=replace(target.config, layers=1, head_dim=24, tied=False))
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        name: torch.empty(of).normal_(std=0.25, generator=generator) + (len(of) == 1)
+        for name, of in dflash.tensor_shapes(odd).items()
+    }
+    drafter = DFlashDrafter(odd, tensors, target)
+    assert drafter.native is None and drafter.kernels["drafter"] == "torch"
+    features = [torch.randn(1, 9, 96, generator=generator) for _ in TAPS]
+    cache = drafter.new_cache(1, 32)
+    drafts = drafter.draft(torch.tensor([7]), cache, BLOCK, features, [6])
+    taps = torch.cat(features, -1)[0, :6]
+    want = expected(odd, tensors, target.embedding, target.embedding, taps, 7)
+    assert relative_error(drafts.logits[0].double(), want) < 1e-4
+    assert drafts.tokens[0].tolist() == want.argmax(-1).tolist()
+    if cpu.available():
+        assert "multiples of 16" in drafter.kernels["why_drafter_not_native"]
+
+
+@needs_native
+def test_a_head_that_torch_runs_leaves_the_layers_native() -> None:
+    compiled, checkpoint = runtime("qwen3", "compiled"), wide_drafter(TARGET)
+    features = [torch.randn(1, 9, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    found = []
+    for target in (compiled, runtime("qwen3", "native")):
+        drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+        assert drafter.kernels["drafter"].startswith("native")
+        assert (drafter.native is None) == ("why_drafter_not_native" in drafter.kernels) == (target is compiled)
+        found.append(drafter.draft(torch.tensor([7]), drafter.new_cache(1, 32), BLOCK, features, [6]).logits)
+    assert relative_error(*found) < 1e-5
+
+
+@needs_native
+def test_a_mixture_of_experts_lends_its_packed_head() -> None:
+    checkpoint = wide_drafter(TARGET)
+    features = [torch.randn(1, 9, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    found = []
+    for execution in ("native", "eager"):
+        drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, runtime("zaya", execution))
+        assert (drafter.native is not None) == (execution == "native")
+        found.append(drafter.draft(torch.tensor([7]), drafter.new_cache(1, 32), BLOCK, features, [6]).logits)
+    assert relative_error(*found) < 1e-5
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -253,23 +431,25 @@ def test_the_speculators_layout_is_the_same_drafter(tmp_path: Path) -> None:
     assert loaded.tensors.keys() == drafter.tensors.keys()
 
 
-def test_a_reduced_vocabulary_drafts_the_target_ids_that_d2t_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_reduced_vocabulary_drafts_the_target_ids_that_d2t_names(tmp_path: Path, execution: str) -> None:
     config, drafter = released(TARGET, tmp_path)
     known = torch.arange(40) * 7 + 3
     head = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
     extra = {"lm_head.weight": head, "d2t": known - torch.arange(40), "t2d": torch.zeros(300, dtype=torch.bool)}
     write(tmp_path, speculators(config, draft_vocab_size=40), {**drafter.tensors, **extra})
     loaded = dflash.load_drafter(tmp_path, TARGET)
-    target = runtime("qwen3", "eager")
+    target = runtime("qwen3", execution)
     reduced = DFlashDrafter(loaded.config, loaded.tensors, target)
     cache = reduced.new_cache(1, 32)
     taps = hidden_states(target, tokens(1, 6), TAPS)
     reduced.read(taps, cache, [6])
-    logits = reduced.draft(torch.tensor([5]), cache, BLOCK)
+    drafts = reduced.draft(torch.tensor([5]), cache, BLOCK)
+    logits = drafts.logits
     want = expected(loaded.config, loaded.tensors, target.embedding, head, torch.cat(taps, -1)[0], 5)
     assert logits.shape == (1, BLOCK - 1, 40)
     assert relative_error(logits[0].double(), want) < 1e-4
-    assert torch.equal(reduced.target_ids(logits.argmax(-1)), known[logits.argmax(-1)])
+    assert torch.equal(drafts.tokens, known[logits.argmax(-1)])
     full = reduced.target_logits(logits)
     assert torch.equal(full[..., known], logits)
     assert full.isfinite().sum() == logits.numel()
@@ -322,7 +502,7 @@ def test_a_random_drafter_fits_its_target_and_follows_its_seed() -> None:
     drafter = DFlashDrafter(first.config, first.tensors, target)
     cache = drafter.new_cache(1, 32)
     drafter.read(hidden_states(target, tokens(1, 4), first.config.taps), cache, [4])
-    assert drafter.draft(torch.tensor([5]), cache, 7).isfinite().all()
+    assert drafter.draft(torch.tensor([5]), cache, 7).logits.isfinite().all()
 
 
 def test_flops_are_those_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,8 @@ from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import kernels, verify_chain
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
-from zbench.kernels import cpu
 from zbench.models.cache import Cache
-from zbench.models.dflash import BLOCK_SIZES, DFlashDrafter
+from zbench.models.dflash import BLOCK_SIZES, DFlashDrafter, Drafts
 from zbench.models.model import Model
 from zbench.models.rows import Rows
 
@@ -93,22 +92,19 @@ class DFlash:
 
     def _draft(self, state: DFlashState, meter: Meter) -> tuple[Tensor, Tensor | None]:
         """Read what the last step committed, then draft [B, block - 1]; with the distribution if drawn from one."""
-        begin, read = meter.device.mark(), 0
-        if state.features:
-            self.drafter.read(state.features, state.context, state.unread)
-            read = state.features[0].shape[1]
-        contexts = state.context.sizes
-        logits = self.drafter.draft(state.last, state.context, self.block)
-        drafts, probs = self._choose(logits, state)
-        self._record(meter, begin, contexts, read, self.block)
-        return drafts, probs
+        begin = meter.device.mark()
+        read = state.features[0].shape[1] if state.features else 0
+        drafts = self.drafter.draft(state.last, state.context, self.block, state.features, state.unread)
+        chosen = self._choose(drafts, state)
+        self._record(meter, begin, state.context.sizes, read, self.block)
+        return chosen
 
-    def _choose(self, logits: Tensor, state: DFlashState) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, drafts: Drafts, state: DFlashState) -> tuple[Tensor, Tensor | None]:
         if not self.draft_sampling or state.sampler.sampling.greedy:
-            return self.drafter.target_ids(cpu.argmax(logits)), None
-        probs = probabilities(self.drafter.target_logits(logits), state.sampler.sampling)
-        first = torch.tensor([len(output) for output in state.outputs], device=logits.device)
-        positions = first[:, None] + torch.arange(logits.shape[1], device=logits.device)
+            return drafts.tokens, None
+        probs = probabilities(self.drafter.target_logits(drafts.logits), state.sampler.sampling)
+        first = torch.tensor([len(output) for output in state.outputs], device=probs.device)
+        positions = first[:, None] + torch.arange(probs.shape[1], device=probs.device)
         return draw(probs, state.sampler.uniforms(positions, Purpose.DRAFT)), probs
 
     def _record(self, meter: Meter, begin: Mark, contexts: list[int], read: int, block: int) -> None:

@@ -359,18 +359,28 @@ struct zb_adapter {  // acts on mask rows only
     const float* mask_embedding;                    // [masks, D]; the last serves all further ones
     int64_t masks;
 };
+struct zb_context {  // of DFlash (formulas: models/dflash.py): what the hidden states of another model become
+    int64_t taps;
+    const void *fc, *kv;            // packed [D, taps D] and [L 2 G d, D]: of each layer keys, then values
+    const float *norm, *key_norms;  // [D], [L, d]
+};
 struct zb_batch {
     int64_t batch, rows, capacity, wanted, captures, threads;
-    const int64_t *ids, *positions, *lengths;   // [B,R] [B,R] [B]
-    const uint8_t* visible;                     // [B,R,R]
+    const int64_t *ids, *positions, *lengths;   // [B,R] [B,R] [B]; no positions: tokens in a row
+    const uint8_t* visible;                     // [B,R,R]; or null: rows see each other
     const int64_t* masks;                       // [B,R]: which mask of its block a row is, -1 for a token; or null
     const zb_adapter* adapter;                  // or null
     void *keys, *values;                        // [L,B,kv,S/16,d,16] and [L,B,kv,S,d]
     const int64_t *logit_rows, *capture_layers; // flat row indices; hidden-state indices, ascending
     float *logits, *captured;                   // [wanted,V], [captures,B*R,D]
+    int64_t* likeliest;                         // [wanted]; or null
+    const zb_context* context;                  // read before the rows; or null
+    const float* const* taps;                   // each [B,unread,D]
+    const int64_t* counts;                      // [B]: so many of them are real, the last tokens that `lengths` counts
+    int64_t unread;
     void* workspace;
     int64_t workspace_bytes;
-    int64_t* times;                             // [4 + 8 L] ns of the steady clock after each section; or null
+    int64_t* times;                             // ns of the steady clock at the start and after each section; or null
 };
 }
 
@@ -411,6 +421,42 @@ static void normalise(Rows x, const float* weight, float eps, int n, const Acts<
         const float* row = x(m);
         float scale = 1.0f / sqrtf(mean_square(row, n) + eps);
         for (int i = i0; i < i1; i += VL) y.put(m, i, load(row + i) * scale * load(weight + i));
+    }
+}
+
+// One thread's share of y[m] = x(m), columns of all rows.
+template <class W, class Rows>
+static void place(Rows x, int n, const Acts<W>& y, int M, int thread, int threads) {
+    for (int m = 0; m < M; m++)
+        for (int i = n / VL * thread / threads * VL; i < n / VL * (thread + 1) / threads * VL; i += VL) y.put(m, i, load(x(m) + i));
+}
+
+static int64_t first_largest(const float* x, int64_t n) {
+    constexpr int STREAMS = 4;
+    constexpr int64_t BLOCK = 16 * STREAMS * VL;
+    float top = -INFINITY;
+    int64_t at = 0, i = 0;  // where it is, or the block that holds it
+    for (; i + BLOCK <= n; i += BLOCK) {
+        vf most[STREAMS];
+        UNROLL for (int s = 0; s < STREAMS; s++) most[s] = splat(-INFINITY);
+        for (int64_t k = i; k < i + BLOCK; k += STREAMS * VL)
+            UNROLL for (int s = 0; s < STREAMS; s++) { vf v = load(x + k + s * VL); most[s] = v > most[s] ? v : most[s]; }
+        UNROLL for (int s = 1; s < STREAMS; s++) most[0] = most[s] > most[0] ? most[s] : most[0];
+        float here = most[0][0];
+        for (int l = 1; l < VL; l++) here = most[0][l] > here ? most[0][l] : here;
+        if (here > top) { top = here; at = i; }
+    }
+    for (; i < n; i++) if (x[i] > top) { top = x[i]; at = i; }
+    if (top == -INFINITY) return 0;
+    while (x[at] != top) at++;
+    return at;
+}
+
+static void turn(int64_t position, const float* inv_freq, int half, float* cosine, float* sine) {
+    for (int i = 0; i < half; i++) {
+        float angle = (float)position * inv_freq[i];
+        cosine[i] = cosf(angle);
+        sine[i] = sinf(angle);
     }
 }
 
@@ -572,7 +618,7 @@ struct Attention {
     float* qkv;            // [B R, (H + 2 G) d]
     int width() const { return (H + 2 * G) * d; }
 
-    // Turn queries and keys, and store keys and values at slot(m).
+    // Turn queries and keys, and store keys and values at slot(m), nowhere where that is negative.
     template <class Slot>
     void store(const float* cosine, const float* sine, const float* q_norm, const float* k_norm, float eps, Slot slot, int t, int n) const {
         const int64_t M = (int64_t)B * R;
@@ -580,8 +626,8 @@ struct Attention {
             const int m = (int)(i / (H + G)), h = (int)(i % (H + G));
             float* x = qkv + (int64_t)m * width() + (int64_t)h * d;
             rotate(x, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2), d, h < H ? q_norm : k_norm, eps);
-            if (h < H) continue;
-            const int64_t at = slot(m), head = (int64_t)(m / R) * G + h - H;
+            const int64_t at = h < H ? -1 : slot(m), head = (int64_t)(m / R) * G + h - H;
+            if (at < 0) continue;
             constexpr int U = key_unit<W>();
             W* k = keys + head * S * d + at / P * P * d + at % P * U;
             for (int e = 0; e < d; e++) put(k + e / U * U * P + e % U, x[e]);
@@ -620,8 +666,81 @@ struct Attention {
     }
 };
 
+// Keys and values of all layers for tokens of which only hidden states of another model are read.
 template <class W>
-static int forward(const zb_model& model, const zb_batch& batch) {
+struct Context {
+    const zb_model& model;
+    const zb_batch& batch;
+    int D, R, M, fused, pair;  // rows per sequence and in all; columns of all taps, and of a layer's keys and values
+    act_t<W> *joined, *normed;
+    float *features, *pairs, *cosine, *sine;
+
+    Context(const zb_model& model, const zb_batch& batch, Workspace& space)
+        : model(model), batch(batch), D((int)model.width), R(batch.context ? (int)batch.unread : 0), M((int)batch.batch * R),
+          fused(batch.context ? (int)batch.context->taps * D : 0), pair((int)(2 * model.kv_heads * model.head_dim)) {
+        const int64_t padded = M ? M + TALL : 0;  // the last tile may be only partly filled
+        joined = space.take<act_t<W>>(padded * fused);
+        normed = space.take<act_t<W>>(padded * D);
+        features = space.take<float>((int64_t)M * D);
+        pairs = space.take<float>((int64_t)M * pair * model.layers);
+        cosine = space.take<float>(M * model.head_dim / 2);
+        sine = space.take<float>(M * model.head_dim / 2);
+    }
+
+    // One thread's share; `done` ends a section.
+    template <class Done>
+    void read(int t, int n, Barrier& team, Done done) const {
+        const zb_context& by = *batch.context;
+        const int L = (int)model.layers, G = (int)model.kv_heads, d = (int)model.head_dim, tall = height(M);
+        const float eps = (float)model.eps;
+        const Acts<W> x{joined, fused, tall}, y{normed, D, tall};
+        auto slot = [&](int m) { return m % R < batch.counts[m / R] ? batch.lengths[m / R] - batch.counts[m / R] + m % R : -1; };
+        for (int i = 0; i < by.taps; i++)
+            place([&](int m) { return batch.taps[i] + (int64_t)m * D; }, D, Acts<W>{joined + (int64_t)i * D * tall, fused, tall}, M, t, n);
+        for (int m = M * t / n; m < M * (t + 1) / n; m++)
+            turn(slot(m), model.inv_freq, d / 2, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2));
+        team.wait(n);
+        project<1>(Matrix<W>{(const W*)by.fc}, x, M, D, t, n, Assign{features, D, D, nullptr});
+        done();
+        normalise([&](int m) { return features + (int64_t)m * D; }, by.norm, eps, D, y, M, t, n);
+        done();
+        for (int l = 0; l < L; l++)
+            project<1>(Matrix<W>{(const W*)by.kv + (int64_t)l * pair * D}, y, M, pair, t, n, Assign{pairs + (int64_t)l * M * pair, pair, pair, nullptr});
+        done();
+        for (int l = 0; l < L; l++) {
+            const int64_t cached = (int64_t)l * batch.batch * G * batch.capacity * d;
+            const Attention<W> layer{(int)batch.batch, R, 0, G, d, batch.capacity, (W*)batch.keys + cached, (W*)batch.values + cached, pairs + (int64_t)l * M * pair};
+            layer.store(cosine, sine, nullptr, by.key_norms + l * d, eps, slot, t, n);
+        }
+        done();
+    }
+};
+
+// Sections end at barriers, so that the first thread's clock is everyone's.
+static void stamp(int64_t*& times) {
+    if (times) *times++ = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Returns 0, or the bytes that the workspace must have.
+template <class W>
+static int64_t read(const zb_model& model, const zb_batch& batch) {
+    Workspace space{(char*)batch.workspace, batch.workspace_bytes};
+    const Context<W> context(model, batch, space);
+    if (!space.ok) return space.needed;
+    int64_t* times = batch.times;
+    stamp(times);
+    Barrier team;
+#pragma omp parallel num_threads((int)batch.threads)
+    {
+        const int t = omp_get_thread_num(), n = omp_get_num_threads();
+        context.read(t, n, team, [&] { team.wait(n); if (t == 0) stamp(times); });
+    }
+    return 0;
+}
+
+// Returns 0, or the bytes that the workspace must have.
+template <class W>
+static int64_t forward(const zb_model& model, const zb_batch& batch) {
     const int D = (int)model.width, F = (int)model.ffn, H = (int)model.heads, G = (int)model.kv_heads, d = (int)model.head_dim;
     const int B = (int)batch.batch, R = (int)batch.rows, M = B * R, QKV = (H + 2 * G) * d, group = H / G;
     const int64_t S = batch.capacity, ld = (S + P - 1) / P * P + P;
@@ -649,21 +768,20 @@ static int forward(const zb_model& model, const zb_batch& batch) {
     vf* scores = space.take<vf>((int64_t)threads * NV * ld);
     A* queries = space.take<A>((int64_t)threads * P * d);
     uint16_t* seen = space.take<uint16_t>((int64_t)B * lanes.tasks * R);
-    if (!space.ok) return 1;
+    int64_t* positions = space.take<int64_t>(M);
+    const Context<W> context(model, batch, space);
+    if (!space.ok) return space.needed;
     const int wanted = (int)batch.wanted;
-
-    // Sections end at barriers, so that the first thread's clock is everyone's.
     int64_t* times = batch.times;
-    auto mark = [&](int thread) {
-        if (times && thread == 0) *times++ = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    };
-    mark(0);
+    stamp(times);
 
     Barrier team;
 #pragma omp parallel num_threads(threads)
     {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();
         const int m0 = (int)((int64_t)M * t / n), m1 = (int)((int64_t)M * (t + 1) / n);
+        auto done = [&] { team.wait(n); if (t == 0) stamp(times); };
+        if (batch.context) context.read(t, n, team, done);
         int capture = 0;
         for (int m = m0; m < m1; m++) {
             float* to = residual + (int64_t)m * D;
@@ -675,20 +793,17 @@ static int forward(const zb_model& model, const zb_batch& batch) {
                 const W* row = (const W*)model.embedding + batch.ids[m] * D;
                 for (int i = 0; i < D; i++) to[i] = widen(row[i]);
             }
-            for (int i = 0; i < d / 2; i++) {
-                float angle = (float)batch.positions[m] * model.inv_freq[i];
-                cosine[(int64_t)m * (d / 2) + i] = cosf(angle);
-                sine[(int64_t)m * (d / 2) + i] = sinf(angle);
-            }
+            positions[m] = batch.positions ? batch.positions[m] : batch.lengths[m / R] + m % R;
+            turn(positions[m], model.inv_freq, d / 2, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2));
         }
         for (int64_t i = (int64_t)B * lanes.tasks * t / n; i < (int64_t)B * lanes.tasks * (t + 1) / n; i++) {
-            const uint8_t* visible = batch.visible + i / lanes.tasks * R * R;
+            const uint8_t* visible = batch.visible ? batch.visible + i / lanes.tasks * R * R : nullptr;
             for (int j = 0; j < R; j++) {
                 uint32_t bits = 0;
                 for (int c = 0; c < P; c++) {
                     int lane = (int)(i % lanes.tasks) * lanes.per_task + c;
                     // An unused lane sees all: it must not divide by zero.
-                    if (c >= lanes.per_task || lane >= R * group || visible[lane / group * R + j]) bits |= 1u << c;
+                    if (c >= lanes.per_task || lane >= R * group || !visible || visible[lane / group * R + j]) bits |= 1u << c;
                 }
                 seen[i * R + j] = (uint16_t)bits;
             }
@@ -697,7 +812,7 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             return adapt<W>(w, low, x, between, batch.masks, M, t, n, team);
         };
         auto residual_row = [&](int m) { return residual + (int64_t)m * D; };
-        team.wait(n); mark(t);
+        done();
         for (int l = 0; l <= model.layers; l++) {
             // Rows m0..m1 of the residual are complete here: the barrier below the down projection saw to that.
             while (capture < batch.captures && batch.capture_layers[capture] == l) {
@@ -711,41 +826,49 @@ static int forward(const zb_model& model, const zb_batch& batch) {
             const Attention<W> attention{B, R, H, G, d, S, (W*)batch.keys + cached, (W*)batch.values + cached, qkv};
 
             normalise(residual_row, layer.attention_norm, eps, D, normed, M, t, n);
-            team.wait(n); mark(t);
+            done();
             project<1>(adapted(layer.qkv, low ? low->qkv + l : nullptr, normed), normed, M, QKV, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
-            team.wait(n); mark(t);
+            done();
             attention.store(cosine, sine, layer.q_norm, layer.k_norm, eps, [&](int m) { return batch.lengths[m / R] + m % R; }, t, n);
-            team.wait(n); mark(t);
-            attention.attend(lanes, [&](int b) { return batch.lengths[b]; }, R, seen, batch.positions, layer.window, scale, scores, queries,
+            done();
+            attention.attend(lanes, [&](int b) { return batch.lengths[b]; }, R, seen, positions, layer.window, scale, scores, queries,
                              mixed, attended, t, n);
-            team.wait(n); mark(t);
+            done();
             project<1>(adapted(layer.out, low ? low->out + l : nullptr, attended), attended, M, D, t, n, Accumulate{residual, D, layer.out_bias});
-            team.wait(n); mark(t);
+            done();
             normalise(residual_row, layer.mlp_norm, eps, D, normed, M, t, n);
-            team.wait(n); mark(t);
+            done();
             project<2>(adapted(layer.gate_up, low ? low->gate_up + l : nullptr, normed), normed, M, 2 * F, t, n, Gate<W>{gated, layer.gate_up_bias});
-            team.wait(n); mark(t);
+            done();
             project<1>(adapted(layer.down, low ? low->down + l : nullptr, gated), gated, M, D, t, n, Accumulate{residual, D, layer.down_bias});
-            team.wait(n); mark(t);
+            done();
         }
         // Only the rows that ask for logits pass the final norm and the head.
         const Acts<W> asking{act, D, height(wanted)};
         auto wanted_row = [&](int w) { return residual + batch.logit_rows[w] * D; };
         if (wanted) normalise(wanted_row, model.norm, eps, D, asking, wanted, t, n);
-        team.wait(n); mark(t);
+        done();
         if (wanted)
             project<1>(Matrix<W>{(const W*)model.head}, asking, wanted, (int)model.vocab, t, n, Assign{batch.logits, model.vocab, (int)model.vocab, nullptr});
+        if (batch.likeliest) {
+            done();
+            for (int w = wanted * t / n; w < wanted * (t + 1) / n; w++)
+                batch.likeliest[w] = first_largest(batch.logits + w * model.vocab, model.vocab);
+        }
     }
-    mark(0);
+    stamp(times);
     return 0;
 }
 
 extern "C" {
-// Returns 0, or 1 when the workspace is too small.
-int zb_forward(const zb_model* model, const zb_batch* batch) {
+int64_t zb_forward(const zb_model* model, const zb_batch* batch) {
     return model->bf16_weights ? forward<bf16>(*model, *batch) : forward<float>(*model, *batch);
 }
 
+// What a forward with a context does before its rows, alone.
+int64_t zb_read(const zb_model* model, const zb_batch* batch) {
+    return model->bf16_weights ? read<bf16>(*model, *batch) : read<float>(*model, *batch);
+}
 }
 
 template <class W>
@@ -761,27 +884,6 @@ static void linear(const W* w, const float* x, void* scratch, float* y, int M, i
         team.wait(n);
         project<1>(Matrix<W>{w}, acts, M, N, t, n, Assign{y, N, N, nullptr});
     }
-}
-
-static int64_t first_largest(const float* x, int64_t n) {
-    constexpr int STREAMS = 4;
-    constexpr int64_t BLOCK = 16 * STREAMS * VL;
-    float top = -INFINITY;
-    int64_t at = 0, i = 0;  // where it is, or the block that holds it
-    for (; i + BLOCK <= n; i += BLOCK) {
-        vf most[STREAMS];
-        UNROLL for (int s = 0; s < STREAMS; s++) most[s] = splat(-INFINITY);
-        for (int64_t k = i; k < i + BLOCK; k += STREAMS * VL)
-            UNROLL for (int s = 0; s < STREAMS; s++) { vf v = load(x + k + s * VL); most[s] = v > most[s] ? v : most[s]; }
-        UNROLL for (int s = 1; s < STREAMS; s++) most[0] = most[s] > most[0] ? most[s] : most[0];
-        float here = most[0][0];
-        for (int l = 1; l < VL; l++) here = most[0][l] > here ? most[0][l] : here;
-        if (here > top) { top = here; at = i; }
-    }
-    for (; i < n; i++) if (x[i] > top) { top = x[i]; at = i; }
-    if (top == -INFINITY) return 0;
-    while (x[at] != top) at++;
-    return at;
 }
 
 template <int STREAMS>
@@ -916,13 +1018,6 @@ static void normalise(float* x, const float* weight, float eps, int n) {
     for (int i = 0; i < n; i += VL) store(x + i, load(x + i) * scale * load(weight + i));
 }
 
-// One thread's share of y[m] = x(m), columns of all rows.
-template <class W, class Rows>
-static void place(Rows x, int n, const Acts<W>& y, int M, int thread, int threads) {
-    for (int m = 0; m < M; m++)
-        for (int i = n / VL * thread / threads * VL; i < n / VL * (thread + 1) / threads * VL; i += VL) y.put(m, i, load(x(m) + i));
-}
-
 // The chance that softmax(x) gives to its largest entry.
 static float chance(const float* x, float largest, int n) {
     vf sum{};
@@ -974,10 +1069,7 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
     {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();
         int64_t* times = batch.times;
-        // Sections end at barriers, so that the first thread's clock is everyone's.
-        auto mark = [&] {
-            if (t == 0) *times++ = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
-        };
+        auto mark = [&] { if (t == 0) stamp(times); };
         auto done = [&] { team.wait(n); mark(); };
         for (int level = 0; level == 0 || (level < chain && hopeful()); level++) {
             const bool first = level == 0, pairs = first && batch.taps;
@@ -997,11 +1089,7 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
                 const W* row = (const W*)model.embedding + ids[m] * D;
                 for (int i = 0; i < D; i += VL) store(embedded + (int64_t)m * D + i, load_wide(row + i));
                 const int64_t position = prefix(b) + (batch.visible && first ? before / R : r);
-                for (int i = 0; i < d / 2; i++) {
-                    float angle = (float)position * model.inv_freq[i];
-                    cosine[(int64_t)m * (d / 2) + i] = cosf(angle);
-                    sine[(int64_t)m * (d / 2) + i] = sinf(angle);
-                }
+                turn(position, model.inv_freq, d / 2, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2));
                 for (int i = 0; pairs && i < model.taps; i++) {
                     float* to = joined + (int64_t)m * fused + i * T;
                     memcpy(to, batch.taps[i] + (int64_t)m * T, T * 4);

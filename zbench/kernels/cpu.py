@@ -79,13 +79,25 @@ class _Adapter(ctypes.Structure):
     ]
 
 
+class _Context(ctypes.Structure):
+    _fields_ = [
+        ("taps", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("fc", "kv", "norm", "key_norms")),
+    ]
+
+
 class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "rows", "capacity", "wanted", "captures", "threads")),
         *((name, ctypes.c_void_p) for name in ("ids", "positions", "lengths", "visible", "masks")),
         ("adapter", ctypes.POINTER(_Adapter)),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("logit_rows", "capture_layers", "logits", "captured", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("logit_rows", "capture_layers", "logits", "captured", "likeliest")),
+        ("context", ctypes.POINTER(_Context)),
+        ("taps", ctypes.POINTER(ctypes.c_void_p)),
+        ("counts", ctypes.POINTER(ctypes.c_int64)),
+        ("unread", ctypes.c_int64),
+        ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
         ("times", ctypes.c_void_p),
     ]
@@ -125,8 +137,10 @@ BEFORE, LAYER, AFTER = (
     ("attention norm", "qkv", "rotate and store", "attention", "out", "mlp norm", "gate_up", "down"),
     ("final norm", "head"),
 )
-# A level of a draft; some have no `fuse`, some no head.
+# A level of EAGLE-3's draft; some have no `fuse`, some no head.
 LEVEL = tuple(f"draft {name}" for name in ("embed", "fuse", *LAYER, *AFTER, "argmax"))
+# What DFlash reads, for all layers together, before its block.
+CONTEXT = tuple(f"draft {name}" for name in ("fuse", "context norm", "context kv", "context rotate and store"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +156,10 @@ class Timed:
     contexts: tuple[int, ...] = ()
     pairs: float = 0.0  # (row, visible new row) pairs, of the whole batch
     wanted: int = 0
-    config: Any = None  # of a forward: a ModelConfig; of a level of a draft: an Eagle3Config
+    config: Any = None  # of a forward: a ModelConfig; of a draft: an Eagle3Config or a DFlashConfig
     itemsize: int = 0
     shape: tuple[int, int] | None = None
+    read: int = 0  # tokens whose hidden states alone are read, of the whole batch
 
     def spans(self) -> Iterator[tuple[str, int, int]]:
         """(section, start, end), ns."""
@@ -189,7 +204,8 @@ def instruction_set() -> str:
 def _outcome() -> ctypes.CDLL | NativeUnavailable:
     try:
         library = ctypes.CDLL(str(_build()))
-        library.zb_forward.restype = ctypes.c_int
+        library.zb_forward.restype = ctypes.c_int64
+        library.zb_read.restype = ctypes.c_int64
         library.zb_draft_levels.restype = ctypes.c_int64
         library.zb_linear.restype = None
         library.zb_commit.restype = None
@@ -481,6 +497,16 @@ class _Packed:
     def _float(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else self._hold(tensor.float())
 
+    def _run(self, function: Any, model: ctypes.Structure, arguments: Any) -> None:
+        """Call `function`, which says what workspace it needs where what there is does not do."""
+        for _ in range(2):
+            arguments.workspace, arguments.workspace_bytes = self._workspace.data_ptr(), self._workspace.numel()
+            needed = function(ctypes.byref(model), ctypes.byref(arguments))
+            if not needed:
+                return
+            self._workspace = torch.empty(needed, dtype=torch.uint8)
+        raise RuntimeError(f"native call: a workspace of {needed} bytes is too small")
+
 
 class Decoder(_Packed):
     """Packed weights of one model and the forward over them. Tensors in Hugging Face layout, on the CPU."""
@@ -507,7 +533,7 @@ class Decoder(_Packed):
             layer.q_norm, layer.k_norm = self._float(source.q_norm), self._float(source.k_norm)
             layer.window = (config.windows[index] if config.windows else None) or 0
         self._layers = layers
-        self._head = None if weights.head is None else self._pages.copy(pack(weights.head))
+        self.packed_head = None if weights.head is None else self._pages.copy(pack(weights.head))
         self._model = _Model(
             config.layers,
             config.width,
@@ -520,17 +546,23 @@ class Decoder(_Packed):
             config.rms_eps,
             layers,
             self._hold(weights.embedding),
-            None if self._head is None else self._head.data_ptr(),
+            None if self.packed_head is None else self.packed_head.data_ptr(),
             self._float(weights.norm),
             self._float(inv_freq),
         )
         self._logits = Recycled()
 
+    def with_head(self, packed: Tensor, vocab: int) -> _Model:
+        """The same model, for as long as this decoder lives, with a packed head [vocab, D] in place of its own."""
+        model = _Model.from_buffer_copy(self._model)
+        model.head, model.vocab = packed.data_ptr(), vocab
+        return model
+
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm -> float32 logits [..., V]."""
-        assert self._head is not None
+        assert self.packed_head is not None
         flat = hidden.reshape(-1, self.config.width).float()
-        return _linear(self._library, flat, self._head, self.config.vocab).view(*hidden.shape[:-1], -1)
+        return _linear(self._library, flat, self.packed_head, self.config.vocab).view(*hidden.shape[:-1], -1)
 
     def forward(
         self,
@@ -554,17 +586,15 @@ class Decoder(_Packed):
         logits = self._logits.floats(logit_rows.numel(), self.config.vocab)
         captured = torch.empty(len(capture), batch, rows, self.config.width)
         layers = (ctypes.c_int64 * len(capture))(*capture)
-        threads = torch.get_num_threads()
         sections = BEFORE + LAYER * self.config.layers + AFTER
         times = None if _recorded is None else torch.zeros(1 + len(sections), dtype=torch.int64)
-        self._reserve(batch, rows, capacity, threads, adapter.columns if adapter else 0)
         arguments = _Batch(
             batch,
             rows,
             capacity,
             logit_rows.numel(),
             len(capture),
-            threads,
+            torch.get_num_threads(),
             *(t.data_ptr() for t in (ids, positions, lengths, visible)),
             None if masks is None else masks.data_ptr(),
             ctypes.pointer(adapter.argument) if adapter else None,
@@ -572,12 +602,11 @@ class Decoder(_Packed):
             values.data_ptr(),
             logit_rows.data_ptr(),
             ctypes.addressof(layers),
-            *(t.data_ptr() for t in (logits, captured, self._workspace)),
-            self._workspace.numel(),
-            None if times is None else times.data_ptr(),
+            logits.data_ptr(),
+            captured.data_ptr(),
+            times=None if times is None else times.data_ptr(),
         )
-        if self._library.zb_forward(ctypes.byref(self._model), ctypes.byref(arguments)):
-            raise RuntimeError("native forward: workspace too small")
+        self._run(self._library.zb_forward, self._model, arguments)
         if times is not None and _recorded is not None:
             _recorded.append(
                 Timed(
@@ -592,17 +621,6 @@ class Decoder(_Packed):
                 )
             )
         return logits, captured
-
-    def _reserve(self, batch: int, rows: int, capacity: int, threads: int, columns: int) -> None:
-        c, m = self.config, batch * rows
-        qkv, mixed = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
-        floats = m * (c.width + qkv + mixed + c.head_dim) + (m + TALL) * (max(c.width, mixed) + c.ffn)
-        floats += threads * PANEL * (capacity + 2 * PANEL + c.head_dim)
-        floats += (m + TALL) * columns
-        seen = 2 * m * rows * c.heads // c.kv_heads  # two bytes per key and panel of lanes; a panel holds one at least
-        needed = 4 * floats + seen + 64 * 20
-        if self._workspace.numel() < needed:
-            self._workspace = torch.empty(needed, dtype=torch.uint8)
 
 
 class Drafter(_Packed):
@@ -730,15 +748,9 @@ class Drafter(_Packed):
             *(None if t is None else t.data_ptr() for t in (last, tokens)),
             confidence,
             ctypes.pointer(levels),
-            self._workspace.data_ptr(),
-            self._workspace.numel(),
-            times.data_ptr(),
+            times=times.data_ptr(),
         )
-        call = functools.partial(self._library.zb_draft_levels, ctypes.byref(self._model), ctypes.byref(arguments))
-        if needed := call():
-            self._workspace = torch.empty(needed, dtype=torch.uint8)
-            arguments.workspace, arguments.workspace_bytes = self._workspace.data_ptr(), needed
-            call()
+        self._run(self._library.zb_draft_levels, self._model, arguments)
         times = times[: levels.value]
         if _recorded is not None:
             _recorded.extend(self._timed(times.tolist(), rows, lengths, bool(taps), visible, last))
@@ -769,6 +781,108 @@ class Drafter(_Packed):
                 self.config,
                 self.dtype.itemsize,
             )
+
+
+class BlockDrafter(_Packed):
+    """A DFlash drafter over the `Decoder` of its layers: what it reads, its block and its choice are one call.
+
+    Its cache is the decoder's, `keys` and `values` [L, B, kv_heads, S, d] with `lengths` [B] tokens; hidden states and
+    logits are float32, ids int64.
+    """
+
+    def __init__(self, config, layers: Decoder, fc: Tensor, kv: Tensor, norm: Tensor, key_norms: Tensor, head: Tensor):
+        """`config` is a DFlashConfig. Packed: `fc` [D, taps D], `kv` [L 2 kv_heads d, D], of each layer keys, then
+        values, and the head [V, D]. `norm` [D] and `key_norms` [L, .., d] are any floats."""
+        super().__init__(layers.dtype)
+        self.config, self._layers, self._logits = config, layers, Recycled()
+        self._keep += [fc, kv, head]
+        self._model = layers.with_head(head, config.body.vocab)
+        self._ids = torch.empty(0, 0, dtype=torch.int64)
+        self._context = _Context(
+            len(config.taps), fc.data_ptr(), kv.data_ptr(), self._float(norm), self._float(key_norms)
+        )
+
+    def read(
+        self, taps: Sequence[Tensor], counts: Sequence[int], lengths: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Store what the first counts[b] rows of the taps, each [B, R, D], become: the last tokens of `lengths`."""
+        given = [tap.contiguous() for tap in taps]
+        arguments = self._arguments(given, counts, lengths, keys, values)
+        self._call(self._library.zb_read, arguments, CONTEXT, lengths)
+
+    def draft(
+        self,
+        anchor: Tensor,
+        rows: int,
+        lengths: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        taps: Sequence[Tensor] = (),
+        counts: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Read as `read` does, where there are taps, then draft a block of so many rows, the first the anchors [B].
+
+        Returns the logits [B, rows - 1, V] of the others, and where each is largest."""
+        batch = len(anchor)
+        if self._ids.shape != (batch, rows):
+            self._ids = torch.full((batch, rows), self.config.mask_id)
+        self._ids[:, 0] = anchor
+        given, wanted = [tap.contiguous() for tap in taps], _behind_anchors(batch, rows)
+        logits = self._logits.floats(batch, rows - 1, self.config.body.vocab)
+        likeliest = torch.empty(batch, rows - 1, dtype=torch.int64)
+        arguments = self._arguments(given, counts, lengths, keys, values)
+        arguments.rows, arguments.ids = rows, self._ids.data_ptr()
+        arguments.wanted, arguments.logit_rows = wanted.numel(), wanted.data_ptr()
+        arguments.logits, arguments.likeliest = logits.data_ptr(), likeliest.data_ptr()
+        block = (*BEFORE, *LAYER * self.config.body.layers, *AFTER, "argmax")
+        sections = (CONTEXT if taps else ()) + tuple(f"draft {name}" for name in block)
+        self._call(self._library.zb_forward, arguments, sections, lengths)
+        return logits, likeliest
+
+    def _arguments(
+        self, taps: Sequence[Tensor], counts: Sequence[int], lengths: Tensor, keys: Tensor, values: Tensor
+    ) -> _Batch:
+        """Of what is to be read. The caller keeps the taps alive."""
+        arguments = _Batch(
+            batch=len(lengths),
+            capacity=keys.shape[3],
+            threads=torch.get_num_threads(),
+            lengths=lengths.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+        )
+        if taps:
+            arguments.context = ctypes.pointer(self._context)
+            arguments.taps = (ctypes.c_void_p * len(taps))(*(tap.data_ptr() for tap in taps))
+            arguments.counts = (ctypes.c_int64 * len(counts))(*counts)
+            arguments.unread = taps[0].shape[1]
+        return arguments
+
+    def _call(self, function: Any, arguments: _Batch, sections: tuple[str, ...], lengths: Tensor) -> None:
+        times = None if _recorded is None else torch.zeros(1 + len(sections), dtype=torch.int64)
+        arguments.times = None if times is None else times.data_ptr()
+        self._run(function, self._model, arguments)
+        if times is not None and _recorded is not None:
+            _recorded.append(
+                Timed(
+                    sections,
+                    tuple(times.tolist()),
+                    arguments.batch * arguments.rows,
+                    tuple(lengths.tolist()),
+                    float(arguments.batch * arguments.rows**2),
+                    arguments.wanted,
+                    self.config,
+                    self.dtype.itemsize,
+                    read=arguments.batch * arguments.unread,
+                )
+            )
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _behind_anchors(batch: int, rows: int) -> Tensor:
+    """[B (R - 1)] flat indices of all rows of blocks but their anchors."""
+    return torch.arange(batch * rows).view(batch, rows)[:, 1:].flatten().contiguous()
 
 
 def key_panels(keys: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
 from zbench.models.families import AnyConfig
-from zbench.models.model import Model
+from zbench.models.model import Model, check_room
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, inverse_frequencies, rms_norm, rotate
@@ -212,14 +212,22 @@ def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: 
     check_tensors(tensors, shapes, target.vocab)
 
 
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    tokens: Tensor  # [B, block - 1] int64: the likeliest of each slot behind the anchor, the target's ids
+    logits: Tensor  # [B, block - 1, draft vocabulary] float32
+
+
 class DFlashDrafter:
     """A drafter on its target's device, in its dtype; it shares the target's embedding, and its head unless it has one.
 
-    Its cache holds keys and values of the context only: of every token before the anchor.
+    Its cache holds keys and values of the context only: of every token before the anchor. On a CPU a draft is one
+    native call (`cpu.BlockDrafter`, with float32 features) where layers and head run natively, else torch's operators
+    stand around the layers.
     """
 
-    def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Model) -> None:
-        """`tensors` as in a DFlashCheckpoint."""
+    def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Model, native: bool = True) -> None:
+        """`tensors` as in a DFlashCheckpoint. `native` False takes torch around the layers where native could run."""
         self.config, self.device, self._target_vocab = config, target.device, target.config.vocab
         self._shard = target.team.shard
         weights = {
@@ -246,9 +254,18 @@ class DFlashDrafter:
         self._key_norms = torch.stack(key_norms)[:, None].float()  # [L, 1, d]
         self._hidden_norm, self._norm = weights["hidden_norm.weight"].float(), weights["norm.weight"].float()
         self._inv_freq = inverse_frequencies(body).to(self.device)
-        self._head = Projection(weights["lm_head.weight"]) if config.own_head else target.head
+        own_head = Projection(weights["lm_head.weight"]) if config.own_head else None
+        self._head = own_head or target.head
         self._ids = target_ids(weights["d2t"]) if "d2t" in weights else None
         self.kernels = {"drafter": self._body.kernels["forward"]}
+        self.native, layers = None, self._body.decoder
+        fc, kv, head = self._fc.packed, self._context.packed, own_head.packed if own_head else target.packed_head
+        if layers is None and "why_not_native" in self._body.kernels:
+            self.kernels["why_drafter_not_native"] = self._body.kernels["why_not_native"]
+        elif layers and head is None:
+            self.kernels["why_drafter_not_native"] = "its layers are, but torch runs the target's head"
+        if native and layers and fc is not None and kv is not None and head is not None:
+            self.native = cpu.BlockDrafter(config, layers, fc, kv, self._hidden_norm, self._key_norms, head)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self._body.new_cache(batch, capacity)
@@ -259,6 +276,10 @@ class DFlashDrafter:
 
         `features`: one [B, R, D] per tap, the target's hidden states of the R tokens after the cache's prefix.
         """
+        if self.native:
+            cache.extend(counts)
+            self.native.read(_floats(features), counts, cache.lengths, cache.keys, cache.values)
+            return
         body = self.config.body
         context = rms_norm(self._fc(torch.cat(list(features), -1)), self._hidden_norm, body.rms_eps)
         batch, rows, _ = context.shape
@@ -271,15 +292,31 @@ class DFlashDrafter:
         cache.extend(counts)
 
     @torch.inference_mode()
-    def draft(self, anchor: Tensor, cache: Cache, block: int) -> Tensor:
-        """anchor [B] token ids -> logits [B, block - 1, draft vocabulary] float32 of the tokens that follow it."""
-        batch = len(anchor)
-        ids = torch.full((batch, block), self.config.mask_id, device=self.device)
-        ids[:, 0] = anchor
-        rows = replace(Rows.chain(ids, cache.lengths), visible=ids.new_ones(batch, block, block).bool(), causal=False)
-        last = self.config.body.layers
-        hidden = self._body.forward(rows, cache, logits=ids[:, :0], capture=(last,)).hidden[last]
-        return self._head(rms_norm(hidden[:, 1:], self._norm, self.config.body.rms_eps))
+    def draft(
+        self, anchor: Tensor, cache: Cache, block: int, features: Sequence[Tensor] = (), counts: Sequence[int] = ()
+    ) -> Drafts:
+        """Read `features` as `read` does, where there are any, then draft what follows the anchors [B], token ids.
+
+        Raises ValueError where the block does not fit the cache.
+        """
+        if self.native:
+            if features:
+                cache.extend(counts)
+            check_room(block, cache)
+            place = (cache.lengths, cache.keys, cache.values)
+            logits, likeliest = self.native.draft(anchor, block, *place, _floats(features), counts)
+        else:
+            if features:
+                self.read(features, cache, counts)
+            ids = torch.full((len(anchor), block), self.config.mask_id, device=self.device)
+            ids[:, 0] = anchor
+            seen = ids.new_ones(len(anchor), block, block).bool()
+            rows = replace(Rows.chain(ids, cache.lengths), visible=seen, causal=False)
+            last = self.config.body.layers
+            hidden = self._body.forward(rows, cache, logits=rows.ids[:, :0], capture=(last,)).hidden[last]
+            logits = self._head(rms_norm(hidden[:, 1:], self._norm, self.config.body.rms_eps))
+            likeliest = cpu.argmax(logits)
+        return Drafts(self.target_ids(likeliest), logits)
 
     def target_ids(self, ids: Tensor) -> Tensor:
         """Ids of the draft vocabulary -> ids of the target's."""
@@ -295,6 +332,10 @@ class DFlashDrafter:
     def cost(self, read: int, block: int, contexts: Sequence[int]) -> Cost:
         """Of reading `read` new tokens per sequence, then drafting a block; see `DFlashConfig.cost`."""
         return self.config.cost(read, block, contexts, self._body.dtype.itemsize, self._shard)
+
+
+def _floats(features: Sequence[Tensor]) -> list[Tensor]:
+    return [feature.float() for feature in features]
 
 
 def _store(cache: Cache, slots: Tensor, keys: Tensor, values: Tensor) -> None:

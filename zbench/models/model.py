@@ -49,6 +49,11 @@ class Model(Protocol):
     @property
     def config(self) -> AnyConfig: ...
 
+    @property
+    def packed_head(self) -> Tensor | None:
+        """The whole head as native CPU kernels read it (`cpu.pack`); None where torch runs it."""
+        ...
+
     def executed(self, execution: str) -> Model:
         """The same weights run as eager, compiled or graph. ValueError where they are packed for the native kernels,
         ExecutionUnavailable where that cannot be."""
@@ -107,9 +112,8 @@ def build(model: LoadedModel, dtype: torch.dtype, device: torch.device, executio
     return transformer.Transformer(model.config, model.tensors, dtype, device, execution, team=team)
 
 
-def check_room(rows: Rows, cache: Cache) -> None:
-    """Raises ValueError where the rows do not fit the cache."""
-    count = rows.ids.shape[1]
+def check_room(count: int, cache: Cache) -> None:
+    """Raises ValueError where so many rows do not fit the cache."""
     if max(cache.sizes) + count > cache.capacity:
         raise ValueError(f"{count} rows after {max(cache.sizes)} tokens exceed the cache's {cache.capacity}")
 

@@ -23,6 +23,11 @@ class Projection:
         self.native = native and weight.device.type == "cpu" and packable and cpu.available()
         self._weight = cpu.Pages().copy(cpu.pack(weight)) if self.native else weight
 
+    @property
+    def packed(self) -> Tensor | None:
+        """The weight as native kernels read it (`cpu.pack`); None where torch runs it."""
+        return self._weight if self.native else None
+
     def __call__(self, x: Tensor) -> Tensor:
         if self.native:
             flat = cpu.linear(x.reshape(-1, x.shape[-1]).float(), self._weight, self.outputs)

@@ -197,6 +197,16 @@ class Transformer:
             raise ValueError("the native decoder keeps packed weights only")
         return self._weights
 
+    @property
+    def decoder(self) -> cpu.Decoder | None:
+        """What runs it natively, for a drafter that adds to its layers; None where torch does."""
+        return self._native
+
+    @property
+    def packed_head(self) -> Tensor | None:
+        """See `Model.packed_head`."""
+        return None if self._native is None else self._native.packed_head
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self.graphs.new_cache(batch, capacity) if self.graphs else self.empty_cache(batch, capacity)
 
@@ -225,7 +235,7 @@ class Transformer:
         adapter: MaskAdapter | None = None,
     ) -> Output:
         """See `Model.forward`."""
-        check_room(rows, cache)
+        check_room(rows.ids.shape[1], cache)
         if self.headless and (logits is None or logits.numel()):
             raise ValueError("this model has no head: ask for hidden states only (logits [B, 0])")
         if self.graphs is not None:

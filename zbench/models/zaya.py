@@ -330,6 +330,11 @@ class Zaya:
         """See `Model.cost`."""
         return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, routing, self.team.shard)
 
+    @property
+    def packed_head(self) -> Tensor | None:
+        """See `Model.packed_head`."""
+        return self._head.packed if self.team.size == 1 else None
+
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] that passed a final norm -> logits [..., V] float32."""
@@ -353,7 +358,7 @@ class Zaya:
         """See `Model.forward`; the cache is one of `new_cache`."""
         if adapter is not None:
             raise ValueError("mask adapters fit dense transformers only")
-        check_room(rows, cache)
+        check_room(rows.ids.shape[1], cache)
         if self.graphs is not None:
             return self.graphs.forward(rows, cache, logits, capture, adapter)
         return self.body(rows, cache, logits, capture, adapter, max(cache.sizes) + rows.ids.shape[1])
