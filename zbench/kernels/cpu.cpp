@@ -1006,6 +1006,7 @@ struct zb_draft {
     const int64_t* last;           // [B]: the row that the chain follows; null without one
     int64_t* tokens;               // [B,chain], of the target
     double confidence;             // no level follows where every chain's chance of holding so far is less
+    const uint8_t* active;         // [B]: whose chains count for that; null: all
     int64_t* levels;               // how many there were
     void* workspace;
     int64_t workspace_bytes;
@@ -1057,7 +1058,7 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
     int64_t* next = space.take<int64_t>(chain ? B : 0);
     float* chances = space.take<float>(chain ? B : 0);
     if (!space.ok) return space.needed;
-    for (int b = 0; b < B && chain; b++) chances[b] = 1.0f;
+    for (int b = 0; b < B && chain; b++) chances[b] = !batch.active || batch.active[b] ? 1.0f : 0.0f;
     auto hopeful = [&] {
         for (int b = 0; b < B; b++)
             if (chances[b] >= (float)batch.confidence) return true;

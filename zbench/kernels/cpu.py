@@ -124,6 +124,7 @@ class _Draft(ctypes.Structure):
         ("taps", ctypes.POINTER(ctypes.c_void_p)),
         *((name, ctypes.c_void_p) for name in ("visible", "keys", "values", "features", "last", "tokens")),
         ("confidence", ctypes.c_double),
+        ("active", ctypes.c_void_p),
         ("levels", ctypes.POINTER(ctypes.c_int64)),
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
@@ -704,17 +705,19 @@ class Drafter(_Packed):
         values: Tensor,
         depth: int,
         confidence: float = 0.0,
+        active: Sequence[bool] = (),
     ) -> tuple[Tensor, list[int]]:
         """Read pairs, of which last[b] is sequence b's last one, and draft a chain from there: `depth` levels, or fewer
-        where no sequence's drafts so far have at least the chance `confidence` by the drafter.
+        where the drafts so far of no sequence, or of no `active` one, have at least the chance `confidence` by the
+        drafter.
 
         Returns the target's ids [B, levels] of the likeliest tokens and when each level was done, ns of
         `time.perf_counter_ns`."""
         tokens = torch.empty(len(ids), depth, dtype=torch.int64)
         features = torch.empty(*ids.shape, self.config.layer.width)
-        ends = self._call(
-            ids, lengths, keys, values, features, taps=taps, last=last, tokens=tokens, confidence=confidence
-        )
+        say = torch.tensor(active, dtype=torch.uint8) if active else None
+        place = (lengths, keys, values, features)
+        ends = self._call(ids, *place, taps=taps, last=last, tokens=tokens, confidence=confidence, active=say)
         return tokens[:, : len(ends)], ends
 
     def _call(
@@ -730,6 +733,7 @@ class Drafter(_Packed):
         last: Tensor | None = None,
         tokens: Tensor | None = None,
         confidence: float = 0.0,
+        active: Tensor | None = None,
     ) -> list[int]:
         """Returns when each level was done."""
         batch, rows = ids.shape
@@ -747,6 +751,7 @@ class Drafter(_Packed):
             *(t.data_ptr() for t in (keys, values, features)),
             *(None if t is None else t.data_ptr() for t in (last, tokens)),
             confidence,
+            None if active is None else active.data_ptr(),
             ctypes.pointer(levels),
             times=times.data_ptr(),
         )

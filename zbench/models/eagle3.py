@@ -379,16 +379,15 @@ class Eagle3Drafter:
     ) -> tuple[Tensor, list[Mark]]:
         """Read pairs as `extend` does, commit counts[b] of them, and draft a chain behind pair last[b]: `depth` levels,
         or fewer where no sequence's drafts so far have at least the chance `confidence` of being right, by the drafter.
-        Where only some sequences are `active`, the others have no say in it.
+        Sequences that are not `active`, where that is said, have no say in it.
 
         Returns its tokens [B, levels], the target's ids, each the likeliest after the one before it, and a mark of the
         device's at the end of each level. A chain of n needs n - 1 nodes. With a confidence every level waits for the
         device.
         """
-        some = bool(confidence) and not all(active)
-        if self.native and not some:  # in one call, which asks every sequence
+        if self.native:
             place = (cache.lengths, cache.keys, cache.values)
-            tokens, ends = self.native.draft(_floats(taps), ids, last, *place, depth, confidence)
+            tokens, ends = self.native.draft(_floats(taps), ids, last, *place, depth, confidence, active)
             cache.extend(counts)
             return tokens, ends
         features = self.extend(taps, ids, cache)[cache.sequence, last[:, None]]
@@ -396,7 +395,7 @@ class Eagle3Drafter:
         chain: list[Tensor] = []
         marks: list[Mark] = []
         chances = torch.ones(len(ids), 1, device=ids.device)
-        if some:
+        if confidence and not all(active):
             chances *= torch.tensor(active, device=ids.device)[:, None]
         for level in range(depth):
             if confidence and bool((chances < confidence).all()):
