@@ -1,8 +1,8 @@
 // A whole decoder forward over Rows for CPUs: weights streamed once, one thread team, one call per forward.
 //
 // Every output is accumulated in float32 in an order that depends on neither the number of rows nor the number of
-// threads: projections sum over k in sequence, scores over the head size in sequence, values over keys in sequence
-// (an invisible key adds exactly zero). A token therefore gets bit-identical logits whether it is decoded alone or
+// threads: projections sum over k in sequence, scores over the head size in sequence, values over keys in sequence, their
+// weights in as many sums as a vector has lanes (an invisible key adds exactly zero). A token therefore gets bit-identical logits whether it is decoded alone or
 // verified among others, which is what makes "lossless" checkable to the bit, in bfloat16 too.
 //
 // Weights and keys are stored in panels of 16 outputs (keys) so that one cache line feeds 16 lanes without any
@@ -50,6 +50,8 @@ typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef vf vf_mem __attribute__((aligned(4), may_alias));
 typedef vu vu_mem __attribute__((aligned(4), may_alias));
 typedef vh vh_mem __attribute__((aligned(2), may_alias));
+typedef uint8_t vb __attribute__((vector_size(VL)));
+typedef vb vb_mem __attribute__((aligned(1), may_alias));
 typedef uint16_t bf16;
 
 static inline vf load(const float* p) { return *(const vf_mem*)p; }
@@ -474,43 +476,64 @@ static void rotate(float* x, const float* cosine, const float* sine, int d, cons
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Attention of up to 16 query vectors, the lanes, that share a KV head and a cache. Scores and weights lie as
-// [key][lane]: a key is masked, raised to e and summed for all lanes at once, in the order of the keys.
+// Attention of some query vectors, the lanes, that share a KV head and a cache. Scores and weights lie as [lane][key], so
+// that one lane costs a twelfth of what twelve cost.
+
+constexpr int LANES = 12;  // at a time, at most
 
 template <class W> constexpr int key_unit() { return Acts<W>::U; }  // keys: panels [S/16][d/U][16][U]
 
-// Scores of KEYS neighbouring keys of a panel against the panel of queries [d/U][16][U].
-template <int KEYS, class W>
-INLINE void dots(const act_t<W>* q, const W* keys, int d, vf* out) {
-    constexpr int U = key_unit<W>();
-    vf acc[KEYS * NV];
-    unrolled<KEYS * NV>(EACH(i) { acc[i] = vf{}; });
-    for (int e = 0; e < d; e += U, q += U * P, keys += U * P) {
+// Scores of MR lanes, queries [MR][d], for the keys of KP panels -> scores [MR][ld].
+template <int MR, int KP, class W>
+INLINE void dots(const act_t<W>* q, const W* keys, int d, float* scores, int64_t ld) {
+    constexpr int U = key_unit<W>(), N = KP * NV;
+    vf acc[MR * N];
+    unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
+    for (int e = 0; e < d; e += U, q += U, keys += U * P) {
 #if defined(__AVX512BF16__)
         if constexpr (U == 2) {
-            __m512bh qv = (__m512bh)_mm512_loadu_si512(q);
-            unrolled<KEYS>(EACH(j) {
-                int32_t pair; memcpy(&pair, keys + U * j, 4);
-                acc[j] = (vf)_mm512_dpbf16_ps((__m512)acc[j], qv, (__m512bh)_mm512_set1_epi32(pair));
+            __m512bh k[KP];
+            unrolled<KP>(EACH(j) { k[j] = (__m512bh)_mm512_loadu_si512(keys + j * P * (int64_t)d); });
+            unrolled<MR>(EACH(m) {
+                int32_t pair; memcpy(&pair, q + m * d, 4);
+                const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+                unrolled<KP>(EACH(j) { acc[m * KP + j] = (vf)_mm512_dpbf16_ps((__m512)acc[m * KP + j], k[j], x); });
             });
             continue;
         }
 #endif
-        unrolled<KEYS * NV>(EACH(i) { acc[i] = fma(load((const float*)q + i % NV * VL), splat(widen(keys[i / NV])), acc[i]); });
+        vf k[N];
+        unrolled<N>(EACH(j) { k[j] = load_wide(keys + j / NV * P * (int64_t)d + j % NV * VL); });
+        unrolled<MR>(EACH(m) {
+            const vf x = splat((float)q[m * d]);
+            unrolled<N>(EACH(j) { acc[m * N + j] = fma(k[j], x, acc[m * N + j]); });
+        });
     }
-    unrolled<KEYS * NV>(EACH(i) { out[i] = acc[i]; });
+    unrolled<MR * N>(EACH(i) { store(scores + i / N * ld + i % N * VL, acc[i]); });
 }
 
-// out[m] = sum_t weights[t][m] values[t] / sum for MR lanes and CH vectors of the head size.
+template <int MR, class W>
+static void dots_lanes(int lanes, const act_t<W>* q, const W* keys, int64_t panels, int d, float* scores, int64_t ld) {
+    constexpr int KP = !WIDE ? 1 : MR > 3 ? 2 : 4;  // enough sums under way to hide the latency of adding
+    if (lanes < MR) {
+        if constexpr (MR > 1) dots_lanes<MR - 1>(lanes, q, keys, panels, d, scores, ld);
+        return;
+    }
+    int64_t j = 0;
+    for (; j + KP <= panels; j += KP) dots<MR, KP>(q, keys + j * P * d, d, scores + j * P, ld);
+    for (; j < panels; j++) dots<MR, 1>(q, keys + j * P * d, d, scores + j * P, ld);
+}
+
+// out[m] = sum_t weights[m][t] values[t] / sum for MR lanes and CH vectors of the head size.
 template <int MR, int CH, class W>
-INLINE void mix(const float* weights, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+INLINE void mix(const float* weights, int64_t ld, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
     vf acc[MR * CH];
     unrolled<MR * CH>(EACH(i) { acc[i] = vf{}; });
-    for (int64_t t = 0; t < count; t++, weights += P, values += d) {
+    for (int64_t t = 0; t < count; t++, weights++, values += d) {
         vf v[CH];
         unrolled<CH>(EACH(c) { v[c] = load_wide(values + c * VL); });
         unrolled<MR>(EACH(m) {
-            vf x = splat(weights[m]);
+            vf x = splat(weights[m * ld]);
             unrolled<CH>(EACH(c) { acc[m * CH + c] = fma(v[c], x, acc[m * CH + c]); });
         });
     }
@@ -518,71 +541,90 @@ INLINE void mix(const float* weights, const W* values, int64_t count, int d, con
 }
 
 template <int MR, class W>
-static void mix_lanes(int lanes, const float* weights, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+static void mix_lanes(int lanes, const float* weights, int64_t ld, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
     constexpr int CH = WIDE ? 4 : 2;
     if (lanes < MR) {
-        if constexpr (MR > 1) mix_lanes<MR - 1>(lanes, weights, values, count, d, inverse, out);
+        if constexpr (MR > 1) mix_lanes<MR - 1>(lanes, weights, ld, values, count, d, inverse, out);
         return;
     }
     for (int c = 0; c < d;) {
         float* at[MR];
         for (int m = 0; m < MR; m++) at[m] = out[m] + c;
-        if (d - c >= CH * VL) { mix<MR, CH>(weights, values + c, count, d, inverse, at); c += CH * VL; }
-        else { mix<MR, 1>(weights, values + c, count, d, inverse, at); c += VL; }
+        if (d - c >= CH * VL) { mix<MR, CH>(weights, ld, values + c, count, d, inverse, at); c += CH * VL; }
+        else { mix<MR, 1>(weights, ld, values + c, count, d, inverse, at); c += VL; }
     }
 }
 
-// seen[j] has a bit per lane: who sees new row j. `oldest` [16] is the first position inside each lane's sliding window,
-// null without one. Unused lanes cost little and are never read.
+// f(first lane, lanes) for shares of at most `most` lanes, as even as can be.
+template <class F>
+static inline void shared_out(int lanes, int most, F f) {
+    const int passes = (lanes + most - 1) / most, height = (lanes + passes - 1) / passes;
+    for (int m = 0; m < lanes; m += height) f(m, lanes - m < height ? lanes - m : height);
+}
+
+// Who sees the slots behind the prefix: sees[m] [own] of each lane, or null for all of them. `oldest` [lanes] is the first
+// position inside each lane's sliding window and `positions` [own], both null without one. queries [lanes][d].
 template <class W>
-static void attend(const act_t<W>* q, int lanes, const uint16_t* seen, const int64_t* oldest, const int64_t* positions,
-                   int64_t prefix, int rows, const W* keys, const W* values, int d, float scale, vf* scores, float* const* out) {
-    constexpr int KEYS = WIDE ? 16 : 4;
+static void attend(const act_t<W>* q, int lanes, const uint8_t* const* sees, const int64_t* oldest, const int64_t* positions,
+                   int64_t prefix, int own, const W* keys, const W* values, int d, float scale, float* scores, int64_t ld, float* const* out) {
+    constexpr int HEIGHT = WIDE ? 8 : NV == 2 ? 4 : 2, BLOCK = 8;  // panels whose keys stay in the first-level cache
     // A committed key's slot is its position.
-    int64_t total = prefix + rows, start = 0;
+    int64_t total = prefix + own, start = 0;
     if (oldest) {
         start = prefix;
         for (int m = 0; m < lanes; m++) if (oldest[m] < start) start = oldest[m];
         start = start < 0 ? 0 : start / P * P;
     }
-    const int64_t count = total - start;
-    vu lane_bit[NV];
-    for (int v = 0; v < NV; v++) for (int l = 0; l < VL; l++) lane_bit[v][l] = 1u << (v * VL + l);
+    const int64_t count = total - start, panels = (count + P - 1) / P;
     const vf hidden = splat(-INFINITY);
-    vf top[NV];
-    for (int v = 0; v < NV; v++) top[v] = hidden;
-    for (int64_t j = start; j < total; j += P) {
-        vf* s = scores + (j - start) * NV;
-        for (int m = 0; m < P; m += KEYS) dots<KEYS, W>(q, keys + j * d + m * key_unit<W>(), d, s + m * NV);
-        int64_t end = total - j < P ? total - j : P;
-        for (int64_t i = 0; i < end; i++) {
-            int64_t t = j + i;
-            uint32_t bits = t < prefix ? 0xffffu : seen[t - prefix];
-            if (oldest) {
-                int64_t position = t < prefix ? t : positions[t - prefix];
-                for (int m = 0; m < lanes; m++) if (position < oldest[m]) bits &= ~(1u << m);
+    vf most[LANES];
+    for (int m = 0; m < lanes; m++) most[m] = hidden;
+    for (int64_t from = 0; from < panels; from += BLOCK) {
+        const int64_t end = panels - from < BLOCK ? panels : from + BLOCK;
+        shared_out(lanes, HEIGHT, [&](int m, int some) {
+            dots_lanes<HEIGHT>(some, q + m * d, keys + (start + from * P) * d, end - from, d, scores + m * ld + from * P, ld);
+        });
+        for (int m = 0; m < lanes; m++) {
+            const int64_t first = oldest ? oldest[m] : 0;
+            vf top = most[m];
+            for (int64_t j = from; j < end; j++) {
+                float* s = scores + m * ld + j * P;
+                const int64_t slot = start + j * P, after = slot - prefix;
+                const bool all = after + P <= 0 && slot >= first;
+                uint8_t some[P];
+                const uint8_t* seen = some;
+                if (!oldest && after >= 0 && slot + P <= total && sees[m]) seen = sees[m] + after;
+                else if (!all) for (int i = 0; i < P; i++) {
+                    const int64_t t = slot + i;
+                    some[i] = t < total && (t < prefix || !sees[m] || sees[m][t - prefix]) && (!oldest || (t < prefix ? t : positions[t - prefix]) >= first);
+                }
+                UNROLL for (int v = 0; v < NV; v++) {
+                    vf x = load(s + v * VL) * scale;
+                    if (!all) x = __builtin_convertvector(*(const vb_mem*)(seen + v * VL), vu) != vu{} ? x : hidden;
+                    store(s + v * VL, x);
+                    top = x > top ? x : top;
+                }
             }
-            for (int v = 0; v < NV; v++) {
-                vf x = s[i * NV + v] * scale;
-                if (bits != 0xffffu) x = (vu)((bits - vu{}) & lane_bit[v]) != vu{} ? x : hidden;
-                s[i * NV + v] = x;
-                top[v] = x > top[v] ? x : top[v];
-            }
+            most[m] = top;
         }
     }
-    vf sum[NV] = {};
-    for (int64_t i = 0; i < count; i++) for (int v = 0; v < NV; v++) {
-        vf x = scores[i * NV + v];
-        vf e = x == hidden ? vf{} : vexp(x - top[v]);
-        scores[i * NV + v] = e;
-        sum[v] += e;
+    float inverse[LANES];
+    for (int m = 0; m < lanes; m++) {
+        float top = most[m][0];
+        for (int l = 1; l < VL; l++) top = most[m][l] > top ? most[m][l] : top;
+        vf sums{};
+        for (float *s = scores + m * ld, *end = s + panels * P; s < end; s += VL) {
+            const vf x = load(s), e = x == hidden ? vf{} : vexp(x - top);
+            store(s, e);
+            sums += e;
+        }
+        float sum = 0;
+        for (int l = 0; l < VL; l++) sum += sums[l];
+        inverse[m] = 1.0f / sum;
     }
-    float inverse[P];
-    for (int v = 0; v < NV; v++) store(inverse + v * VL, 1.0f / sum[v]);
-    constexpr int MR = WIDE ? 6 : 4;
-    const int passes = (lanes + MR - 1) / MR, height = (lanes + passes - 1) / passes;
-    for (int m = 0; m < lanes; m += height)
-        mix_lanes<MR>(lanes - m < height ? lanes - m : height, (const float*)scores + m, values + start * d, count, d, inverse + m, out + m);
+    shared_out(lanes, WIDE ? 6 : 4, [&](int m, int some) {
+        mix_lanes<WIDE ? 6 : 4>(some, scores + m * ld, ld, values + start * d, count, d, inverse + m, out + m);
+    });
 }
 
 // A projection with what its low-rank adapter adds on mask rows, if there is one: A x is computed here, B by `tile`. Other
@@ -597,16 +639,11 @@ static Matrix<W> adapt(const void* w, const zb_low_rank* low, const Acts<W>& x, 
     return {(const W*)w, (const W*)low->b, low->source, (int)low->rank, inner};
 }
 
-// How the (row, head of the group) pairs of a sequence and KV head become lanes of tasks. Few rows are spread over more
-// tasks where a thread would have none; no further, as the scores of a task cost the same for one lane as for all.
-struct Lanes {
-    int tasks, per_task;
-    Lanes(int lanes, int kv_heads, int threads) {
-        tasks = (lanes + P - 1) / P;
-        while (kv_heads * tasks < threads && tasks < lanes) tasks++;
-        per_task = (lanes + tasks - 1) / tasks;
-        tasks = (lanes + per_task - 1) / per_task;
-    }
+// Who sees the slots that a forward's own rows have: row r of sequence b sees slot j where of[b * sequence + r * row + j] is
+// set; without `of`, all see all.
+struct Seen {
+    const uint8_t* of;
+    int64_t sequence, row;
 };
 
 // One layer's attention of R rows per sequence over its cache; what every thread does its share of.
@@ -636,31 +673,33 @@ struct Attention {
         }
     }
 
-    // Rows see `prefix(b)` slots, and of the `own` behind them those that `seen` [B, tasks, own] says; with a window
-    // none older than that. `mixed` [B R, H d], scores and queries are scratch.
+    // Rows see `prefix(b)` slots, and of the `own` behind them those that `sees` says; with a window none older than that.
+    // Threads share (row, head) pairs evenly. `mixed` [B R, H d], `scores` and `queries` are scratch of all threads.
     template <class Prefix>
-    void attend(const Lanes& lanes, Prefix prefix, int own, const uint16_t* seen, const int64_t* positions, int64_t window, float scale,
-                vf* scores, act_t<W>* queries, float* mixed, const Acts<W>& attended, int t, int n) const {
-        const int group = H / G;
-        const int64_t tasks = (int64_t)B * G * lanes.tasks, ld = (S + P - 1) / P * P + P;
-        for (int64_t task = tasks * t / n; task < tasks * (t + 1) / n; task++) {
-            const int head = (int)(task / lanes.tasks), from = (int)(task % lanes.tasks) * lanes.per_task, b = head / G, g = head % G;
-            const int count = R * group - from < lanes.per_task ? R * group - from : lanes.per_task;
-            float* out[P]; int64_t oldest[P];
-            const Acts<W> q{queries + (int64_t)t * P * d, d, P};
-            for (int c = 0; c < P; c++) {
-                if (c >= count) { for (int e = 0; e < d; e += VL) q.put(c, e, vf{}); continue; }
-                const int64_t m = (int64_t)b * R + (from + c) / group, h = g * group + (from + c) % group;
+    void attend(Prefix prefix, int own, Seen sees, const int64_t* positions, int64_t window, float scale, float* scores,
+                act_t<W>* queries, float* mixed, const Acts<W>& attended, int t, int n) const {
+        const int group = H / G, lanes = R * group;  // of a sequence and KV head
+        const int64_t every = (int64_t)B * G * lanes, ld = (S + P - 1) / P * P + P;  // never a multiple of 4 KiB
+        for (int64_t at = every * t / n, end = every * (t + 1) / n; at < end;) {
+            const int head = (int)(at / lanes), from = (int)(at % lanes), b = head / G, g = head % G;
+            const int left = (int)(lanes - from < end - at ? lanes - from : end - at), calls = (left + LANES - 1) / LANES;
+            const int count = (left + calls - 1) / calls;
+            at += count;
+            float* out[LANES]; int64_t oldest[LANES]; const uint8_t* seen[LANES];
+            const Acts<W> q{queries + (int64_t)t * LANES * d, d, 1};
+            for (int c = 0; c < count; c++) {
+                const int r = (from + c) / group, h = g * group + (from + c) % group;
+                const int64_t m = (int64_t)b * R + r;
                 for (int e = 0; e < d; e += VL) q.put(c, e, load(qkv + m * width() + h * d + e));
                 out[c] = mixed + m * H * d + h * d;
+                seen[c] = sees.of ? sees.of + b * sees.sequence + r * sees.row : nullptr;
                 if (window) oldest[c] = positions[m] - window + 1;
             }
-            ::attend<W>(q.a, count, seen + ((int64_t)b * lanes.tasks + task % lanes.tasks) * own, window ? oldest : nullptr,
-                        window ? positions + (int64_t)b * R : nullptr, prefix(b), own, keys + (int64_t)head * S * d,
-                        values + (int64_t)head * S * d, d, scale, scores + (int64_t)t * NV * ld, out);
+            ::attend<W>(q.a, count, seen, window ? oldest : nullptr, window ? positions + (int64_t)b * R : nullptr, prefix(b), own,
+                        keys + (int64_t)head * S * d, values + (int64_t)head * S * d, d, scale, scores + (int64_t)t * LANES * ld, ld, out);
             for (int c = 0; c < count; c++) {
-                const int64_t at = out[c] - mixed;
-                for (int e = 0; e < d; e += VL) attended.put((int)(at / (H * d)), at % (H * d) + e, load(out[c] + e));
+                const int64_t to = out[c] - mixed;
+                for (int e = 0; e < d; e += VL) attended.put((int)(to / (H * d)), to % (H * d) + e, load(out[c] + e));
             }
         }
     }
@@ -742,8 +781,8 @@ static int64_t read(const zb_model& model, const zb_batch& batch) {
 template <class W>
 static int64_t forward(const zb_model& model, const zb_batch& batch) {
     const int D = (int)model.width, F = (int)model.ffn, H = (int)model.heads, G = (int)model.kv_heads, d = (int)model.head_dim;
-    const int B = (int)batch.batch, R = (int)batch.rows, M = B * R, QKV = (H + 2 * G) * d, group = H / G;
-    const int64_t S = batch.capacity, ld = (S + P - 1) / P * P + P;
+    const int B = (int)batch.batch, R = (int)batch.rows, M = B * R, QKV = (H + 2 * G) * d;
+    const int64_t S = batch.capacity;
     const int threads = (int)batch.threads;
     const float eps = (float)model.eps, scale = 1.0f / sqrtf((float)d);
     typedef act_t<W> A;
@@ -764,10 +803,8 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
     A* between = space.take<A>((int64_t)(M + TALL) * columns);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
-    const Lanes lanes(R * group, B * G, threads);
-    vf* scores = space.take<vf>((int64_t)threads * NV * ld);
-    A* queries = space.take<A>((int64_t)threads * P * d);
-    uint16_t* seen = space.take<uint16_t>((int64_t)B * lanes.tasks * R);
+    float* scores = space.take<float>((int64_t)threads * LANES * ((S + P - 1) / P * P + P));
+    A* queries = space.take<A>((int64_t)threads * LANES * d);
     int64_t* positions = space.take<int64_t>(M);
     const Context<W> context(model, batch, space);
     if (!space.ok) return space.needed;
@@ -796,18 +833,6 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
             positions[m] = batch.positions ? batch.positions[m] : batch.lengths[m / R] + m % R;
             turn(positions[m], model.inv_freq, d / 2, cosine + (int64_t)m * (d / 2), sine + (int64_t)m * (d / 2));
         }
-        for (int64_t i = (int64_t)B * lanes.tasks * t / n; i < (int64_t)B * lanes.tasks * (t + 1) / n; i++) {
-            const uint8_t* visible = batch.visible ? batch.visible + i / lanes.tasks * R * R : nullptr;
-            for (int j = 0; j < R; j++) {
-                uint32_t bits = 0;
-                for (int c = 0; c < P; c++) {
-                    int lane = (int)(i % lanes.tasks) * lanes.per_task + c;
-                    // An unused lane sees all: it must not divide by zero.
-                    if (c >= lanes.per_task || lane >= R * group || !visible || visible[lane / group * R + j]) bits |= 1u << c;
-                }
-                seen[i * R + j] = (uint16_t)bits;
-            }
-        }
         auto adapted = [&](const void* w, const zb_low_rank* low, const Acts<W>& x) {
             return adapt<W>(w, low, x, between, batch.masks, M, t, n, team);
         };
@@ -831,8 +856,8 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
             done();
             attention.store(cosine, sine, layer.q_norm, layer.k_norm, eps, [&](int m) { return batch.lengths[m / R] + m % R; }, t, n);
             done();
-            attention.attend(lanes, [&](int b) { return batch.lengths[b]; }, R, seen, positions, layer.window, scale, scores, queries,
-                             mixed, attended, t, n);
+            attention.attend([&](int b) { return batch.lengths[b]; }, R, {batch.visible, (int64_t)R * R, R}, positions, layer.window,
+                             scale, scores, queries, mixed, attended, t, n);
             done();
             project<1>(adapted(layer.out, low ? low->out + l : nullptr, attended), attended, M, D, t, n, Accumulate{residual, D, layer.out_bias});
             done();
@@ -1032,7 +1057,7 @@ static float chance(const float* x, float largest, int n) {
 template <class W>
 static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
     const int D = (int)model.width, F = (int)model.ffn, H = (int)model.heads, G = (int)model.kv_heads, d = (int)model.head_dim;
-    const int B = (int)batch.batch, QKV = (H + 2 * G) * d, group = H / G, T = (int)model.tap_width, fused = (int)model.taps * T;
+    const int B = (int)batch.batch, QKV = (H + 2 * G) * d, T = (int)model.tap_width, fused = (int)model.taps * T;
     const int most = B * (int)batch.rows, chain = (int)batch.chain, threads = (int)batch.threads, V = (int)model.vocab;
     const int64_t S = batch.capacity;
     const float eps = (float)model.eps, scale = 1.0f / sqrtf((float)d);
@@ -1049,15 +1074,17 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
     A* hidden = space.take<A>((int64_t)(most + TALL) * F);
     float* cosine = space.take<float>((int64_t)most * d / 2);
     float* sine = space.take<float>((int64_t)most * d / 2);
-    vf* scores = space.take<vf>((int64_t)threads * NV * ((S + P - 1) / P * P + P));
-    A* queries = space.take<A>((int64_t)threads * P * d);
-    const int64_t most_tasks = ((int)batch.rows * group + P - 1) / P + 2 * threads;  // of one sequence and KV head
-    uint16_t* seen = space.take<uint16_t>(B * most_tasks * (batch.before + batch.rows));
+    float* scores = space.take<float>((int64_t)threads * LANES * ((S + P - 1) / P * P + P));
+    A* queries = space.take<A>((int64_t)threads * LANES * d);
+    const int64_t rows = batch.rows;
+    uint8_t* causal = space.take<uint8_t>(2 * rows);  // ones, then zeros: what row r sees begins at rows - 1 - r
     float* logits = space.take<float>(chain ? (int64_t)B * V : 0);
     float* carried = space.take<float>(chain ? (int64_t)B * D : 0);
     int64_t* next = space.take<int64_t>(chain ? B : 0);
     float* chances = space.take<float>(chain ? B : 0);
     if (!space.ok) return space.needed;
+    memset(causal, 1, rows);
+    memset(causal + rows, 0, rows);
     for (int b = 0; b < B && chain; b++) chances[b] = !batch.active || batch.active[b] ? 1.0f : 0.0f;
     auto hopeful = [&] {
         for (int b = 0; b < B; b++)
@@ -1081,7 +1108,6 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
             auto feature = [&](int m) { return features + (int64_t)m * D; };
             // What every row sees. The nodes of a chain are pairs to come: each sees all before it.
             auto prefix = [&](int b) { return batch.lengths[b] + (first ? 0 : batch.last[b] + level); };
-            const Lanes lanes(R * group, B * G, n);
             const Attention<W> attention{B, R, H, G, d, S, (W*)batch.keys, (W*)batch.values, qkv};
 
             mark();
@@ -1097,18 +1123,6 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
                     if (model.tap_norms) normalise(to, model.tap_norms + i * T, eps, T);
                 }
             }
-            for (int64_t i = (int64_t)B * lanes.tasks * t / n; i < (int64_t)B * lanes.tasks * (t + 1) / n; i++)
-                for (int j = 0; j < before + R; j++) {
-                    uint32_t bits = 0;
-                    for (int c = 0; c < P; c++) {
-                        const int lane = (int)(i % lanes.tasks) * lanes.per_task + c, r = lane / group;
-                        // An unused lane sees all: it must not divide by zero.
-                        bool sees = c >= lanes.per_task || r >= R;
-                        if (!sees) sees = batch.visible && first ? batch.visible[(i / lanes.tasks * R + r) * (before + R) + j] : j <= r;
-                        bits |= (uint32_t)sees << c;
-                    }
-                    seen[i * (before + R) + j] = (uint16_t)bits;
-                }
             done();
             if (pairs) {
                 const Acts<W> x{act, fused, tall};
@@ -1129,7 +1143,9 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
             attention.store(cosine, sine, nullptr, nullptr, eps, [&](int m) { return prefix(m / R) + before + m % R; }, t, n);
             done();
             const Acts<W> attended{act, H * d, tall}, normed{act, D, tall}, gated{hidden, F, tall};
-            attention.attend(lanes, prefix, before + R, seen, nullptr, 0, scale, scores, queries, mixed, attended, t, n);
+            const bool nodes = first && batch.visible;
+            const Seen sees = nodes ? Seen{batch.visible, (int64_t)R * (before + R), before + R} : Seen{causal + rows - 1, 0, -1};
+            attention.attend(prefix, before + R, sees, nullptr, 0, scale, scores, queries, mixed, attended, t, n);
             done();
             project<1>(Matrix<W>{(const W*)model.out}, attended, M, D, t, n, Accumulate{features, D, nullptr});
             done();

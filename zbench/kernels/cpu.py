@@ -393,8 +393,8 @@ def read_sum(x: Tensor, passes: int = 1, streams: int = 8) -> float:
 
 
 class Pages:
-    """Memory for weights in huge pages, where the system gives some: a forward streams all of it, and with pages of
-    4 KiB every panel waits for its translation and stops the prefetcher at its end."""
+    """Memory for weights and caches in huge pages, where the system gives some: a forward streams all of it, and with
+    pages of 4 KiB every panel waits for its translation and stops the prefetcher at its end."""
 
     HUGE = 1 << 21  # bytes
 
@@ -404,7 +404,11 @@ class Pages:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """The same values, contiguous, at the next cache line."""
-        size = tensor.numel() * tensor.element_size()
+        return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What the system gives is zero."""
+        size = math.prod(shape) * dtype.itemsize
         if self._left.numel() < size:
             length = -(-max(size, self._chunk) // self.HUGE) * self.HUGE + self.HUGE
             # Private: of what could be shared with other processes most systems make no huge pages.
@@ -415,7 +419,7 @@ class Pages:
             whole = torch.frombuffer(memory, dtype=torch.uint8)
             self._left = whole[-whole.data_ptr() % self.HUGE :]
         taken, self._left = self._left[:size], self._left[-(-size // 64) * 64 :]
-        return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return taken.view(dtype).view(*shape)
 
 
 class Recycled:

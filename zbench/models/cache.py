@@ -33,8 +33,10 @@ class Cache:
         self.panels = panels
         shape = (config.layers, batch, config.kv_heads, self.capacity, config.head_dim)
         # Zeros, not garbage: an invisible row is multiplied by zero, and 0 x NaN is NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        if panels:
+            self.keys, self.values = (cpu.Pages().zeros(shape, dtype) for _ in range(2))
+        else:
+            self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         # On a CPU a step writes the lengths as they are, which costs less than two of torch's operators.
         self._shared = self.lengths.numpy() if self.lengths.device.type == "cpu" else None
