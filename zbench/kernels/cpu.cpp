@@ -1,8 +1,8 @@
 // A whole decoder forward over Rows for CPUs: weights streamed once, one thread team, one call per forward.
 //
 // Every output is accumulated in float32 in an order that depends on neither the number of rows nor the number of
-// threads: projections sum over k in sequence, scores over the head size in sequence, values over keys in sequence, their
-// weights in as many sums as a vector has lanes (an invisible key adds exactly zero). A token therefore gets bit-identical logits whether it is decoded alone or
+// threads: projections sum over k in sequence, scores over the head size in sequence, values over keys in sequence
+// (an invisible key adds exactly zero). A token therefore gets bit-identical logits whether it is decoded alone or
 // verified among others, which is what makes "lossless" checkable to the bit, in bfloat16 too.
 //
 // Weights and keys are stored in panels of 16 outputs (keys) so that one cache line feeds 16 lanes without any
@@ -476,16 +476,18 @@ static void rotate(float* x, const float* cosine, const float* sine, int d, cons
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Attention of some query vectors, the lanes, that share a KV head and a cache. Scores and weights lie as [lane][key], so
-// that one lane costs a twelfth of what twelve cost.
+// Attention of some query vectors, the lanes, that share a KV head and a cache. Scores and weights lie as [panel][lane][16
+// keys], so that one lane costs a twelfth of what twelve cost. Weights are summed in the order of the keys: what a row sees may lie scattered
+// among drafts that others see, and closer together once it is committed.
 
-constexpr int LANES = 12;  // at a time, at most
+constexpr int LANES = 12;         // at a time, at most
+constexpr int TILE = LANES * P;   // scores of a panel
 
 template <class W> constexpr int key_unit() { return Acts<W>::U; }  // keys: panels [S/16][d/U][16][U]
 
-// Scores of MR lanes, queries [MR][d], for the keys of KP panels -> scores [MR][ld].
+// Scores of MR lanes, queries [MR][d], for the keys of KP panels -> scores [KP][..][16].
 template <int MR, int KP, class W>
-INLINE void dots(const act_t<W>* q, const W* keys, int d, float* scores, int64_t ld) {
+INLINE void dots(const act_t<W>* q, const W* keys, int d, float* scores) {
     constexpr int U = key_unit<W>(), N = KP * NV;
     vf acc[MR * N];
     unrolled<MR * N>(EACH(i) { acc[i] = vf{}; });
@@ -509,49 +511,55 @@ INLINE void dots(const act_t<W>* q, const W* keys, int d, float* scores, int64_t
             unrolled<N>(EACH(j) { acc[m * N + j] = fma(k[j], x, acc[m * N + j]); });
         });
     }
-    unrolled<MR * N>(EACH(i) { store(scores + i / N * ld + i % N * VL, acc[i]); });
+    unrolled<MR * N>(EACH(i) { store(scores + i % N / NV * TILE + i / N * P + i % NV * VL, acc[i]); });
 }
 
 template <int MR, class W>
-static void dots_lanes(int lanes, const act_t<W>* q, const W* keys, int64_t panels, int d, float* scores, int64_t ld) {
+static void dots_lanes(int lanes, const act_t<W>* q, const W* keys, int64_t panels, int d, float* scores) {
     constexpr int KP = !WIDE ? 1 : MR > 3 ? 2 : 4;  // enough sums under way to hide the latency of adding
     if (lanes < MR) {
-        if constexpr (MR > 1) dots_lanes<MR - 1>(lanes, q, keys, panels, d, scores, ld);
+        if constexpr (MR > 1) dots_lanes<MR - 1>(lanes, q, keys, panels, d, scores);
         return;
     }
     int64_t j = 0;
-    for (; j + KP <= panels; j += KP) dots<MR, KP>(q, keys + j * P * d, d, scores + j * P, ld);
-    for (; j < panels; j++) dots<MR, 1>(q, keys + j * P * d, d, scores + j * P, ld);
+    for (; j + KP <= panels; j += KP) dots<MR, KP>(q, keys + j * P * d, d, scores + j * TILE);
+    for (; j < panels; j++) dots<MR, 1>(q, keys + j * P * d, d, scores + j * TILE);
 }
 
-// out[m] = sum_t weights[m][t] values[t] / sum for MR lanes and CH vectors of the head size.
+// out[m] = sum_t weights[m][t] values[t] / sums[m] for MR lanes and CH vectors of the head size.
 template <int MR, int CH, class W>
-INLINE void mix(const float* weights, int64_t ld, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+INLINE void mix(const float* weights, const W* values, int64_t count, int d, const float* sums, float* const* out) {
     vf acc[MR * CH];
     unrolled<MR * CH>(EACH(i) { acc[i] = vf{}; });
-    for (int64_t t = 0; t < count; t++, weights++, values += d) {
+    for (int64_t t = 0; t < count; t++, values += d) {
+        const float* w = weights + t / P * TILE + t % P;
         vf v[CH];
         unrolled<CH>(EACH(c) { v[c] = load_wide(values + c * VL); });
         unrolled<MR>(EACH(m) {
-            vf x = splat(weights[m * ld]);
+            vf x = splat(w[m * P]);
             unrolled<CH>(EACH(c) { acc[m * CH + c] = fma(v[c], x, acc[m * CH + c]); });
         });
     }
-    unrolled<MR * CH>(EACH(i) { store(out[i / CH] + i % CH * VL, acc[i] * splat(inverse[i / CH])); });
+    unrolled<MR * CH>(EACH(i) { store(out[i / CH] + i % CH * VL, acc[i] * splat(1.0f / sums[i / CH])); });
 }
 
 template <int MR, class W>
-static void mix_lanes(int lanes, const float* weights, int64_t ld, const W* values, int64_t count, int d, const float* inverse, float* const* out) {
+static void mix_lanes(int lanes, const float* weights, const W* values, int64_t count, int d, float* const* out) {
     constexpr int CH = WIDE ? 4 : 2;
     if (lanes < MR) {
-        if constexpr (MR > 1) mix_lanes<MR - 1>(lanes, weights, ld, values, count, d, inverse, out);
+        if constexpr (MR > 1) mix_lanes<MR - 1>(lanes, weights, values, count, d, out);
         return;
+    }
+    float sums[MR] = {};
+    for (int64_t t = 0; t < count; t++) {
+        const float* w = weights + t / P * TILE + t % P;
+        unrolled<MR>(EACH(m) { sums[m] += w[m * P]; });
     }
     for (int c = 0; c < d;) {
         float* at[MR];
         for (int m = 0; m < MR; m++) at[m] = out[m] + c;
-        if (d - c >= CH * VL) { mix<MR, CH>(weights, ld, values + c, count, d, inverse, at); c += CH * VL; }
-        else { mix<MR, 1>(weights, ld, values + c, count, d, inverse, at); c += VL; }
+        if (d - c >= CH * VL) { mix<MR, CH>(weights, values + c, count, d, sums, at); c += CH * VL; }
+        else { mix<MR, 1>(weights, values + c, count, d, sums, at); c += VL; }
     }
 }
 
@@ -566,7 +574,7 @@ static inline void shared_out(int lanes, int most, F f) {
 // position inside each lane's sliding window and `positions` [own], both null without one. queries [lanes][d].
 template <class W>
 static void attend(const act_t<W>* q, int lanes, const uint8_t* const* sees, const int64_t* oldest, const int64_t* positions,
-                   int64_t prefix, int own, const W* keys, const W* values, int d, float scale, float* scores, int64_t ld, float* const* out) {
+                   int64_t prefix, int own, const W* keys, const W* values, int d, float scale, float* scores, float* const* out) {
     constexpr int HEIGHT = WIDE ? 8 : NV == 2 ? 4 : 2, BLOCK = 8;  // panels whose keys stay in the first-level cache
     // A committed key's slot is its position.
     int64_t total = prefix + own, start = 0;
@@ -582,13 +590,13 @@ static void attend(const act_t<W>* q, int lanes, const uint8_t* const* sees, con
     for (int64_t from = 0; from < panels; from += BLOCK) {
         const int64_t end = panels - from < BLOCK ? panels : from + BLOCK;
         shared_out(lanes, HEIGHT, [&](int m, int some) {
-            dots_lanes<HEIGHT>(some, q + m * d, keys + (start + from * P) * d, end - from, d, scores + m * ld + from * P, ld);
+            dots_lanes<HEIGHT>(some, q + m * d, keys + (start + from * P) * d, end - from, d, scores + from * TILE + m * P);
         });
         for (int m = 0; m < lanes; m++) {
             const int64_t first = oldest ? oldest[m] : 0;
-            vf top = most[m];
+            vf best = most[m];
             for (int64_t j = from; j < end; j++) {
-                float* s = scores + m * ld + j * P;
+                float* s = scores + j * TILE + m * P;
                 const int64_t slot = start + j * P, after = slot - prefix;
                 const bool all = after + P <= 0 && slot >= first;
                 uint8_t some[P];
@@ -602,28 +610,26 @@ static void attend(const act_t<W>* q, int lanes, const uint8_t* const* sees, con
                     vf x = load(s + v * VL) * scale;
                     if (!all) x = __builtin_convertvector(*(const vb_mem*)(seen + v * VL), vu) != vu{} ? x : hidden;
                     store(s + v * VL, x);
-                    top = x > top ? x : top;
+                    best = x > best ? x : best;
                 }
             }
-            most[m] = top;
+            most[m] = best;
         }
     }
-    float inverse[LANES];
+    float top[LANES];
     for (int m = 0; m < lanes; m++) {
-        float top = most[m][0];
-        for (int l = 1; l < VL; l++) top = most[m][l] > top ? most[m][l] : top;
-        vf sums{};
-        for (float *s = scores + m * ld, *end = s + panels * P; s < end; s += VL) {
-            const vf x = load(s), e = x == hidden ? vf{} : vexp(x - top);
-            store(s, e);
-            sums += e;
-        }
-        float sum = 0;
-        for (int l = 0; l < VL; l++) sum += sums[l];
-        inverse[m] = 1.0f / sum;
+        top[m] = most[m][0];
+        for (int l = 1; l < VL; l++) top[m] = most[m][l] > top[m] ? most[m][l] : top[m];
     }
-    shared_out(lanes, WIDE ? 6 : 4, [&](int m, int some) {
-        mix_lanes<WIDE ? 6 : 4>(some, scores + m * ld, ld, values + start * d, count, d, inverse + m, out + m);
+    for (int64_t j = 0; j < panels; j++)
+        for (int i = 0; i < lanes * P; i += VL) {
+            float* s = scores + j * TILE + i;
+            const vf x = load(s);
+            store(s, x == hidden ? vf{} : vexp(x - top[i / P]));
+        }
+    constexpr int MOST = WIDE ? 6 : 4;  // whose sums fit into the registers
+    shared_out(lanes, MOST, [&](int m, int some) {
+        mix_lanes<MOST>(some, scores + m * P, values + start * d, count, d, out + m);
     });
 }
 
@@ -679,7 +685,7 @@ struct Attention {
     void attend(Prefix prefix, int own, Seen sees, const int64_t* positions, int64_t window, float scale, float* scores,
                 act_t<W>* queries, float* mixed, const Acts<W>& attended, int t, int n) const {
         const int group = H / G, lanes = R * group;  // of a sequence and KV head
-        const int64_t every = (int64_t)B * G * lanes, ld = (S + P - 1) / P * P + P;  // never a multiple of 4 KiB
+        const int64_t every = (int64_t)B * G * lanes, panels = (S + P - 1) / P;
         for (int64_t at = every * t / n, end = every * (t + 1) / n; at < end;) {
             const int head = (int)(at / lanes), from = (int)(at % lanes), b = head / G, g = head % G;
             const int left = (int)(lanes - from < end - at ? lanes - from : end - at), calls = (left + LANES - 1) / LANES;
@@ -696,7 +702,7 @@ struct Attention {
                 if (window) oldest[c] = positions[m] - window + 1;
             }
             ::attend<W>(q.a, count, seen, window ? oldest : nullptr, window ? positions + (int64_t)b * R : nullptr, prefix(b), own,
-                        keys + (int64_t)head * S * d, values + (int64_t)head * S * d, d, scale, scores + (int64_t)t * LANES * ld, ld, out);
+                        keys + (int64_t)head * S * d, values + (int64_t)head * S * d, d, scale, scores + t * panels * TILE, out);
             for (int c = 0; c < count; c++) {
                 const int64_t to = out[c] - mixed;
                 for (int e = 0; e < d; e += VL) attended.put((int)(to / (H * d)), to % (H * d) + e, load(out[c] + e));
@@ -803,7 +809,7 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
     A* between = space.take<A>((int64_t)(M + TALL) * columns);
     float* cosine = space.take<float>((int64_t)M * d / 2);
     float* sine = space.take<float>((int64_t)M * d / 2);
-    float* scores = space.take<float>((int64_t)threads * LANES * ((S + P - 1) / P * P + P));
+    float* scores = space.take<float>(threads * ((S + P - 1) / P) * TILE);
     A* queries = space.take<A>((int64_t)threads * LANES * d);
     int64_t* positions = space.take<int64_t>(M);
     const Context<W> context(model, batch, space);
@@ -1074,7 +1080,7 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
     A* hidden = space.take<A>((int64_t)(most + TALL) * F);
     float* cosine = space.take<float>((int64_t)most * d / 2);
     float* sine = space.take<float>((int64_t)most * d / 2);
-    float* scores = space.take<float>((int64_t)threads * LANES * ((S + P - 1) / P * P + P));
+    float* scores = space.take<float>(threads * ((S + P - 1) / P) * TILE);
     A* queries = space.take<A>((int64_t)threads * LANES * d);
     const int64_t rows = batch.rows;
     uint8_t* causal = space.take<uint8_t>(2 * rows);  // ones, then zeros: what row r sees begins at rows - 1 - r
