@@ -94,14 +94,14 @@ SHIPPED_FOLDER = Path(__file__).parents[1] / "zoo"
 SHIPPED: dict[str, Shipped] = {
     "smollm2-135m-eagle3": Shipped(
         kind="eagle3",
-        weights_sha256="dc1dba7b375ea3d8e069eb032ac89534dfffd1a2590642abc0fdb450df822c06",
+        weights_sha256="e5c6502321ed3a49e39e945f9646fb0f9004d39668b75596a4f7d75a5867c300",
         parameters=7_448_832,
         source="EAGLE-3 drafter, `zbench train eagle3` on the model's own text: README.md in its folder",
         target="smollm2-135m",
     ),
     "smollm2-135m-dflash": Shipped(
         kind="dflash",
-        weights_sha256="0b5b1fe6f36c7d931edabb335136df62703ca82c0fbb1b299b37e263cf8f5597",
+        weights_sha256="4df14988cbffb5497a5300f369c85744ad9db65d0bb707486a04c1dc5048e393",
         parameters=7_745_152,
         source="DFlash drafter, `zbench train dflash` on the model's own text: README.md in its folder",
         target="smollm2-135m",
