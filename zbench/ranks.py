@@ -301,7 +301,14 @@ class Watch(threading.Thread):
         with suppress(Exception):
             dist.barrier()  # all records are with rank 0
         self._stop()
+        others = [f"left {rank}" for rank in range(1, self.size)]
+        if self.rank == 0:  # last: a rank whose peer closes its sockets while it still talks to it is aborted by gloo
+            with suppress(Exception):
+                self._store.wait(others, timedelta(seconds=5))
         dist.destroy_process_group()
+        if self.rank:
+            with suppress(Exception):
+                self._store.set(others[self.rank - 1], "")
 
     def decide(self, error: RankLost | None) -> None:
         """Wait for the evidence of a lost rank, upon which the thread ends the process. Without any, say that a
