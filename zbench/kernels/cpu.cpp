@@ -477,11 +477,11 @@ static void rotate(float* x, const float* cosine, const float* sine, int d, cons
 
 // ---------------------------------------------------------------------------------------------------------------
 // Attention of some query vectors, the lanes, that share a KV head and a cache. Scores and weights lie as [panel][lane][16
-// keys], so that one lane costs a twelfth of what twelve cost. Weights are summed in the order of the keys: what a row sees may lie scattered
-// among drafts that others see, and closer together once it is committed.
+// keys], so that one lane costs a twelfth of what twelve cost. Weights are summed in the order of the keys: what a row
+// sees may lie scattered among drafts that others see, and closer together once it is committed.
 
-constexpr int LANES = 12;         // at a time, at most
-constexpr int TILE = LANES * P;   // scores of a panel
+constexpr int LANES = 12;        // at a time, at most
+constexpr int TILE = LANES * P;  // scores of a panel
 
 template <class W> constexpr int key_unit() { return Acts<W>::U; }  // keys: panels [S/16][d/U][16][U]
 
