@@ -66,23 +66,51 @@ def test_greedy_tokens_equal_transformers_on_every_packaged_prompt(real: Any) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "apart"),
-    [("eagle3", {"depth": 3, "top_k": 1, "tokens": None, "confidence": 0.0}, 0), ("dflash", {"block": 8}, 1)],
+    ("name", "options", "tie"),
+    [("eagle3", {"depth": 3, "top_k": 1, "tokens": None, "confidence": 0.0}, 0.0), ("dflash", {"block": 8}, 0.15)],
 )
-def test_shipped_drafters_take_the_steps_that_they_take_in_vllm(real: Any, name: str, options: Any, apart: int) -> None:
-    """vLLM 0.32 loaded the same folders (tests/serving/recorded): every step must gain the tokens that it gained.
+def test_shipped_drafters_take_the_steps_that_they_take_in_vllm(real: Any, name: str, options: Any, tie: float) -> None:
+    """vLLM 0.32 loaded the same folders (tests/serving/recorded): every step must gain the tokens that it gained there.
 
-    DFlash's gain other ones in a few steps there, and the same on the whole; see the README beside the recordings.
+    DFlash's may gain others where the draft that was judged otherwise was nearly another token: by `tie` in its logit.
     """
     lines = (RECORDED / f"vllm_{name}_answers.jsonl").read_text().splitlines()
     chosen = {"drafter": {"zoo": f"smollm2-135m-{name}"}, "synthetic": None, "draft_sampling": False}
     engine = create(name, {**chosen, **options}, real.shared)
-    for answer in map(json.loads, lines[:3]):
-        ids = real.by_name[answer["prompt"]]
-        meter, chunks = Meter(CPU), answer["token_ids"]
-        outputs = engine.generate([ids], Request(sum(map(len, chunks)), Sampling(), (0,)), meter).outputs
-        assert outputs == [list(itertools.chain(*chunks))]
-        steps, _ = meter.records()
-        assert abs(len(steps) - len(chunks)) <= apart, answer["prompt"]
-        if not apart:
-            assert [step.committed[0] for step in steps] == [len(chunk) for chunk in chunks], answer["prompt"]
+    drafted = watched(engine) if tie else []
+    compared, differ = 0, 0
+    for answer in map(json.loads, lines):
+        drafted.clear()
+        ids, meter, chunks = real.by_name[answer["prompt"]], Meter(CPU), answer["token_ids"]
+        said = list(itertools.chain(*chunks))
+        (output,) = engine.generate([ids], Request(len(said), Sampling(), (0,)), meter).outputs
+        assert output == said
+        steps = [step.committed[0] for step in meter.records()[0]]
+        theirs = dict(zip(itertools.accumulate([0, *map(len, chunks)]), map(len, chunks), strict=False))
+        for index, begin in enumerate(itertools.accumulate([0, *steps[:-1]])):
+            if begin not in theirs:  # within a step of theirs that gained more
+                continue
+            compared += 1
+            least = min(steps[index], theirs[begin])
+            if steps[index] == theirs[begin]:
+                continue
+            differ += 1
+            assert tie, (answer["prompt"], begin)
+            logits = drafted[index - 1][0, least - 1]
+            best, right = logits.topk(2).values, logits[output[begin + least - 1]]
+            assert best[0] - (best[1] if right == best[0] else right) < tie, (answer["prompt"], begin)
+    assert compared > 100
+    assert differ <= 0.05 * compared
+
+
+def watched(engine: Any) -> list[torch.Tensor]:
+    """The logits [B, drafts, V] of every draft that a DFlash engine makes from now on."""
+    drafted, draft = [], engine.drafter.draft
+
+    def kept(*arguments: Any) -> Any:
+        drafts = draft(*arguments)
+        drafted.append(drafts.logits.clone())  # its memory is given out again
+        return drafts
+
+    engine.drafter.draft = kept
+    return drafted
