@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from zbench.errors import UserError
 from zbench.hardware import roofs
 from zbench.hardware.device import Device, resolve
-from zbench.hardware.roofs import check_utilisation, load_or_measure, measure
+from zbench.hardware.roofs import load_or_measure, measure
 from zbench.records import RoofSample
 
 MIB, GIB = 2**20, 2**30
@@ -185,17 +185,6 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line_with_the_way_out(smal
     monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set ZBENCH_CACHE"):
         load_or_measure(CPU, ("float32",))
-
-
-@given(st.floats(1, 1e16), st.floats(0, 1.05))
-def test_an_achieved_figure_up_to_the_tolerance_above_the_roof_passes(roof, share):
-    check_utilisation("bandwidth", roof * share, roof)
-
-
-@given(st.floats(1, 1e16), st.floats(1.051, 1e6))
-def test_an_achieved_figure_beyond_the_tolerance_fails_loudly(roof, share):
-    with pytest.raises(ValueError, match="the roof or the count is wrong"):
-        check_utilisation("bandwidth", roof * share, roof)
 
 
 # Caches --------------------------------------------------------------------------------------------------------------

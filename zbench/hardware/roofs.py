@@ -279,15 +279,6 @@ def conditions(device: Device) -> dict[str, Any]:
     )
 
 
-def check_utilisation(name: str, achieved: float, roof: float) -> None:
-    """Raise ValueError when `achieved` passes a measured `roof` (same unit) by more than `TOLERANCE`."""
-    if achieved > roof * (1 + TOLERANCE):
-        raise ValueError(
-            f"{name}: {achieved:.4g} is {achieved / roof - 1:.0%} above the measured roof of {roof:.4g} (tolerance "
-            f"{TOLERANCE:.0%}): the roof or the count is wrong; measure the roofs again on an idle machine"
-        )
-
-
 def _digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
