@@ -288,7 +288,9 @@ def test_a_run_killed_halfway_resumes_without_losing_a_trial(yaml: Path, tmp_pat
         "-o",
         "repeats=20",
     ]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script runs us with &
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"})
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     log = None
     while time.monotonic() < deadline and (log is None or log.stat().st_size == 0):
