@@ -115,7 +115,9 @@ def test_the_sections_of_a_draft_have_the_flops_and_bytes_of_its_levels() -> Non
         drafter.extend(taps, ids, cache)
         cache.extend([rows] * batch)
         start = time.perf_counter_ns()
-        _, ends = drafter.chain(taps, ids, torch.tensor([rows - 1] * batch), [rows] * batch, cache, depth, lambda: None)
+        _, _, ends = drafter.chain(
+            taps, ids, torch.tensor([rows - 1] * batch), [rows] * batch, cache, depth, lambda: None
+        )
         stop = time.perf_counter_ns()
     costs = [
         drafter.cost(rows, [0, 0], 0, rows * (rows + 1) // 2, True),

@@ -284,20 +284,23 @@ class Eagle3Spec(SpeculativeSpec):
 
     name: Literal["eagle3"] = Field(description="Which engine decodes.")
     depth: Count = Field(4, description="Levels drafted per step.")
-    top_k: Count = Field(1, description="Beam of the draft: 1 is a chain, more is a dynamic tree.")
+    top_k: Count = Field(1, description="Tokens tried after each node: 1 drafts a chain, more a dynamic tree.")
+    beam: Count | None = Field(
+        None, description="Nodes of a level that the next goes on from; null is top_k, 1 a chain with siblings."
+    )
     tokens: Count | None = Field(
         None, description="Tokens drafted per step; null is depth for a chain and 4 x depth for a tree."
     )
     confidence: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
         description="End a chain where the drafter gives its drafts so far less than this chance of being right; 0 "
-        "drafts depth tokens in every step.",
+        "drafts depth levels in every step.",
     )
 
     @model_validator(mode="after")
     def _has_no_idle_option(self) -> Eagle3Spec:
-        if self.confidence and self.top_k > 1:
-            raise ValueError("confidence ends chains; with top_k trees are drafted")
+        if self.confidence and (self.beam or self.top_k) > 1:
+            raise ValueError("confidence ends chains; with top_k trees are drafted, unless beam is 1")
         if self.confidence and self.synthetic is not None:
             raise ValueError("synthetic acceptance asks no drafter, so it takes no confidence")
         return self

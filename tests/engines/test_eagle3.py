@@ -35,8 +35,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"depth": 4},
     {"depth": 3, "top_k": 3, "tokens": 8},
     {"depth": 2, "top_k": 4, "tokens": 20},
+    {"depth": 3, "top_k": 3, "beam": 1, "tokens": 5},
+    {"depth": 3, "top_k": 4, "beam": 2, "tokens": 9},
     {"depth": 4, "confidence": 1e-4},  # of 64 draft tokens by random weights: some chains end early
+    {"depth": 4, "top_k": 2, "beam": 1, "tokens": 4, "confidence": 1e-4},
 ]
+WHOLE = [options for options in SETTINGS if "confidence" not in options]
 
 
 def prompts(*sizes: int, seed: int = 0) -> list[list[int]]:
@@ -74,9 +78,15 @@ class Scripted(Eagle3Drafter):
         return logits
 
     def chain(self, taps: Any, ids: Tensor, last: Tensor, counts: Any, cache: DraftCache, *more: Any) -> Any:
-        tokens, marks = super().chain(taps, ids, last, counts, cache, *more)
-        scripted = [[self._next(cache, b, level) or 0 for level in range(len(row))] for b, row in enumerate(tokens)]
-        return torch.tensor(scripted), marks
+        drafted, scores, marks = super().chain(taps, ids, last, counts, cache, *more)
+        found = torch.arange(290, 290 + drafted.shape[2]).expand(drafted.shape).clone()
+        found[..., self.place] = torch.tensor([
+            [self._next(cache, b, level) or 0 for level in range(drafted.shape[1])] for b in range(len(drafted))
+        ])  # fmt: skip
+        if scores is not None:
+            scores = torch.full_like(scores, -20.0)
+            scores[..., self.place] = -1e-3
+        return found, scores, marks
 
     def _next(self, cache: DraftCache, b: int, level: int) -> int | None:
         output = cache.sizes[b] - 1 + level + 2 - self.starts[b]  # the last pair predicts the token after next
@@ -98,14 +108,14 @@ def test_a_random_drafter_changes_no_token(family: str, options: dict[str, Any])
 
 
 @needs_native
-@pytest.mark.parametrize("options", [*SETTINGS[1:3], SETTINGS[-1]], ids=str)
+@pytest.mark.parametrize("options", [SETTINGS[1], SETTINGS[2], *SETTINGS[4:]], ids=str)
 def test_the_native_drafter_proposes_what_torch_proposes(options: dict[str, Any]) -> None:
     model, ids = runtime("smollm", "auto"), prompts(4, 23, 1)
     request, found = Request(16, GREEDY, (0, 0, 0)), []
     for native in (True, False):
         engine = Eagle3(model, random(model, native=native), **options)
         state = started(engine, ids, 2)
-        draft = engine._draft_chain if options.get("top_k", 1) == 1 else engine._draft_tree
+        draft = engine._draft_chain if engine.beam == 1 else engine._draft_tree
         meter = Meter(CPU)
         meter.begin_step()
         rows = draft(state, meter)
@@ -132,7 +142,7 @@ def test_a_drafter_right_here_and_wrong_there_changes_no_token(data: st.DataObje
     assert decode(engine, ids, request)[0] == decode(Autoregressive(model), ids, request)[0]
 
 
-@pytest.mark.parametrize("options", SETTINGS[:-1], ids=str)
+@pytest.mark.parametrize("options", WHOLE, ids=str)
 def test_a_drafter_that_is_always_right_gains_a_full_path_each_step(options: dict[str, Any]) -> None:
     model, ids = runtime("smollm", "auto"), prompts(5, 9)
     request = Request(1 + 3 * (options["depth"] + 1), GREEDY, (0, 0))
@@ -147,7 +157,7 @@ def test_a_drafter_that_is_always_right_gains_a_full_path_each_step(options: dic
 
 
 @needs_native
-@pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
+@pytest.mark.parametrize("options", [SETTINGS[1], SETTINGS[2], SETTINGS[4]], ids=str)
 def test_bfloat16_is_the_same_bit_by_bit_on_the_native_decoder(options: dict[str, Any]) -> None:
     model, ids = runtime("qwen3", "native", torch.bfloat16), prompts(4, 19, 7)
     request = Request(24, GREEDY, (0, 0, 0))
@@ -199,7 +209,7 @@ def fresh(model: Transformer, drafter: Eagle3Drafter, tokens: list[int]) -> tupl
 
 
 @pytest.mark.parametrize("execution", ["eager", pytest.param("native", marks=needs_native)])
-@pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
+@pytest.mark.parametrize("options", [SETTINGS[1], SETTINGS[2], SETTINGS[4], SETTINGS[5]], ids=str)
 def test_caches_after_acceptance_equal_a_fresh_prefill(options: dict[str, Any], execution: str) -> None:
     model, ids = runtime("smollm", execution), prompts(6, 11)
     truth = decode(Autoregressive(model), ids, Request(60, GREEDY, (0, 0)))[0].outputs
@@ -217,8 +227,10 @@ def test_caches_after_acceptance_equal_a_fresh_prefill(options: dict[str, Any], 
         assert relative_error(pairs(state.draft_cache, index, size), pairs(draft_cache, 0, size)) < 1e-4
 
 
-def published_tree(model: Transformer, drafter: Eagle3Drafter, tokens: list[int], depth: int, k: int, kept: int) -> set:
-    """The paths of EAGLE-2's dynamic tree, each node's log-probabilities from a draft of its own."""
+def published_tree(
+    model: Transformer, drafter: Eagle3Drafter, tokens: list[int], depth: int, k: int, kept: int, width: int
+) -> set:
+    """EAGLE-2's dynamic tree as paths; its `width` is k there. Each node's log-probabilities from a draft of its own."""
 
     def children(path: tuple[int, ...]) -> list[tuple[float, int]]:
         _, cache, feature = fresh(model, drafter, tokens)
@@ -233,26 +245,27 @@ def published_tree(model: Transformer, drafter: Eagle3Drafter, tokens: list[int]
     for _ in range(depth):
         level = [(score + gain, (*path, token)) for score, path in beam for gain, token in children(path)]
         candidates += level
-        beam = sorted(level, reverse=True)[:k]
+        beam = sorted(level, reverse=True)[:width]
     return {path for _, path in sorted(candidates, reverse=True)[:kept]}
 
 
+@pytest.mark.parametrize("beam", [1, 2, 3])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_the_tree_is_the_published_one(steps: int) -> None:
+def test_the_tree_is_the_published_one(steps: int, beam: int) -> None:
     model, ids = runtime("smollm", "auto"), prompts(5, 9)
     stored = random_drafter(model.config, 0, 64)
     wide = {name: t if t.dim() == 1 else 10 * t for name, t in stored.tensors.items()}
     drafter = Eagle3Drafter(stored.config, wide, model.embedding, model.dtype)
-    engine = Eagle3(model, drafter, depth=3, top_k=3, tokens=9)
+    engine = Eagle3(model, drafter, depth=3, top_k=3, tokens=8, beam=beam)
     state = started(engine, ids, steps)
     meter = Meter(CPU)
     meter.begin_step()
-    rows = engine._draft_tree(state, meter)
+    rows = engine._draft_chain(state, meter) if beam == 1 else engine._draft_tree(state, meter)
     for index, prompt in enumerate(ids):
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(rows.ids[index, 1:].tolist(), rows.parents[index, 1:].tolist(), strict=True):
             paths.append((*paths[parent], token))
-        assert set(paths[1:]) == published_tree(model, drafter, prompt + state.outputs[index], 3, 3, 9)
+        assert set(paths[1:]) == published_tree(model, drafter, prompt + state.outputs[index], 3, 3, 8, beam)
 
 
 @settings(max_examples=60, deadline=None)
@@ -286,6 +299,27 @@ def test_tree_rows_are_the_rows_of_a_tree(data: st.DataObject) -> None:
     assert torch.equal(got.positions, want.positions)
 
 
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_native_tree_rows_are_those_of_torch(data: st.DataObject) -> None:
+    batch, count = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 25))
+    kept = data.draw(st.integers(1, count))
+    parents = torch.tensor([[data.draw(st.integers(-1, i - 1)) for i in range(count)] for _ in range(batch)])
+    scores = torch.zeros(batch, count)
+    for b in range(batch):
+        for i, parent in enumerate(parents[b].tolist()):
+            above = float(scores[b, parent]) if parent >= 0 else 0.0
+            scores[b, i] = above - data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    ids, last = torch.arange(batch * count).view(batch, -1) + 100, torch.arange(batch)
+    lengths = torch.arange(batch) * 5
+    drafts, above = rerank(ids, scores, parents, kept)
+    want = tree_rows(torch.cat([last[:, None], drafts], 1), lengths, above, count)
+    got = Rows(*cpu.tree_rows(last, lengths, ids, scores, parents, kept))
+    for name in ("ids", "positions", "parents", "visible"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
 def test_a_long_prompt_is_read_in_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = runtime("mistral", "auto"), prompts(30, 17, 8)
     drafter = random(model)
@@ -317,7 +351,7 @@ def test_every_forward_is_recorded_with_its_role_and_rows() -> None:
         assert inside + step.accept_seconds + step.commit_seconds <= step.seconds
 
 
-@pytest.mark.parametrize("options", SETTINGS[1:3], ids=str)
+@pytest.mark.parametrize("options", [SETTINGS[1], SETTINGS[2], SETTINGS[4]], ids=str)
 def test_synthetic_acceptance_gains_the_length_it_was_asked_for(options: dict[str, Any]) -> None:
     model, ids = runtime("smollm", "auto"), prompts(5)
     synthetic = parse({"length": 3}, options["depth"])
@@ -333,6 +367,8 @@ def test_synthetic_acceptance_gains_the_length_it_was_asked_for(options: dict[st
         ({"top_k": 65}, "top_k within the draft vocabulary"),
         ({"depth": 3, "tokens": 4}, "depth 3 with top_k 1 drafts 3 to 3 tokens, not 4"),
         ({"depth": 2, "top_k": 2, "tokens": 7}, "drafts 2 to 6 tokens, not 7"),
+        ({"depth": 3, "top_k": 2, "beam": 1, "tokens": 7}, "drafts 3 to 6 tokens, not 7"),
+        ({"depth": 3, "top_k": 2, "beam": 3}, "a beam of 3 does not fit the 2 tokens"),
     ],
 )
 def test_a_setting_that_cannot_be_gets_one_line(options: dict[str, Any], message: str) -> None:
@@ -377,5 +413,5 @@ def test_a_finished_sequence_has_no_say_in_how_far_another_drafts(native: bool) 
 @pytest.mark.parametrize("options", [{"depth": 2, "top_k": 2, "confidence": 0.3}], ids=str)
 def test_confidence_ends_chains_only(options: dict[str, Any]) -> None:
     model = runtime("smollm", "auto")
-    with pytest.raises(UserError, match=r"confidence 0\.3 ends chains; top_k 2 drafts trees"):
+    with pytest.raises(UserError, match=r"confidence 0\.3 ends chains; a beam of 2 drafts trees"):
         Eagle3(model, random(model), **options)

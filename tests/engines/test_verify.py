@@ -71,6 +71,25 @@ def test_native_greedy_verification_is_that_of_torch(
         assert torch.equal(getattr(native, name), getattr(wanted, name)), name
 
 
+@pytest.mark.skipif(not cpu.available(), reason=f"native CPU kernels: {cpu.unavailable_reason()}")
+@given(batch=st.integers(1, 3), rows=st.integers(1, 12), seed=st.integers(0, 999), data=st.data())
+def test_native_greedy_verification_of_trees_is_that_of_torch(
+    batch: int, rows: int, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 3, (batch, rows, VOCAB), generator=generator).float()  # many are as large as the largest
+    parents = torch.tensor([[-1] + [data.draw(st.integers(-1, i - 1)) for i in range(1, rows)] for _ in range(batch)])
+    ids = torch.randint(0, VOCAB, (batch, rows), generator=generator)
+    wanted_ids = logits.argmax(-1).gather(1, parents.clamp(min=0))
+    ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, wanted_ids, ids)
+    native = verify_tree(logits, ids, parents, greedy(batch), [0] * batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "can_verify", lambda logits: False)
+        wanted = verify_tree(logits, ids, parents, greedy(batch), [0] * batch)
+    for name, got, want in zip(Verdict._fields, native, wanted, strict=True):
+        assert torch.equal(got, want), name
+
+
 # A world where everything can be enumerated: the next token depends on the last one only, by a table of logits.
 
 

@@ -187,10 +187,11 @@ def test_a_tree_node_has_the_logits_of_its_own_path(data: st.DataObject, native:
             assert relative_error(got[b, j].double(), published_logits(stored, taps[b], tokens[b], paths[b][j])) < 1e-5
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v), "released"))
 def test_a_chain_in_one_call_is_the_likeliest_path_of_the_published_recurrence(
-    variant: dict[str, Any], native: bool
+    variant: dict[str, Any], native: bool, top_k: int
 ) -> None:
     stored, depth, sizes = checkpoint(**variant), 4, [7, 4]
     drafter = drafter_of(stored, native)
@@ -200,15 +201,19 @@ def test_a_chain_in_one_call_is_the_likeliest_path_of_the_published_recurrence(
     rest = torch.stack([torch.nn.functional.pad(t[3:], (0, 0, 0, 7 - len(t))) for t in taps])
     following = torch.tensor([row[3:] + [0] * (7 - len(row)) for row in tokens])
     last = torch.tensor([size - 4 for size in sizes])
-    got, marks = drafter.chain(rest.chunk(3, -1), following, last, [4, 1], cache, depth, time.perf_counter_ns)
+    given = rest.chunk(3, -1), following, last, [4, 1], cache, depth, time.perf_counter_ns
+    got, scores, marks = drafter.chain(*given, top_k)
+    assert (scores is None) == (top_k == 1)
     assert marks == sorted(marks) and len(marks) == depth
     assert cache.sizes == cache.lengths.tolist() == sizes
     for b in range(2):
         path: list[int] = []
-        for _ in range(depth):
-            best = published_logits(stored, taps[b], tokens[b], path).argmax()
-            path.append(int(drafter.target_ids(best)))
-        assert got[b].tolist() == path
+        for level in range(depth):
+            best = published_logits(stored, taps[b], tokens[b], path).log_softmax(-1).topk(top_k)
+            assert got[b, level].tolist() == drafter.target_ids(best.indices).tolist()
+            if scores is not None:
+                assert scores[b, level].double() == pytest.approx(best.values.double(), abs=1e-4)
+            path.append(int(got[b, level, 0]))
 
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
@@ -226,8 +231,8 @@ def test_a_chain_ends_where_no_sequence_is_confident(native: bool) -> None:
     def levels(confidence: float) -> int:
         cache = drafter.new_cache(1, 32, nodes=depth - 1)
         given = taps[None].chunk(3, -1), torch.tensor([tokens]), torch.tensor([6]), [7]
-        got, marks = drafter.chain(*given, cache, depth, time.perf_counter_ns, confidence)
-        assert got[0].tolist() == path[: len(marks)]
+        got, _, marks = drafter.chain(*given, cache, depth, time.perf_counter_ns, confidence=confidence)
+        assert got[0, :, 0].tolist() == path[: len(marks)]
         return len(marks)
 
     assert levels(0.0) == depth
@@ -247,10 +252,10 @@ def test_a_sequence_that_has_finished_keeps_no_chain_going(native: bool) -> None
         taps = torch.stack([features(5, 60 + seed) for seed in seeds])
         tokens = torch.tensor([ids_of(5, 70 + seed) for seed in seeds])
         last, counts = torch.full((len(seeds),), 4), [5] * len(seeds)
-        given = taps.chunk(3, -1), tokens, last, counts, cache, depth, time.perf_counter_ns, confidence
-        got, marks = drafter.chain(*given, active)
+        given = taps.chunk(3, -1), tokens, last, counts, cache, depth, time.perf_counter_ns, 1, confidence
+        got, _, marks = drafter.chain(*given, active)
         assert len(marks) == got.shape[1] and cache.sizes == counts
-        return got[0].tolist(), len(marks)
+        return got[0, :, 0].tolist(), len(marks)
 
     def ends_after_one(seed: int, confidence: float) -> bool:
         return drafted([seed], confidence)[1] == 1

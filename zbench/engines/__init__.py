@@ -132,6 +132,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
         options["tokens"],
         synthetic.parse(drawn, options["depth"]) if drawn else None,
         options["confidence"],
+        options["beam"],
     )
     engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
     return engine

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.engines import base
@@ -19,6 +20,7 @@ from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, kernels, verify_chain, verify_tree
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
+from zbench.kernels import cpu
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
 from zbench.models.model import Model
 from zbench.models.rows import Rows
@@ -36,10 +38,11 @@ class Eagle3State(State):
 
 
 class Eagle3:
-    """Draft `tokens` tokens in `depth` levels of the `top_k` best nodes each; top_k 1 is a chain.
+    """Draft in `depth` levels, each of which finds the `top_k` likeliest tokens after every node of the `beam` best of
+    the level before; the `tokens` best of all are verified. top_k 1 is a chain, a beam of 1 a chain with siblings.
 
-    A chain may end early: it goes on while the drafter gives what it has drafted in this step at least the chance
-    `confidence` of being right, in one sequence of the batch that has not finished.
+    With a beam of 1 drafting may end early: it goes on while the drafter gives the chain that it has drafted in this
+    step at least the chance `confidence` of being right, in one sequence of the batch that has not finished.
     """
 
     def __init__(
@@ -51,24 +54,29 @@ class Eagle3:
         tokens: int | None = None,
         synthetic: Synthetic | None = None,
         confidence: float = 0.0,
+        beam: int | None = None,
     ) -> None:
-        """`tokens` None drafts a whole chain, or the best 4 x depth nodes of a tree. Raises UserError for a setting
-        that cannot be."""
-        tokens = eagle3_tokens(depth, top_k, tokens, drafter.config.draft_vocab)
+        """`tokens` None drafts a whole chain, or the best 4 x depth nodes of a tree; `beam` None is top_k. Raises
+        UserError for a setting that cannot be."""
+        beam = top_k if beam is None else beam
+        tokens = eagle3_tokens(depth, top_k, tokens, drafter.config.draft_vocab, beam)
         self.model, self.drafter = model, drafter
-        if confidence and top_k > 1:
-            raise UserError(f"eagle3: confidence {confidence:g} ends chains; top_k {top_k} drafts trees")
+        if confidence and beam > 1:
+            raise UserError(f"eagle3: confidence {confidence:g} ends chains; a beam of {beam} drafts trees")
         if confidence and synthetic:
             raise UserError("eagle3: acceptance is synthetic, so that the drafter's confidence means nothing")
-        self.depth, self.top_k, self.tokens, self.synthetic = depth, top_k, tokens, synthetic
+        self.depth, self.top_k, self.beam, self.tokens, self.synthetic = depth, top_k, beam, tokens, synthetic
         self.confidence = confidence
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
         self.exact = None if synthetic else True
         self._capture = tuple(sorted(drafter.config.taps))
-        self._nodes = (depth - 1) * top_k  # the last level is drafted, but nothing follows from it
+        self._nodes = (depth - 1) * beam  # the last level is drafted, but nothing follows from it
         # own[level, j] marks node j of a level among all nodes.
         self._own = torch.eye(self._nodes, dtype=torch.bool, device=model.device)
-        self._own = self._own.view(depth - 1, top_k, self._nodes)
+        self._own = self._own.view(depth - 1, beam, self._nodes)
+        # Of a chain with siblings: the candidate that each follows, the first of the level before.
+        self._chain_parents = (torch.arange(depth * top_k, device=model.device) // top_k - 1) * top_k
+        self._chain_parents.clamp_(min=-1)
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         return generate(self, prompts, request, meter)
@@ -99,7 +107,7 @@ class Eagle3:
         )
 
     def step(self, state: Eagle3State, meter: Meter) -> Step:
-        rows = self._draft_chain(state, meter) if self.top_k == 1 else self._draft_tree(state, meter)
+        rows = self._draft_chain(state, meter) if self.beam == 1 else self._draft_tree(state, meter)
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
             verdict = self._verify(out.logits, rows, state)
@@ -146,21 +154,29 @@ class Eagle3:
             cache.extend([max(0, min(size - begin, count)) for size in sizes])
 
     def _draft_chain(self, state: Eagle3State, meter: Meter) -> Rows:
-        """The last committed token and up to `depth` drafts, each the likeliest after the one before it."""
+        """The last committed token and up to `depth` drafts, each the likeliest after the one before it, or the best of
+        these and their siblings."""
         cache, counts = state.draft_cache, state.unread_sizes
         start, contexts = meter.device.mark(), cache.sizes
         taps, following, last = self._unread(state)
-        tokens, ends = self.drafter.chain(
-            taps, following, last, counts, cache, self.depth, meter.device.mark, self.confidence, state.active
+        mark = meter.device.mark
+        ids, scores, ends = self.drafter.chain(
+            taps, following, last, counts, cache, self.depth, mark, self.top_k, self.confidence, state.active
         )
         for level, end in enumerate(ends):
             self._record_level(meter, start, end, contexts, level, following.shape[1])
             start, contexts = end, cache.sizes
-        return Rows.chain(torch.cat([state.last[:, None], tokens], 1), state.cache.lengths)
+        if scores is None:
+            return Rows.chain(torch.cat([state.last[:, None], ids[..., 0]], 1), state.cache.lengths)
+        if self.synthetic is not None:  # have the chain, along which acceptance is drawn, in full
+            scores = F.pad(scores[..., 1:], (1, 0))
+        scores = scores + F.pad(scores[:, :-1, :1].cumsum(1), (0, 0, 1, 0))  # of the chain before
+        parents = self._chain_parents[: ids[0].numel()].expand(len(ids), -1)
+        return self._tree(state, ids.flatten(1), scores.flatten(1), parents, len(ends))
 
     def _draft_tree(self, state: Eagle3State, meter: Meter) -> Rows:
         """The last committed token as the root, and below it the `tokens` likeliest nodes of a beam search."""
-        drafter, cache, k = self.drafter, state.draft_cache, self.top_k
+        drafter, cache, k, width = self.drafter, state.draft_cache, self.top_k, self.beam
         start, contexts = meter.device.mark(), cache.sizes
         taps, following, last = self._unread(state)
         features = drafter.extend(taps, following, cache)[cache.sequence, last[:, None]]
@@ -179,7 +195,7 @@ class Eagle3:
             first = sum(found.shape[1] for found, _, _ in candidates)
             candidates.append((ids, scores, parents))
             if level + 1 < self.depth:
-                beam_scores, best = scores.topk(k)
+                beam_scores, best = scores.topk(width)
                 beam, came_from = first + best, best // k
                 visible = visible[sequence, came_from] | self._own[level]
                 inherited = features[sequence, came_from]
@@ -188,10 +204,18 @@ class Eagle3:
                 start, contexts = end, cache.sizes
                 features = drafter.expand(ids.gather(1, best), inherited, cache, level, visible)
         ids, scores, parents = (torch.cat(parts, 1) for parts in zip(*candidates, strict=True))
-        drafts, parents = rerank(ids, scores, parents, self.tokens)
-        rows = tree_rows(torch.cat([state.last[:, None], drafts], 1), state.cache.lengths, parents, self.depth)
+        rows = self._tree(state, ids, scores, parents, self.depth)
         self._record_level(meter, start, meter.device.mark(), contexts, self.depth - 1, following.shape[1])
         return rows
+
+    def _tree(self, state: Eagle3State, ids: Tensor, scores: Tensor, parents: Tensor, depth: int) -> Rows:
+        """The best of candidates [B, N] of `depth` levels, below the last committed token."""
+        tokens, lengths = min(self.tokens, ids.shape[1]), state.cache.lengths
+        if ids.device.type == "cpu" and cpu.available():
+            picked = cpu.tree_rows(state.last, lengths, ids, scores, parents, tokens)
+            return Rows(*picked)
+        drafts, parents = rerank(ids, scores, parents, tokens)
+        return tree_rows(torch.cat([state.last[:, None], drafts], 1), lengths, parents, depth)
 
     def _unread(self, state: Eagle3State) -> tuple[list[Tensor], Tensor, Tensor]:
         """The pairs that the last step left, as many of each sequence as the longest has, and where each ends [B]."""
@@ -211,7 +235,7 @@ class Eagle3:
         if level == 0:
             self._record(meter, start, end, unread, contexts, unread * (unread + 1) // 2, wanted=batch, fused=True)
         else:
-            k = self.top_k
+            k = self.beam
             self._record(meter, start, end, k, contexts, k * level, wanted=batch * k, fused=False)
 
     def _record(

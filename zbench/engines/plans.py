@@ -94,11 +94,12 @@ def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     """`depth` drafter forwards one after another, then one verify of a chain or a tree."""
     drafter = _eagle3_drafter(options["drafter"], target)
     depth, k = options["depth"], options["top_k"]
-    tokens = eagle3_tokens(depth, k, options["tokens"], drafter.draft_vocab)
+    beam = options.get("beam") or k
+    tokens = eagle3_tokens(depth, k, options["tokens"], drafter.draft_vocab, beam)
 
     def level(index: int) -> Forward:
         # Level 0 reads what was committed, at most a whole path, as here; each later one the beam of the level before.
-        rows, pairs, wanted = (depth + 1, causal_pairs(depth + 1), 1) if index == 0 else (k, k * index, k)
+        rows, pairs, wanted = (depth + 1, causal_pairs(depth + 1), 1) if index == 0 else (beam, beam * index, beam)
 
         def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:  # every rank has it whole
             return drafter.cost(rows, contexts, wanted * len(contexts), pairs, index == 0, itemsize)
@@ -108,22 +109,25 @@ def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     rows = 1 + tokens
     # A node sees its ancestors and itself. Where the nodes of a tree stand depends on the text.
     pairs = causal_pairs(rows) if k == 1 else 1 + tokens + round(tokens * (depth + 1) / 2)
-    notes = () if k == 1 else ("the nodes of a tree are taken to be spread evenly over its levels",)
+    notes: tuple[str, ...] = () if k == 1 else ("the nodes of a tree are taken to be spread evenly over its levels",)
     if options.get("confidence"):
-        notes = ("chains are taken to be drafted to their full depth, though a confidence ends some sooner",)
+        notes += ("drafts are taken to have all their levels, though a confidence ends some sooner",)
     verify = on_target(target, "verify", rows, pairs, rows)
     return Plan((*(level(index) for index in range(depth)), verify), depth, notes=notes)
 
 
-def eagle3_tokens(depth: int, top_k: int, tokens: int | None, draft_vocab: int) -> int:
+def eagle3_tokens(depth: int, top_k: int, tokens: int | None, draft_vocab: int, beam: int | None = None) -> int:
     """Tokens that EAGLE-3 drafts per step; None is a whole chain, or the best 4 x depth nodes of a tree.
 
     Raises UserError for a setting that cannot be.
     """
-    candidates = top_k + (depth - 1) * top_k**2
+    beam = top_k if beam is None else beam
+    candidates = top_k + (depth - 1) * beam * top_k
     tokens = min(candidates, depth * (4 if top_k > 1 else 1)) if tokens is None else tokens
     if depth < 1 or not 1 <= top_k <= draft_vocab:
         raise UserError(f"eagle3: depth {depth} and top_k {top_k} must be positive, top_k within the draft vocabulary")
+    if not 1 <= beam <= top_k:
+        raise UserError(f"eagle3: a beam of {beam} does not fit the {top_k} tokens that top_k finds after each node")
     if not depth <= tokens <= candidates:
         raise UserError(f"eagle3: depth {depth} with top_k {top_k} drafts {depth} to {candidates} tokens, not {tokens}")
     return tokens

@@ -33,7 +33,7 @@ def kernels(device: torch.device) -> dict[str, str]:
     if label == "triton":
         label = "triton (torch with top_k or top_p)"
     elif device.type == "cpu" and cpu.available():
-        label = f"native for greedy chains, else {label}"
+        label = f"native where greedy, else {label}"
     return {"verify": label}
 
 
@@ -82,6 +82,8 @@ def verify_tree(
     children, siblings are chosen outright and tried in row order; another row without a parent (-1) is padding.
     index as in `verify_chain`. With `synthetic`, acceptance is drawn along first children, as far as they reach.
     """
+    if sampler.sampling.greedy and synthetic is None and cpu.can_verify(logits):
+        return Verdict(*cpu.verify_tree(logits, ids, parents))
     first = on_device(index, ids.device)
     forced = None if synthetic is None else _synthetic_count(synthetic, sampler, first)
     return _verify(logits, Drafts(ids, parents, forced=forced), sampler, first)

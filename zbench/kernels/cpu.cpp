@@ -10,6 +10,7 @@
 // Written with the compiler's vector extensions; intrinsics only for what they cannot say: a fused multiply-add that
 // is fused everywhere alike (the build forbids the compiler to contract on its own), and AVX512-BF16's dot product.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -18,6 +19,7 @@
 #include <omp.h>
 #include <sched.h>
 #include <utility>
+#include <vector>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -37,7 +39,7 @@ constexpr bool DOT = true;
 #else
 constexpr bool DOT = false;
 #endif
-constexpr int STREAMED = 4;   // the most rows whose arithmetic hides behind reading their weights
+constexpr int STREAMED = 5;   // the most rows whose arithmetic hides behind reading their weights
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -526,10 +528,11 @@ static void dots_lanes(int lanes, const act_t<W>* q, const W* keys, int64_t pane
     for (; j < panels; j++) dots<MR, 1>(q, keys + j * P * d, d, scores + j * TILE);
 }
 
-// out[m] = sum_t weights[m][t] values[t] / sums[m] for MR lanes and CH vectors of the head size.
+// out[m] = sum_t weights[m][t] values[t] / sum_t weights[m][t] for MR lanes and CH vectors of the head size.
 template <int MR, int CH, class W>
-INLINE void mix(const float* weights, const W* values, int64_t count, int d, const float* sums, float* const* out) {
+INLINE void mix(const float* weights, const W* values, int64_t count, int d, float* const* out) {
     vf acc[MR * CH];
+    float sums[MR] = {};
     unrolled<MR * CH>(EACH(i) { acc[i] = vf{}; });
     for (int64_t t = 0; t < count; t++, values += d) {
         const float* w = weights + t / P * TILE + t % P;
@@ -537,6 +540,7 @@ INLINE void mix(const float* weights, const W* values, int64_t count, int d, con
         unrolled<CH>(EACH(c) { v[c] = load_wide(values + c * VL); });
         unrolled<MR>(EACH(m) {
             vf x = splat(w[m * P]);
+            sums[m] += w[m * P];
             unrolled<CH>(EACH(c) { acc[m * CH + c] = fma(v[c], x, acc[m * CH + c]); });
         });
     }
@@ -550,16 +554,11 @@ static void mix_lanes(int lanes, const float* weights, const W* values, int64_t 
         if constexpr (MR > 1) mix_lanes<MR - 1>(lanes, weights, values, count, d, out);
         return;
     }
-    float sums[MR] = {};
-    for (int64_t t = 0; t < count; t++) {
-        const float* w = weights + t / P * TILE + t % P;
-        unrolled<MR>(EACH(m) { sums[m] += w[m * P]; });
-    }
     for (int c = 0; c < d;) {
         float* at[MR];
         for (int m = 0; m < MR; m++) at[m] = out[m] + c;
-        if (d - c >= CH * VL) { mix<MR, CH>(weights, values + c, count, d, sums, at); c += CH * VL; }
-        else { mix<MR, 1>(weights, values + c, count, d, sums, at); c += VL; }
+        if (d - c >= CH * VL) { mix<MR, CH>(weights, values + c, count, d, at); c += CH * VL; }
+        else { mix<MR, 1>(weights, values + c, count, d, at); c += VL; }
     }
 }
 
@@ -761,7 +760,7 @@ struct Context {
     }
 };
 
-// Sections end at barriers, so that the first thread's clock is everyone's.
+// Sections end at barriers, so that the first thread's clock is everyone's, or where every thread does the same.
 static void stamp(int64_t*& times) {
     if (times) *times++ = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -798,10 +797,14 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
     float* qkv = space.take<float>((int64_t)M * QKV);
     float* mixed = space.take<float>((int64_t)M * H * d);
     // The last tile may be only partly filled.
-    A* act = space.take<A>((int64_t)(M + TALL) * (D > H * d ? D : H * d));
+    // Few rows are normalised by every thread for itself: sharing them had each wait for cache lines of the others twice,
+    // those that it read and those that they had written.
+    const bool alone = M <= TALL;
+    const int64_t inputs = (int64_t)(M + TALL) * (D > H * d ? D : H * d);
+    A* act = space.take<A>(inputs * (alone ? threads : 1));
     A* hidden = space.take<A>((int64_t)(M + TALL) * F);
     const int tall = height(M);
-    const Acts<W> normed{act, D, tall}, attended{act, H * d, tall}, gated{hidden, F, tall};
+    const Acts<W> attended{act, H * d, tall}, gated{hidden, F, tall};
     int64_t columns = 0;
     if (batch.adapter) for (int l = 0; l < model.layers; l++)
         for (const zb_low_rank* low : {batch.adapter->qkv, batch.adapter->out, batch.adapter->gate_up, batch.adapter->down})
@@ -823,7 +826,14 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
     {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();
         const int m0 = (int)((int64_t)M * t / n), m1 = (int)((int64_t)M * (t + 1) / n);
+        auto residual_row = [&](int m) { return residual + (int64_t)m * D; };
         auto done = [&] { team.wait(n); if (t == 0) stamp(times); };
+        const Acts<W> normed{act + (alone ? t * inputs : 0), D, tall};
+        auto normal = [&](const float* weight) {
+            normalise(residual_row, weight, eps, D, normed, M, alone ? 0 : t, alone ? 1 : n);
+            if (!alone) done();
+            else if (t == 0) stamp(times);
+        };
         if (batch.context) context.read(t, n, team, done);
         int capture = 0;
         for (int m = m0; m < m1; m++) {
@@ -842,7 +852,6 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
         auto adapted = [&](const void* w, const zb_low_rank* low, const Acts<W>& x) {
             return adapt<W>(w, low, x, between, batch.masks, M, t, n, team);
         };
-        auto residual_row = [&](int m) { return residual + (int64_t)m * D; };
         done();
         for (int l = 0; l <= model.layers; l++) {
             // Rows m0..m1 of the residual are complete here: the barrier below the down projection saw to that.
@@ -856,8 +865,7 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
             const int64_t cached = (int64_t)l * B * G * S * d;
             const Attention<W> attention{B, R, H, G, d, S, (W*)batch.keys + cached, (W*)batch.values + cached, qkv};
 
-            normalise(residual_row, layer.attention_norm, eps, D, normed, M, t, n);
-            done();
+            normal(layer.attention_norm);
             project<1>(adapted(layer.qkv, low ? low->qkv + l : nullptr, normed), normed, M, QKV, t, n, Assign{qkv, QKV, QKV, layer.qkv_bias});
             done();
             attention.store(cosine, sine, layer.q_norm, layer.k_norm, eps, [&](int m) { return batch.lengths[m / R] + m % R; }, t, n);
@@ -867,8 +875,7 @@ static int64_t forward(const zb_model& model, const zb_batch& batch) {
             done();
             project<1>(adapted(layer.out, low ? low->out + l : nullptr, attended), attended, M, D, t, n, Accumulate{residual, D, layer.out_bias});
             done();
-            normalise(residual_row, layer.mlp_norm, eps, D, normed, M, t, n);
-            done();
+            normal(layer.mlp_norm);
             project<2>(adapted(layer.gate_up, low ? low->gate_up + l : nullptr, normed), normed, M, 2 * F, t, n, Gate<W>{gated, layer.gate_up_bias});
             done();
             project<1>(adapted(layer.down, low ? low->down + l : nullptr, gated), gated, M, D, t, n, Accumulate{residual, D, layer.down_bias});
@@ -1000,6 +1007,52 @@ void zb_verify_chain(const float* logits, int64_t ld, const int64_t* drafts, int
     }
 }
 
+// Greedy verification of trees: ids and parents [B, R], row 0 the last committed token, parents first; a row without a
+// parent (-1) is padding. logits [B, R, V], `ld` apart from sequence to sequence; of siblings with one token the first counts.
+// Found as above, of which only the rows on the accepted path are looked at.
+void zb_verify_tree(const float* logits, int64_t ld, const int64_t* ids, const int64_t* parents, int64_t B, int64_t R, int64_t V,
+                    int64_t* found) {
+    for (int64_t b = 0; b < B; b++, logits += ld, ids += R, parents += R, found += 2 * R + 2) {
+        int64_t *kept = found, *tokens = kept + R, *counts = tokens + R, row = 0, path = 0;
+        for (int64_t i = 0; i < R; i++) kept[i] = tokens[i] = -1;
+        while (row >= 0) {
+            const int64_t next = first_largest(logits + row * V, V), at = row;
+            kept[path] = at;
+            tokens[path++] = counts[1] = next;
+            row = -1;
+            for (int64_t i = at + 1; i < R && row < 0; i++)
+                if (parents[i] == at && ids[i] == next) row = i;
+        }
+        counts[0] = path;
+    }
+}
+
+// The T best of N candidates of a draft as the rows of a forward, after row 0, `last`. candidates, scores, above [B, N]: `above`
+// is the number of the candidate that one follows, -1 for row 0, and is smaller than its own. Of equal scores the earlier goes
+// first; no candidate scores higher than the one it follows, which is thus among the best too. Rows keep the candidates' order.
+// Out: ids, positions, parents [B, 1 + T] and visible [B, 1 + T, 1 + T].
+void zb_tree_rows(const int64_t* last, const int64_t* lengths, const int64_t* candidates, const float* scores, const int64_t* above,
+                  int64_t B, int64_t N, int64_t T, int64_t* ids, int64_t* positions, int64_t* parents, uint8_t* visible) {
+    const int64_t R = T + 1;
+    std::vector<int64_t> order(N), row_of(N);
+    memset(visible, 0, B * R * R);
+    for (int64_t b = 0; b < B; b++, candidates += N, scores += N, above += N, ids += R, positions += R, parents += R, visible += R * R) {
+        for (int64_t i = 0; i < N; i++) order[i] = i;
+        auto worth = [&](int64_t i) { return scores[i] == scores[i] ? scores[i] : -INFINITY; };  // a NaN would not be ordered
+        auto before = [&](int64_t i, int64_t j) { return worth(i) != worth(j) ? worth(i) > worth(j) : i < j; };
+        std::nth_element(order.begin(), order.begin() + (T < N ? T : N - 1), order.end(), before);
+        std::sort(order.begin(), order.begin() + T);
+        std::fill(row_of.begin(), row_of.end(), 0);
+        ids[0] = last[b]; positions[0] = lengths[b]; parents[0] = -1; visible[0] = 1;
+        for (int64_t r = 1; r < R; r++) {
+            const int64_t i = order[r - 1], from = above[i] < 0 ? 0 : row_of[above[i]];
+            row_of[i] = r; ids[r] = candidates[i]; positions[r] = positions[from] + 1; parents[r] = from;
+            memcpy(visible + r * R, visible + from * R, R);
+            visible[r * R + r] = 1;
+        }
+    }
+}
+
 // Streams `count` floats `passes` times with every thread and returns the sum of what was read: the read-bandwidth
 // roof, and the caches' where a thread's share of the floats fits into one. A thread follows 8 streams with prefetches, as
 // a projection does with its panels, or one that it leaves to the hardware's prefetchers, as one of few rows does: which is
@@ -1035,7 +1088,9 @@ struct zb_draft {
     void *keys, *values;           // [B,kv,S/16,d,16] and [B,kv,S,d]: committed pairs, then what is under way
     float* features;               // [B,R,D]: a node's parent's, then the rows' own
     const int64_t* last;           // [B]: the row that the chain follows; null without one
-    int64_t* tokens;               // [B,chain], of the target
+    int64_t* tokens;               // [B,chain,top_k], of the target, the likeliest first; the chain goes on from that
+    float* scores;                 // [B,chain,top_k]: the log of their chance after what precedes; or null
+    int64_t top_k;
     double confidence;             // no level follows where every chain's chance of holding so far is less
     const uint8_t* active;         // [B]: whose chains count for that; null: all
     int64_t* levels;               // how many there were
@@ -1053,9 +1108,11 @@ static void normalise(float* x, const float* weight, float eps, int n) {
 // The chance that softmax(x) gives to its largest entry.
 static float chance(const float* x, float largest, int n) {
     vf sum{};
-    for (int i = 0; i < n; i += VL) sum += vexp(load(x + i) - largest);
+    int i = 0;
+    for (; i + VL <= n; i += VL) sum += vexp(load(x + i) - largest);
     float all = 0;
     for (int l = 0; l < VL; l++) all += sum[l];
+    for (; i < n; i++) all += vexp(splat(x[i] - largest))[0];
     return 1.0f / all;
 }
 
@@ -1174,9 +1231,21 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
             if (chain) project<1>(Matrix<W>{(const W*)model.head}, asking, B, V, t, n, Assign{logits, V, V, nullptr});
             done();
             for (int b = B * t / n; b < B * (t + 1) / n && chain; b++) {
-                const int64_t best = first_largest(logits + (int64_t)b * V, V);
-                next[b] = batch.tokens[(int64_t)b * chain + level] = model.target_ids ? model.target_ids[best] : best;
-                if (batch.confidence > 0) chances[b] *= chance(logits + (int64_t)b * V, logits[(int64_t)b * V + best], V);
+                float* of = logits + (int64_t)b * V;
+                const int64_t out = ((int64_t)b * chain + level) * batch.top_k;
+                float top = 0, share = 0;  // the largest logit and its chance
+                for (int64_t k = 0; k < batch.top_k; k++) {
+                    const int64_t best = first_largest(of, V);
+                    if (k == 0) {
+                        top = of[best];
+                        if (batch.confidence > 0 || batch.scores) share = chance(of, top, V);
+                    }
+                    batch.tokens[out + k] = model.target_ids ? model.target_ids[best] : best;
+                    if (batch.scores) batch.scores[out + k] = of[best] - top + logf(share);
+                    of[best] = -INFINITY;
+                }
+                next[b] = batch.tokens[out];
+                chances[b] *= share;
                 if (first) memcpy(carried + (int64_t)b * D, row(b), D * 4);
             }
             if (t == 0) *batch.levels = level + 1;

@@ -122,7 +122,8 @@ class _Draft(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "rows", "capacity", "before", "chain", "threads")),
         *((name, ctypes.c_void_p) for name in ("ids", "lengths")),
         ("taps", ctypes.POINTER(ctypes.c_void_p)),
-        *((name, ctypes.c_void_p) for name in ("visible", "keys", "values", "features", "last", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("visible", "keys", "values", "features", "last", "tokens", "scores")),
+        ("top_k", ctypes.c_int64),
         ("confidence", ctypes.c_double),
         ("active", ctypes.c_void_p),
         ("levels", ctypes.POINTER(ctypes.c_int64)),
@@ -212,6 +213,8 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_commit.restype = None
         library.zb_argmax.restype = None
         library.zb_verify_chain.restype = None
+        library.zb_verify_tree.restype = None
+        library.zb_tree_rows.restype = None
         library.zb_read_sum.restype = ctypes.c_float
         library.zb_instruction_set.restype = ctypes.c_char_p
         library.zb_key_unit.restype = ctypes.c_int64
@@ -358,7 +361,7 @@ def argmax(x: Tensor) -> Tensor:
 
 
 def can_verify(logits: Tensor) -> bool:
-    """Whether `verify_chain` takes these logits [B, R, V]."""
+    """Whether `verify_chain` and `verify_tree` take these logits [B, R, V]."""
     whole = (
         logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.stride()[1:] == (logits.shape[2], 1)
     )
@@ -383,6 +386,39 @@ def verify_chain(
         ctypes.c_void_p(found.data_ptr()),
     )
     return found[:, :count], found[:, -2], found[:, count:-2], found[:, -1]
+
+
+def verify_tree(logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Greedy `engines.verify.verify_tree`, logits [B, R, V], ids and parents [B, R], in one call."""
+    batch, count, vocab = logits.shape
+    ids, parents = ids.contiguous(), parents.contiguous()
+    found = torch.empty(batch, 2 * count + 2, dtype=torch.int64)
+    _library().zb_verify_tree(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.stride(0)),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (ids, parents)),
+        *(ctypes.c_int64(n) for n in (batch, count, vocab)),
+        ctypes.c_void_p(found.data_ptr()),
+    )
+    return found[:, :count], found[:, -2], found[:, count:-2], found[:, -1]
+
+
+def tree_rows(
+    last: Tensor, lengths: Tensor, ids: Tensor, scores: Tensor, parents: Tensor, tokens: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`engines.eagle3.rerank` and `tree_rows` in one call: ids, scores (float32) and parents [B, N] of candidates, last
+    and lengths [B] -> ids, positions, parents [B, 1 + tokens] and visible [B, 1 + tokens, 1 + tokens]."""
+    batch, count = ids.shape
+    rows = 1 + tokens
+    given = [x.contiguous() for x in (last, lengths, ids, scores, parents)]
+    out = torch.empty(3, batch, rows, dtype=torch.int64)
+    visible = torch.empty(batch, rows, rows, dtype=torch.bool)
+    _library().zb_tree_rows(
+        *(ctypes.c_void_p(x.data_ptr()) for x in given),
+        *(ctypes.c_int64(n) for n in (batch, count, tokens)),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (*out, visible)),
+    )
+    return out[0], out[1], out[2], visible
 
 
 def read_sum(x: Tensor, passes: int = 1, streams: int = 8) -> float:
@@ -708,21 +744,26 @@ class Drafter(_Packed):
         keys: Tensor,
         values: Tensor,
         depth: int,
+        top_k: int = 1,
         confidence: float = 0.0,
         active: Sequence[bool] = (),
-    ) -> tuple[Tensor, list[int]]:
+    ) -> tuple[Tensor, Tensor | None, list[int]]:
         """Read pairs, of which last[b] is sequence b's last one, and draft a chain from there: `depth` levels, or fewer
         where the drafts so far of no sequence, or of no `active` one, have at least the chance `confidence` by the
         drafter.
 
-        Returns the target's ids [B, levels] of the likeliest tokens and when each level was done, ns of
+        Returns the target's ids [B, levels, top_k] of the likeliest tokens, of which the first goes on; with top_k > 1
+        the logs of their chances after what precedes, alike; and when each level was done, ns of
         `time.perf_counter_ns`."""
-        tokens = torch.empty(len(ids), depth, dtype=torch.int64)
+        tokens = torch.empty(len(ids), depth, top_k, dtype=torch.int64)
+        scores = torch.empty(tokens.shape) if top_k > 1 else None
         features = torch.empty(*ids.shape, self.config.layer.width)
         say = torch.tensor(active, dtype=torch.uint8) if active else None
         place = (lengths, keys, values, features)
-        ends = self._call(ids, *place, taps=taps, last=last, tokens=tokens, confidence=confidence, active=say)
-        return tokens[:, : len(ends)], ends
+        ends = self._call(
+            ids, *place, taps=taps, last=last, tokens=tokens, scores=scores, confidence=confidence, active=say
+        )
+        return tokens[:, : len(ends)], None if scores is None else scores[:, : len(ends)], ends
 
     def _call(
         self,
@@ -736,6 +777,7 @@ class Drafter(_Packed):
         visible: Tensor | None = None,
         last: Tensor | None = None,
         tokens: Tensor | None = None,
+        scores: Tensor | None = None,
         confidence: float = 0.0,
         active: Tensor | None = None,
     ) -> list[int]:
@@ -753,7 +795,8 @@ class Drafter(_Packed):
             pointers if taps else None,
             None if visible is None else visible.data_ptr(),
             *(t.data_ptr() for t in (keys, values, features)),
-            *(None if t is None else t.data_ptr() for t in (last, tokens)),
+            *(None if t is None else t.data_ptr() for t in (last, tokens, scores)),
+            1 if tokens is None else tokens.shape[2],
             confidence,
             None if active is None else active.data_ptr(),
             ctypes.pointer(levels),

@@ -374,25 +374,27 @@ class Eagle3Drafter:
         cache: DraftCache,
         depth: int,
         mark: Callable[[], Mark],
+        top_k: int = 1,
         confidence: float = 0.0,
         active: Sequence[bool] = (),
-    ) -> tuple[Tensor, list[Mark]]:
+    ) -> tuple[Tensor, Tensor | None, list[Mark]]:
         """Read pairs as `extend` does, commit counts[b] of them, and draft a chain behind pair last[b]: `depth` levels,
         or fewer where no sequence's drafts so far have at least the chance `confidence` of being right, by the drafter.
         Sequences that are not `active`, where that is said, have no say in it.
 
-        Returns its tokens [B, levels], the target's ids, each the likeliest after the one before it, and a mark of the
-        device's at the end of each level. A chain of n needs n - 1 nodes. With a confidence every level waits for the
-        device.
+        Returns the target's ids [B, levels, top_k] of the likeliest tokens after the chain so far, which goes on from
+        the first; with top_k > 1 the logs of their chances [B, levels, top_k], else None; and a mark of the device's at
+        the end of each level. A chain of n needs n - 1 nodes. With a confidence every level waits for the device.
         """
         if self.native:
             place = (cache.lengths, cache.keys, cache.values)
-            tokens, ends = self.native.draft(_floats(taps), ids, last, *place, depth, confidence, active)
+            drafted = self.native.draft(_floats(taps), ids, last, *place, depth, top_k, confidence, active)
             cache.extend(counts)
-            return tokens, ends
+            return drafted
         features = self.extend(taps, ids, cache)[cache.sequence, last[:, None]]
         cache.extend(counts)
         chain: list[Tensor] = []
+        scores: list[Tensor] = []
         marks: list[Mark] = []
         chances = torch.ones(len(ids), 1, device=ids.device)
         if confidence and not all(active):
@@ -402,13 +404,16 @@ class Eagle3Drafter:
                 break
             if level:
                 visible = (cache.slots[: cache.nodes] < level).view(1, 1, -1)
-                features = self.expand(chain[-1], features, cache, level - 1, visible)
+                features = self.expand(chain[-1][..., 0], features, cache, level - 1, visible)
             logits = self.logits(features)
-            chain.append(self.target_ids(logits.argmax(-1)))
+            best = logits.topk(top_k) if top_k > 1 else logits.max(-1, keepdim=True)
+            chain.append(self.target_ids(best.indices))
+            if top_k > 1:
+                scores.append(best.values - logits.logsumexp(-1, keepdim=True))
             if confidence:
                 chances = chances * logits.softmax(-1).amax(-1)
             marks.append(mark())
-        return torch.cat(chain, 1), marks
+        return torch.cat(chain, 1), torch.cat(scores, 1) if scores else None, marks
 
     def target_ids(self, ids: Tensor) -> Tensor:
         """Draft token ids of any shape -> the target's ids."""
