@@ -230,7 +230,7 @@ def test_caches_after_acceptance_equal_a_fresh_prefill(options: dict[str, Any], 
 def published_tree(
     model: Transformer, drafter: Eagle3Drafter, tokens: list[int], depth: int, k: int, kept: int, width: int
 ) -> set:
-    """EAGLE-2's dynamic tree as paths; its `width` is k there. Each node's log-probabilities from a draft of its own."""
+    """EAGLE-2's dynamic tree as paths; `width` is k there. A node's log-probabilities are from a draft of its own."""
 
     def children(path: tuple[int, ...]) -> list[tuple[float, int]]:
         _, cache, feature = fresh(model, drafter, tokens)
