@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -223,23 +224,39 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_whole_records(
     assert run.run(chosen, tmp_path / "out", QUIET, resume=folder).finished == 12
 
 
-def test_an_interrupted_run_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, count = run.measure, 0
+def interrupted_run(chosen: scenario.Scenario, out: Path, finished: int) -> run.Outcome:
+    """A run that somebody interrupts in the trial after so many."""
+    measure, begun = run.measure, itertools.count()
 
     def interrupted(*arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 5:
+        if next(begun) == finished:
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    chosen = wanted(tmp_path)
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(run, "measure", interrupted)
-        outcome = run.run(chosen, tmp_path / "out", QUIET)
+        return run.run(chosen, out, QUIET)
+
+
+def test_an_interrupted_run_keeps_what_was_finished(tmp_path: Path) -> None:
+    chosen = wanted(tmp_path)
+    outcome = interrupted_run(chosen, tmp_path / "out", 4)
     assert outcome.interrupted
     assert outcome.finished == len(keys(outcome.folder)) == 4
     assert run.run(chosen, tmp_path / "out", QUIET, resume=outcome.folder).finished == 12
+
+
+def test_an_interrupt_while_roofs_are_measured_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        assert len(list((tmp_path / "out").iterdir())) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(roofs, "load_or_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(wanted(tmp_path), tmp_path / "out", QUIET)
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.fixture
@@ -295,21 +312,9 @@ def test_samples_keep_their_distance_and_one_ends_the_run(
     assert [i for i, what in enumerate(sampled_roof) if what == "sample begins"] == [0, len(sampled_roof) - 2]
 
 
-def test_a_resumed_run_keeps_its_samples_and_takes_more(
-    tmp_path: Path, sampled_roof: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen, measure, count = wanted(tmp_path, "repeats=1"), run.measure, 0
-
-    def interrupted(*arguments: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "measure", interrupted)
-        folder = run.run(chosen, tmp_path / "out", QUIET).folder
+def test_a_resumed_run_keeps_its_samples_and_takes_more(tmp_path: Path, sampled_roof: list[str]) -> None:
+    chosen = wanted(tmp_path, "repeats=1")
+    folder = interrupted_run(chosen, tmp_path / "out", 2).folder
     kept = (folder / run.ROOFS).read_bytes()
     assert kept.count(b"\n") == 3
     (folder / run.ROOFS).write_bytes(kept + b'{"schema":1,"ta')  # torn

@@ -249,12 +249,15 @@ def _run(
         if resume is None:
             folder = new_folder(out, wanted.name)
             dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
-            measured = roofs.load_or_measure(device, dtypes, progress=say)
-            manifest = _manifest(wanted, points, snapshot, measured)
             try:
-                atomic_write(folder / MANIFEST, manifest.to_json())
-            except OSError as error:
-                raise UserError(f"cannot write {folder}: {error.strerror}") from error
+                measured = roofs.load_or_measure(device, dtypes, progress=say)
+                atomic_write(folder / MANIFEST, _manifest(wanted, points, snapshot, measured).to_json())
+            except BaseException as error:  # an interrupt too leaves no folder that nothing can be made of
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+                if isinstance(error, OSError):
+                    raise UserError(f"cannot write {folder}: {error.strerror}") from error
+                raise
         else:
             folder = resume
             finished = _finished(folder, wanted, points, snapshot)
