@@ -74,9 +74,6 @@ class Eagle3:
         # own[level, j] marks node j of a level among all nodes.
         self._own = torch.eye(self._nodes, dtype=torch.bool, device=model.device)
         self._own = self._own.view(depth - 1, beam, self._nodes)
-        # Of a chain with siblings: the candidate that each follows, the first of the level before.
-        self._chain_parents = (torch.arange(depth * top_k, device=model.device) // top_k - 1) * top_k
-        self._chain_parents.clamp_(min=-1)
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         return generate(self, prompts, request, meter)
@@ -111,11 +108,16 @@ class Eagle3:
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
             verdict = self._verify(out.logits, rows, state)
-            gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
+            said = torch.cat([verdict.counts[:, None], verdict.tokens, verdict.kept], 1)
+            gained = said.tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             taps = [out.hidden[tap] for tap in self.drafter.config.taps]
-            if rows.causal:  # what is kept are the first rows
+            first_kept = 1 + verdict.tokens.shape[1]
+            if rows.causal or all(
+                row[first_kept : first_kept + count] == list(range(count))
+                for row, count in zip(gained, counts, strict=True)
+            ):  # what is kept are the first rows, in their order
                 state.cache.extend(counts)
             else:
                 kept = verdict.kept[:, : self.depth + 1]
@@ -171,8 +173,11 @@ class Eagle3:
         if self.synthetic is not None:  # have the chain, along which acceptance is drawn, in full
             scores = F.pad(scores[..., 1:], (1, 0))
         scores = scores + F.pad(scores[:, :-1, :1].cumsum(1), (0, 0, 1, 0))  # of the chain before
-        parents = self._chain_parents[: ids[0].numel()].expand(len(ids), -1)
-        return self._tree(state, ids.flatten(1), scores.flatten(1), parents, len(ends))
+        # The chain first, so that its rows stay where they are when they are accepted; then the siblings.
+        ids, scores = (torch.cat([x[..., 0], x[..., 1:].flatten(1)], 1) for x in (ids, scores))
+        above = torch.arange(-1, len(ends) - 1, device=ids.device)
+        parents = torch.cat([above, above.repeat_interleave(self.top_k - 1)]).expand(len(ids), -1)
+        return self._tree(state, ids, scores, parents, len(ends))
 
     def _draft_tree(self, state: Eagle3State, meter: Meter) -> Rows:
         """The last committed token as the root, and below it the `tokens` likeliest nodes of a beam search."""
