@@ -313,6 +313,11 @@ class DFlashSpec(SpeculativeSpec):
     block: Annotated[int, Field(ge=2, le=64)] | None = Field(
         None, description="Tokens per block, the anchor included: block - 1 are drafted. null takes the checkpoint's."
     )
+    draft_vocab: Count | None = Field(
+        None,
+        description="Draft only tokens with ids below this, in BPE vocabularies the most frequent ones, by as many rows"
+        " of the target's head. null drafts any token.",
+    )
     draft_sampling: bool = Field(
         False,
         description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",

@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {},
     "eagle3": {"drafter": {"random": True, "vocab": 64}, "depth": 3, "synthetic": {"length": 4}},
     "dflash": {"drafter": {"random": True, "layers": 2}, "block": 5, "synthetic": {"length": 2.5}},
+    "dflash, few tokens": {"drafter": {"random": True}, "block": 4, "draft_vocab": 90, "synthetic": {"length": 2.5}},
     "diffusion": {"block_size": 4, "synthetic": {"length": 2.5}},
     "diffusion, two outcomes": {"block_size": 4, "proposals": 2, "outcomes": "uniform", "synthetic": {"length": 4}},
     "diffusion, few rows": {"block_size": 3, "proposals": 1, "outcomes": "prefix", "synthetic": {"length": 1}},

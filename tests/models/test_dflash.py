@@ -455,6 +455,34 @@ def test_a_reduced_vocabulary_drafts_the_target_ids_that_d2t_names(tmp_path: Pat
     assert full.isfinite().sum() == logits.numel()
 
 
+@pytest.mark.parametrize("family", ["smollm", "qwen2"])  # a tied head and one apart
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_draft_vocabulary_is_the_first_part_of_the_targets(family: str, execution: str) -> None:
+    target, whole = runtime(family, execution), wide_drafter(runtime(family, execution).config)
+    part = dflash.reduced(whole, dict(oracle(family).state_dict()), 90)
+    drafts = []
+    for checkpoint in (whole, part):
+        drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+        cache = drafter.new_cache(1, 32)
+        drafter.read(hidden_states(target, tokens(1, 6), checkpoint.config.taps), cache, [6])
+        drafts.append(drafter.draft(torch.tensor([5]), cache, BLOCK))
+    assert torch.equal(drafts[1].logits, drafts[0].logits[..., :90])
+    assert torch.equal(drafts[1].tokens, drafts[0].logits[..., :90].argmax(-1))
+    assert (drafts[0].tokens >= 90).any()
+    costs = [checkpoint.config.cost(3, BLOCK, [6], 4) for checkpoint in (whole, part)]
+    fewer = (target.config.vocab - 90) * target.config.width
+    assert costs[0].weight_bytes - costs[1].weight_bytes == 4 * fewer
+    assert costs[0].flops - costs[1].flops == 2 * (BLOCK - 1) * fewer
+
+
+def test_a_draft_vocabulary_that_cannot_be_is_refused_in_one_line() -> None:
+    tensors, whole = dict(oracle("qwen3").state_dict()), wide_drafter(TARGET)
+    with pytest.raises(UserError, match="draft_vocab 301 is not within the vocabulary of 300 tokens"):
+        dflash.reduced(whole, tensors, 301)
+    with pytest.raises(UserError, match="a head of its own"):
+        dflash.reduced(dflash.reduced(whole, tensors, 90), tensors, 80)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -149,6 +149,8 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
         checkpoint = dflash.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
     else:
         checkpoint = dflash.load_drafter(_drafter_folder(chosen, "dflash"), target.config, shared.allow_pickle)
+    if options["draft_vocab"]:
+        checkpoint = dflash.reduced(checkpoint, shared.model.tensors, options["draft_vocab"])
     block = options["block"] or checkpoint.config.block
     drawn = options["synthetic"]
     engine = DFlash(

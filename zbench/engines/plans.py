@@ -136,6 +136,7 @@ def eagle3_tokens(depth: int, top_k: int, tokens: int | None, draft_vocab: int, 
 def dflash(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
     """One drafter forward over a block of masks, then one verify of the block as a chain."""
     drafter = _dflash_drafter(options["drafter"], target)
+    drafter = drafter.reduced(options["draft_vocab"]) if options.get("draft_vocab") else drafter
     block = options["block"] or drafter.block
 
     def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:

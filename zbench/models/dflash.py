@@ -218,6 +218,17 @@ class Drafts:
     logits: Tensor  # [B, block - 1, draft vocabulary] float32
 
 
+def reduced(stored: DFlashCheckpoint, target: Mapping[str, Tensor], vocab: int) -> DFlashCheckpoint:
+    """The drafter with these first rows of its target's head, drafting only tokens with ids below `vocab`: in BPE
+    vocabularies the frequent ones, so that less is read (as in FR-Spec, Zhao et al. 2025, arXiv 2502.14856). `target`:
+    its tensors in Hugging Face's names, on the CPU. Raises UserError for a drafter with a head of its own.
+    """
+    config = stored.config.reduced(vocab)
+    head = target.get("lm_head.weight", target["model.embed_tokens.weight"])[:vocab]
+    same = torch.zeros(vocab, dtype=torch.int64)  # a token's id is the target's
+    return replace(stored, config=config, tensors={**stored.tensors, "lm_head.weight": head, "d2t": same})
+
+
 class DFlashDrafter:
     """A drafter on its target's device, in its dtype; it shares the target's embedding, and its head unless it has one.
 

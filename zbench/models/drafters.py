@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zbench.errors import UserError
 from zbench.models.config import ModelConfig
@@ -108,6 +108,14 @@ class DFlashConfig:
         )
         taps = dflash_taps(target.layers, min(layers, max(target.layers - 3, 1)))
         return cls(body, taps, target.vocab - 1, block)
+
+    def reduced(self, vocab: int) -> DFlashConfig:
+        """Of a drafter of tokens with ids below `vocab`, see `dflash.reduced`. Raises UserError where none can be."""
+        if self.own_head:
+            raise UserError("dflash: the drafter has a head of its own, which draft_vocab cannot reduce")
+        if not 1 <= vocab <= self.body.vocab:
+            raise UserError(f"dflash: draft_vocab {vocab} is not within the vocabulary of {self.body.vocab} tokens")
+        return replace(self, own_head=True, body=replace(self.body, vocab=vocab))
 
     def cost(self, read: int, block: int, contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
         """Of reading `read` new tokens per sequence, then drafting a block (0: none) after contexts[b] tokens. Every
