@@ -39,7 +39,8 @@ constexpr bool DOT = true;
 #else
 constexpr bool DOT = false;
 #endif
-constexpr int STREAMED = 5;   // the most rows whose arithmetic hides behind reading their weights
+constexpr int STREAMED = 4;   // the most rows for which the hardware alone fetches weights in time
+constexpr int AHEAD = 8192;   // bytes; half as far is far slower
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -179,19 +180,12 @@ INLINE void add_products(__m512bh w, const bf16* pair, vf& to) {  // to += w . t
 
 template <int NP, int MR, int FROM = 0, int COUNT = NP>
 INLINE void dot(const bf16* w, const bf16* x, int height, int K, vf* acc) {
-    for (int k = 0; k < K; k += 2, x += 2 * height) {
-        __m512bh wv[COUNT];
-        unrolled<COUNT>(EACH(p) {
-            wv[p] = (__m512bh)_mm512_loadu_si512(w + ((int64_t)p * K + k) * P);
-            // The arithmetic of many rows hides the way from memory only if the next panels are on it already.
-            if (MR > STREAMED) _mm_prefetch((const char*)(w + ((int64_t)(NP + p) * K + k) * P), _MM_HINT_T1);
-        });
-        unrolled<MR>(EACH(m) {
-            if constexpr (COUNT == 1) { add_products(wv[0], x + 2 * m, acc[m * NP + FROM]); return; }
-            int32_t pair; memcpy(&pair, x + 2 * m, 4);
-            __m512bh xv = (__m512bh)_mm512_set1_epi32(pair);
-            unrolled<COUNT>(EACH(p) { vf& to = acc[m * NP + FROM + p]; to = (vf)_mm512_dpbf16_ps((__m512)to, wv[p], xv); });
-        });
+    static_assert(COUNT == 1, "see panels()");
+    for (int k = 0; k < K; k += 2, w += 2 * P, x += 2 * height) {
+        const __m512bh wv = (__m512bh)_mm512_loadu_si512(w);
+        // The arithmetic of many rows hides the way from memory only if what follows is on it already.
+        if (MR > STREAMED) _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T1);
+        unrolled<MR>(EACH(m) { add_products(wv, x + 2 * m, acc[m * NP + FROM]); });
     }
 }
 #else
@@ -243,10 +237,10 @@ static __attribute__((noinline)) void tile(const Matrix<W>& by, const Acts<W>& x
 
 // Panels per tile for MR rows: as many accumulators as the register file holds (16 registers with AVX, 32 with AVX512).
 // Tall tiles read each weight once for all their rows, so that memory streams while the arithmetic runs. With the dot
-// product few rows are bound by memory alone, and one panel after another is one stream for the prefetchers.
+// product memory binds, or nearly, and one panel after another is one stream for the prefetchers.
 template <int MR, class W> constexpr int panels() {
     if (!WIDE) return MR == 1 ? 4 : MR == 2 ? 2 : 1;
-    if (MR <= STREAMED && Acts<W>::U == 2) return 1;
+    if (Acts<W>::U == 2) return 1;
     return MR == 1 ? 8 : MR <= 6 ? 4 : MR <= 12 ? 2 : 1;
 }
 constexpr int TALL = WIDE ? 16 : 5;
