@@ -5,6 +5,7 @@ Li et al. 2025, arXiv 2503.01840; the dynamic tree is EAGLE-2's (arXiv 2406.1685
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -172,12 +173,9 @@ class Eagle3:
             return Rows.chain(torch.cat([state.last[:, None], ids[..., 0]], 1), state.cache.lengths)
         if self.synthetic is not None:  # have the chain, along which acceptance is drawn, in full
             scores = F.pad(scores[..., 1:], (1, 0))
-        scores = scores + F.pad(scores[:, :-1, :1].cumsum(1), (0, 0, 1, 0))  # of the chain before
-        # The chain first, so that its rows stay where they are when they are accepted; then the siblings.
-        ids, scores = (torch.cat([x[..., 0], x[..., 1:].flatten(1)], 1) for x in (ids, scores))
-        above = torch.arange(-1, len(ends) - 1, device=ids.device)
-        parents = torch.cat([above, above.repeat_interleave(self.top_k - 1)]).expand(len(ids), -1)
-        return self._tree(state, ids, scores, parents, len(ends))
+        order, parents = _chain_first(len(ends), self.top_k, ids.device)
+        ids, scores = ids.flatten(1)[:, order], scores.flatten(1)[:, order]
+        return self._tree(state, ids, scores, parents.expand(ids.shape), len(ends))
 
     def _draft_tree(self, state: Eagle3State, meter: Meter) -> Rows:
         """The last committed token as the root, and below it the `tokens` likeliest nodes of a beam search."""
@@ -249,6 +247,17 @@ class Eagle3:
         """A forward of the drafter, with the choice of tokens that follows it."""
         cost = partial(self.drafter.cost, rows, contexts, wanted, pairs, fused)
         meter.add_forward("draft", rows, contexts, cost, start, end, "drafter")
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _chain_first(levels: int, top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of a chain with siblings, [levels, top_k] flattened: an order in which the chain comes first, so that its rows
+    stay where they are when they are accepted, and which candidate, in that order, each one then follows."""
+    above = torch.arange(-1, levels - 1, device=device)
+    places = torch.arange(levels * top_k, device=device).view(levels, top_k)
+    order = torch.cat([places[:, 0], places[:, 1:].flatten()])
+    return order, torch.cat([above, above.repeat_interleave(top_k - 1)])
 
 
 def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -1083,7 +1083,7 @@ struct zb_draft {
     float* features;               // [B,R,D]: a node's parent's, then the rows' own
     const int64_t* last;           // [B]: the row that the chain follows; null without one
     int64_t* tokens;               // [B,chain,top_k], of the target, the likeliest first; the chain goes on from that
-    float* scores;                 // [B,chain,top_k]: the log of their chance after what precedes; or null
+    float* scores;                 // [B,chain,top_k]: the log of the chance of the chain up to there and of each; or null
     int64_t top_k;
     double confidence;             // no level follows where every chain's chance of holding so far is less
     const uint8_t* active;         // [B]: whose chains count for that; null: all
@@ -1235,7 +1235,7 @@ static int64_t draft(const zb_drafter& model, const zb_draft& batch) {
                         if (batch.confidence > 0 || batch.scores) share = chance(of, top, V);
                     }
                     batch.tokens[out + k] = model.target_ids ? model.target_ids[best] : best;
-                    if (batch.scores) batch.scores[out + k] = of[best] - top + logf(share);
+                    if (batch.scores) batch.scores[out + k] = of[best] - top + logf(share * chances[b]);
                     of[best] = -INFINITY;
                 }
                 next[b] = batch.tokens[out];

@@ -753,7 +753,7 @@ class Drafter(_Packed):
         drafter.
 
         Returns the target's ids [B, levels, top_k] of the likeliest tokens, of which the first goes on; with top_k > 1
-        the logs of their chances after what precedes, alike; and when each level was done, ns of
+        the logs of the chances of the chain up to there and of each, alike; and when each level was done, ns of
         `time.perf_counter_ns`."""
         tokens = torch.empty(len(ids), depth, top_k, dtype=torch.int64)
         scores = torch.empty(tokens.shape) if top_k > 1 else None

@@ -383,8 +383,9 @@ class Eagle3Drafter:
         Sequences that are not `active`, where that is said, have no say in it.
 
         Returns the target's ids [B, levels, top_k] of the likeliest tokens after the chain so far, which goes on from
-        the first; with top_k > 1 the logs of their chances [B, levels, top_k], else None; and a mark of the device's at
-        the end of each level. A chain of n needs n - 1 nodes. With a confidence every level waits for the device.
+        the first; with top_k > 1 the logs of the chances of the chain up to there and of each [B, levels, top_k], else
+        None; and a mark of the device's at the end of each level. A chain of n needs n - 1 nodes. With a confidence
+        every level waits for the device.
         """
         if self.native:
             place = (cache.lengths, cache.keys, cache.values)
@@ -408,12 +409,12 @@ class Eagle3Drafter:
             logits = self.logits(features)
             best = logits.topk(top_k) if top_k > 1 else logits.max(-1, keepdim=True)
             chain.append(self.target_ids(best.indices))
-            if top_k > 1:
-                scores.append(best.values - logits.logsumexp(-1, keepdim=True))
-            if confidence:
-                chances = chances * logits.softmax(-1).amax(-1)
+            if top_k > 1 or confidence:
+                log_probs = best.values - logits.logsumexp(-1, keepdim=True)
+                scores.append(log_probs + chances.log()[..., None])
+                chances = chances * log_probs[..., 0].exp()
             marks.append(mark())
-        return torch.cat(chain, 1), torch.cat(scores, 1) if scores else None, marks
+        return torch.cat(chain, 1), torch.cat(scores, 1) if top_k > 1 else None, marks
 
     def target_ids(self, ids: Tensor) -> Tensor:
         """Draft token ids of any shape -> the target's ids."""
