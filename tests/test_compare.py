@@ -102,6 +102,15 @@ def test_a_run_at_half_the_time_is_twice_as_fast_on_every_engine(first: Path) ->
     assert any("Invented GPU: Blocks of 4 on 1 device: proposing" in sentence for sentence in said)
 
 
+def test_an_option_that_an_older_zbench_did_not_have_is_no_difference_while_it_is_null(first: Path) -> None:
+    def edit(manifest: Manifest) -> Manifest:
+        cells = tuple(replace(cell, options={**cell.options, "of_later": None}) for cell in manifest.cells)
+        return replace(manifest, cells=cells)
+
+    found = compare([first, other(first, "later", edit=edit)])
+    assert all(found.ratio(found.sides[1], cell).status == "ok" for cell in found.cells)
+
+
 def test_runs_of_one_machine_are_told_apart_by_folder_and_no_difference_is_not_made_one(first: Path) -> None:
     again, third = other(first, "again"), other(first, "third", pace=1.5)
     found = compare([first, again, third])

@@ -469,6 +469,17 @@ def test_the_hash_sees_everything_that_is_measured(folder, override):
     assert scenario.content_hash(load(folder, TEXT, override)) != scenario.content_hash(load(folder, TEXT))
 
 
+def test_an_option_that_came_later_changes_no_hash_until_it_is_given(folder):
+    engine = {"name": "eagle3", "drafter": {"random": True}, "top_k": 2}
+    hashes = []
+    for later in ({}, {"beam": None}, {"beam": 1}):
+        chosen = scenario.Scenario.model_validate(
+            {**MINIMAL, "engines": [{"name": "autoregressive"}, {**engine, **later}]}
+        )
+        hashes.append(scenario.content_hash(chosen))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 @few
 @given(settings, matrices)
 def test_a_scenario_survives_being_written_as_json(changes, matrix):

@@ -236,11 +236,16 @@ def _difference(run: Run, first: Run, record: CellRecord) -> str:
     if theirs is None or run is first:
         return ""
     for name in _SAME:
-        mine, other = getattr(record, name), getattr(theirs, name)
+        mine, other = (_given(getattr(cell, name)) for cell in (record, theirs))
         if mine != other:
             return f"{name} is {mine} here and {other} in {first.path.name}"
     weights = [r.manifest.models.get(c.model, {}).get("hash") for r, c in ((run, record), (first, theirs))]
     return "" if weights[0] == weights[1] else f"the model has other weights than in {first.path.name}"
+
+
+def _given(value: Any) -> Any:
+    """Options without those that are null: an older zbench may not have had them."""
+    return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -1260,6 +1260,9 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **either}
 
 
+_LATER = ("beam", "draft_vocab")  # options that runs kept from before them do not have: null, they change nothing
+
+
 def content_hash(scenario: Scenario) -> str:
     """sha256 of what the scenario measures: its name, its description and the order of its keys do not matter. Nor
     does the hardware that it is about: on which device something was measured, the environment says. Nor do the sensors
@@ -1269,10 +1272,11 @@ def content_hash(scenario: Scenario) -> str:
         del content["parallel"]
     if not scenario.accuracy.execute_generated_code:  # likewise
         del content["accuracy"]
-    labels = [
-        {**engine, "label": spec.title} for engine, spec in zip(content["engines"], scenario.engines, strict=True)
+    engines = [
+        {key: value for key, value in engine.items() if value is not None or key not in _LATER} | {"label": spec.title}
+        for engine, spec in zip(content["engines"], scenario.engines, strict=True)
     ]
-    return _digest({**content, "engines": labels, "baseline": scenario.baseline_label})
+    return _digest({**content, "engines": engines, "baseline": scenario.baseline_label})
 
 
 def _read(path: Path) -> str:
