@@ -410,6 +410,12 @@ def test_points_on_one_model_share_it_and_another_dtype_replaces_it(
         ("{name: diffusion}", "this model has no mask token"),
         ("{name: diffusion, adapter: {path: /nowhere/at/all}}", "adapter folder /nowhere/at/all does not exist"),
         ("{name: dflash, drafter: {path: /nowhere/at/all}}", "drafter folder /nowhere/at/all does not exist"),
+        ("{name: eagle3, drafter: {random: true}, top_k: 2, beam: 3}", "a beam of 3 does not fit the 2 tokens"),
+        (
+            "{name: eagle3, drafter: {random: true}, depth: 2, tokens: 9}",
+            "depth 2 with top_k 1 drafts 2 to 2 tokens, not 9",
+        ),
+        ("{name: dflash, drafter: {random: true}, draft_vocab: 999999}", "draft_vocab 999999 is not within"),
     ],
 )
 def test_an_engine_that_does_not_fit_its_model_is_refused_before_anything_runs(

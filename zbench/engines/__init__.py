@@ -266,6 +266,14 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
             from zbench.serving.process import Wanted
 
             Wanted.of(options, Path())
+    if name == "eagle3":
+        from zbench.engines.plans import eagle3_tokens
+
+        eagle3_tokens(options["depth"], options["top_k"], options["tokens"], config.vocab, options["beam"])
+    if name == "dflash" and options["draft_vocab"]:
+        from zbench.models.drafters import check_draft_vocab
+
+        check_draft_vocab(options["draft_vocab"], config.vocab)
     if name == "diffusion":
         if options["adapter"] and not isinstance(config, ModelConfig):
             raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")

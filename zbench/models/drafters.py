@@ -113,8 +113,7 @@ class DFlashConfig:
         """Of a drafter of tokens with ids below `vocab`, see `dflash.reduced`. Raises UserError where none can be."""
         if self.own_head:
             raise UserError("dflash: the drafter has a head of its own, which draft_vocab cannot reduce")
-        if not 1 <= vocab <= self.body.vocab:
-            raise UserError(f"dflash: draft_vocab {vocab} is not within the vocabulary of {self.body.vocab} tokens")
+        check_draft_vocab(vocab, self.body.vocab)
         return replace(self, own_head=True, body=replace(self.body, vocab=vocab))
 
     def cost(self, read: int, block: int, contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
@@ -142,6 +141,12 @@ class DFlashConfig:
             bytes_written=reading.bytes_written + layers.bytes_written + LOGIT_BYTES * logits * body.vocab,
             collective_bytes=collective_bytes(body, 0, logits, itemsize, shard.size, LOGIT_BYTES),
         )
+
+
+def check_draft_vocab(vocab: int, whole: int) -> None:
+    """Raises UserError where a vocabulary of `whole` tokens has no such first part."""
+    if not 1 <= vocab <= whole:
+        raise UserError(f"dflash: draft_vocab {vocab} is not within the vocabulary of {whole} tokens")
 
 
 def eagle3_taps(layers: int) -> tuple[int, ...]:
