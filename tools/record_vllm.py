@@ -82,7 +82,7 @@ def main() -> None:
     command = [
         given.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", MODEL,
         "--dtype", "float32", "--port", str(port), "--max-model-len", "512",
-        "--per-request-spec-decode-metrics", "summary",
+        "--per-request-spec-decode-metrics", "summary", "--enable-prompt-tokens-details", "--no-enable-prefix-caching",
         "--speculative-config", json.dumps({**drafter, "num_speculative_tokens": given.drafts}),
     ]  # fmt: skip
     server = subprocess.Popen(command, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"})

@@ -94,21 +94,21 @@ SHIPPED_FOLDER = Path(__file__).parents[1] / "zoo"
 SHIPPED: dict[str, Shipped] = {
     "smollm2-135m-eagle3": Shipped(
         kind="eagle3",
-        weights_sha256="e5c6502321ed3a49e39e945f9646fb0f9004d39668b75596a4f7d75a5867c300",
+        weights_sha256="793b545ccd55d36bd503962e7b84112478d9c8776a8c60dd8a9c0db7b4a0ce66",
         parameters=7_448_832,
         source="EAGLE-3 drafter, `zbench train eagle3` on the model's own text: README.md in its folder",
         target="smollm2-135m",
     ),
     "smollm2-135m-dflash": Shipped(
         kind="dflash",
-        weights_sha256="4df14988cbffb5497a5300f369c85744ad9db65d0bb707486a04c1dc5048e393",
+        weights_sha256="b660d140412f1e4d46f1cde73562ea49e67a8f230935136faf87643bb32f9bb6",
         parameters=7_745_152,
         source="DFlash drafter, `zbench train dflash` on the model's own text: README.md in its folder",
         target="smollm2-135m",
     ),
     "smollm2-135m-tidar": Shipped(
         kind="adapter",
-        weights_sha256="53a48233225d5c28ad21d236c5cf942a3f33fa83aa459e8cd7c22686c578c8b8",
+        weights_sha256="91b37cc775d5dbc1bf24596d872ae69b4a6d7900efcbde2252abc058c0fd9e57",
         parameters=7_330_752,
         source="TiDAR mask adapter, `zbench train tidar` on the model's own text: README.md in its folder",
         target="smollm2-135m",
