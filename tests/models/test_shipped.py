@@ -103,7 +103,7 @@ def test_a_zoo_drafter_is_named_in_a_scenario_and_planned(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["eagle3", "dflash", "dflash_reference"])
 def test_an_engine_takes_drafters_of_its_own_kind_only(name: str) -> None:
     def ask(drafter: str) -> None:
-        engines.check(name, {"drafter": {"zoo": drafter}, "adapter": None, "api_key_env": None}, SMOLLM2)
+        engines.check(name, scenario.ENGINES[name](name=name, drafter={"zoo": drafter}).options, SMOLLM2)
 
     own, other = ("eagle3", "dflash") if name == "eagle3" else ("dflash", "eagle3")
     ask(f"smollm2-135m-{own}")
