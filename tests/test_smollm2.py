@@ -67,7 +67,7 @@ def test_greedy_tokens_equal_transformers_on_every_packaged_prompt(real: Any) ->
 
 @pytest.mark.parametrize(
     ("name", "options", "tie"),
-    [("eagle3", {"depth": 3}, 0.0), ("dflash", {"block": 8}, 0.25)],
+    [("eagle3", {"depth": 3}, 0.0), ("dflash", {"block": 8}, 0.2)],
 )
 def test_shipped_drafters_take_the_steps_that_they_take_in_vllm(real: Any, name: str, options: Any, tie: float) -> None:
     """vLLM 0.32 loaded the same folders (tests/serving/recorded): every step must gain the tokens that it gained there.

@@ -251,12 +251,14 @@ def _run(
             dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
             try:
                 measured = roofs.load_or_measure(device, dtypes, progress=say)
-                atomic_write(folder / MANIFEST, _manifest(wanted, points, snapshot, measured).to_json())
-            except BaseException as error:  # an interrupt too leaves no folder that nothing can be made of
+                manifest = _manifest(wanted, points, snapshot, measured)
+                try:
+                    atomic_write(folder / MANIFEST, manifest.to_json())
+                except OSError as error:
+                    raise UserError(f"cannot write {folder}: {error.strerror}") from error
+            except BaseException:  # an interrupt too leaves no folder that nothing can be made of
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-                if isinstance(error, OSError):
-                    raise UserError(f"cannot write {folder}: {error.strerror}") from error
                 raise
         else:
             folder = resume

@@ -150,7 +150,7 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
     else:
         checkpoint = dflash.load_drafter(_drafter_folder(chosen, "dflash"), target.config, shared.allow_pickle)
     if options["draft_vocab"]:
-        checkpoint = dflash.reduced(checkpoint, shared.model.tensors, options["draft_vocab"])
+        checkpoint = dflash.reduced(checkpoint, target.config, shared.model.tensors, options["draft_vocab"])
     block = options["block"] or checkpoint.config.block
     drawn = options["synthetic"]
     engine = DFlash(

@@ -218,13 +218,13 @@ class Drafts:
     logits: Tensor  # [B, block - 1, draft vocabulary] float32
 
 
-def reduced(stored: DFlashCheckpoint, target: Mapping[str, Tensor], vocab: int) -> DFlashCheckpoint:
-    """The drafter with these first rows of its target's head, drafting only tokens with ids below `vocab`: in BPE
-    vocabularies the frequent ones, so that less is read (as in FR-Spec, Zhao et al. 2025, arXiv 2502.14856). `target`:
-    its tensors in Hugging Face's names, on the CPU. Raises UserError for a drafter with a head of its own.
+def reduced(stored: DFlashCheckpoint, target: AnyConfig, tensors: Mapping[str, Tensor], vocab: int) -> DFlashCheckpoint:
+    """The drafter with the first `vocab` rows of its target's head [V, D], drafting only tokens with ids below: in BPE
+    vocabularies the frequent ones, so that less is read (as in FR-Spec, Zhao et al. 2025, arXiv 2502.14856). `tensors`
+    are the target's in Hugging Face's names, on the CPU. Raises UserError for a drafter with a head of its own.
     """
     config = stored.config.reduced(vocab)
-    head = target.get("lm_head.weight", target["model.embed_tokens.weight"])[:vocab]
+    head = tensors["model.embed_tokens.weight" if target.tied else "lm_head.weight"][:vocab]
     same = torch.zeros(vocab, dtype=torch.int64)  # a token's id is the target's
     return replace(stored, config=config, tensors={**stored.tensors, "lm_head.weight": head, "d2t": same})
 
