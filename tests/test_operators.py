@@ -66,12 +66,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(registry, "get", lambda name: SCALED)
     monkeypatch.setattr(roofs, "load_or_measure", lambda *args, **kwargs: ROOFS)
     monkeypatch.setattr(roofs, "past_cache_bytes", lambda device: 10**6)
-    registry.choose.cache_clear()
+    registry.checked.cache_clear()
     path = tmp_path / "tiny.yaml"
     path.write_text(SCENARIO)
     done = CliRunner().invoke(main, ["run", str(path), "--out", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    registry.choose.cache_clear()
+    registry.checked.cache_clear()
     return next(tmp_path.glob("tiny-*"))
 
 

@@ -22,6 +22,7 @@ from zbench.hardware.device import Device
 from zbench.kernels import cpu
 from zbench.models.cost import forward_cost
 from zbench.records import ForwardRecord
+from zbench.trace import Operator
 
 ENGINES = """
 engines:
@@ -212,6 +213,27 @@ def test_a_count_that_is_off_by_more_than_a_tenth_is_flagged() -> None:
     alike, apart = (profiling.Count("FLOPs", "FLOP", 100, counted, None, {}) for counted in (109.0, 111.0))
     assert not alike.flagged and apart.flagged and apart.disagreement == pytest.approx(0.11)
     assert profiling.Count("bytes", "B", 100, None, None, {}).disagreement is None
+
+
+def test_kernels_without_times_are_unknown_in_the_table_and_never_0_s(tmp_path: Path) -> None:
+    kernels = [Operator("void at::native::reduce<4>", "kernel", 3, 0.0, 5.0, 7.0)]
+    assert profiling._untimed(kernels)
+    assert not profiling._untimed([*kernels, replace(kernels[0], seconds=1.0)])
+    assert not profiling._untimed([replace(kernels[0], kind="torch")])
+    roofs = {"bandwidth": {"read": {"value": 1.0}}, "flops": {"float32": {"value": 1.0}}}
+    found = profiled(tmp_path, "ours")
+    found |= {"explained": None, "operators": [profiling._row(kernels[0], 3, roofs, "float32")]}
+    (row,) = (line for line in profiling.table(found).splitlines() if line.startswith("reduce<4>"))
+    assert "no times of kernels" in profiling.table(found)
+    assert " 0 s" not in row and row.count("unknown") == 5  # time, share, both rates, of the roof
+
+
+def test_kernels_that_were_timed_beside_counters_stand_in_for_those_of_the_trace() -> None:
+    timed = hardware.Timed("gemv", 4, 2e-6, 8e6)
+    (found,) = profiling._operators({"traceEvents": []}, (), [timed])
+    assert found == Operator("gemv", "kernel", 4, 2e-6, None, 8e6)
+    gpu = Device("cuda", "cuda", 0, "x")
+    assert profiling._notes((), gpu, [found], counted=True) != profiling._notes((), gpu, [found], counted=False)
 
 
 def test_what_cannot_be_profiled_is_said_in_one_line(tmp_path: Path) -> None:

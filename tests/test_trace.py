@@ -40,6 +40,30 @@ def test_only_what_lies_within_the_spans_counts() -> None:
     assert trace.operators(MI300X, within="step") == []
 
 
+def test_kernels_of_graphs_and_of_triton_count_by_the_call_of_the_driver_that_started_them() -> None:
+    def launch(category: str, name: str, at: float, correlation: int) -> dict[str, Any]:
+        return event(name, at, 1, cat=category, args={"correlation": correlation})
+
+    def kernel(name: str, correlation: int, **more: int) -> dict[str, Any]:
+        return event(name, 99, 4, cat="kernel", args={"correlation": correlation, **more})
+
+    span = {"ph": "X", "cat": "user_annotation", "name": "step", "ts": 10, "dur": 10, "args": {}}
+    calls = [launch("cuda_runtime", "cudaGraphLaunch", 12, 7), launch("cuda_driver", "cuLaunchKernelEx", 14, 8)]
+    calls.append(launch("cuda_driver", "cuLaunchKernelEx", 25, 9))
+    kernels = [kernel("a", 7), kernel("b", 7), kernel("c", 8, **{"External id": 0}), kernel("outside", 9)]
+    found = trace.operators({"traceEvents": [span, *calls, *kernels]}, within="step")
+    assert [o.name for o in found] == ["a", "b", "c"]
+
+
+def test_what_the_driver_gives_no_times_of_is_counted_and_takes_none() -> None:
+    span = {"ph": "X", "cat": "user_annotation", "name": "step", "ts": 10, "dur": 10, "args": {}}
+    call = event("cudaGraphLaunch", 0, 0, cat="cuda_runtime", args={"correlation": 7})
+    kernels = [event(name, 0, 0, cat="kernel", args={"correlation": 7}) for name in ("a", "b")]
+    content = {"traceEvents": [span, call, *kernels]}
+    assert [(o.name, o.seconds) for o in trace.operators(content, within="step")] == [("a", 0.0), ("b", 0.0)]
+    assert trace.launches(content, within="step") == 1
+
+
 def test_threads_do_not_nest() -> None:
     calls = [event("a", 0, 10), event("b", 2, 3, tid=2), event("c", 2, 3), event("d", 6, 1), event("e", 11, 1)]
     own = {o.name: o.seconds * 1e6 for o in trace.operators({"traceEvents": calls})}

@@ -883,6 +883,13 @@ def train() -> None:
 @click.option(
     "--exclude", multiple=True, type=click.Path(path_type=Path), help="JSONL prompts to keep out as well. Repeatable."
 )
+@click.option(
+    "--execution",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "eager", "graph"]),
+    help="How the model runs; auto: as a graph on a GPU, natively on a CPU if it can.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 def train_data(
@@ -895,6 +902,7 @@ def train_data(
     minutes: float | None,
     batch: int,
     exclude: tuple[Path, ...],
+    execution: str,
     device: str,
     threads: int | None,
 ) -> None:
@@ -910,6 +918,7 @@ def train_data(
 
     from zbench.hardware import device as devices
     from zbench.models import loading
+    from zbench.models.execution import ExecutionUnavailable
     from zbench.models.model import build
     from zbench.progress import amounts
     from zbench.training import data
@@ -920,12 +929,17 @@ def train_data(
         torch.set_num_threads(threads)
     where = devices.resolve(device).torch
     loaded = loading.load(_model_spec(model), "bfloat16")
-    target = build(loaded, torch.bfloat16, where, "auto")
+    if execution == "auto" and where.type != "cpu":
+        execution = "graph"
     seconds = None if minutes is None else 60 * minutes
-    with amounts(tokens, Console(stderr=True)) as advance:
-        data.generate(
-            target, loaded, out, tokens, data.Settings(seed, written, opened), batch, exclude, advance, seconds
-        )
+    try:
+        target = build(loaded, torch.bfloat16, where, execution)
+        with amounts(tokens, Console(stderr=True)) as advance:
+            data.generate(
+                target, loaded, out, tokens, data.Settings(seed, written, opened), batch, exclude, advance, seconds
+            )
+    except ExecutionUnavailable as error:
+        raise UserError(f"{error}; leave --execution out, or choose eager") from error
     click.echo(out)
 
 
@@ -933,7 +947,13 @@ def _training(command: Any) -> Any:
     """The options that the training commands share."""
     options = (
         click.option("--model", required=True, help=MODEL_HELP),
-        click.option("--data", required=True, type=click.Path(path_type=Path), help="A corpus of `zbench train data`."),
+        click.option(
+            "--data",
+            required=True,
+            multiple=True,
+            type=click.Path(path_type=Path),
+            help="A corpus of `zbench train data`. Repeatable: several of different seeds are one.",
+        ),
         click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of what is trained."),
         click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="How long to train."),
         click.option("--steps", type=click.IntRange(min=1), help="How long to train; repeatable bit by bit."),
@@ -994,7 +1014,8 @@ def train_tidar(block: int, short_block: int | None, rank: int, start: str | Non
     "--draft-vocab", default=4096, show_default=True, type=click.IntRange(min=16), help="Tokens it can draft."
 )
 @click.option("--depth", default=7, show_default=True, type=click.IntRange(1, 16), help="Steps of training-time test.")
-def train_eagle3(draft_vocab: int, depth: int, start: str | None, **options: Any) -> None:
+@click.option("--ffn", type=click.IntRange(min=1), help="Width of its MLP.  [default: the target's]")
+def train_eagle3(draft_vocab: int, depth: int, ffn: int | None, start: str | None, **options: Any) -> None:
     """Train an EAGLE-3 drafter.
 
     \b
@@ -1004,7 +1025,7 @@ def train_eagle3(draft_vocab: int, depth: int, start: str | None, **options: Any
     from zbench.models.eagle3 import load_drafter
     from zbench.training.eagle3 import Eagle3, Eagle3Settings
 
-    settings = Eagle3Settings(draft_vocab=draft_vocab, steps=depth)
+    settings = Eagle3Settings(draft_vocab=draft_vocab, steps=depth, ffn=ffn)
 
     def objective(target: Any, corpus: Any, seed: int) -> Eagle3:
         begun = load_drafter(_trained(start, "eagle3"), target.config) if start else None
@@ -1087,7 +1108,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     from zbench.models import loading
     from zbench.progress import amounts
     from zbench.training import trainer
-    from zbench.training.corpus import load_corpus
+    from zbench.training.corpus import joined, load_corpus
     from zbench.training.target import Target
 
     if options["threads"]:
@@ -1100,7 +1121,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
 
         def prepare() -> tuple[Any, Target, Any]:
             loaded = loading.load(_model_spec(options["model"]))
-            corpus = load_corpus(options["data"], loaded.weights_hash)
+            corpus = joined([load_corpus(folder, loaded.weights_hash) for folder in options["data"]])
             target = Target(loaded, getattr(torch, options["dtype"]), world.device(options["device"]).torch)
             return objective(target, corpus, options["seed"]), target, corpus
 

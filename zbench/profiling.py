@@ -30,7 +30,7 @@ from zbench.errors import UserError
 from zbench.hardware import counters as hardware
 from zbench.hardware import roofs, specs
 from zbench.hardware.device import Device
-from zbench.kernels import cpu
+from zbench.kernels import cpu, registry
 from zbench.models.drafters import DFlashConfig, Eagle3Config
 from zbench.models.model import Model
 from zbench.records import ForwardRecord
@@ -169,7 +169,7 @@ def profile(
     counts = [_with_measured(c, measured_by, steps, forwards) for c in _counts(point, cell, decode, device)]
     measured = roofs.load_or_measure(device, (at.dtype,), progress=say)
     content = profiled.write(folder / TRACE)
-    found = _operators(content, profiled.native, steps)
+    found = _operators(content, profiled.native, counted.timed if counted else ())
     launches = trace.launches(content, within=STEP)
     record = _record(plain, spans, found, steps)
     result = {
@@ -191,7 +191,7 @@ def profile(
         "counters": counters(device, gpm, counted),
         "kernel_launches_per_step": launches / steps if launches else None,
         "tensor_activity": measured_by.tensor_activity if measured_by else None,
-        "notes": _notes(profiled.native, device),
+        "notes": _notes(profiled.native, device, found, bool(counted and counted.timed)),
     }
     atomic_write(folder / PROFILE, json.dumps(result, indent=1, allow_nan=False))
     return result
@@ -219,7 +219,7 @@ class _Profiled:
 
     def __init__(self, device: Device) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        self._profiler = torch_profiler(activities=activities, record_shapes=True)
+        self._profiler = torch_profiler(activities=activities, record_shapes=True, acc_events=True)
         self._mark = f"{STEP} clock"
         self._clock = 0
         self.native: list[cpu.Timed] = []
@@ -247,8 +247,13 @@ class _Profiled:
         return content
 
 
-def _operators(content: dict[str, Any], native: Sequence[cpu.Timed], steps: int) -> list[Operator]:
-    """Native sections and torch's operators within the steps; the device's kernels instead, where there are any."""
+def _operators(
+    content: dict[str, Any], native: Sequence[cpu.Timed], timed: Sequence[hardware.Timed] = ()
+) -> list[Operator]:
+    """Native sections and torch's operators within the steps; the device's kernels instead, where there are any:
+    those that were `timed` beside counters, else those of the trace."""
+    if timed:
+        return [Operator(k.kernel, "kernel", k.launches, k.seconds, None, k.bytes) for k in timed]
     seen = trace.operators(content, within=STEP)
     kernels = [operator for operator in seen if operator.kind == "kernel"]
     return trace.gathered([*(kernels or seen), *(o for call in native for o in sections(call))])
@@ -313,13 +318,18 @@ def _record(plain: Meter, spans: Meter, found: Sequence[Operator], steps: int) -
     phases["accept"] = sum(step.accept_seconds for step in watched) / steps
     phases["commit"] = sum(step.commit_seconds for step in watched) / steps
     phases["host gap"] = float(seconds.mean()) - sum(phases.values())
-    explained = sum(operator.seconds for operator in found) / float(seconds.sum())
+    explained = None if _untimed(found) else sum(operator.seconds for operator in found) / float(seconds.sum())
     return {
         "step_seconds": _spread([step.seconds for step in bare]),
         "profiled_step_seconds": _spread(seconds),
         "phases_seconds_per_step": phases,
         "explained": explained,
     }
+
+
+def _untimed(found: Sequence[Operator]) -> bool:
+    """Kernels were seen, and none has a time: some virtual machines give the profiler none."""
+    return any(o.kind == "kernel" for o in found) and not any(o.seconds for o in found)
 
 
 def _spread(seconds: Any) -> dict[str, float | int]:
@@ -345,6 +355,8 @@ def _row(operator: Operator, steps: int, measured: dict[str, Any], dtype: str) -
     per_step = {
         key: None if v is None else v / steps for key, v in asdict(operator).items() if key not in ("name", "kind")
     }
+    if operator.kind == "kernel" and not operator.seconds:
+        per_step["seconds"] = None
     return {"name": operator.name, "kind": operator.kind, **per_step, "of_roof": of_roof, "roof": bound}
 
 
@@ -354,7 +366,6 @@ def _counts(point: run.Point, cell: Any, decode: Callable[..., None], device: De
     from torch.utils.flop_counter import FlopCounterMode
 
     shared = _TorchOnly(point.shared.model, point.shared.dtype, device, point.shared.allow_pickle)
-    built = engines.create(cell.engine, cell.options, shared)
     counter = FlopCounterMode(display=False)
     native: list[cpu.Timed] = []
 
@@ -366,9 +377,11 @@ def _counts(point: run.Point, cell: Any, decode: Callable[..., None], device: De
         native.extend(called)
 
     first, second = Meter(device), _Spans(device)
-    decode(built, first, COUNTED, counting)
     profiled = _Profiled(device)
-    decode(built, second, COUNTED, profiled.running)
+    with registry.references():
+        built = engines.create(cell.engine, cell.options, shared)
+        decode(built, first, COUNTED, counting)
+        decode(built, second, COUNTED, profiled.running)
     shared.release()
     # A drafter stays native on a CPU, out of sight of both: its shapes are known.
     counted = counter.get_total_flops() + sum(o.flops or 0 for call in native for o in sections(call))
@@ -452,7 +465,9 @@ def _gpm(device: Device) -> hardware.Gpm | str:
     return hardware.Gpm(nvml, gpu, spec.bandwidth if spec else None)
 
 
-def _notes(native: Sequence[cpu.Timed], device: Device) -> list[str]:
+def _notes(native: Sequence[cpu.Timed], device: Device, found: Sequence[Operator], counted: bool) -> list[str]:
+    if counted:
+        return ["Kernels have the times and bytes that were counted, in steps of their own, at the clocks of then."]
     notes = ["FLOPs and bytes of operators follow from shapes: every operand once, as if nothing else were cached."]
     if native:
         notes.append(
@@ -461,9 +476,20 @@ def _notes(native: Sequence[cpu.Timed], device: Device) -> list[str]:
         )
     elif device.type == "cpu":
         notes.append("Operators of torch have the time of their own on the calling thread.")
+    elif _untimed(found):
+        notes.append(
+            "Torch’s profiler saw kernels here but no times (CUPTI gives none on this machine): only counts hold."
+        )
     else:
         notes.append("Kernels have their time on the device; what they leave of the step is the device waiting.")
     return notes
+
+
+def _plain(name: str) -> str:
+    """Without what all of torch's names begin with, as a table has no room for it."""
+    for part in ("aten::", "void ", "at::native::", "(anonymous namespace)::"):
+        name = name.replace(part, "")
+    return name
 
 
 def table(result: dict[str, Any], most: int = 20) -> str:
@@ -473,13 +499,18 @@ def table(result: dict[str, Any], most: int = 20) -> str:
     def shown(value: float | None, unit: str) -> str:
         return "unknown" if value is None else quantity(value, unit) if value else "–"
 
+    def rate(amount: float | None, seconds: float | None, unit: str) -> str:
+        return shown(amount and (amount / seconds if seconds else None), unit)
+
     step, watched = result["step_seconds"], result["profiled_step_seconds"]
     lines = [
         f"{result['engine']} on {result['device']}, {result['model']}, {result['dtype']}, batch {result['batch']}",
         f"step {quantity(step['median'], 's')} (middle half {quantity(step['quarter'], 's')} to "
         f"{quantity(step['three_quarters'], 's')}, n = {step['n']});"
         f" under the profiler {quantity(watched['median'], 's')}",
-        f"operators explain {result['explained']:.1%} of the profiled steps; the rest is Python, launches and gaps",
+        f"operators explain {result['explained']:.1%} of the profiled steps; the rest is Python, launches and gaps"
+        if result["explained"] is not None
+        else "the profiler has no times of kernels here",
         "",
     ]
     rows: list[tuple[str, ...]] = [
@@ -488,13 +519,14 @@ def table(result: dict[str, Any], most: int = 20) -> str:
     for entry in result["operators"][:most]:
         seconds, flops, moved = entry["seconds"], entry["flops"], entry["bytes"]
         rows.append((
-            entry["name"].removeprefix("aten::")[:44], entry["kind"], f"{entry['calls']:g}", quantity(seconds, "s"),
-            f"{seconds / watched['mean']:.1%}", shown(flops, "FLOP"), shown(moved, "B"),
-            shown(flops and flops / seconds, "FLOP/s"), shown(moved and moved / seconds, "B/s"),
+            _plain(entry["name"])[:44], entry["kind"], f"{entry['calls']:g}",
+            "unknown" if seconds is None else quantity(seconds, "s"),
+            "unknown" if seconds is None else f"{seconds / watched['mean']:.1%}",
+            shown(flops, "FLOP"), shown(moved, "B"), rate(flops, seconds, "FLOP/s"), rate(moved, seconds, "B/s"),
             "unknown" if entry["of_roof"] is None else f"{entry['of_roof']:.0%} {entry['roof']}",
         ))  # fmt: skip
     if rest := result["operators"][most:]:
-        seconds = sum(entry["seconds"] for entry in rest)
+        seconds = sum(entry["seconds"] or 0.0 for entry in rest)
         rows.append(
             (f"{len(rest)} others", "", "", quantity(seconds, "s"), f"{seconds / watched['mean']:.1%}", *[""] * 5)
         )

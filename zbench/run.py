@@ -129,7 +129,7 @@ def prepare(
         weights = repr((at.model_spec, at.dtype))
         if weights not in files:
             say(f"loading {at.model_name} ({at.dtype})")
-            files[weights] = _load(at)
+            files[weights] = _load(at, device)
         key = f"{weights} {at.parallel.tensor} {at.parallel.data}"
         if key not in models:
             loaded, team = files[weights], member.team if member else None
@@ -167,11 +167,11 @@ def prepare(
     return tuple(points)
 
 
-def _load(at: scenario.Scenario) -> loading.LoadedModel:
+def _load(at: scenario.Scenario, device: Device) -> loading.LoadedModel:
     if isinstance(at.model_spec, str) and not zoo.path(at.model_spec):
         with zoo.progress_bar() as progress:
             return loading.load(at.model_spec, at.dtype, progress)
-    return loading.load(at.model_spec, at.dtype)
+    return loading.load(at.model_spec, at.dtype, device=device.torch)
 
 
 def plan(points: Iterable[Point]) -> list[tuple[Point, list[Trial]]]:

@@ -16,6 +16,7 @@ _SIZES = {
     "unsigned char": 1, "signed char": 1,
 }  # fmt: skip
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
+_DRIVER = ("cuda_runtime", "cuda_driver")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,20 @@ def operators(trace: Mapping[str, Any], within: str | None = None) -> list[Opera
     """Torch's operators with the time of their own on the CPU, and the device's kernels, in the order they began.
 
     `within` keeps what began inside spans of that name (`torch.profiler.record_function`) only; kernels are kept by
-    the operator that launched them. A kernel has its operator's FLOPs and bytes, if it is the operator's only one.
+    the operator or the driver's call that launched them: those of graphs and of Triton belong to no operator. A kernel
+    has its operator's FLOPs and bytes, if it is the operator's only one. Where the driver gives no times, all that it
+    launched is kept, and takes 0 s.
     """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
     spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation" and e["name"] == within]
     calls = sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: (e["ts"], -e["dur"]))
     if within is not None:
         calls = [e for e in calls if any(start <= e["ts"] < end for start, end in spans)]
+    started = {
+        e.get("args", {}).get("correlation")
+        for e in events
+        if e.get("cat") in _DRIVER and (not e["ts"] or any(start <= e["ts"] < end for start, end in spans))
+    }
     found = [
         Operator(e["name"], "torch", 1, own / 1e6, *_work(e)) for e, own in zip(calls, _own_times(calls), strict=True)
     ]
@@ -72,10 +80,12 @@ def operators(trace: Mapping[str, Any], within: str | None = None) -> list[Opera
             launched.setdefault(event["args"].get("External id", -1), []).append(event)
     by_id = {e["args"].get("External id"): e for e in calls}
     for identity, kernels in launched.items():
-        if within is not None and identity not in by_id:
-            continue
         work = _work(by_id[identity]) if identity in by_id and len(kernels) == 1 else (None, None)
-        found += [Operator(k["name"], "kernel", 1, k["dur"] / 1e6, *work) for k in kernels]
+        found += [
+            Operator(k["name"], "kernel", 1, k["dur"] / 1e6, *work)
+            for k in kernels
+            if within is None or identity in by_id or k["args"].get("correlation", -1) in started
+        ]
     return found
 
 
@@ -87,9 +97,9 @@ def launches(trace: Mapping[str, Any], within: str | None = None) -> int:
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
     spans = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation" and e["name"] == within]
     return sum(
-        e.get("cat") in ("cuda_runtime", "cuda_driver")
+        e.get("cat") in _DRIVER
         and any(part in e["name"] for part in _LAUNCHES)
-        and (within is None or any(start <= e["ts"] < end for start, end in spans))
+        and (within is None or not e["ts"] or any(start <= e["ts"] < end for start, end in spans))
         for e in events
     )
 

@@ -9,7 +9,7 @@ from tests.tiny import runtime
 from zbench.engines import lossless
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
-from zbench.engines.sampling import Sampling
+from zbench.engines.sampling import Sampler, Sampling
 from zbench.hardware import device
 
 PROMPT = [5, 9, 14, 200]
@@ -43,3 +43,16 @@ def test_a_wrong_token_is_a_near_tie_only_within_rounding(
     for rounding in (lossless.LOGIT_ROUNDING, lossless.MASS_ROUNDING):
         monkeypatch.setitem(rounding, dtype, 10.0)
     assert lossless.check(model, PROMPT, wrong, request, 0).verdict == "near-tie"
+
+
+@pytest.mark.parametrize("size", [2.0, 3.9, 4.0, 15.0])
+def test_logits_that_round_apart_by_a_step_each_are_a_near_tie_and_no_further(size: float) -> None:
+    sampler = Sampler(Sampling(), (3,), 1, torch.device("cpu"))
+    top = torch.tensor(size).bfloat16()
+    step = float(torch.nextafter(top, torch.tensor(99.0).bfloat16()) - top)
+    verdicts = []
+    for steps in (2, 3):
+        logits = torch.tensor([float(top), float(top) - steps * step])
+        gap, allowed = lossless._gap(logits, 1, sampler, 0, torch.bfloat16)
+        verdicts.append(gap <= allowed)
+    assert verdicts == [True, False]

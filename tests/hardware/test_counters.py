@@ -36,6 +36,24 @@ def test_ncu_bytes_are_summed_in_their_own_units() -> None:
     assert found.flops is None and "instructions" in found.why_not["flops"]
 
 
+def test_ncu_times_are_those_of_kernels_whose_launches_have_one(tmp_path: Path) -> None:
+    (gemv,) = read([NCU], 2, "zbench step").timed
+    assert (gemv.kernel, gemv.launches, gemv.bytes) == ("gemv_kernel", 1, 10.24e6 + 640e3)
+    assert gemv.seconds == pytest.approx(41.28e-6)
+    renamed = edited(tmp_path, NCU, "void attention_kernel<float, 64>(float *, int)", "gemv_kernel")
+    renamed.write_text(
+        renamed.read_text().replace('"dram__bytes_write.sum","byte","0"', '"gpu__time_duration.sum","ns","720"')
+    )
+    (gemv,) = read([renamed], 2, "zbench step").timed
+    assert (gemv.launches, gemv.bytes) == (2, None)
+    assert gemv.seconds == pytest.approx(42e-6)
+
+
+def test_what_ncu_wrote_on_an_h200_is_read() -> None:
+    found = read([RECORDED / "ncu-h200.csv"], 1, "zbench step")
+    assert (found.kernels, found.bytes, found.timed) == (3, 4096 + 1024 + 3584 + 256 + 540_416 + 256, ())
+
+
 def test_rocprofv3_counts_what_began_within_steps() -> None:
     found = read([PMC, MARKERS], 2, "zbench step")
     assert (found.source, found.kernels, found.why_not) == ("rocprofv3", 2, {})

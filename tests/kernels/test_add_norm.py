@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zbench.kernels import add_norm
+from zbench.kernels import add_norm, jit
 
 # Of a norm. Triton's interpreter cuts bfloat16 off where a GPU rounds: twice a unit of last place, twice.
 ALLOWED = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2**-6}
@@ -44,3 +44,11 @@ def test_sum_and_norm_are_those_of_float64(
         assert (total.double() - exact).norm() <= ALLOWED[dtype] * exact.norm()
         assert (found.double() - normed).norm() <= ALLOWED[dtype] * normed.norm()
         assert torch.equal(x, before)  # a captured hidden state is not written over
+
+
+def test_every_launch_is_counted(device: torch.device) -> None:
+    x = torch.ones(2, 8, device=device)
+    for _ in range(2):
+        before = jit.launches
+        add_norm.launch(x, x, x[0], 1e-5)
+        assert jit.launches == before + 1

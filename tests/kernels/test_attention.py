@@ -201,9 +201,9 @@ def test_a_model_gives_the_same_logits_with_the_kernel(
     def run(unavailable: str | None) -> tuple[str, list[Tensor]]:
         """What runs attention, and the logits of a prompt and of a tree after it."""
         monkeypatch.setattr(registry, "unavailable", lambda device: unavailable)
-        registry.choose.cache_clear()
+        registry.checked.cache_clear()
         model = build(loaded, torch.float32, device, "torch")
-        registry.choose.cache_clear()
+        registry.checked.cache_clear()
         cache = model.new_cache(2, 40)
         ids = torch.arange(16, device=device).view(2, 8)
         found = [model.forward(Rows.chain(ids, cache.lengths), cache).logits]

@@ -41,10 +41,18 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Kernel], N
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(registry.MODULES, "double", "of_this_test")
         monkeypatch.setattr(registry, "unavailable", lambda device: None)
-        registry.choose.cache_clear()
+        registry.checked.cache_clear()
 
     yield register
-    registry.choose.cache_clear()
+    registry.checked.cache_clear()
+
+
+def test_references_alone_run_where_that_is_asked_for(registered: Callable[[Kernel], None]) -> None:
+    kernel = as_kernel(lambda x, out: double(x, out))
+    registered(kernel)
+    with registry.references():
+        assert registry.choose("double", CPU) == (double, "torch (asked for)")
+    assert registry.choose("double", CPU) == (kernel.launch, "triton")
 
 
 def test_a_kernel_that_agrees_is_used_and_says_nothing(registered: Callable[[Kernel], None]) -> None:

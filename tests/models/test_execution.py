@@ -158,7 +158,7 @@ def every_engine_emits_the_same(records: list[Any]) -> None:
 def test_all_engines_decode_on_graphs_and_no_capture_is_in_a_measured_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(execution, "graphs_on", lambda of, device: Graphs(of, again))
+    monkeypatch.setattr(execution, "graphs_on", lambda of, device, spans: Graphs(of, again, spans))
     decodes: list[int] = []
     monkeypatch.setattr(launches, "count", lambda *_: {})  # so that the trials themselves meet what is not captured yet
     plain = run.Meter
@@ -201,6 +201,26 @@ def test_launches_are_those_that_torch_dispatches_and_a_graph_has_few() -> None:
     assert 60 < found < 200
     if cpu.available():
         assert launched(runtime("smollm", "native")) <= 12  # one call, and the indices of the rows that want logits
+
+
+def test_launches_are_counted_on_a_graph_that_is_there_and_not_while_it_is_recorded() -> None:
+    fresh, ready = runtime("smollm", "eager"), runtime("smollm", "eager")
+    for model in (fresh, ready):
+        model.graphs = Graphs(model, again)
+    launched(ready)
+    assert launched(fresh) == launched(ready)
+
+
+def test_one_graph_serves_every_context_where_attention_needs_no_span() -> None:
+    model = runtime("smollm", "eager")
+    for spans, graphs in ((True, 2), (False, 1)):
+        model.prepared.clear()
+        model.graphs = Graphs(model, again, spans)
+        cache = model.new_cache(1, 600)
+        for _ in range(2):
+            model.forward(Rows.chain(ids_of(1, 250, seed=0), cache.lengths), cache)
+            cache.extend([250])
+        assert len(model.prepared) == graphs
 
 
 @pytest.mark.slow

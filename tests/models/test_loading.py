@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from zbench.errors import UserError
 from zbench.models import zoo
 from zbench.models.config import ModelConfig, tensor_shapes
-from zbench.models.loading import load, load_tokenizer, weights_hash
+from zbench.models.loading import Drawn, load, load_tokenizer, weights_hash
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -197,6 +197,24 @@ def test_random_weights_follow_from_the_seed() -> None:
     assert first.weights_hash == again.weights_hash != other.weights_hash
     assert {name: tuple(t.shape) for name, t in first.tensors.items()} == tensor_shapes(first.config)
     assert first.path is None
+
+
+def test_random_weights_are_the_same_drawn_one_at_a_time() -> None:
+    model = load({"config": SHAPE, "weights": "random", "seed": 3}, "bfloat16")
+    drawn = Drawn(model.config, 3, torch.bfloat16, torch.device("cpu"))
+    assert list(drawn) == list(model.tensors) and "lm_head.bias" not in drawn and drawn.get("lm_head.bias") is None
+    assert all(torch.equal(drawn[name], tensor) for name, tensor in model.tensors.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_weights_for_a_gpu_are_drawn_there_and_say_so() -> None:
+    spec = {"config": SHAPE, "weights": "random"}
+    here, there = load(spec, "bfloat16"), load(spec, "bfloat16", device="cuda")
+    assert (there.name, there.tensors.keys()) == (here.name, here.tensors.keys())
+    assert there.weights_hash != here.weights_hash and torch.cuda.get_device_name() in there.source
+    for name, tensor in there.tensors.items():
+        assert tensor.is_cuda and torch.equal(tensor, there.tensors[name])
+        assert tensor.float().std().item() == pytest.approx(here.tensors[name].float().std().item(), abs=2e-3)
 
 
 def test_random_weights_give_finite_logits_in_a_deep_model() -> None:

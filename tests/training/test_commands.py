@@ -26,7 +26,22 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
     corpus, config = tmp_path / "corpus", families.from_hf(json.loads((folder / "config.json").read_text()))
     made = zbench("train", "data", "--model", folder, "--out", corpus, "--tokens", 3000, "--device", "cpu")
     assert made.exit_code == 0, made.output
-    shared = ["--model", folder, "--data", corpus, "--steps", 2, "--batch", 2, "--dtype", "float32", "--device", "cpu"]
+    shared = [
+        "--model",
+        folder,
+        "--data",
+        corpus,
+        "--data",
+        corpus,
+        "--steps",
+        2,
+        "--batch",
+        2,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
     loaders = {
         "tidar": adapter.load_adapter,
         "eagle3": eagle3.load_drafter,
@@ -35,7 +50,7 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
     }
     own = {
         "tidar": ["--rank", 2],
-        "eagle3": ["--draft-vocab", 64, "--depth", 2],
+        "eagle3": ["--draft-vocab", 64, "--depth", 2, "--ffn", 48],
         "dflash": ["--layers", 1],
         "full": ["--block", 4],
     }
@@ -44,7 +59,9 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
         assert trained.exit_code == 0, trained.output
         last = json.loads(trained.stdout.splitlines()[-1])
         assert last["step"] == 2 and last["accepted"] >= 1.0
-        load(tmp_path / name, config)
+        loaded = load(tmp_path / name, config)
+        if name == "eagle3":
+            assert loaded.config.layer.ffn == 48
     log = (tmp_path / "tidar" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]
     converted = json.loads((tmp_path / "full" / "config.json").read_text())
@@ -59,3 +76,5 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
     refused(zbench(*asked), "--minutes or --steps")
     refused(zbench(*asked, "--minutes", 1), "no training data", "zbench train data")
     refused(zbench("train", "data", "--model", "nobody", "--out", tmp_path / "x"), "unknown model 'nobody'")
+    here = ["train", "data", "--model", folder, "--out", tmp_path / "x", "--device", "cpu"]
+    refused(zbench(*here, "--execution", "graph"), "graph needs a GPU", "leave --execution out")

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models.test_execution import again
 from tests.training import memory
 from zbench import prompts
 from zbench.errors import UserError
 from zbench.models import loading
+from zbench.models.execution import Graphs
 from zbench.models.loading import LoadedModel
 from zbench.models.model import build
 from zbench.training import data, shapes
-from zbench.training.corpus import Corpus, Role, is_held_out, load_corpus, prompt_hash, read_index
+from zbench.training.corpus import Corpus, Role, is_held_out, joined, load_corpus, prompt_hash, read_index
 from zbench.training.data import Settings
 
 SHAPE = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 1024}
@@ -41,6 +43,17 @@ def test_a_corpus_follows_from_its_seed_whatever_the_batch(model: LoadedModel, t
     first = written(model, tmp_path / "a")
     assert contents(written(model, tmp_path / "b", batch=7)) == contents(first)
     assert contents(written(model, tmp_path / "c", settings=Settings(1, answer=12, shard=8))) != contents(first)
+
+
+def test_a_corpus_written_through_graphs_is_the_same(model: LoadedModel, tmp_path: Path) -> None:
+    eager = build(model, torch.float32, memory.CPU, "eager")
+    recorded = build(model, torch.float32, memory.CPU, "eager")
+    recorded.graphs = Graphs(recorded, again)  # type: ignore[attr-defined]
+    for target, name in ((eager, "eager"), (recorded, "graph")):
+        data.generate(target, model, tmp_path / name, 150, SETTINGS, 3)
+    made = [contents(load_corpus(tmp_path / name, model.weights_hash)) for name in ("eager", "graph")]
+    assert made[0] == made[1]
+    assert recorded.prepared
 
 
 def test_an_interrupted_corpus_goes_on_where_it_ended(model: LoadedModel, tmp_path: Path) -> None:
@@ -113,3 +126,13 @@ def test_a_corpus_is_refused_by_another_model_and_other_settings(model: LoadedMo
     with pytest.raises(UserError, match="is not the shard"):
         load_corpus(tmp_path, model.weights_hash)
     assert "conversations" in (tmp_path / "README.md").read_text()
+
+
+def test_corpora_of_other_seeds_are_one_without_duplicates(model: LoadedModel, tmp_path: Path) -> None:
+    first = written(model, tmp_path / "a")
+    second = written(model, tmp_path / "b", settings=Settings(1, answer=12, shard=8))
+    both = joined([first, second, first])
+    known = {c.hash for c in first.conversations}
+    new = [c for c in second.conversations if c.hash not in known]
+    assert new and contents(both) == contents(first) + contents(Corpus({}, tuple(new)))
+    assert both.folder == tmp_path / "a"

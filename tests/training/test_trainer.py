@@ -19,7 +19,7 @@ from zbench.training.corpus import Conversation, Corpus
 from zbench.training.dflash import DFlash, DFlashSettings
 from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
 from zbench.training.losses import head_loss, sampled_head
-from zbench.training.target import Batch, Target
+from zbench.training.target import Batch, Read, Target
 from zbench.training.tidar import Tidar, TidarSettings
 from zbench.training.trainer import STATE, Objective, Reader, Settings, schedule, train
 
@@ -57,6 +57,29 @@ def test_a_sampled_head_stands_for_the_whole_one() -> None:
     assert sum(loss(40) for _ in range(100)) / 100 == pytest.approx(whole, abs=0.02)
     few = head_loss(hidden, head[:30], ids, probs, weights)[0].item() / 40
     assert abs(few - whole) > 1.0  # what leaving the rest out would give
+
+
+def test_batches_are_of_few_lengths_where_kernels_are_compiled() -> None:
+    roles = torch.tensor([0, 0, 1, 1, 1, 0, 1, 1, 1], dtype=torch.uint8)
+    batch = Batch.of([Conversation(torch.arange(9), roles, 0, False)])
+    there = batch.to(torch.device("meta"))
+    assert there.ids.shape == there.answer.shape == (1, 64) and there.sizes == (9,)
+    assert batch.to(torch.device("cpu")).ids.shape == (1, 9)
+
+
+def test_more_padding_teaches_the_same() -> None:
+    corpus = memory.corpus("smollm")
+    batch = Batch.of(corpus.conversations[:3])
+    padded = replace(batch, ids=F.pad(batch.ids, (0, 13)), answer=F.pad(batch.answer, (0, 13)))
+    for objective in objectives(corpus).values():
+        if objective.name in ("eagle3", "full"):  # the others draw places among all
+            target = objective.target  # type: ignore[attr-defined]
+            reads = [
+                target.read(each, objective.capture) if objective.asks else Read.of_text(each)
+                for each in (batch, padded)
+            ]
+            losses = [objective.score(read, torch.Generator().manual_seed(0)).loss.item() for read in reads]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_block_attention_is_attention_under_the_blocks_mask() -> None:

@@ -8,6 +8,7 @@ greedy decoding and, because a deterministic draft is accepted exactly where pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +20,8 @@ from zbench.models.model import Model
 from zbench.models.rows import Rows
 from zbench.records import LosslessCheck
 
-# How far two orders of summation may move a logit, as a share of the largest one (a few units of last place), and a
-# cumulative probability. float32 has none to spare: its tokens must be equal.
+# How far two orders of summation may move a logit, as a share of the largest one, and a cumulative probability.
+# float32 has none to spare: its tokens must be equal.
 LOGIT_ROUNDING = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-6}
 MASS_ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-6}
 
@@ -58,7 +59,10 @@ def _gap(logits: Tensor, token: int, sampler: Sampler, position: int, dtype: tor
     """How far the emitted token was from being picked, and how far rounding may move it."""
     if sampler.sampling.greedy:
         top = float(logits.max())
-        return top - float(logits[token]), LOGIT_ROUNDING[dtype] * float(logits.abs().max())
+        # However little summation moves them, both logits may round to the next number of their type: one that is
+        # behind by two of its steps may have been level.
+        step = torch.finfo(dtype).eps * 2.0 ** (math.frexp(top)[1] - 1)
+        return top - float(logits[token]), max(2 * step, LOGIT_ROUNDING[dtype] * float(logits.abs().max()))
     cumulative = probabilities(logits, sampler.sampling).double().cumsum(-1)
     target = sampler.uniforms([position], Purpose.TOKEN) * cumulative[-1]
     below = cumulative[token - 1] if token else torch.zeros_like(cumulative[0])

@@ -9,7 +9,7 @@ import csv
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,27 @@ from zbench.errors import UserError
 
 GPM_SECONDS = 0.1  # the least between two samples of GPM, as NVML's documentation asks
 # ncu scales every value of a metric by itself; its prefixes are powers of ten.
-_NCU_UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
-_NCU = {"dram__bytes_read.sum": "read", "dram__bytes_write.sum": "written"}
+_NCU_BYTES = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
+_NCU_TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3}
+_NCU = {
+    "dram__bytes_read.sum": ("read", "bytes", _NCU_BYTES),
+    "dram__bytes_write.sum": ("written", "bytes", _NCU_BYTES),
+    "gpu__time_duration.sum": ("seconds", "time", _NCU_TIMES),
+}
 # FETCH_SIZE and WRITE_SIZE are in KiB, matrix operations in units of 512 (ROCm, "MI300 performance counters").
 _ROCPROF = {"FETCH_SIZE": ("read", 1024.0), "WRITE_SIZE": ("written", 1024.0)} | {
     f"SQ_INSTS_VALU_MFMA_MOPS_{kind}": ("flops", 512.0) for kind in ("F16", "BF16", "F32", "F64", "F8", "XF32")
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """All launches of one kernel. `bytes` is None where they were not counted."""
+
+    kernel: str
+    launches: int
+    seconds: float
+    bytes: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,7 @@ class Measured:
     why_not: Mapping[str, str]  # "bytes", "flops" -> why
     kernels: int | None = None
     tensor_activity: float | None = None  # share of the time with a tensor pipe busy, 0 to 1
+    timed: tuple[Timed, ...] = ()
 
 
 def read(files: Sequence[Path], steps: int, range_name: str) -> Measured:
@@ -83,22 +99,37 @@ def _table(file: Path) -> _Table:
 
 
 def _ncu(tables: Iterable[_Table]) -> Measured:
-    total: dict[str, float] = {}
-    kernels = set()
+    kernels: dict[tuple[str, str], dict[str, Any]] = {}
     for table in tables:
         for row in table.rows:
-            what = _NCU.get(row["Metric Name"])
-            if what is None:
+            if row["Metric Name"] not in _NCU:
                 continue
-            if row["Metric Unit"] not in _NCU_UNITS:
+            what, kind, units = _NCU[row["Metric Name"]]
+            if row["Metric Unit"] not in units:
                 raise UserError(
-                    f"{table.file}: {row['Metric Name']} in {row['Metric Unit']!r}, which is no unit of bytes"
+                    f"{table.file}: {row['Metric Name']} in {row['Metric Unit']!r}, which is no unit of {kind}"
                 )
-            value = _number(table.file, row["Metric Value"]) * _NCU_UNITS[row["Metric Unit"]]
-            total[what] = total.get(what, 0.0) + value
-            kernels.add((str(table.file), row["ID"]))
+            value = _number(table.file, row["Metric Value"]) * units[row["Metric Unit"]]
+            kernels.setdefault((str(table.file), row["ID"]), {"name": row.get("Kernel Name", "")})[what] = value
+    total = {
+        what: sum(kernel[what] for kernel in kernels.values() if what in kernel)
+        for what in ("read", "written")
+        if any(what in kernel for kernel in kernels.values())
+    }
     flops = "no counter of ncu gives FLOPs of all data types; its tensor pipes are counted in instructions"
-    return _measured("ncu", total, len(kernels), flops, "dram__bytes_read.sum and dram__bytes_write.sum")
+    found = _measured("ncu", total, len(kernels), flops, "dram__bytes_read.sum and dram__bytes_write.sum")
+    return replace(found, timed=_timed(kernels.values()))
+
+
+def _timed(kernels: Iterable[Mapping[str, Any]]) -> tuple[Timed, ...]:
+    found: dict[str, Timed] = {}
+    for kernel in kernels:
+        if "seconds" in kernel:
+            moved = kernel["read"] + kernel["written"] if {"read", "written"} <= kernel.keys() else None
+            had = found.get(kernel["name"], Timed(kernel["name"], 0, 0.0, 0.0))
+            moved = None if moved is None or had.bytes is None else had.bytes + moved
+            found[had.kernel] = Timed(had.kernel, had.launches + 1, had.seconds + kernel["seconds"], moved)
+    return tuple(sorted(found.values(), key=lambda kernel: -kernel.seconds))
 
 
 def _rocprof(counted: Sequence[_Table], marked: Sequence[_Table], steps: int, range_name: str) -> Measured:

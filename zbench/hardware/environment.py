@@ -56,12 +56,14 @@ def snapshot(device: Device, threads: int | None = None) -> dict[str, Any]:
 
     `threads` are the CPU threads that the run will use; None means those torch is set to now.
     """
+    torch = _torch(threads)
     return {
         "zbench": _zbench(),
         "command": _command(sys.argv),
         "python": {"version": platform.python_version(), "implementation": platform.python_implementation()},
-        "packages": {name: _read(functools.partial(importlib.metadata.version, name)) for name in _PACKAGES},
-        "torch": _torch(threads),
+        "packages": {name: _read(functools.partial(importlib.metadata.version, name)) for name in _PACKAGES}
+        | {"torch": torch["version"]},  # which says what it was built for; metadata may not
+        "torch": torch,
         "device": device_facts(device),
         "cpu": _cpu(),
         "memory": {"total_bytes": psutil.virtual_memory().total, "available_bytes": psutil.virtual_memory().available},

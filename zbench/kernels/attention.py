@@ -328,18 +328,18 @@ def random_call(
     visible: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Arguments of a call with random contents, NaN behind the rows; `visible` [B, R, R] defaults to random trees."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     batch = len(lengths)
     capacity = max(lengths) + rows + 7 if capacity is None else capacity
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     if visible is None:
-        visible = torch.eye(rows, dtype=torch.bool).repeat(batch, 1, 1)
+        visible = torch.eye(rows, dtype=torch.bool, device=device).repeat(batch, 1, 1)
         for row in range(1, rows):
-            parent = torch.randint(-1, row, (batch,), generator=generator)
-            visible[:, row] |= visible[torch.arange(batch), parent.clamp(min=0)] & (parent >= 0)[:, None]
+            parent = torch.randint(-1, row, (batch,), generator=generator, device=device)
+            visible[:, row] |= visible[torch.arange(batch, device=device), parent.clamp(min=0)] & (parent >= 0)[:, None]
     keys, values = normal(batch, kv_heads, capacity, width), normal(batch, kv_heads, capacity, width)
     begun = torch.tensor(lengths, device=device)
     behind = torch.arange(capacity, device=device) >= begun[:, None] + rows

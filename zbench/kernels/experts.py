@@ -184,10 +184,10 @@ def random_call(
     device: torch.device, dtype: torch.dtype, seed: int, choice: list[int], experts: int, width: int, inner: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments of a call with random rows and weights."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+        return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
 
     gate_up = normal(experts, 2 * inner, width, scale=width**-0.5)
     down = normal(experts, width, inner, scale=inner**-0.5)

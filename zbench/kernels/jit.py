@@ -7,11 +7,19 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+launches = 0  # of kernels in this process: torch's profiler sees none of them on the host
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """What launches `function`, once. Its module's `tl` becomes `triton.language`; functions of its module that it
+    calls become functions of the device."""
+    global launches
+    launches += 1
+    return _compiled(function)
+
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Any:
-    """What launches `function`. Its module's `tl` becomes `triton.language`, and so do the functions of its module that
-    it calls become functions of the device."""
+def _compiled(function: Callable[..., Any]) -> Any:
     import triton
     import triton.language as tl
 
@@ -20,7 +28,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     scope["tl"] = tl
     for name in function.__code__.co_names:
         if isinstance(called := scope.get(name), FunctionType):
-            scope[name] = compiled(called)
+            scope[name] = _compiled(called)
     return triton.jit(function)
 
 
@@ -30,7 +38,7 @@ def interpreted() -> bool:
     as integers: kernels have to widen what they multiply there. The products of two bfloat16 are exact in float32."""
     from triton.runtime.jit import JITFunction
 
-    return not isinstance(compiled(_nothing), JITFunction)
+    return not isinstance(_compiled(_nothing), JITFunction)
 
 
 def _nothing() -> None:

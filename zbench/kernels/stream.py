@@ -135,8 +135,8 @@ def triad_cost(b: Tensor, c: Tensor, scale: float, out: Tensor) -> Work:
 
 
 def _vectors(device: torch.device, seed: int, count: int, size: int) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=g).to(device) for _ in range(count)]
+    g = torch.Generator(device).manual_seed(seed)
+    return [torch.randn(size, generator=g, device=device) for _ in range(count)]
 
 
 def read_example(device: torch.device, seed: int) -> tuple[Any, ...]:

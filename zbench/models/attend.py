@@ -28,13 +28,14 @@ class BlockAttention:
     # For the rows of one forward; the first `span` slots of the cache hold the prefixes and the rows.
     masks: Callable[[Rows, Cache, int], Masks]
     label: str  # for the run's record
+    spans: bool  # whether `span` decides on what is computed
 
 
 def block_attention(choice: registry.Choice) -> BlockAttention:
     """The Triton kernel where that is the choice, else torch's own attention, which is faster than its reference."""
     if choice.call is attention.KERNEL.reference:
-        return BlockAttention(_dense, _dense_masks, choice.label.replace("torch", "torch sdpa", 1))
-    return BlockAttention(functools.partial(_packed, choice.call), _packed_masks, choice.label)
+        return BlockAttention(_dense, _dense_masks, choice.label.replace("torch", "torch sdpa", 1), True)
+    return BlockAttention(functools.partial(_packed, choice.call), _packed_masks, choice.label, False)
 
 
 def _dense(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:

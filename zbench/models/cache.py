@@ -68,4 +68,8 @@ class Cache:
         if self._shared is not None:
             self._shared[:] = self.sizes
         else:
-            self.lengths += torch.tensor(counts, device=self.lengths.device)
+            self.lengths += self._on_device(counts)
+
+    def _on_device(self, counts: Sequence[int]) -> Tensor:
+        """Without waiting for what the device is at."""
+        return torch.tensor(counts).to(self.lengths.device, non_blocking=True)

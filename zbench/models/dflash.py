@@ -221,7 +221,7 @@ class Drafts:
 def reduced(stored: DFlashCheckpoint, target: AnyConfig, tensors: Mapping[str, Tensor], vocab: int) -> DFlashCheckpoint:
     """The drafter with the first `vocab` rows of its target's head [V, D], drafting only tokens with ids below: in BPE
     vocabularies the frequent ones, so that less is read (as in FR-Spec, Zhao et al. 2025, arXiv 2502.14856). `tensors`
-    are the target's in Hugging Face's names, on the CPU. Raises UserError for a drafter with a head of its own.
+    are the target's in Hugging Face's names. Raises UserError for a drafter with a head of its own.
     """
     config = stored.config.reduced(vocab)
     head = tensors["model.embed_tokens.weight" if target.tied else "lm_head.weight"][:vocab]

@@ -163,8 +163,9 @@ class Graphs:
     next forward writes over it.
     """
 
-    def __init__(self, model: Graphable, record: Record) -> None:
-        self._model, self._record = model, record
+    def __init__(self, model: Graphable, record: Record, spans: bool = True) -> None:
+        """Without `spans` the model's forward is the same for every span, and so is its graph."""
+        self._model, self._record, self._spans = model, record, spans
         self._arenas: dict[int, _Arena] = {}
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -201,7 +202,7 @@ class Graphs:
             adapter,
             rows.masks is not None,
             rows.causal,
-            min(rounded(max(cache.sizes) + count), cache.capacity),
+            min(rounded(max(cache.sizes) + count), cache.capacity) if self._spans else cache.capacity,
         )
         given = (rows.ids, rows.positions, rows.parents, rows.visible, rows.masks, logits)
         graph = arena.graphs.get(signature)
@@ -237,22 +238,23 @@ class Graphs:
 
 
 def _reserved(device: torch.device) -> int | None:
-    """Memory that torch holds on the device, once what runs there has ended."""
+    """Memory that torch holds on the device and cannot give back, once what runs there has ended."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # recording does so too: less than before would be held after it
     return torch.cuda.memory_reserved(device)
 
 
-def graphs_on(model: Graphable, device: torch.device) -> Graphs:
-    """Graphs of CUDA or HIP. Raises ExecutionUnavailable where the device has none."""
+def graphs_on(model: Graphable, device: torch.device, spans: bool) -> Graphs:
+    """Graphs of CUDA or HIP; `spans` as in `Graphs`. Raises ExecutionUnavailable where the device has none."""
     if device.type != "cuda":
         raise ExecutionUnavailable(f"graph needs a GPU with CUDA or HIP, the device is {device.type}")
     pool = torch.cuda.graph_pool_handle()  # graphs run one after another, so that they can share their scratch memory
+    ahead = torch.cuda.Stream(device)  # one for all: a stream keeps a workspace of cuBLAS, tens of MB, for good
 
     def record(run: Run) -> Run:
         # Handles and workspaces of libraries are made at first use, which must not be while recording.
-        ahead = torch.cuda.Stream(device)
         ahead.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(ahead):
             run()
@@ -267,4 +269,4 @@ def graphs_on(model: Graphable, device: torch.device) -> Graphs:
 
         return replay
 
-    return Graphs(model, record)
+    return Graphs(model, record, spans)

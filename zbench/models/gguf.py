@@ -136,7 +136,7 @@ def _tensors(model: LoadedModel, config: ModelConfig) -> Iterator[tuple[str, tor
             # llama.cpp rotates neighbouring pairs of a head, Hugging Face the first half against the second.
             heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
             tensor = heads.transpose(1, 2).reshape(tensor.shape)
-        yield name, tensor
+        yield name, tensor.cpu()  # random weights may have been drawn on a GPU
 
 
 def _raw(matrix: torch.Tensor) -> np.ndarray:

@@ -39,19 +39,23 @@ class LoadedModel:
     name: str
     path: Path | None  # the folder; None for random weights
     config: AnyConfig
-    tensors: dict[str, Tensor]  # Hugging Face names, on the CPU; a tied head is not listed
+    tensors: Mapping[str, Tensor]  # Hugging Face names; on the CPU, or `Drawn`; a tied head is not listed
     weights_hash: str  # sha256 of the weight files; for random weights, of what determines them
     tokenizer_path: Path | None  # None where there is no tokenizer
     source: str  # where it came from, in words
 
 
 def load(
-    spec: str | Mapping[str, Any], dtype: str | torch.dtype | None = None, progress: zoo.Progress | None = None
+    spec: str | Mapping[str, Any],
+    dtype: str | torch.dtype | None = None,
+    progress: zoo.Progress | None = None,
+    device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """Load a model: a zoo name (fetched if need be), `{path}`, `{hub, revision}` or `{config, weights: random, seed}`.
 
     `config` is a Hugging Face config (it has `model_type`) or the fields of the family's config. `dtype` None keeps
-    weights as they are stored, and makes random ones in float32. Keys of `spec` that are None count as absent.
+    weights as they are stored, and makes random ones in float32. Random weights for a GPU, `device`, are drawn there.
+    Keys of `spec` that are None count as absent.
     Raises UserError, one line, for whatever is missing, malformed, corrupt or not supported.
     """
     chosen = _dtype(dtype)
@@ -72,7 +76,7 @@ def load(
         revision = given.get("revision", "main")
         return _load_folder(snapshot(given["hub"], revision), given["hub"], f"hub {given['hub']} at {revision}", chosen)
     if "config" in given and given.get("weights", "random") == "random":
-        return _random_model(given["config"], given.get("seed", 0), chosen or torch.float32)
+        return _random_model(given["config"], given.get("seed", 0), chosen or torch.float32, torch.device(device))
     raise UserError(
         f"model {dict(spec)} is none of NAME, {{path}}, {{hub, revision}}, {{config, weights: random, seed}}"
     )
@@ -104,25 +108,42 @@ def random_tensors(config: AnyConfig, seed: int, dtype: torch.dtype) -> dict[str
     residual stream or on the way to the choice; skipping is biased against, as in a model that starts training.
     A tensor's values follow from the seed and its name alone, so that the tensors can be drawn in parallel.
     """
+    drawn = Drawn(config, seed, dtype, torch.device("cpu"))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(drawn, pool.map(drawn.__getitem__, drawn), strict=True))
 
-    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+
+class Drawn(Mapping[str, Tensor]):
+    """See `random_tensors`. A tensor is drawn on `device` each time it is asked for, so that none of a model that fills
+    a GPU is there twice, or comes over its bus. Other devices draw other values."""
+
+    def __init__(self, config: AnyConfig, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes, self._seed, self._dtype, self._device = tensor_shapes(config), seed, dtype, device
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype, device = self._shapes[name], self._dtype, self._device
         if name.endswith(_KEPT):
-            return torch.tensor([0.0] * (shape[0] - 1) + [-1.0])
+            return torch.tensor([0.0] * (shape[0] - 1) + [-1.0], device=device)
         if name.endswith(("norm.weight", "_scale", ".temp")):
-            return torch.ones(shape, dtype=dtype)
+            return torch.ones(shape, dtype=dtype, device=device)
         router = ".router_mlp." in name
         if name.endswith("_bias") or (router and name.endswith(".bias")):
-            return torch.zeros(shape, dtype=dtype)
-        own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
-        generator = torch.Generator().manual_seed(own_seed)
+            return torch.zeros(shape, dtype=dtype, device=device)
+        own_seed = int.from_bytes(hashlib.sha256(f"{self._seed}/{name}".encode()).digest()[:7], "little")
+        generator = torch.Generator(device).manual_seed(own_seed)
         std = shape[-1] ** -0.5 if router else _RANDOM_STD
-        drawn = torch.empty(shape, dtype=dtype).normal_(0.0, std, generator=generator)
+        drawn = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
         # GELU's mean, the same in every channel, must not send all rows to one expert.
         return drawn - drawn.mean(-1, keepdim=True) if router else drawn
-
-    shapes = tensor_shapes(config)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(shapes, pool.map(draw, shapes, shapes.values()), strict=True))
 
 
 def weights_hash(files: Iterable[Path]) -> str:
@@ -249,14 +270,16 @@ def snapshot(repository: str, revision: str) -> Path:
     return Path(folder)
 
 
-def _random_model(shape: Mapping[str, Any], seed: int, dtype: torch.dtype) -> LoadedModel:
+def _random_model(shape: Mapping[str, Any], seed: int, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     config = families.from_hf(shape) if "model_type" in shape else families.from_fields(shape)
     identity = json.dumps([asdict(config), seed, str(dtype)], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
-    tensors = random_tensors(config, seed, dtype)
-    return LoadedModel(
-        f"random-{config.family}-{digest[:8]}", None, config, tensors, digest, None, f"random weights, seed {seed}"
-    )
+    name, source = f"random-{config.family}-{digest[:8]}", f"random weights, seed {seed}"
+    if device.type == "cpu":
+        return LoadedModel(name, None, config, random_tensors(config, seed, dtype), digest, None, source)
+    where = torch.cuda.get_device_name(device)
+    own = hashlib.sha256(f"{digest} {where}".encode()).hexdigest()
+    return LoadedModel(name, None, config, Drawn(config, seed, dtype, device), own, None, f"{source}, drawn on {where}")
 
 
 def _cached_sha256(file: Path) -> str:

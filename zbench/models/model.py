@@ -127,6 +127,12 @@ def wanted_rows(rows: Rows, logits: Tensor | None) -> Tensor:
     return (logits + offsets).reshape(-1)
 
 
+def asked(x: Tensor, rows: Rows, logits: Tensor | None) -> Tensor:
+    """Of x [B R, D] the rows that ask for logits. All of them take no index that is kept elsewhere: a graph that holds
+    its address would outlive it."""
+    return x if logits is None else x[wanted_rows(rows, logits)]
+
+
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _all_rows(count: int, device: torch.device) -> Tensor:

@@ -89,10 +89,10 @@ class Shard:
         part = families.parameter_count(self.of(config))
         return part if config.tied else part - (config.vocab - len(self.vocab(config))) * config.width
 
-    def tensors(self, whole: Mapping[str, Tensor], config: AnyConfig) -> dict[str, Tensor]:
+    def tensors(self, whole: Mapping[str, Tensor], config: AnyConfig) -> Mapping[str, Tensor]:
         """This part of a model's tensors, by their Hugging Face names; a tied head is sliced by `vocab`."""
         if self.size == 1:
-            return dict(whole)
+            return whole
         return {name: part for name, tensor in whole.items() if (part := self._part(name, tensor, config)) is not None}
 
     def _part(self, name: str, tensor: Tensor, config: AnyConfig) -> Tensor | None:

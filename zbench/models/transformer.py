@@ -22,7 +22,7 @@ from zbench.models.attend import BlockAttention, Seen, block_attention
 from zbench.models.cache import Cache
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost, Routing, forward_cost
-from zbench.models.model import Output, check_room, wanted_rows
+from zbench.models.model import Output, asked, check_room, wanted_rows
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Team
 from zbench.records import PreparationRecord
@@ -179,7 +179,7 @@ class Transformer:
         if execution == "compiled":
             self._layer = executions.compiled_layer(run_layer, **operators)
         if execution == "graph":
-            self.graphs = executions.graphs_on(self, self.device)
+            self.graphs = executions.graphs_on(self, self.device, self._operators.attention.spans)
 
     def executed(self, execution: str) -> Transformer:
         """See `Model.executed`."""
@@ -320,7 +320,7 @@ class Transformer:
             hidden[c.layers] = x.float()
         if self.headless:
             return Output(torch.empty(batch, 0, c.vocab, device=self.device), hidden)
-        found = self.head(inner.flatten(0, 1)[wanted_rows(rows, logits)])
+        found = self.head(asked(inner.flatten(0, 1), rows, logits))
         return Output(found.view(batch, -1, self.config.vocab), hidden)
 
 

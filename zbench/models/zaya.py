@@ -32,7 +32,7 @@ from zbench.models.adapter import MaskAdapter
 from zbench.models.attend import block_attention
 from zbench.models.cache import Cache
 from zbench.models.cost import Cost, Routing, forward_cost
-from zbench.models.model import Output, check_room, count_choices, wanted_rows
+from zbench.models.model import Output, asked, check_room, count_choices
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.team import ALONE, Team
@@ -73,11 +73,11 @@ class ZayaCache(Cache):
         return mixed, delayed
 
     def extend(self, counts: Sequence[int]) -> None:
-        self._keep(torch.tensor(counts, device=self.lengths.device) - 1)
+        self._keep(self._on_device(counts) - 1)
         super().extend(counts)
 
     def commit(self, kept: Tensor, counts: Sequence[int]) -> None:
-        ends = torch.tensor(counts, device=self.lengths.device)[:, None] - 1
+        ends = self._on_device(counts)[:, None] - 1
         last = kept.gather(1, ends.clamp(min=0))
         self._keep(torch.where(ends < 0, ends, last)[:, 0])
         super().commit(kept, counts)
@@ -295,7 +295,7 @@ class Zaya:
             if self.team.size > 1:
                 raise executions.ExecutionUnavailable("graph runs on one rank only")
             self.kernels = {**self.kernels, "forward": "torch, graph"}
-            self.graphs = executions.graphs_on(self, self.device)
+            self.graphs = executions.graphs_on(self, self.device, self.attention.spans)
 
     def executed(self, execution: str) -> Zaya:
         """See `Model.executed`."""
@@ -391,7 +391,7 @@ class Zaya:
             x = block.after_mlp((self._sum(block.experts(flat, choice)) * weight).view_as(x), x)
         if c.layers in capture:
             hidden[c.layers] = x
-        found = self.logits(x.flatten(0, 1)[wanted_rows(rows, logits)])
+        found = self.logits(asked(x.flatten(0, 1), rows, logits))
         return Output(found.view(batch, -1, c.vocab), hidden, count_choices(choices, c.experts))
 
     def _sum(self, part: Tensor) -> Tensor:

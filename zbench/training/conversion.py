@@ -30,10 +30,11 @@ from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.models import loading
 from zbench.models.config import ModelConfig, tensor_shapes
-from zbench.models.transformer import Layer, Weights, inverse_frequencies, rms_norm, rotate
+from zbench.models.transformer import Layer, Weights, inverse_frequencies, rotate
 from zbench.training.attention import block_attention
 from zbench.training.corpus import Conversation
 from zbench.training.losses import head_loss
+from zbench.training.norm import rms_norm
 from zbench.training.target import Batch, Read, Target
 from zbench.training.trainer import Scores, save_whole
 

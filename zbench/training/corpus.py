@@ -140,3 +140,12 @@ def load_corpus(folder: Path, weights_hash: str) -> Corpus:
             f"{folder} was written by another model ({index['model']}); a drafter learns its own target's text"
         )
     return Corpus(index, tuple(c for entry in index["shards"] for c in read_shard(folder, entry)), folder)
+
+
+def joined(corpora: Sequence[Corpus]) -> Corpus:
+    """As one; of conversations that begin alike the first stays. What is kept beside a corpus goes beside the first."""
+    first: dict[int, Conversation] = {}
+    for corpus in corpora:
+        for conversation in corpus.conversations:
+            first.setdefault(conversation.hash, conversation)
+    return Corpus(corpora[0].index, tuple(first.values()), corpora[0].folder)

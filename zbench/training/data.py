@@ -27,7 +27,7 @@ import torch
 
 from zbench import prompts
 from zbench.cache import atomic_write
-from zbench.engines.sampling import Sampling, draw, probabilities
+from zbench.engines.sampling import Sampling, draw, on_device, probabilities
 from zbench.errors import UserError
 from zbench.models.loading import LoadedModel, load_tokenizer
 from zbench.models.model import Model
@@ -204,14 +204,20 @@ class Writer:
 
     def _write(self, writing: list[_Conversation | None], logits: torch.Tensor) -> None:
         """Choose the next token of each conversation that waits for one; logits [B, V]."""
-        greedy = logits.argmax(-1).tolist()
-        for index, state in enumerate(writing):
+        drawn = [
+            (index, temperature, state.random.random())
+            for index, state in enumerate(writing)
+            if state and (temperature := state.temperature if state.answering else 1.0)
+        ]
+        tokens = logits.argmax(-1)
+        if drawn:
+            indices, temperatures, uniforms = zip(*drawn, strict=True)
+            rows, divisors = (on_device(values, logits.device) for values in (indices, temperatures))
+            probs = probabilities(logits[rows] / divisors[:, None], Sampling(1.0))
+            tokens[rows] = draw(probs, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+        for state, token in zip(writing, tokens.tolist(), strict=True):
             if state is None:
                 continue
-            token, temperature = greedy[index], state.temperature if state.answering else 1.0
-            if temperature:
-                probs = probabilities(logits[index].cpu(), Sampling(temperature))
-                token = int(draw(probs, torch.tensor(state.random.random(), dtype=torch.float64)))
             state.turn.append(token)
             state.ids.append(token)
             state.roles.append(Role.ANSWER if state.answering else Role.PROMPT)

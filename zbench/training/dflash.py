@@ -21,9 +21,10 @@ from zbench.models import dflash
 from zbench.models.config import ModelConfig
 from zbench.models.dflash import DFlashCheckpoint, tensor_shapes
 from zbench.models.drafters import DFlashConfig
-from zbench.models.transformer import Layer, inverse_frequencies, rms_norm, rotate
+from zbench.models.transformer import Layer, inverse_frequencies, rotate
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.losses import OTHERS, head_loss, sampled_head
+from zbench.training.norm import rms_norm
 from zbench.training.target import Read, Target, sparse_targets
 from zbench.training.trainer import Scores, adopt
 

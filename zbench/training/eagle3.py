@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,10 @@ from zbench.models import eagle3
 from zbench.models.checkpoint import target_ids
 from zbench.models.drafters import Eagle3Config
 from zbench.models.eagle3 import Eagle3Checkpoint, tensor_shapes
-from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
+from zbench.models.transformer import inverse_frequencies, rotate
 from zbench.training.corpus import Conversation, Role
 from zbench.training.losses import head_loss
+from zbench.training.norm import rms_norm
 from zbench.training.target import Read, Target, sparse_targets
 from zbench.training.trainer import Scores, adopt
 
@@ -43,6 +44,7 @@ class Eagle3Settings:
     steps: int = 7  # of the training-time test
     decay: float = 0.8
     soft: float = 0.5  # share of the loss on the target's own distribution, the rest on its text
+    ffn: int | None = None  # width of the drafter's MLP; None: the target's
 
 
 def frequent_tokens(conversations: Sequence[Conversation], count: int, vocab: int) -> Tensor:
@@ -71,7 +73,8 @@ class Eagle3:
         """`conversations` choose the draft vocabulary, where `start`, what was trained before, does not."""
         self.target, self.settings = target, settings
         c, device = target.config, target.device
-        self.config = Eagle3Config.of_target(c, settings.draft_vocab)
+        usual = Eagle3Config.of_target(c, settings.draft_vocab)
+        self.config = replace(usual, layer=replace(usual.layer, ffn=settings.ffn or usual.layer.ffn))
         self.capture = self.config.taps
         d2t = start.tensors.get("d2t") if start else None
         known = frequent_tokens(conversations, self.config.draft_vocab, c.vocab) if d2t is None else target_ids(d2t)

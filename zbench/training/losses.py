@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 256  # rows whose logits exist at the same time
+CHUNK = {"cpu": 256, "cuda": 8192}  # rows whose logits exist at the same time: fit a cache, or fill a GPU
 OTHERS = 4096  # tokens that stand for all that are no target of a step, see `sampled_head`
+ALIGNED = 64  # matrices of other widths are multiplied at a fraction of the speed on a GPU
 
 
 def head_loss(
@@ -32,7 +33,7 @@ def head_loss(
 def sampled_head(
     head: Tensor, target_ids: Tensor, others: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A head over fewer tokens: those in `target_ids`, and `others` of the rest, drawn evenly.
+    """A head over fewer tokens: those in `target_ids`, and `others` of the rest or some more, drawn evenly.
 
     Returns its weight [n, D], its bias [n], which makes the drawn ones count for all of the rest in the normaliser
     (importance sampling, Bengio & Senecal 2008), and `target_ids` as rows of it. For a frozen head that costs more
@@ -40,9 +41,10 @@ def sampled_head(
     """
     wanted = torch.zeros(len(head), dtype=torch.bool, device=head.device)
     wanted[target_ids.flatten()] = True
-    rest = (~wanted).nonzero().squeeze(1)
+    known, rest = wanted.nonzero().squeeze(1), (~wanted).nonzero().squeeze(1)
+    others += -(len(known) + others) % ALIGNED
     drawn = torch.randperm(len(rest), generator=generator)[:others].to(head.device)
-    kept = torch.cat([wanted.nonzero().squeeze(1), rest[drawn]])
+    kept = torch.cat([known, rest[drawn]])
     bias = torch.zeros(len(kept), device=head.device)
     if len(drawn):
         bias[-len(drawn) :] = math.log(len(rest) / len(drawn))
@@ -61,8 +63,9 @@ class _HeadLoss(torch.autograd.Function):
         best = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if learns else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if head.requires_grad else None
-        for begin in range(0, len(hidden), CHUNK):
-            rows = slice(begin, begin + CHUNK)
+        chunk = CHUNK[hidden.device.type]
+        for begin in range(0, len(hidden), chunk):
+            rows = slice(begin, begin + chunk)
             weighted = probs[rows].float() * weights[rows, None]
             mass = weighted.sum(1)
             logits = (hidden[rows] @ head.T).float()

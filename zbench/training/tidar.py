@@ -25,9 +25,10 @@ from zbench.models.adapter import (
     adapter_shapes,
     save_adapter,
 )
-from zbench.models.transformer import inverse_frequencies, rms_norm, rotate
+from zbench.models.transformer import inverse_frequencies, rotate
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.losses import OTHERS, head_loss, sampled_head
+from zbench.training.norm import rms_norm
 from zbench.training.target import Read, Target, sparse_targets
 from zbench.training.trainer import Scores, adopt
 

@@ -90,7 +90,7 @@ class Settings:
     minutes: float | None = None
     longest: int = 640  # tokens of a conversation that are used
     keep: float = 6.0  # gigabytes of disk for what the target said about batches
-    evaluate_every: float = 300.0  # seconds; with `steps`, a tenth of them
+    evaluate_every: float = 300.0  # seconds, or a tenth of `minutes` if that is less; with `steps`, a tenth of them
     held_out: int = 32  # conversations to evaluate on
 
 
@@ -281,14 +281,16 @@ def batch_order(count: int, seed: int, skip: int) -> Iterator[int]:
 
 class Reader:
     """Reads batches by number, and keeps what was read in `folder` for later epochs, stages and runs, as long as
-    `gigabytes` hold it: it follows from the target and the batch."""
+    `gigabytes` hold it: it follows from the target and the batch. A GPU keeps nothing: it is asked again sooner than a
+    disk."""
 
     def __init__(
         self, target: Target, objective: Objective, batches: Sequence[Batch], folder: Path, gigabytes: float
     ) -> None:
         self.target, self.objective, self.batches, self.folder = target, objective, batches, folder
         kept = folder.glob(f"*{_READ}") if folder.is_dir() else ()
-        self._room = gigabytes * 1e9 - sum(file.stat().st_size for file in kept)
+        room = gigabytes * 1e9 - sum(file.stat().st_size for file in kept)
+        self._room = room if target.device.type == "cpu" else 0.0
         of = target.loaded.weights_hash, target.dtype, target.device.type, TOP, objective.capture, objective.context
         self._of = repr(of).encode()
 
@@ -300,12 +302,12 @@ class Reader:
         if file.exists():
             return Read.of_tensors(batch.to(device), load_file(file, device=str(device)))
         read = self.target.read(batch.to(device), objective.capture, objective.context)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in read.tensors().items()}
+        tensors = read.tensors()
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size <= self._room:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_whole(file, tensors)
+                save_whole(file, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
                 self._room -= size
             except OSError:  # a corpus that cannot be written to keeps nothing
                 self._room = 0.0
@@ -340,7 +342,8 @@ def _due(state: _State, evaluated: float, settings: Settings) -> bool:
     """Whether to evaluate after this step; `evaluated` is when that was done last, in seconds of training."""
     if settings.steps:
         return state.step % max(settings.steps // 10, 1) == 0
-    return state.step == _FIRST or state.seconds - evaluated >= settings.evaluate_every
+    assert settings.minutes is not None
+    return state.step == _FIRST or state.seconds - evaluated >= min(settings.evaluate_every, 6 * settings.minutes)
 
 
 def forecast(seconds: float, share: float, settings: Settings) -> str:
