@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ class Cache:
         self._shared = self.lengths.numpy() if self.lengths.device.type == "cpu" else None
         self.sizes = [0] * batch
         self.pending: Any = None  # what the last forward left for `commit`, beside keys and values
+
+    def emptied(self) -> Self:
+        """See `execution.Memory`."""
+        cache = copy(self)
+        cache.truncate([0] * len(self.sizes))
+        cache.pending = None
+        return cache
 
     def extend(self, counts: Sequence[int]) -> None:
         """Commit the first counts[b] rows of the last forward: nothing moves."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -97,9 +96,114 @@ def any_size(tensor: Tensor, *dims: int) -> Tensor:
 
 # --- Graphs ---
 
-# Runs a forward once on buffers that stay where they are, and gives what runs it again on what these hold by then.
-Run = Callable[[], tuple[Output, Any]]  # what came out, and what it left pending in the cache
+# Runs something once on buffers that stay where they are, and gives what runs it again on what these hold by then.
+Run = Callable[[], Any]
 Record = Callable[[Run], Run]
+Given = Sequence[Tensor | None]
+
+
+class Memory(Protocol):
+    """A cache; its keys tell it from others."""
+
+    keys: Tensor
+
+    def emptied(self) -> Self:
+        """A cache without a token on the same memory, lengths on the device included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    inputs: tuple[Tensor, ...]
+    replay: Run
+
+
+M = TypeVar("M", bound=Memory)
+
+
+@dataclass(slots=True)
+class _Arena(Generic[M]):
+    """Memory of a cache, handed to one cache after another: graphs have its addresses in them."""
+
+    memory: M
+    size: Hashable
+    user: weakref.ref[M]
+    graphs: dict[Hashable, _Graph] = field(default_factory=dict)
+
+
+class Recorded(Generic[M]):
+    """Work on caches as graphs over static buffers: one for each signature, recorded when it is first asked for."""
+
+    def __init__(self, record: Record, prepared: list[PreparationRecord]) -> None:
+        """What had to be recorded is appended to `prepared`."""
+        self._record, self._prepared = record, prepared
+        self._arenas: dict[int, _Arena[M]] = {}
+
+    def beside(self) -> Recorded[Any]:
+        """For caches of another kind. Graphs run one after another, so that all of these share scratch memory."""
+        return Recorded(self._record, self._prepared)
+
+    def cache(self, size: Hashable, make: Callable[[], M]) -> M:
+        """An empty cache, on memory whose last user is gone where there is some of that size, else on what is made."""
+        idle = {address: arena for address, arena in self._arenas.items() if arena.user() is None}
+        arena = next((a for a in idle.values() if a.size == size), None)
+        if arena is None:
+            try:
+                memory = make()
+            except torch.OutOfMemoryError:
+                for address in idle:
+                    del self._arenas[address]
+                idle.clear()
+                torch.cuda.empty_cache()
+                memory = make()
+            arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, size, weakref.ref(memory))
+        cache = arena.memory.emptied()
+        arena.user = weakref.ref(cache)
+        return cache
+
+    @torch.inference_mode()
+    def run(self, cache: M, signature: Hashable, given: Given, work: Callable[[M, Given], Any]) -> Any:
+        """What `work` gives for this cache and what is `given`; the next work writes over it.
+
+        `work` gets buffers, and the arena's memory in place of the cache. Beside these it depends on the signature
+        only: on no size that the host keeps. It may run more often than asked for, so it only writes to a cache what
+        it would write there again: no length. Raises ExecutionUnavailable where it cannot be recorded.
+        """
+        arena = self._arenas[cache.keys.data_ptr()]
+        graph = arena.graphs.get(signature)
+        if graph is None:
+            graph = arena.graphs[signature] = self._recorded(signature, arena.memory, given, work)
+        for own, tensor in zip(graph.inputs, (t for t in given if t is not None), strict=True):
+            own.copy_(tensor)
+        with torch.profiler.record_function(GRAPH):
+            return graph.replay()
+
+    def _recorded(self, signature: Hashable, memory: M, given: Given, work: Callable[[M, Given], Any]) -> _Graph:
+        own = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in given]
+        start, before = time.perf_counter(), _reserved(memory.keys.device)
+        try:
+            replay = self._record(lambda: work(memory, own))
+        except Exception as error:
+            line = next(iter(str(error).splitlines()), "no message")
+            raise ExecutionUnavailable(f"no graph of {signature}: {type(error).__name__}: {line}") from error
+        after = _reserved(memory.keys.device)
+        grown = None if before is None or after is None else after - before
+        self._prepared.append(PreparationRecord("capture", str(signature), time.perf_counter() - start, grown))
+        return _Graph(tuple(t for t in own if t is not None), replay)
+
+
+def span_of(cache_sizes: Sequence[int], rows: int, capacity: int) -> int:
+    """How many slots of a cache a graph reads that is to serve prefixes about as long as these, and `rows` new rows."""
+    return min(rounded(max(cache_sizes) + rows), capacity)
+
+
+def _reserved(device: torch.device) -> int | None:
+    """Memory that torch holds on the device and cannot give back, once what runs there has ended."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # recording does so too: less than before would be held after it
+    return torch.cuda.memory_reserved(device)
 
 
 class Graphable(Protocol):
@@ -140,114 +244,43 @@ class _Signature:
         return f"{self.batch} x {self.rows} rows, {asked} logits, {self.span} slots"
 
 
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    inputs: tuple[Tensor, ...]
-    replay: Run
-
-
-@dataclass(slots=True)
-class _Arena:
-    """Memory of a cache, handed to one cache after another: graphs have its addresses in them."""
-
-    memory: Cache
-    batch: int
-    user: weakref.ref[Cache]
-    graphs: dict[_Signature, _Graph] = field(default_factory=dict)
-
-
-class Graphs:
-    """Forwards as graphs over static rows: one for each signature, recorded when it is first asked for.
-
-    Rows are copied into buffers, lengths are the cache's own, on the device; what comes out is copied too, since the
-    next forward writes over it.
-    """
+class Graphs(Recorded[Cache]):
+    """Forwards of a model as graphs. Rows are copied into buffers, lengths are the cache's own, on the device."""
 
     def __init__(self, model: Graphable, record: Record, spans: bool = True) -> None:
         """Without `spans` the model's forward is the same for every span, and so is its graph."""
-        self._model, self._record, self._spans = model, record, spans
-        self._arenas: dict[int, _Arena] = {}
+        super().__init__(record, model.prepared)
+        self._model, self._spans = model, spans
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache, on memory whose last user is gone where there is some of that size."""
         capacity = rounded(capacity)
-        idle = {address: arena for address, arena in self._arenas.items() if arena.user() is None}
-        arena = next((a for a in idle.values() if (a.batch, a.memory.capacity) == (batch, capacity)), None)
-        if arena is None:
-            try:
-                memory = self._model.empty_cache(batch, capacity)
-            except torch.OutOfMemoryError:
-                for address in idle:
-                    del self._arenas[address]
-                idle.clear()
-                torch.cuda.empty_cache()
-                memory = self._model.empty_cache(batch, capacity)
-            arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, batch, weakref.ref(memory))
-        cache = copy(arena.memory)
-        cache.truncate([0] * batch)
-        cache.pending = None
-        arena.user = weakref.ref(cache)
-        return cache
+        return self.cache((batch, capacity), lambda: self._model.empty_cache(batch, capacity))
 
     def forward(
         self, rows: Rows, cache: Cache, logits: Tensor | None, capture: Sequence[int], adapter: MaskAdapter | None
     ) -> Output:
         """See `Model.forward`. Raises ExecutionUnavailable where the graph cannot be recorded."""
-        (batch, count), arena = rows.ids.shape, self._arenas[cache.keys.data_ptr()]
+        batch, count = rows.ids.shape
+        span = span_of(cache.sizes, count, cache.capacity) if self._spans else cache.capacity
+        wanted = None if logits is None else logits.shape[1]
         signature = _Signature(
-            batch,
-            count,
-            None if logits is None else logits.shape[1],
-            tuple(capture),
-            adapter,
-            rows.masks is not None,
-            rows.causal,
-            min(rounded(max(cache.sizes) + count), cache.capacity) if self._spans else cache.capacity,
-        )
+            batch, count, wanted, tuple(capture), adapter, rows.masks is not None, rows.causal, span
+        )  # fmt: skip
+
+        def work(memory: Cache, given: Given) -> tuple[Output, Any]:
+            ids, positions, parents, visible, masks, logits = given
+            assert ids is not None and positions is not None and parents is not None and visible is not None
+            own = Rows(ids, positions, parents, visible, signature.causal, masks)
+            return self._model.body(own, memory, logits, signature.capture, adapter, span), memory.pending
+
         given = (rows.ids, rows.positions, rows.parents, rows.visible, rows.masks, logits)
-        graph = arena.graphs.get(signature)
-        if graph is None:
-            graph = arena.graphs[signature] = self._recorded(signature, arena.memory, given)
-        for own, tensor in zip(graph.inputs, (t for t in given if t is not None), strict=True):
-            own.copy_(tensor)
-        with torch.profiler.record_function(GRAPH):
-            out, cache.pending = graph.replay()
+        out, cache.pending = self.run(cache, signature, given, work)
         hidden = {index: state.clone() for index, state in out.hidden.items()}
         return Output(out.logits.clone(), hidden, None if out.routed is None else out.routed.clone())
 
-    def _recorded(self, signature: _Signature, memory: Cache, given: tuple[Tensor | None, ...]) -> _Graph:
-        own = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in given]
-        ids, positions, parents, visible, masks, logits = own
-        assert ids is not None and positions is not None and parents is not None and visible is not None
-        rows = Rows(ids, positions, parents, visible, signature.causal, masks)
-        model, capture, adapter, span = self._model, signature.capture, signature.adapter, signature.span
-        start, before = time.perf_counter(), _reserved(ids.device)
 
-        def run() -> tuple[Output, Any]:
-            return model.body(rows, memory, logits, capture, adapter, span), memory.pending
-
-        try:
-            replay = self._record(run)
-        except Exception as error:
-            line = next(iter(str(error).splitlines()), "no message")
-            raise ExecutionUnavailable(f"no graph of {signature}: {type(error).__name__}: {line}") from error
-        after = _reserved(ids.device)
-        grown = None if before is None or after is None else after - before
-        model.prepared.append(PreparationRecord("capture", str(signature), time.perf_counter() - start, grown))
-        return _Graph(tuple(t for t in own if t is not None), replay)
-
-
-def _reserved(device: torch.device) -> int | None:
-    """Memory that torch holds on the device and cannot give back, once what runs there has ended."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()  # recording does so too: less than before would be held after it
-    return torch.cuda.memory_reserved(device)
-
-
-def graphs_on(model: Graphable, device: torch.device, spans: bool) -> Graphs:
-    """Graphs of CUDA or HIP; `spans` as in `Graphs`. Raises ExecutionUnavailable where the device has none."""
+def record_on(device: torch.device) -> Record:
+    """Graphs of CUDA or HIP. Raises ExecutionUnavailable where the device has none."""
     if device.type != "cuda":
         raise ExecutionUnavailable(f"graph needs a GPU with CUDA or HIP, the device is {device.type}")
     pool = torch.cuda.graph_pool_handle()  # graphs run one after another, so that they can share their scratch memory
@@ -263,10 +296,15 @@ def graphs_on(model: Graphable, device: torch.device, spans: bool) -> Graphs:
         with torch.cuda.graph(graph, pool=pool):
             out = run()
 
-        def replay() -> tuple[Output, Any]:
+        def replay() -> Any:
             graph.replay()
             return out  # held here, so that no other graph takes its memory
 
         return replay
 
-    return Graphs(model, record, spans)
+    return record
+
+
+def graphs_on(model: Graphable, device: torch.device, spans: bool) -> Graphs:
+    """`spans` as in `Graphs`. Raises ExecutionUnavailable where the device has no graphs."""
+    return Graphs(model, record_on(device), spans)
