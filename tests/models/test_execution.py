@@ -14,11 +14,13 @@ from tests.tiny import runtime
 from zbench import run, scenario
 from zbench.engines import launches
 from zbench.engines.autoregressive import Autoregressive
-from zbench.engines.base import Request
+from zbench.engines.base import Meter, Request
+from zbench.engines.dflash import DFlash
+from zbench.engines.eagle3 import Eagle3
 from zbench.engines.sampling import Sampling
 from zbench.hardware.device import resolve
 from zbench.kernels import cpu
-from zbench.models import execution
+from zbench.models import dflash, eagle3, execution
 from zbench.models.adapter import MaskAdapter, random_adapter
 from zbench.models.execution import ExecutionUnavailable, Graphs, Run, rounded
 from zbench.models.rows import Rows
@@ -119,6 +121,61 @@ def test_what_cannot_be_recorded_or_compiled_says_so() -> None:
         eager.forward(Rows.chain(torch.tensor([[1, 2]]), cache.lengths), cache)
 
 
+# --- Drafters ---
+
+
+def wide(stored: Any) -> dict[str, torch.Tensor]:
+    """Ten times the weights, so that drafts differ from one context to the next."""
+    return {n: t if t.dim() == 1 or not t.is_floating_point() else 10 * t for n, t in stored.tensors.items()}
+
+
+def engine_on(execution: str, name: str, options: dict[str, Any]) -> Any:
+    model = runtime("smollm", "eager")
+    if execution == "graph":
+        model.execution, model.graphs = "graph", Graphs(model, again)
+    if name == "dflash":
+        stored = dflash.random_drafter(model.config, layers=2, block=options["block"])
+        return DFlash(model, dflash.DFlashDrafter(stored.config, wide(stored), model), **options)
+    drafter = eagle3.random_drafter(model.config, 0, 64)
+    beside = model.graphs.beside() if model.graphs else None
+    args = (drafter.config, wide(drafter), model.embedding, model.dtype)
+    return Eagle3(model, eagle3.Eagle3Drafter(*args, native=False, graphs=beside), **options)
+
+
+DRAFTS: list[tuple[str, dict[str, Any], int]] = [
+    ("dflash", {"block": 5}, 2),  # with a block to read, and without at first
+    ("dflash", {"block": 4, "draft_sampling": True}, 2),
+    ("eagle3", {"depth": 1}, 1),
+    ("eagle3", {"depth": 4}, 1),
+    ("eagle3", {"depth": 3, "top_k": 3, "beam": 1, "tokens": 5}, 1),
+    ("eagle3", {"depth": 3, "top_k": 3, "tokens": 8}, 1),
+    ("eagle3", {"depth": 3, "top_k": 4, "beam": 2, "tokens": 9}, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "graphs"), DRAFTS, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_recorded_drafts_are_those_of_fresh_operators(
+    name: str, options: dict[str, Any], graphs: int, temperature: float
+) -> None:
+    eager, recorded = (engine_on(execution, name, options) for execution in ("eager", "graph"))
+    assert recorded.kernels["drafter"] == "torch, graph"
+    prompts = [ids_of(size, seed=size).tolist() for size in (9, 4, 17, 2)]
+    for batch in (1, 2):
+        recorded.model.prepared.clear()
+        for first in (0, 2, 1):  # one request after another
+            request = Request(24, Sampling(temperature), (3, 4)[:batch])
+            found = []
+            for engine in (eager, recorded):
+                meter = Meter(resolve("cpu"))
+                generated = engine.generate(prompts[first : first + batch], request, meter)
+                found.append((generated.outputs, [step.accepted for step in meter.records()[0]]))
+            assert found[0] == found[1]
+            assert len(found[0][1]) > 5
+        drafts = [record.what for record in recorded.model.prepared if "draft" in record.what]
+        assert len(drafts) == graphs and all(f"{batch} x" in what for what in drafts)
+
+
 SCENARIO = """
 name: modes
 model: {config: {family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 304, max_positions: 256},
@@ -158,7 +215,7 @@ def every_engine_emits_the_same(records: list[Any]) -> None:
 def test_all_engines_decode_on_graphs_and_no_capture_is_in_a_measured_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(execution, "graphs_on", lambda of, device, spans: Graphs(of, again, spans))
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
     decodes: list[int] = []
     monkeypatch.setattr(launches, "count", lambda *_: {})  # so that the trials themselves meet what is not captured yet
     plain = run.Meter

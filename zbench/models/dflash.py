@@ -37,6 +37,7 @@ from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape,
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
+from zbench.models.execution import Given, Recorded, rounded, span_of
 from zbench.models.families import AnyConfig
 from zbench.models.model import Model, check_room
 from zbench.models.projection import Projection
@@ -234,7 +235,7 @@ class DFlashDrafter:
 
     Its cache holds keys and values of the context only: of every token before the anchor. On a CPU a draft is one
     native call (`cpu.BlockDrafter`, with float32 features) where layers and head run natively, else torch's operators
-    stand around the layers.
+    stand around the layers. Where the target is run as graphs, a draft is one graph, with the reading before it.
     """
 
     def __init__(self, config: DFlashConfig, tensors: Mapping[str, Tensor], target: Model, native: bool = True) -> None:
@@ -251,7 +252,7 @@ class DFlashDrafter:
             {"model.embed_tokens.weight": target.embedding} | {f"model.{name}": t for name, t in weights.items()},
             target.dtype,
             target.device,
-            "eager" if target.execution == "eager" else "auto",
+            "eager" if target.execution in ("eager", "graph") else "auto",
             headless=True,
         )
         self._fc = Projection(weights["fc.weight"])
@@ -268,7 +269,8 @@ class DFlashDrafter:
         own_head = Projection(weights["lm_head.weight"]) if config.own_head else None
         self._head = own_head or target.head
         self._ids = target_ids(weights["d2t"]) if "d2t" in weights else None
-        self.kernels = {"drafter": self._body.kernels["forward"]}
+        self._graphs: Recorded[Cache] | None = target.graphs.beside() if target.graphs else None
+        self.kernels = {"drafter": "torch, graph" if self._graphs else self._body.kernels["forward"]}
         self.native, layers = None, self._body.decoder
         fc, kv, head = self._fc.packed, self._context.packed, own_head.packed if own_head else target.packed_head
         if layers is None and "why_not_native" in self._body.kernels:
@@ -279,7 +281,10 @@ class DFlashDrafter:
             self.native = cpu.BlockDrafter(config, layers, fc, kv, self._hidden_norm, self._key_norms, head)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        return self._body.new_cache(batch, capacity)
+        if self._graphs is None:
+            return self._body.new_cache(batch, capacity)
+        capacity = rounded(capacity)
+        return self._graphs.cache((batch, capacity), lambda: self._body.empty_cache(batch, capacity))
 
     @torch.inference_mode()
     def read(self, features: Sequence[Tensor], cache: Cache, counts: Sequence[int]) -> None:
@@ -291,16 +296,20 @@ class DFlashDrafter:
             cache.extend(counts)
             self.native.read(_floats(features), counts, cache.lengths, cache.keys, cache.values)
             return
+        self._read(features, cache, cache.lengths)
+        cache.extend(counts)
+
+    def _read(self, features: Sequence[Tensor], cache: Cache, lengths: Tensor) -> None:
+        """Write keys and values of all tokens behind prefixes of these lengths [B]."""
         body = self.config.body
         context = rms_norm(self._fc(torch.cat(list(features), -1)), self._hidden_norm, body.rms_eps)
         batch, rows, _ = context.shape
         heads = self._context(context).view(batch, rows, body.layers, 2 * body.kv_heads, body.head_dim)
         keys, values = heads.chunk(2, 3)
-        slots = cache.lengths[:, None] + torch.arange(rows, device=self.device)
+        slots = lengths[:, None] + torch.arange(rows, device=self.device)
         angles = slots[..., None].float() * self._inv_freq
         cos, sin = (part[:, :, None, None] for part in (angles.cos(), angles.sin()))
         _store(cache, slots, rotate(rms_norm(keys, self._key_norms, body.rms_eps), cos, sin), values)
-        cache.extend(counts)
 
     @torch.inference_mode()
     def draft(
@@ -316,18 +325,54 @@ class DFlashDrafter:
             check_room(block, cache)
             place = (cache.lengths, cache.keys, cache.values)
             logits, likeliest = self.native.draft(anchor, block, *place, _floats(features), counts)
+        elif self._graphs:
+            return self._replayed(self._graphs, anchor, cache, block, features, counts)
         else:
             if features:
                 self.read(features, cache, counts)
-            ids = torch.full((len(anchor), block), self.config.mask_id, device=self.device)
-            ids[:, 0] = anchor
-            seen = ids.new_ones(len(anchor), block, block).bool()
-            rows = replace(Rows.chain(ids, cache.lengths), visible=seen, causal=False)
-            last = self.config.body.layers
-            hidden = self._body.forward(rows, cache, logits=rows.ids[:, :0], capture=(last,)).hidden[last]
-            logits = self._head(rms_norm(hidden[:, 1:], self._norm, self.config.body.rms_eps))
-            likeliest = cpu.argmax(logits)
+            logits, likeliest = self._filled(anchor, cache, block)
         return Drafts(self.target_ids(likeliest), logits)
+
+    def _filled(self, anchor: Tensor, cache: Cache, block: int, span: int | None = None) -> tuple[Tensor, Tensor]:
+        """What torch drafts, logits and likeliest ids; within a graph over the first `span` slots of the cache."""
+        ids = torch.full((len(anchor), block), self.config.mask_id, device=self.device)
+        ids[:, 0] = anchor
+        seen = ids.new_ones(len(anchor), block, block).bool()
+        rows = replace(Rows.chain(ids, cache.lengths), visible=seen, causal=False)
+        last, none = self.config.body.layers, ids[:, :0]
+        if span is None:
+            out = self._body.forward(rows, cache, logits=none, capture=(last,))
+        else:
+            out = self._body.body(rows, cache, none, (last,), None, span)
+        logits = self._head(rms_norm(out.hidden[last][:, 1:], self._norm, self.config.body.rms_eps))
+        return logits, cpu.argmax(logits)
+
+    def _replayed(
+        self,
+        graphs: Recorded[Cache],
+        anchor: Tensor,
+        cache: Cache,
+        block: int,
+        features: Sequence[Tensor],
+        counts: Sequence[int],
+    ) -> Drafts:
+        read = features[0].shape[1] if features else 0
+        if read:
+            cache.extend(counts)
+        check_room(block, cache)
+        span = span_of(cache.sizes, block, cache.capacity) if self._body.spans else cache.capacity
+
+        def work(memory: Cache, given: Given) -> tuple[Tensor, Tensor]:
+            anchor, fresh, *features = (tensor for tensor in given if tensor is not None)
+            if read:
+                self._read(features, memory, memory.lengths - fresh)
+            logits, likeliest = self._filled(anchor, memory, block, span)
+            return self.target_ids(likeliest), logits
+
+        fresh = torch.tensor(counts if read else [0] * len(anchor)).to(self.device, non_blocking=True)
+        signature = _Signature(len(anchor), read, block, span)
+        tokens, logits = graphs.run(cache, signature, (anchor, fresh, *features), work)
+        return Drafts(tokens.clone(), logits.clone())
 
     def target_ids(self, ids: Tensor) -> Tensor:
         """Ids of the draft vocabulary -> ids of the target's."""
@@ -343,6 +388,19 @@ class DFlashDrafter:
     def cost(self, read: int, block: int, contexts: Sequence[int]) -> Cost:
         """Of reading `read` new tokens per sequence, then drafting a block; see `DFlashConfig.cost`."""
         return self.config.cost(read, block, contexts, self._body.dtype.itemsize, self._shard)
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """What the graph of a draft has fixed."""
+
+    batch: int
+    read: int
+    block: int
+    span: int
+
+    def __str__(self) -> str:
+        return f"DFlash draft of {self.batch} x {self.block} tokens, {self.read} read, {self.span} slots"
 
 
 def _floats(features: Sequence[Tensor]) -> list[Tensor]:

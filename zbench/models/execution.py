@@ -263,15 +263,14 @@ class Graphs(Recorded[Cache]):
         batch, count = rows.ids.shape
         span = span_of(cache.sizes, count, cache.capacity) if self._spans else cache.capacity
         wanted = None if logits is None else logits.shape[1]
-        signature = _Signature(
-            batch, count, wanted, tuple(capture), adapter, rows.masks is not None, rows.causal, span
-        )  # fmt: skip
+        masks, taken = rows.masks is not None, tuple(capture)
+        signature = _Signature(batch, count, wanted, taken, adapter, masks, rows.causal, span)
 
         def work(memory: Cache, given: Given) -> tuple[Output, Any]:
             ids, positions, parents, visible, masks, logits = given
             assert ids is not None and positions is not None and parents is not None and visible is not None
             own = Rows(ids, positions, parents, visible, signature.causal, masks)
-            return self._model.body(own, memory, logits, signature.capture, adapter, span), memory.pending
+            return self._model.body(own, memory, logits, taken, adapter, span), memory.pending
 
         given = (rows.ids, rows.positions, rows.parents, rows.visible, rows.masks, logits)
         out, cache.pending = self.run(cache, signature, given, work)

@@ -20,6 +20,7 @@ from zbench.models.zaya_config import ZayaConfig
 from zbench.records import PreparationRecord
 
 if TYPE_CHECKING:
+    from zbench.models.execution import Graphs
     from zbench.models.loading import LoadedModel
 
 
@@ -41,6 +42,7 @@ class Model(Protocol):
     kernels: dict[str, str]
     execution: str
     prepared: list[PreparationRecord]
+    graphs: Graphs | None  # where the execution is graph; a drafter records its own beside them
     dtype: torch.dtype
     device: torch.device
     embedding: Tensor

@@ -207,6 +207,11 @@ class Transformer:
         """See `Model.packed_head`."""
         return None if self._native is None else self._native.packed_head
 
+    @property
+    def spans(self) -> bool:
+        """Whether the `span` of `body` decides on what is computed. Not for the native decoder."""
+        return self._operators.attention.spans
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self.graphs.new_cache(batch, capacity) if self.graphs else self.empty_cache(batch, capacity)
 
