@@ -115,10 +115,9 @@ def test_the_native_drafter_proposes_what_torch_proposes(options: dict[str, Any]
     for native in (True, False):
         engine = Eagle3(model, random(model, native=native), **options)
         state = started(engine, ids, 2)
-        draft = engine._draft_chain if engine.beam == 1 else engine._draft_tree
         meter = Meter(CPU)
         meter.begin_step()
-        rows = draft(state, meter)
+        rows = engine._draft(state, meter)
         forwards = decode(engine, ids, request)[1].records()[1]
         found.append((rows.ids.tolist(), rows.parents.tolist(), [(f.rows, f.flops, f.bytes_read) for f in forwards]))
     assert found[0] == found[1]
@@ -260,7 +259,7 @@ def test_the_tree_is_the_published_one(steps: int, beam: int) -> None:
     state = started(engine, ids, steps)
     meter = Meter(CPU)
     meter.begin_step()
-    rows = engine._draft_chain(state, meter) if beam == 1 else engine._draft_tree(state, meter)
+    rows = engine._draft(state, meter)
     for index, prompt in enumerate(ids):
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(rows.ids[index, 1:].tolist(), rows.parents[index, 1:].tolist(), strict=True):

@@ -18,6 +18,7 @@ from zbench.engines.base import Meter, Request
 from zbench.engines.dflash import DFlash
 from zbench.engines.eagle3 import Eagle3
 from zbench.engines.sampling import Sampling
+from zbench.engines.synthetic import parse
 from zbench.hardware.device import resolve
 from zbench.kernels import cpu
 from zbench.models import dflash, eagle3, execution
@@ -124,6 +125,20 @@ def test_what_cannot_be_recorded_or_compiled_says_so() -> None:
 # --- Drafters ---
 
 
+class Seeing(Meter):
+    """Keeps what was drafted."""
+
+    def __init__(self) -> None:
+        super().__init__(resolve("cpu"))
+        self.drafts: list[Any] = []
+
+    def forward(self, model: Any, role: Any, rows: Rows, *arguments: Any, **options: Any) -> Any:
+        if role == "verify":
+            tree = None if rows.causal else (rows.positions.tolist(), rows.visible.tolist())
+            self.drafts.append((rows.ids.tolist(), rows.parents.tolist(), tree))
+        return super().forward(model, role, rows, *arguments, **options)
+
+
 def wide(stored: Any) -> dict[str, torch.Tensor]:
     """Ten times the weights, so that drafts differ from one context to the next."""
     return {n: t if t.dim() == 1 or not t.is_floating_point() else 10 * t for n, t in stored.tensors.items()}
@@ -151,29 +166,48 @@ DRAFTS: list[tuple[str, dict[str, Any], int]] = [
     ("eagle3", {"depth": 3, "top_k": 3, "tokens": 8}, 1),
     ("eagle3", {"depth": 3, "top_k": 4, "beam": 2, "tokens": 9}, 1),
 ]
+LENGTH = {"length": 2.5}  # accepted by chance, so that steps differ in what they leave to be read
 
 
 @pytest.mark.parametrize(("name", "options", "graphs"), DRAFTS, ids=str)
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "synthetic"])
 def test_recorded_drafts_are_those_of_fresh_operators(
-    name: str, options: dict[str, Any], graphs: int, temperature: float
+    name: str, options: dict[str, Any], graphs: int, mode: str
 ) -> None:
+    depth = options["block"] - 1 if "block" in options else options["depth"]
+    if mode == "synthetic" and depth > 1:
+        options = {**options, "synthetic": parse(LENGTH, depth)}
     eager, recorded = (engine_on(execution, name, options) for execution in ("eager", "graph"))
     assert recorded.kernels["drafter"] == "torch, graph"
     prompts = [ids_of(size, seed=size).tolist() for size in (9, 4, 17, 2)]
     for batch in (1, 2):
         recorded.model.prepared.clear()
         for first in (0, 2, 1):  # one request after another
-            request = Request(24, Sampling(temperature), (3, 4)[:batch])
+            request = Request(24, Sampling(0.8 if mode == "sampled" else 0.0), (3, 4)[:batch])
             found = []
             for engine in (eager, recorded):
-                meter = Meter(resolve("cpu"))
+                meter = Seeing()
                 generated = engine.generate(prompts[first : first + batch], request, meter)
-                found.append((generated.outputs, [step.accepted for step in meter.records()[0]]))
+                found.append((generated.outputs, meter.drafts))
             assert found[0] == found[1]
             assert len(found[0][1]) > 5
+            if "synthetic" in options:
+                assert len({count for step in meter.records()[0][1:] for count in step.committed}) > 1
         drafts = [record.what for record in recorded.model.prepared if "draft" in record.what]
         assert len(drafts) == graphs and all(f"{batch} x" in what for what in drafts)
+
+
+@pytest.mark.parametrize(("options", "rows"), [({"depth": 3}, 4 + 2), ({"depth": 3, "top_k": 2, "tokens": 6}, 4 + 4)])
+def test_a_recorded_draft_is_one_forward_that_costs_what_its_levels_cost(options: dict[str, Any], rows: int) -> None:
+    engine, meter = engine_on("graph", "eagle3", options), Meter(resolve("cpu"))
+    engine.generate([[5, 6, 7, 8, 9]], Request(2, Sampling(), (0,)), meter)
+    drafts = [f for f in meter.records()[1] if f.role == "draft"]
+    assert [(f.rows, f.context) for f in drafts] == [(4, 0), (rows, 4)]
+    beam = 1 if rows == 6 else 2
+    first = engine.drafter.cost(4, [4], 1, 10, True)
+    more = [engine.drafter.cost(beam, [5], beam, beam * level, False) for level in (1, 2)]
+    assert drafts[1].flops == first.flops + sum(each.flops for each in more)
+    assert drafts[1].bytes_read == first.bytes_read + sum(each.bytes_read for each in more)
 
 
 SCENARIO = """

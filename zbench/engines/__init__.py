@@ -59,7 +59,7 @@ class Shared:
         return self._targets[execution]
 
     def prepared(self) -> tuple[PreparationRecord, ...]:
-        """What the targets had to compile or record since last asked."""
+        """What the targets, and drafters beside them, had to compile or record since last asked."""
         found = []
         for target in self._targets.values():
             found += target.prepared
@@ -124,9 +124,12 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
     else:
         checkpoint = eagle3.load_drafter(_drafter_folder(chosen, "eagle3"), target.config, shared.allow_pickle)
     drawn = options["synthetic"]
+    # With a confidence the host is asked at every level, which no graph can.
+    graphs = target.graphs.beside() if target.graphs and not options["confidence"] else None
+    stored = (checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device)
     engine = Eagle3(
         target,
-        eagle3.Eagle3Drafter(checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device),
+        eagle3.Eagle3Drafter(*stored, graphs=graphs),
         options["depth"],
         options["top_k"],
         options["tokens"],

@@ -6,9 +6,9 @@ Li et al. 2025, arXiv 2503.01840; the dynamic tree is EAGLE-2's (arXiv 2406.1685
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,15 @@ from torch import Tensor
 from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.plans import eagle3_tokens
+from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Verdict, kernels, verify_chain, verify_tree
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.kernels import cpu
+from zbench.models.cost import Cost
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
+from zbench.models.execution import Given, Recorded, span_of
 from zbench.models.model import Model
 from zbench.models.rows import Rows
 
@@ -36,6 +39,37 @@ class Eagle3State(State):
     following: Tensor  # [B, K] the token after each
     unread: Tensor  # [B] how many of the K are real
     unread_sizes: list[int]  # the same on the host; 0 for a sequence that has finished
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a draft goes out from: of the pairs that the drafter reads first, counts[b] are committed."""
+
+    last: Tensor  # [B] the token that the target committed last
+    lengths: Tensor  # [B] what is committed in the target's cache
+    taps: Sequence[Tensor]  # per tap [B, R, D]
+    following: Tensor  # [B, R]
+    ends: Tensor  # [B] the pair that the draft follows
+    counts: Sequence[int] | Tensor
+    cache: DraftCache
+    active: Sequence[bool] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """What the graph of a draft has fixed."""
+
+    batch: int
+    depth: int
+    top_k: int
+    beam: int
+    tokens: int
+    synthetic: bool
+    span: int
+
+    def __str__(self) -> str:
+        levels = f"{self.depth} levels of {self.beam} x {self.top_k}"
+        return f"EAGLE-3 draft of {self.batch} x {self.tokens} tokens, {levels}, {self.span} slots"
 
 
 class Eagle3:
@@ -75,6 +109,7 @@ class Eagle3:
         # own[level, j] marks node j of a level among all nodes.
         self._own = torch.eye(self._nodes, dtype=torch.bool, device=model.device)
         self._own = self._own.view(depth - 1, beam, self._nodes)
+        self._whole = _chain_first(depth, top_k, model.device)
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         return generate(self, prompts, request, meter)
@@ -105,7 +140,7 @@ class Eagle3:
         )
 
     def step(self, state: Eagle3State, meter: Meter) -> Step:
-        rows = self._draft_chain(state, meter) if self.beam == 1 else self._draft_tree(state, meter)
+        rows = self._draft(state, meter)
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
             verdict = self._verify(out.logits, rows, state)
@@ -153,48 +188,102 @@ class Eagle3:
             count = ids.shape[1]
             self.drafter.extend([tap[:, begin : begin + count] for tap in taps], ids, cache)
             pairs = count * (count + 1) // 2
-            self._record(meter, mark, meter.device.mark(), count, cache.sizes, pairs, wanted=0, fused=True)
+            self._record(meter, mark, meter.device.mark(), _Read(count, cache.sizes, pairs, wanted=0, fused=True))
             cache.extend([max(0, min(size - begin, count)) for size in sizes])
 
-    def _draft_chain(self, state: Eagle3State, meter: Meter) -> Rows:
-        """The last committed token and up to `depth` drafts, each the likeliest after the one before it, or the best of
-        these and their siblings."""
-        cache, counts = state.draft_cache, state.unread_sizes
-        start, contexts = meter.device.mark(), cache.sizes
-        taps, following, last = self._unread(state)
-        mark = meter.device.mark
-        ids, scores, ends = self.drafter.chain(
-            taps, following, last, counts, cache, self.depth, mark, self.top_k, self.confidence, state.active
+    def _draft(self, state: Eagle3State, meter: Meter) -> Rows:
+        """The last committed token and what is drafted behind it."""
+        if self.drafter.graphs and not self.confidence:
+            return self._replayed(self.drafter.graphs, state, meter)
+        cache, mark = state.draft_cache, meter.device.mark
+        start, contexts = mark(), cache.sizes
+        count = max(*state.unread_sizes, 1)  # as many of each sequence as the longest has
+        found, ends = self._drafted(
+            _Start(
+                state.last,
+                state.cache.lengths,
+                [tap[:, :count] for tap in state.taps],
+                state.following[:, :count],
+                (state.unread - 1).clamp(max=count - 1),  # of a sequence that has finished nothing is read
+                state.unread_sizes,
+                cache,
+                state.active,
+            ),
+            mark,
         )
         for level, end in enumerate(ends):
-            self._record_level(meter, start, end, contexts, level, following.shape[1])
+            self._record(meter, start, end, self._level(contexts, level, count))
             start, contexts = end, cache.sizes
+        return Rows.chain(found, state.cache.lengths) if isinstance(found, Tensor) else found
+
+    def _replayed(self, graphs: Recorded[DraftCache], state: Eagle3State, meter: Meter) -> Rows:
+        """As one graph, which reads as many pairs as a step can leave, whatever was left: pairs beyond are written
+        behind those that are committed, where nothing sees them."""
+        cache, count = state.draft_cache, self.depth + 1
+        start, contexts = meter.device.mark(), cache.sizes
+        span = span_of(contexts, count, cache.capacity)
+        fixed = (self.depth, self.top_k, self.beam, self.tokens, self.synthetic is not None)
+        signature = _Signature(len(contexts), *fixed, span)
+
+        def work(memory: DraftCache, given: Given) -> Tensor | Rows:
+            last, lengths, following, unread, counts, *taps = (tensor for tensor in given if tensor is not None)
+            seen, ends = memory.within(span), (unread - 1).clamp(max=self.depth)
+            return self._drafted(_Start(last, lengths, taps, following, ends, counts, seen), lambda: None)[0]
+
+        counts = on_device(state.unread_sizes, self.model.device)
+        pairs = [_padded(tensor, count) for tensor in (state.following, *state.taps)]
+        given = (state.last, state.cache.lengths, pairs[0], state.unread, counts, *pairs[1:])
+        found = graphs.run(cache, signature, given, work)
+        if isinstance(found, Tensor):
+            rows = Rows.chain(found.clone(), state.cache.lengths)
+        else:
+            rows = Rows(found.ids.clone(), found.positions.clone(), found.parents.clone(), found.visible.clone())
+        cache.extend(state.unread_sizes)
+        end, after = meter.device.mark(), cache.sizes
+        levels = (self._level(after if level else contexts, level, count) for level in range(self.depth))
+        self._record(meter, start, end, *levels)
+        return rows
+
+    def _drafted(self, start: _Start, mark: Callable[[], Mark]) -> tuple[Tensor | Rows, list[Mark]]:
+        """The rows, of a chain without siblings only their ids, and a mark at the end of each level. Commits the pairs.
+
+        Can be recorded: no tensor that others keep is read, as those of `Rows.chain` are, which may be gone by then.
+        """
+        return self._chain(start, mark) if self.beam == 1 else self._tree(start, mark)
+
+    def _chain(self, start: _Start, mark: Callable[[], Mark]) -> tuple[Tensor | Rows, list[Mark]]:
+        """The last committed token and up to `depth` drafts, each the likeliest after the one before it, or the best of
+        these and their siblings."""
+        ids, scores, ends = self.drafter.chain(
+            start.taps, start.following, start.ends, start.counts, start.cache, self.depth, mark, self.top_k,
+            self.confidence, start.active,
+        )  # fmt: skip
         if scores is None:
-            return Rows.chain(torch.cat([state.last[:, None], ids[..., 0]], 1), state.cache.lengths)
+            return torch.cat([start.last[:, None], ids[..., 0]], 1), ends
         if self.synthetic is not None:  # have the chain, along which acceptance is drawn, in full
             scores = F.pad(scores[..., 1:], (1, 0))
-        order, parents = _chain_first(len(ends), self.top_k, ids.device)
+        whole = len(ends) == self.depth
+        order, parents = self._whole if whole else _chain_first(len(ends), self.top_k, ids.device)
         ids, scores = ids.flatten(1)[:, order], scores.flatten(1)[:, order]
-        return self._tree(state, ids, scores, parents.expand(ids.shape), len(ends))
+        return self._best(start, ids, scores, parents.expand(ids.shape), len(ends)), ends
 
-    def _draft_tree(self, state: Eagle3State, meter: Meter) -> Rows:
+    def _tree(self, start: _Start, mark: Callable[[], Mark]) -> tuple[Rows, list[Mark]]:
         """The last committed token as the root, and below it the `tokens` likeliest nodes of a beam search."""
-        drafter, cache, k, width = self.drafter, state.draft_cache, self.top_k, self.beam
-        start, contexts = meter.device.mark(), cache.sizes
-        taps, following, last = self._unread(state)
-        features = drafter.extend(taps, following, cache)[cache.sequence, last[:, None]]
-        cache.extend(state.unread_sizes)
+        drafter, cache, k, width = self.drafter, start.cache, self.top_k, self.beam
+        features = drafter.extend(start.taps, start.following, cache)[cache.sequence, start.ends[:, None]]
+        cache.extend(start.counts)
         batch, sequence = len(features), cache.sequence
         beam = torch.full((batch, 1), -1, device=features.device)  # candidate numbers; the root is none
         beam_scores = features.new_zeros(batch, 1)
         visible = self._own.new_zeros(batch, 1, self._nodes)
         candidates: list[tuple[Tensor, Tensor, Tensor]] = []
+        ends: list[Mark] = []
         for level in range(self.depth):
             children, log_probs = self._children(features)  # [B, beam, k]
             scores = (beam_scores[..., None] + log_probs).flatten(1)
             if self.synthetic is not None:
-                scores[:, 0] = 0.0  # what is drawn as accepted is a path of first children: have one of full depth
-            ids, parents = children.flatten(1), beam.repeat_interleave(k, 1)
+                scores[:, :1].zero_()  # what is drawn as accepted is a path of first children: have one of full depth
+            ids, parents = children.flatten(1), beam[..., None].expand(-1, -1, k).flatten(1)
             first = sum(found.shape[1] for found, _, _ in candidates)
             candidates.append((ids, scores, parents))
             if level + 1 < self.depth:
@@ -202,29 +291,20 @@ class Eagle3:
                 beam, came_from = first + best, best // k
                 visible = visible[sequence, came_from] | self._own[level]
                 inherited = features[sequence, came_from]
-                end = meter.device.mark()
-                self._record_level(meter, start, end, contexts, level, following.shape[1])
-                start, contexts = end, cache.sizes
+                ends.append(mark())
                 features = drafter.expand(ids.gather(1, best), inherited, cache, level, visible)
         ids, scores, parents = (torch.cat(parts, 1) for parts in zip(*candidates, strict=True))
-        rows = self._tree(state, ids, scores, parents, self.depth)
-        self._record_level(meter, start, meter.device.mark(), contexts, self.depth - 1, following.shape[1])
-        return rows
+        rows = self._best(start, ids, scores, parents, self.depth)
+        return rows, [*ends, mark()]
 
-    def _tree(self, state: Eagle3State, ids: Tensor, scores: Tensor, parents: Tensor, depth: int) -> Rows:
+    def _best(self, start: _Start, ids: Tensor, scores: Tensor, parents: Tensor, depth: int) -> Rows:
         """The best of candidates [B, N] of `depth` levels, below the last committed token."""
-        tokens, lengths = min(self.tokens, ids.shape[1]), state.cache.lengths
+        tokens = min(self.tokens, ids.shape[1])
         if ids.device.type == "cpu" and cpu.available():
-            picked = cpu.tree_rows(state.last, lengths, ids, scores, parents, tokens)
+            picked = cpu.tree_rows(start.last, start.lengths, ids, scores, parents, tokens)
             return Rows(*picked)
         drafts, parents = rerank(ids, scores, parents, tokens)
-        return tree_rows(torch.cat([state.last[:, None], drafts], 1), lengths, parents, depth)
-
-    def _unread(self, state: Eagle3State) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The pairs that the last step left, as many of each sequence as the longest has, and where each ends [B]."""
-        count = max(*state.unread_sizes, 1)
-        last = (state.unread - 1).clamp(max=count - 1)  # of a sequence that has finished nothing is read
-        return [tap[:, :count] for tap in state.taps], state.following[:, :count], last
+        return tree_rows(torch.cat([start.last[:, None], drafts], 1), start.lengths, parents, depth)
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features [B, n, h] -> the top_k next tokens of each [B, n, k] and their log-probabilities, untempered."""
@@ -232,21 +312,32 @@ class Eagle3:
         best = logits.topk(self.top_k)
         return self.drafter.target_ids(best.indices), best.values - logits.logsumexp(-1, keepdim=True)
 
-    def _record_level(self, meter: Meter, start: Mark, end: Mark, contexts: list[int], level: int, unread: int) -> None:
+    def _level(self, contexts: list[int], level: int, unread: int) -> _Read:
         """Level 0 reads what was committed, the others the beam; each asks for as many logits as it has nodes."""
-        batch = len(contexts)
+        batch, k = len(contexts), self.beam
         if level == 0:
-            self._record(meter, start, end, unread, contexts, unread * (unread + 1) // 2, wanted=batch, fused=True)
-        else:
-            k = self.beam
-            self._record(meter, start, end, k, contexts, k * level, wanted=batch * k, fused=False)
+            return _Read(unread, contexts, unread * (unread + 1) // 2, batch, True)
+        return _Read(k, contexts, k * level, batch * k, False)
 
-    def _record(
-        self, meter: Meter, start: Mark, end: Mark, rows: int, contexts: list[int], pairs: int, wanted: int, fused: bool
-    ) -> None:
-        """A forward of the drafter, with the choice of tokens that follows it."""
-        cost = partial(self.drafter.cost, rows, contexts, wanted, pairs, fused)
-        meter.add_forward("draft", rows, contexts, cost, start, end, "drafter")
+    def _record(self, meter: Meter, start: Mark, end: Mark, *reads: _Read) -> None:
+        """A forward of the drafter, or several as one, with the choice of tokens that follows each."""
+
+        def cost() -> Cost:
+            each = [self.drafter.cost(r.rows, r.contexts, r.wanted, r.pairs, r.fused) for r in reads]
+            return functools.reduce(operator.add, each)
+
+        meter.add_forward("draft", sum(r.rows for r in reads), reads[0].contexts, cost, start, end, "drafter")
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What one forward of the drafter reads; see `Eagle3Config.cost`."""
+
+    rows: int
+    contexts: list[int]
+    pairs: int
+    wanted: int
+    fused: bool
 
 
 @functools.lru_cache(maxsize=64)
@@ -271,7 +362,7 @@ def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[T
     row_of = order.new_zeros(batch, count)
     row_of.scatter_(1, order, torch.arange(1, tokens + 1, device=ids.device).expand(batch, -1))
     above = parents.gather(1, order)
-    rows = torch.where(above < 0, 0, row_of.gather(1, above.clamp(min=0)))
+    rows = row_of.gather(1, above.clamp(min=0)).masked_fill(above < 0, 0)
     return ids.gather(1, order), torch.cat([rows.new_full((batch, 1), -1), rows], 1)
 
 
@@ -293,3 +384,11 @@ def _rows(taps: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     """Each [B, R, D] at rows index [B, K] -> [B, K, D]."""
     sequence = torch.arange(len(index), device=index.device)[:, None]
     return [tap[sequence, index] for tap in taps]
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """[B, R, ...] -> its first `count` rows, or all and zeros behind them."""
+    missing = count - rows.shape[1]
+    if missing <= 0:
+        return rows[:, :count]
+    return torch.cat([rows, rows.new_zeros(len(rows), missing, *rows.shape[2:])], 1)

@@ -42,6 +42,16 @@ class Cost:
     def bytes_read(self) -> float:
         return self.weight_bytes + self.kv_bytes
 
+    def __add__(self, other: Cost) -> Cost:
+        """Of two forwards one after another, both of dense models."""
+        return Cost(
+            self.flops + other.flops,
+            self.weight_bytes + other.weight_bytes,
+            self.kv_bytes + other.kv_bytes,
+            self.bytes_written + other.bytes_written,
+            collective_bytes=self.collective_bytes + other.collective_bytes,
+        )
+
     @property
     def intensity(self) -> float:
         return self.flops / (self.bytes_read + self.bytes_written)

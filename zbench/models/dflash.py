@@ -338,7 +338,8 @@ class DFlashDrafter:
         ids = torch.full((len(anchor), block), self.config.mask_id, device=self.device)
         ids[:, 0] = anchor
         seen = ids.new_ones(len(anchor), block, block).bool()
-        rows = replace(Rows.chain(ids, cache.lengths), visible=seen, causal=False)
+        steps = torch.arange(block, device=self.device)  # own ones: those of `Rows.chain` may be gone at a replay
+        rows = Rows(ids, cache.lengths[:, None] + steps, (steps - 1).expand(ids.shape), seen)
         last, none = self.config.body.layers, ids[:, :0]
         if span is None:
             out = self._body.forward(rows, cache, logits=none, capture=(last,))

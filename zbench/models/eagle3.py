@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape,
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
+from zbench.models.execution import Recorded, rounded
 from zbench.models.families import AnyConfig
 from zbench.models.transformer import inverse_frequencies, rotate
 
@@ -249,12 +251,14 @@ class DraftCache:
 
     For torch the nodes come first: they come and go without moving a pair, and every draft level has the same shape.
     The native drafter has them where the next pairs will be, and keys in panels (`cpu.key_panels`). `first` is the slot
-    of the first pair. `lengths` [B] counts committed pairs, `sizes` mirrors it on the host.
+    of the first pair. `lengths` [B] counts committed pairs, `sizes` mirrors it on the host. Attention goes over as many
+    pairs as there are, or over `span` where that is said.
     """
 
     def __init__(self, drafter: Eagle3Drafter, batch: int, capacity: int, nodes: int) -> None:
         layer, device = drafter.config.layer, drafter.device
-        self.nodes, self.panels = nodes, drafter.native is not None
+        self.nodes, self.panels, self.capacity = nodes, drafter.native is not None, capacity
+        self.span: int | None = None
         self.first = 0 if self.panels else nodes
         room = -(-(nodes + capacity) // cpu.PANEL) * cpu.PANEL
         shape = (batch, layer.kv_heads, room, layer.head_dim)
@@ -268,16 +272,38 @@ class DraftCache:
         angles = self.slots[:, None, None].float() * drafter.inv_freq
         self.cos, self.sin = angles.cos(), angles.sin()  # [capacity, 1, d/2]
 
-    def extend(self, counts: Sequence[int]) -> None:
-        """Commit the first counts[b] pairs of the last `Eagle3Drafter.extend`."""
+    def emptied(self) -> Self:
+        """See `execution.Memory`."""
+        cache = copy(self)
+        cache.sizes = [0] * len(self.sizes)
+        cache.lengths.zero_()
+        return cache
+
+    def within(self, span: int) -> Self:
+        """The same pairs for a graph, which knows of no sizes: lengths grow in this one only."""
+        cache = copy(self)
+        cache.span = span
+        return cache
+
+    def seen(self, count: int) -> int:
+        """How many pairs attention goes over once `count` more are written."""
+        return max(self.sizes) + count if self.span is None else self.span
+
+    def extend(self, counts: Sequence[int] | Tensor) -> None:
+        """Commit the first counts[b] pairs of the last `Eagle3Drafter.extend`; a tensor where this is `within`."""
+        if isinstance(counts, Tensor):
+            self.lengths = self.lengths + counts
+            return
         self.sizes = [size + count for size, count in zip(self.sizes, counts, strict=True)]
-        self.lengths += torch.tensor(counts, device=self.lengths.device)
+        # Without waiting for what the device is at.
+        self.lengths += torch.tensor(counts).to(self.lengths.device, non_blocking=True)
 
 
 class Eagle3Drafter:
     """A drafter on one device. `embedding` [V, D] is the target's, shared; a checkpoint's own one takes its place.
 
-    On a CPU it is native (`cpu.Drafter`, with float32 features) where that can run, else torch's operators.
+    On a CPU it is native (`cpu.Drafter`, with float32 features) where that can run, else torch's operators. With
+    `graphs` its caches are theirs, and an engine can record on them.
     """
 
     def __init__(
@@ -288,8 +314,9 @@ class Eagle3Drafter:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         native: bool = True,
+        graphs: Recorded[DraftCache] | None = None,
     ) -> None:
-        """`tensors` as in an Eagle3Checkpoint. `native` False takes torch where native could run too."""
+        """`tensors` as in an Eagle3Checkpoint. `native` False takes torch where native could run too; `graphs` do."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         weights = {
             name: tensor.to(device=self.device, dtype=None if name == "d2t" else dtype)
@@ -298,8 +325,9 @@ class Eagle3Drafter:
         self.embedding = weights.get("embed_tokens.weight", embedding)
         self._target_ids = target_ids(weights["d2t"]) if "d2t" in weights else None
         self.inv_freq = inverse_frequencies(config.layer).to(self.device)
-        self.native, self.kernels = None, {"drafter": "torch"}
-        if native and self.device.type == "cpu":
+        self.graphs = graphs
+        self.native, self.kernels = None, {"drafter": "torch, graph" if graphs else "torch"}
+        if native and graphs is None and self.device.type == "cpu":
             try:
                 self.native = cpu.Drafter(config, weights, self.embedding, self.inv_freq, self._target_ids, dtype)
                 self.kernels = {"drafter": f"native ({cpu.instruction_set()})"}
@@ -321,7 +349,10 @@ class Eagle3Drafter:
 
     def new_cache(self, batch: int, capacity: int, nodes: int) -> DraftCache:
         """Room for `capacity` pairs, uncommitted ones included, and `nodes` nodes under way."""
-        return DraftCache(self, batch, capacity, nodes)
+        if self.graphs is None:
+            return DraftCache(self, batch, capacity, nodes)
+        capacity = rounded(capacity)
+        return self.graphs.cache((batch, capacity, nodes), lambda: DraftCache(self, batch, capacity, nodes))
 
     @torch.inference_mode()
     def extend(self, taps: Sequence[Tensor], ids: Tensor, cache: DraftCache) -> Tensor:
@@ -333,7 +364,7 @@ class Eagle3Drafter:
             return self.native.read_pairs(_floats(taps), ids, cache.lengths, cache.keys, cache.values)
         count = ids.shape[1]
         positions = cache.lengths[:, None] + cache.slots[:count]
-        total = max(cache.sizes) + count
+        total = cache.seen(count)
         mask = cache.slots[:total] <= positions[..., None]  # a pair's slot is its position
         slots = cache.nodes + positions
         return self._layer(
@@ -347,7 +378,7 @@ class Eagle3Drafter:
         Level 0 follows the committed pairs. `visible` [B, k, nodes] says which nodes a node sees, itself included.
         Returns the features [B, k, h] of those tokens.
         """
-        count, total = ids.shape[1], max(cache.sizes)
+        count, total = ids.shape[1], cache.seen(0)
         if self.native:
             seen = visible[..., : (level + 1) * count].expand(*ids.shape, -1)
             place = (cache.lengths, cache.keys, cache.values)
@@ -370,7 +401,7 @@ class Eagle3Drafter:
         taps: Sequence[Tensor],
         ids: Tensor,
         last: Tensor,
-        counts: Sequence[int],
+        counts: Sequence[int] | Tensor,
         cache: DraftCache,
         depth: int,
         mark: Callable[[], Mark],

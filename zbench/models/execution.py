@@ -116,6 +116,7 @@ class Memory(Protocol):
 class _Graph:
     inputs: tuple[Tensor, ...]
     replay: Run
+    work: Callable[..., Any]  # held for what it closes over, whose addresses are in the graph
 
 
 M = TypeVar("M", bound=Memory)
@@ -189,7 +190,7 @@ class Recorded(Generic[M]):
         after = _reserved(memory.keys.device)
         grown = None if before is None or after is None else after - before
         self._prepared.append(PreparationRecord("capture", str(signature), time.perf_counter() - start, grown))
-        return _Graph(tuple(t for t in own if t is not None), replay)
+        return _Graph(tuple(t for t in own if t is not None), replay, work)
 
 
 def span_of(cache_sizes: Sequence[int], rows: int, capacity: int) -> int:
