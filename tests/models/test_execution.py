@@ -28,10 +28,26 @@ from zbench.models.rows import Rows
 from zbench.models.team import ALONE
 
 
+class Recording(TorchDispatchMode):
+    """Refuses what waits for the device or comes from the host, as a GPU does while it records."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name.startswith("index") and any(
+            t.dtype == torch.bool for given in args if isinstance(given, list) for t in given if t is not None
+        )
+        if by_mask or name.startswith(self.REFUSED):
+            raise RuntimeError(f"{name} not permitted when stream is capturing")
+        return func(*args, **(kwargs or {}))
+
+
 def again(run: Run) -> Run:
     """In place of a GPU's graph: the same operators on the same buffers. `run` sees the arena's own cache, whose sizes
     on the host stay 0, so that a forward that looked at them would be wrong."""
-    run()
+    with Recording():
+        run()
     return run
 
 
