@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 USUAL_THREADS = torch.get_num_threads()
 
@@ -15,8 +16,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# An example takes as long as the machine lets it: 200 ms, the usual limit, fails whatever meets a busy one.
+settings.register_profile("zbench", deadline=None)
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    settings.load_profile("zbench")
 
 
 @pytest.fixture(autouse=True)

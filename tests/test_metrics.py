@@ -374,6 +374,12 @@ def test_categories_are_told_apart_where_there_are_several(measure: Any) -> None
     # chat: 2 tokens in 2.0 s against 2 in 2.0 s; code: 2 tokens in 4.0 s.
     assert rows["spec", "category_speedup", "chat"].value == pytest.approx(1.0)
     assert rows["spec", "category_speedup", "code"].value == pytest.approx(0.5)
+    unfinished = measure([trial(), trial(group=1, requests=(code,)), *both[2:], verifying([1], group=2, requests=(
+        dataclasses.replace(code, prompt_id="p2", category="math"),))], CHAIN)  # fmt: skip
+    assert unfinished["spec", "category_acceptance_length", "math"].value == 2
+    assert unfinished["spec", "category_speedup", "math"].note == (
+        "unavailable: no prompt of this category ended both here and in the baseline"
+    )
     alone = measure([trial(), verifying([1])], CHAIN)["spec", "category_speedup", ""]
     assert alone.note == "unavailable: the prompts are all of one category"
 

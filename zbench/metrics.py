@@ -60,6 +60,7 @@ NOT_THE_TARGETS = "acceptance is synthetic, so the tokens are not the target's"
 NOT_OF_FORWARDS = frozenset({
     "tpot", "decode_tps", "throughput", "tokens_per_forward", "tokens_per_weighted_forward", "speedup",
     "category_speedup", "minimal_detectable_effect", "rows_per_forward", "bytes_per_token", "flops_per_token",
+    "joules_per_token", "tokens_per_joule", "energy_delay_product",
 })  # fmt: skip
 
 Better = Literal["higher", "lower", "none"]
@@ -642,9 +643,11 @@ def speedup(cell: Cell) -> Estimate:
 
 @metric("category_speedup", "ratio", "speedup over the prompts of each category", "higher")
 def category_speedup(cell: Cell) -> dict[str, Estimate]:
+    paired = dict(_by_category(cell.timed_pairs))
+    alone = unavailable("no prompt of this category ended both here and in the baseline")
     return {
-        name: stats.paired_ratio(*_seconds_per_token(pairs), pairs["group"])
-        for name, pairs in _by_category(cell.timed_pairs)
+        name: stats.paired_ratio(*_seconds_per_token(paired[name]), paired[name]["group"]) if name in paired else alone
+        for name in sorted({*paired, *map(str, cell.requests["category"])})
     }
 
 

@@ -274,7 +274,7 @@ class TrialRecord:
     kernels: dict[str, str] | None = None  # operator -> implementation that ran
     ranks: tuple[RankRecord, ...] = ()  # of the replica that ran it; empty for a run of one process
     server: ServerRecord | None = None
-    prepared: tuple[PreparationRecord, ...] = ()  # since the trial before, warm-up included
+    prepared: tuple[PreparationRecord, ...] = ()  # for it, and before an engine's first trial in its warm-up
 
     @property
     def key(self) -> tuple[str, int, int]:

@@ -43,6 +43,7 @@ from zbench.records import (
     CellRecord,
     LosslessCheck,
     Manifest,
+    PreparationRecord,
     RequestRecord,
     ServedRecord,
     TrialRecord,
@@ -86,6 +87,7 @@ class Point:
     checked: dict[tuple, LosslessCheck] = field(default_factory=dict)
     judged: dict[tuple[str, str], codejudge.Verdict] = field(default_factory=dict)  # by prompt and answer
     launches: dict[str, Launches] = field(default_factory=dict)  # by cell
+    prepared: dict[str, tuple[PreparationRecord, ...]] = field(default_factory=dict)  # by cell: while warming up
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +411,7 @@ def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exce
             raise
         except Exception as error:  # one engine that cannot run here must not end the others' run
             built[cell.id] = error
+        point.prepared[cell.id] = point.shared.prepared()
     return built
 
 
@@ -430,7 +433,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             raise engine
         seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
         request = request_of(point, seeds, point.scenario.output_tokens)
-        prepared = point.shared.prepared()
+        prepared = point.prepared.pop(trial.cell.id, ()) + point.shared.prepared()
         for _ in range(DECODES):
             meter = Meter(point.device, point.shared.team, point.launches.get(trial.cell.id, {}))
             point.device.reset_peak()

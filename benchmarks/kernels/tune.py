@@ -113,7 +113,10 @@ def show(kernel: Kernel, found: Found, device: Device, say: Callable[[str], None
             line += f", now {_microseconds(times[found.now])}: {ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
         say(line)
     gain = f"{geometric_mean(ratios):.2f}x of {tuple(found.now)}" if compared else "as before"
-    row = f"Launch({', '.join(map(str, found.best))})"
+    best = found.best
+    if compared and geometric_mean(ratios) <= 1:  # the best of many is partly luck
+        best, gain = found.now, f"as before: {tuple(found.best)} gave {geometric_mean(ratios):.2f}x of it"
+    row = f"Launch({', '.join(map(str, best))})"
     say(f'{kernel.name}:    "{found.chip}": {row},  # tuned on {device.name}: {gain}')
 
 

@@ -37,3 +37,13 @@ def test_every_step_feeds_each_number_of_rows_once_at_one_context_down_and_up_in
         most = max(mine, key=lambda forward: forward.rows)
         assert most.experts is not None
         assert 1 < most.experts <= 5  # riders are routed like any row
+
+
+def test_each_forward_begins_on_an_idle_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind one that runs, what the host does for a forward costs nothing, which depended on the order."""
+    model, meter, seen = runtime("smollm", "auto"), Meter(CPU), list[str]()
+    monkeypatch.setattr(type(CPU), "synchronize", lambda self: seen.append("idle"))
+    plain = meter.forward
+    monkeypatch.setattr(meter, "forward", lambda *a, **k: seen.append(a[1]) or plain(*a, **k))
+    Forward(model, (1, 3)).generate(PROMPTS, Request(3, Sampling(), (0, 0)), meter)
+    assert seen == ["prefill", *["idle", "decode"] * 4]

@@ -70,6 +70,14 @@ def test_a_wrong_candidate_is_rejected_and_the_fastest_is_printed_to_paste(here:
     assert said[2].startswith(f'double:    "{found.chip}": Launch(1, 64),  # tuned on {here.name}: ')
 
 
+def test_a_row_that_is_no_faster_when_timed_again_is_not_to_paste(here: devices.Device) -> None:
+    now, best = Launch(1, 2), Launch(1, 64)
+    said: list[str] = []
+    times = {"64 numbers": {now: [1e-6] * 9, best: [2e-6] * 9}}
+    tune.show(tiny({"": now}), tune.Found("sm90", now, best, {}, times), here, said.append)
+    assert said[-1] == f'double:    "sm90": Launch(1, 2),  # tuned on {here.name}: as before: (1, 64) gave 0.50x of it'
+
+
 def test_where_nothing_agrees_the_table_stays(here: devices.Device) -> None:
     kernel = tiny({"": Launch(1, 16)})
     found = tune.search(kernel, here, seconds=0.01)

@@ -278,6 +278,22 @@ def test_all_engines_decode_on_graphs_and_no_capture_is_in_a_measured_time(
     assert not any(record.prepared for record in records if record.cell == "eager")
 
 
+def test_what_is_recorded_while_engines_warm_up_counts_for_the_engine_that_needed_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
+    path = tmp_path / "modes.yaml"
+    path.write_text(SCENARIO.replace("execution: MODE, label: MODE", "execution: eager").replace("MODE", "graph"))
+    _, records = run.in_memory(scenario.load(path, ()))
+    assert not any(record.error for record in records)
+    recorded = {
+        record.cell.partition("-")[0]: [p.what for p in record.prepared] for record in records if record.prepared
+    }
+    assert set(recorded) == {"eagle3", "dflash", "diffusion"}
+    assert any("DFlash" in what for what in recorded["dflash"])
+    assert not any("DFlash" in what for what in recorded["eagle3"] + recorded["diffusion"])
+
+
 class Dispatched(TorchDispatchMode):
     """Operators below autograd that make or change a tensor: another count of what torch runs."""
 

@@ -172,6 +172,14 @@ def test_a_run_without_any_trial_still_makes_a_report(tmp_path: Path) -> None:
     assert "Nothing was measured: no trial has ended yet." in render(folder).read_text()
 
 
+def test_a_run_that_was_interrupted_still_makes_a_report(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, engines=("autoregressive", "eagle3 chain of 4"), prompts=5, repeats=1, tokens=12)
+    trials = (folder / "trials.jsonl").read_text().splitlines(keepends=True)
+    (folder / "trials.jsonl").write_text("".join(line for i, line in enumerate(trials) if i not in (4, 6, 8)))
+    html = render(folder).read_text()
+    assert "2 prompts for autoregressive: too few for an interval" in html
+
+
 @pytest.mark.slow
 def test_a_large_matrix_has_tables_for_all_points_and_figures_for_the_first(tmp_path: Path) -> None:
     points = [{"context": 100 * i} for i in range(POINTS_DRAWN + 2)]

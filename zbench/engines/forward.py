@@ -4,6 +4,7 @@ Every step feeds each of the given numbers of rows once, at the same context: th
 riders, as a verify would feed drafts. Riders are the prompt's own tokens, so that a router of experts sees text. One
 token is committed per step, the one that follows the row that all these forwards share, so that the output is the
 target's own and is checked like any other. Row counts go down and up in turn: a drift of the machine falls on all.
+Each forward begins on an idle device, as that of a decode step does: behind another one its launches would be hidden.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Forward:
         for count in state.order:
             ids = torch.cat([state.last[:, None], state.riders[:, : count - 1]], 1)
             rows = Rows.chain(ids, state.cache.lengths)
+            meter.device.synchronize()
             logits = meter.forward(self.model, "decode", rows, state.cache).logits
             if count == 1:
                 decided = logits[:, 0]

@@ -114,8 +114,9 @@ class Launch(NamedTuple):
     slots: int  # loaded at a time, at most
 
 
-# Reasoned from sizes and from what the compiler then takes: no GPU has run these. On CDNA3 two stages keep the next
-# tile in registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160. A unit of
+# Reasoned from sizes and from what the compiler then takes, and tuned nowhere. What an H200 has run is the first row,
+# as its chip was not recognised then; the other rows have run on no GPU. On CDNA3 two stages keep the next tile in
+# registers. AMD's tiles are padded: 128 slots at a time would take 165 KiB of CDNA4's 160. A unit of
 # theirs has four SIMDs: fewer warps would leave some idle.
 TABLE = {
     "": Launch(4, 2, 1, 64),

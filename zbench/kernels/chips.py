@@ -35,7 +35,9 @@ def of(device: torch.device) -> Chip:
     if device.type != "cuda":  # the interpreter's; ROCm's devices are called cuda too
         return Chip("", 8, 64 * 2**10, True)
     properties = torch.cuda.get_device_properties(device)
-    name = getattr(properties, "gcnArchName", "").split(":")[0] or f"sm{properties.major}{properties.minor}"
+    name = getattr(properties, "gcnArchName", "").split(":")[0]
+    if not name.startswith("gfx"):  # torch for CUDA puts the device's own name there
+        name = f"sm{properties.major}{properties.minor}"
     return Chip(name, properties.multi_processor_count, *KNOWN.get(name, (64 * 2**10, True)))
 
 
