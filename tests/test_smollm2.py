@@ -16,11 +16,13 @@ from zbench import prompts
 from zbench.engines import Shared, create
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
+from zbench.engines.dflash import DFlash
 from zbench.engines.reference import Reference
 from zbench.engines.sampling import Sampling
 from zbench.hardware import device
 from zbench.kernels import cpu
-from zbench.models import loading
+from zbench.models import loading, zoo
+from zbench.models.dflash import DFlashDrafter, load_drafter
 from zbench.models.rows import Rows
 from zbench.scenario import ENGINES, PromptSet
 
@@ -65,52 +67,26 @@ def test_greedy_tokens_equal_transformers_on_every_packaged_prompt(real: Any) ->
     assert alone == want[:3]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "tie"),
-    [("eagle3", {"depth": 3}, 0.0), ("dflash", {"block": 8}, 0.2)],
-)
-def test_shipped_drafters_take_the_steps_that_they_take_in_vllm(real: Any, name: str, options: Any, tie: float) -> None:
+@pytest.mark.parametrize("name", ["eagle3", "dflash"])
+def test_shipped_drafters_take_the_steps_that_they_take_in_vllm(real: Any, name: str) -> None:
     """vLLM 0.32 loaded the same folders (tests/serving/recorded): every step must gain the tokens that it gained there.
 
-    DFlash's may gain others where the draft that was judged otherwise was nearly another token: by `tie` in its logit.
+    On a CPU its RMSNorm takes one weight where its DFlash hands it one per layer: the context's keys of every layer are
+    normed by the first layer's, in the test too.
     """
     lines = (RECORDED / f"vllm_{name}_answers.jsonl").read_text().splitlines()
-    spec = ENGINES[name](name=name, drafter={"zoo": f"smollm2-135m-{name}"}, **options)
-    engine = create(name, spec.options, real.shared)
-    drafted = watched(engine) if tie else []
-    compared, differ = 0, 0
+    if name == "eagle3":
+        spec = ENGINES[name](name=name, drafter={"zoo": f"smollm2-135m-{name}"}, depth=3)
+        engine: Any = create(name, spec.options, real.shared)
+    else:
+        target = real.shared.target("eager")
+        stored = load_drafter(zoo.drafter("smollm2-135m-dflash", "dflash"), target.config)
+        drafter = DFlashDrafter(stored.config, stored.tensors, target, native=False)
+        drafter._key_norms = drafter._key_norms[:1].expand_as(drafter._key_norms)
+        engine = DFlash(target, drafter, block=8)
     for answer in map(json.loads, lines):
-        drafted.clear()
         ids, meter, chunks = real.by_name[answer["prompt"]], Meter(CPU), answer["token_ids"]
         said = list(itertools.chain(*chunks))
         (output,) = engine.generate([ids], Request(len(said), Sampling(), (0,)), meter).outputs
         assert output == said
-        steps = [step.committed[0] for step in meter.records()[0]]
-        theirs = dict(zip(itertools.accumulate([0, *map(len, chunks)]), map(len, chunks), strict=False))
-        for index, begin in enumerate(itertools.accumulate([0, *steps[:-1]])):
-            if begin not in theirs:  # within a step of theirs that gained more
-                continue
-            compared += 1
-            least = min(steps[index], theirs[begin])
-            if steps[index] == theirs[begin]:
-                continue
-            differ += 1
-            assert tie, (answer["prompt"], begin)
-            logits = drafted[index - 1][0, least - 1]
-            best, right = logits.topk(2).values, logits[output[begin + least - 1]]
-            assert best[0] - (best[1] if right == best[0] else right) < tie, (answer["prompt"], begin)
-    assert compared > 100
-    assert differ <= 0.05 * compared
-
-
-def watched(engine: Any) -> list[torch.Tensor]:
-    """The logits [B, drafts, V] of every draft that a DFlash engine makes from now on."""
-    drafted, draft = [], engine.drafter.draft
-
-    def kept(*arguments: Any) -> Any:
-        drafts = draft(*arguments)
-        drafted.append(drafts.logits.clone())  # its memory is given out again
-        return drafts
-
-    engine.drafter.draft = kept
-    return drafted
+        assert [step.committed[0] for step in meter.records()[0]] == list(map(len, chunks)), answer["prompt"]

@@ -94,21 +94,21 @@ SHIPPED_FOLDER = Path(__file__).parents[1] / "zoo"
 SHIPPED: dict[str, Shipped] = {
     "smollm2-135m-eagle3": Shipped(
         kind="eagle3",
-        weights_sha256="793b545ccd55d36bd503962e7b84112478d9c8776a8c60dd8a9c0db7b4a0ce66",
-        parameters=7_448_832,
+        weights_sha256="972c2eda76416e239e7a737cc9f549f3b94cc3adc01c35c1954855593b811295",
+        parameters=7_964_928,
         source="EAGLE-3 drafter, `zbench train eagle3` on the model's own text: README.md in its folder",
         target="smollm2-135m",
     ),
     "smollm2-135m-dflash": Shipped(
         kind="dflash",
-        weights_sha256="b660d140412f1e4d46f1cde73562ea49e67a8f230935136faf87643bb32f9bb6",
+        weights_sha256="02f433365cb0bdce09814ad3910cbf31d4da8a9c18ff79a25f29f6704df3b2e8",
         parameters=7_745_152,
         source="DFlash drafter, `zbench train dflash` on the model's own text: README.md in its folder",
         target="smollm2-135m",
     ),
     "smollm2-135m-tidar": Shipped(
         kind="adapter",
-        weights_sha256="91b37cc775d5dbc1bf24596d872ae69b4a6d7900efcbde2252abc058c0fd9e57",
+        weights_sha256="1ba6df62b974781a250397e6aa31489718fbaa3d37b871e93b335e8aab566d3d",
         parameters=7_330_752,
         source="TiDAR mask adapter, `zbench train tidar` on the model's own text: README.md in its folder",
         target="smollm2-135m",
