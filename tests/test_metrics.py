@@ -380,6 +380,9 @@ def test_categories_are_told_apart_where_there_are_several(measure: Any) -> None
     assert unfinished["spec", "category_speedup", "math"].note == (
         "unavailable: no prompt of this category ended both here and in the baseline"
     )
+    of_one = measure([trial(), *both[2:]], CHAIN)
+    assert of_one["spec", "category_speedup", "chat"].value == pytest.approx(1.0)
+    assert of_one["spec", "category_speedup", "code"].value is None
     alone = measure([trial(), verifying([1])], CHAIN)["spec", "category_speedup", ""]
     assert alone.note == "unavailable: the prompts are all of one category"
 

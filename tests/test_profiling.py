@@ -233,7 +233,16 @@ def test_kernels_that_were_timed_beside_counters_stand_in_for_those_of_the_trace
     (found,) = profiling._operators({"traceEvents": []}, (), [timed])
     assert found == Operator("gemv", "kernel", 4, 2e-6, None, 8e6)
     gpu = Device("cuda", "cuda", 0, "x")
-    assert profiling._notes((), gpu, [found], counted=True) != profiling._notes((), gpu, [found], counted=False)
+    (said,) = profiling._notes((), gpu, [found], counted=True)
+    assert said.startswith("Kernels have the times and bytes that were counted, in steps of their own")
+
+
+def test_what_was_timed_in_other_steps_explains_nothing_of_these(tmp_path: Path) -> None:
+    found = profiled(tmp_path, "ours")
+    seconds = found["profiled_step_seconds"]["mean"]
+    found |= {"explained": None, "operators": [found["operators"][0] | {"name": "gemv", "seconds": 3 * seconds}]}
+    (row,) = (line for line in profiling.table(found).splitlines() if line.startswith("gemv"))
+    assert "300" not in row and "unknown" in row
 
 
 def test_what_cannot_be_profiled_is_said_in_one_line(tmp_path: Path) -> None:

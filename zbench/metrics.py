@@ -643,11 +643,12 @@ def speedup(cell: Cell) -> Estimate:
 
 @metric("category_speedup", "ratio", "speedup over the prompts of each category", "higher")
 def category_speedup(cell: Cell) -> dict[str, Estimate]:
-    paired = dict(_by_category(cell.timed_pairs))
+    names = [name for name, _ in _by_category(cell.requests)]
+    paired = {str(name): pairs for name, pairs in cell.timed_pairs.groupby("category")}
     alone = unavailable("no prompt of this category ended both here and in the baseline")
     return {
         name: stats.paired_ratio(*_seconds_per_token(paired[name]), paired[name]["group"]) if name in paired else alone
-        for name in sorted({*paired, *map(str, cell.requests["category"])})
+        for name in names
     }
 
 

@@ -171,7 +171,8 @@ def profile(
     content = profiled.write(folder / TRACE)
     found = _operators(content, profiled.native, counted.timed if counted else ())
     launches = trace.launches(content, within=STEP)
-    record = _record(plain, spans, found, steps)
+    timed = bool(counted and counted.timed)
+    record = _record(plain, spans, None if timed else found, steps)
     result = {
         "schema": SCHEMA_VERSION,
         "scenario": wanted.name,
@@ -191,7 +192,7 @@ def profile(
         "counters": counters(device, gpm, counted),
         "kernel_launches_per_step": launches / steps if launches else None,
         "tensor_activity": measured_by.tensor_activity if measured_by else None,
-        "notes": _notes(profiled.native, device, found, bool(counted and counted.timed)),
+        "notes": _notes(profiled.native, device, found, timed),
     }
     atomic_write(folder / PROFILE, json.dumps(result, indent=1, allow_nan=False))
     return result
@@ -308,8 +309,9 @@ def _projection(rows: int, inputs: int, outputs: int, size: int) -> tuple[float,
     return 2.0 * rows * inputs * outputs, float(inputs * outputs * size)
 
 
-def _record(plain: Meter, spans: Meter, found: Sequence[Operator], steps: int) -> dict[str, Any]:
-    """What a step takes with and without the profiler, its phases, and how much of it the operators explain."""
+def _record(plain: Meter, spans: Meter, found: Sequence[Operator] | None, steps: int) -> dict[str, Any]:
+    """What a step takes with and without the profiler, its phases, and how much of it the operators explain: nothing
+    can be said where none of them were timed in these steps (None)."""
     (bare, _), (watched, forwards) = plain.records(), spans.records()
     seconds = np.array([step.seconds for step in watched])
     phases: dict[str, float] = {}
@@ -318,7 +320,8 @@ def _record(plain: Meter, spans: Meter, found: Sequence[Operator], steps: int) -
     phases["accept"] = sum(step.accept_seconds for step in watched) / steps
     phases["commit"] = sum(step.commit_seconds for step in watched) / steps
     phases["host gap"] = float(seconds.mean()) - sum(phases.values())
-    explained = None if _untimed(found) else sum(operator.seconds for operator in found) / float(seconds.sum())
+    here = found is not None and not _untimed(found)
+    explained = sum(operator.seconds for operator in found or ()) / float(seconds.sum()) if here else None
     return {
         "step_seconds": _spread([step.seconds for step in bare]),
         "profiled_step_seconds": _spread(seconds),
@@ -510,26 +513,28 @@ def table(result: dict[str, Any], most: int = 20) -> str:
         f" under the profiler {quantity(watched['median'], 's')}",
         f"operators explain {result['explained']:.1%} of the profiled steps; the rest is Python, launches and gaps"
         if result["explained"] is not None
-        else "the profiler has no times of kernels here",
+        else "the profiler has no times of kernels in these steps",
         "",
     ]
     rows: list[tuple[str, ...]] = [
         ("operator", "", "calls", "time", "share", "FLOPs", "bytes", "FLOP/s", "B/s", "of roof")
     ]
+
+    def share(seconds: float | None) -> str:
+        return "unknown" if seconds is None or result["explained"] is None else f"{seconds / watched['mean']:.1%}"
+
     for entry in result["operators"][:most]:
         seconds, flops, moved = entry["seconds"], entry["flops"], entry["bytes"]
         rows.append((
             _plain(entry["name"])[:44], entry["kind"], f"{entry['calls']:g}",
             "unknown" if seconds is None else quantity(seconds, "s"),
-            "unknown" if seconds is None else f"{seconds / watched['mean']:.1%}",
+            share(seconds),
             shown(flops, "FLOP"), shown(moved, "B"), rate(flops, seconds, "FLOP/s"), rate(moved, seconds, "B/s"),
             "unknown" if entry["of_roof"] is None else f"{entry['of_roof']:.0%} {entry['roof']}",
         ))  # fmt: skip
     if rest := result["operators"][most:]:
         seconds = sum(entry["seconds"] or 0.0 for entry in rest)
-        rows.append(
-            (f"{len(rest)} others", "", "", quantity(seconds, "s"), f"{seconds / watched['mean']:.1%}", *[""] * 5)
-        )
+        rows.append((f"{len(rest)} others", "", "", quantity(seconds, "s"), share(seconds), *[""] * 5))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]

@@ -62,6 +62,8 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
         loaded = load(tmp_path / name, config)
         if name == "eagle3":
             assert loaded.config.layer.ffn == 48
+    missing = ["--data", tmp_path / "none", "--out", tmp_path / "x"]
+    refused(zbench("train", "tidar", *shared, *missing), "none holds no training data")
     log = (tmp_path / "tidar" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2]
     converted = json.loads((tmp_path / "full" / "config.json").read_text())

@@ -12,6 +12,7 @@ from torch import Tensor
 from zbench.kernels import cpu
 from zbench.kernels import verify as kernel
 from zbench.kernels.verify import draw as draw
+from zbench.models.cache import on_device as on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,6 @@ class Sampling:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [..., V] float32 -> the float32 distribution [..., V] that sampling draws from (temperature > 0)."""
     return kernel.probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-
-
-def on_device(index: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Host integers as a device tensor, without waiting for the work queued there (a plain copy would)."""
-    return torch.as_tensor(index).to(device, non_blocking=True)
 
 
 class Purpose(IntEnum):

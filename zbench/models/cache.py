@@ -76,8 +76,9 @@ class Cache:
         if self._shared is not None:
             self._shared[:] = self.sizes
         else:
-            self.lengths += self._on_device(counts)
+            self.lengths += on_device(counts, self.lengths.device)
 
-    def _on_device(self, counts: Sequence[int]) -> Tensor:
-        """Without waiting for what the device is at."""
-        return torch.tensor(counts).to(self.lengths.device, non_blocking=True)
+
+def on_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Host numbers as a device tensor, without waiting for the work queued there (a plain copy would)."""
+    return torch.as_tensor(values).to(device, non_blocking=True)

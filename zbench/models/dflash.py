@@ -32,7 +32,7 @@ from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import config as model_config
 from zbench.models import loading
-from zbench.models.cache import Cache
+from zbench.models.cache import Cache, on_device
 from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
@@ -370,7 +370,7 @@ class DFlashDrafter:
             logits, likeliest = self._filled(anchor, memory, block, span)
             return self.target_ids(likeliest), logits
 
-        fresh = torch.tensor(counts if read else [0] * len(anchor)).to(self.device, non_blocking=True)
+        fresh = on_device(counts if read else [0] * len(anchor), self.device)
         signature = _Signature(len(anchor), read, block, span)
         tokens, logits = graphs.run(cache, signature, (anchor, fresh, *features), work)
         return Drafts(tokens.clone(), logits.clone())

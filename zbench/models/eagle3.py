@@ -29,6 +29,7 @@ from torch import Tensor
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.kernels import cpu
+from zbench.models.cache import on_device
 from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
@@ -295,8 +296,7 @@ class DraftCache:
             self.lengths = self.lengths + counts
             return
         self.sizes = [size + count for size, count in zip(self.sizes, counts, strict=True)]
-        # Without waiting for what the device is at.
-        self.lengths += torch.tensor(counts).to(self.lengths.device, non_blocking=True)
+        self.lengths += on_device(counts, self.lengths.device)
 
 
 class Eagle3Drafter:

@@ -139,10 +139,15 @@ class Recorded(Generic[M]):
         """What had to be recorded is appended to `prepared`."""
         self._record, self._prepared = record, prepared
         self._arenas: dict[int, _Arena[M]] = {}
+        self._all: list[dict[int, _Arena[Any]]] = [self._arenas]  # of those beside it, too
 
     def beside(self) -> Recorded[Any]:
-        """For caches of another kind. Graphs run one after another, so that all of these share scratch memory."""
-        return Recorded(self._record, self._prepared)
+        """For caches of another kind. Graphs run one after another, so that all of these share scratch memory; where
+        memory is short, what none of them uses is given up."""
+        other = Recorded[Any](self._record, self._prepared)
+        other._all = self._all
+        other._all.append(other._arenas)
+        return other
 
     def cache(self, size: Hashable, make: Callable[[], M]) -> M:
         """An empty cache, on memory whose last user is gone where there is some of that size, else on what is made."""
@@ -152,9 +157,10 @@ class Recorded(Generic[M]):
             try:
                 memory = make()
             except torch.OutOfMemoryError:
-                for address in idle:
-                    del self._arenas[address]
                 idle.clear()
+                for arenas in self._all:
+                    for address in [address for address, a in arenas.items() if a.user() is None]:
+                        del arenas[address]
                 torch.cuda.empty_cache()
                 memory = make()
             arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, size, weakref.ref(memory))
@@ -242,7 +248,9 @@ class _Signature:
 
     def __str__(self) -> str:
         asked = "all" if self.wanted is None else str(self.wanted)
-        return f"{self.batch} x {self.rows} rows, {asked} logits, {self.span} slots"
+        said = f"{self.batch} x {self.rows} rows, {asked} logits, {self.span} slots"
+        said += f", {len(self.capture)} hidden states" * bool(self.capture) + ", masks" * self.masks
+        return said + ", adapter" * (self.adapter is not None)
 
 
 class Graphs(Recorded[Cache]):

@@ -30,7 +30,7 @@ from zbench.kernels import ccgqa, cpu, registry
 from zbench.models import execution as executions
 from zbench.models.adapter import MaskAdapter
 from zbench.models.attend import block_attention
-from zbench.models.cache import Cache
+from zbench.models.cache import Cache, on_device
 from zbench.models.cost import Cost, Routing, forward_cost
 from zbench.models.model import Output, asked, check_room, count_choices
 from zbench.models.projection import Projection
@@ -73,11 +73,11 @@ class ZayaCache(Cache):
         return mixed, delayed
 
     def extend(self, counts: Sequence[int]) -> None:
-        self._keep(self._on_device(counts) - 1)
+        self._keep(on_device(counts, self.lengths.device) - 1)
         super().extend(counts)
 
     def commit(self, kept: Tensor, counts: Sequence[int]) -> None:
-        ends = self._on_device(counts)[:, None] - 1
+        ends = on_device(counts, self.lengths.device)[:, None] - 1
         last = kept.gather(1, ends.clamp(min=0))
         self._keep(torch.where(ends < 0, ends, last)[:, 0])
         super().commit(kept, counts)

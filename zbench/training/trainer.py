@@ -288,9 +288,9 @@ class Reader:
         self, target: Target, objective: Objective, batches: Sequence[Batch], folder: Path, gigabytes: float
     ) -> None:
         self.target, self.objective, self.batches, self.folder = target, objective, batches, folder
+        self._keeps = target.device.type == "cpu"
         kept = folder.glob(f"*{_READ}") if folder.is_dir() else ()
-        room = gigabytes * 1e9 - sum(file.stat().st_size for file in kept)
-        self._room = room if target.device.type == "cpu" else 0.0
+        self._room = gigabytes * 1e9 - sum(file.stat().st_size for file in kept)
         of = target.loaded.weights_hash, target.dtype, target.device.type, TOP, objective.capture, objective.context
         self._of = repr(of).encode()
 
@@ -298,6 +298,8 @@ class Reader:
         batch, objective, device = self.batches[number], self.objective, self.target.device
         if not objective.asks:
             return Read.of_text(batch.to(device))
+        if not self._keeps:
+            return self.target.read(batch.to(device), objective.capture, objective.context)
         file = self.folder / f"{self._name(batch)}{_READ}"
         if file.exists():
             return Read.of_tensors(batch.to(device), load_file(file, device=str(device)))
