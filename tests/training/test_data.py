@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 from tests.models.test_execution import again
 from tests.training import memory
 from zbench import prompts
+from zbench.engines.sampling import Sampling, draw, probabilities
 from zbench.errors import UserError
 from zbench.models import loading
 from zbench.models.execution import Graphs
 from zbench.models.loading import LoadedModel
 from zbench.models.model import build
 from zbench.training import data, shapes
-from zbench.training.corpus import Corpus, Role, is_held_out, joined, load_corpus, prompt_hash, read_index
+from zbench.training.corpus import Conversation, Corpus, Role, is_held_out, joined, load_corpus, prompt_hash, read_index
 from zbench.training.data import Settings
 
 SHAPE = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 1024}
@@ -54,6 +56,24 @@ def test_a_corpus_written_through_graphs_is_the_same(model: LoadedModel, tmp_pat
     made = [contents(load_corpus(tmp_path / name, model.weights_hash)) for name in ("eager", "graph")]
     assert made[0] == made[1]
     assert recorded.prepared
+
+
+def test_every_turn_is_drawn_at_its_own_temperature_with_its_own_numbers(model: LoadedModel) -> None:
+    """Greedy and warm answers, and user turns at temperature 1, side by side in one step."""
+    target = build(model, torch.float32, memory.CPU, "auto")
+    writer = data.Writer(target, loading.load_tokenizer(model), SETTINGS, 1, data.Refused(()))
+    logits = 3 * torch.randn(60, 300, generator=torch.Generator().manual_seed(0))
+    states, want = [], []
+    for index, row in enumerate(logits):
+        state = writer._begin(index)
+        state.temperature, state.answering = 0.7 * (index % 2), index % 3 > 0
+        temperature = state.temperature if state.answering else 1.0
+        number = torch.tensor(copy.deepcopy(state.random).random(), dtype=torch.float64)
+        picked = draw(probabilities(row, Sampling(temperature)), number) if temperature else row.argmax()
+        states.append(state), want.append(int(picked))
+    places = [len(state.ids) for state in states]
+    writer._write([*states, None], torch.cat([logits, logits[:1]]))
+    assert [state.ids[place] for state, place in zip(states, places, strict=True)] == want
 
 
 def test_an_interrupted_corpus_goes_on_where_it_ended(model: LoadedModel, tmp_path: Path) -> None:
@@ -136,3 +156,6 @@ def test_corpora_of_other_seeds_are_one_without_duplicates(model: LoadedModel, t
     new = [c for c in second.conversations if c.hash not in known]
     assert new and contents(both) == contents(first) + contents(Corpus({}, tuple(new)))
     assert both.folder == tmp_path / "a"
+    one = first.conversations[0]
+    again = Conversation(one.ids.flip(0), one.roles, one.hash, one.held_out)
+    assert joined([Corpus({}, (one,)), Corpus({}, (again,))]).conversations[0].ids.equal(one.ids)

@@ -57,6 +57,8 @@ def test_a_sampled_head_stands_for_the_whole_one() -> None:
     assert sum(loss(40) for _ in range(100)) / 100 == pytest.approx(whole, abs=0.02)
     few = head_loss(hidden, head[:30], ids, probs, weights)[0].item() / 40
     assert abs(few - whole) > 1.0  # what leaving the rest out would give
+    for kept in (sampled_head(head, ids[:n], 40, generator)[0] for n in (1, 9, 40)):
+        assert len(kept) % 64 == 0 and len(kept) >= 40
 
 
 def test_batches_are_of_few_lengths_where_kernels_are_compiled() -> None:
