@@ -1011,11 +1011,11 @@ def train_tidar(block: int, short_block: int | None, rank: int, start: str | Non
 @_training
 @_start
 @click.option(
-    "--draft-vocab", default=4096, show_default=True, type=click.IntRange(min=16), help="Tokens it can draft."
+    "--draft-vocab", type=click.IntRange(min=16), help="Tokens it can draft.  [default: --start's, else 4096]"
 )
 @click.option("--depth", default=7, show_default=True, type=click.IntRange(1, 16), help="Steps of training-time test.")
-@click.option("--ffn", type=click.IntRange(min=1), help="Width of its MLP.  [default: the target's]")
-def train_eagle3(draft_vocab: int, depth: int, ffn: int | None, start: str | None, **options: Any) -> None:
+@click.option("--ffn", type=click.IntRange(min=1), help="Width of its MLP.  [default: --start's, else the target's]")
+def train_eagle3(draft_vocab: int | None, depth: int, ffn: int | None, start: str | None, **options: Any) -> None:
     """Train an EAGLE-3 drafter.
 
     \b
@@ -1025,10 +1025,10 @@ def train_eagle3(draft_vocab: int, depth: int, ffn: int | None, start: str | Non
     from zbench.models.eagle3 import load_drafter
     from zbench.training.eagle3 import Eagle3, Eagle3Settings
 
-    settings = Eagle3Settings(draft_vocab=draft_vocab, steps=depth, ffn=ffn)
-
     def objective(target: Any, corpus: Any, seed: int) -> Eagle3:
         begun = load_drafter(_trained(start, "eagle3"), target.config) if start else None
+        vocab, width = (begun.config.draft_vocab, begun.config.layer.ffn) if begun else (4096, None)
+        settings = Eagle3Settings(draft_vocab or vocab, depth, ffn=ffn or width)
         return Eagle3(target, settings, corpus.part(held_out=False), seed, begun)
 
     _train(options, objective, 1e-3)

@@ -62,6 +62,12 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
         loaded = load(tmp_path / name, config)
         if name == "eagle3":
             assert loaded.config.layer.ffn == 48
+    again = zbench(
+        "train", "eagle3", *shared, "--depth", 2, "--start", tmp_path / "eagle3", "--out", tmp_path / "again"
+    )
+    assert again.exit_code == 0, again.output
+    begun = eagle3.load_drafter(tmp_path / "again", config).config
+    assert (begun.draft_vocab, begun.layer.ffn) == (64, 48)
     missing = ["--data", tmp_path / "none", "--out", tmp_path / "x"]
     refused(zbench("train", "tidar", *shared, *missing), "none holds no training data")
     log = (tmp_path / "tidar" / "log.jsonl").read_text().splitlines()

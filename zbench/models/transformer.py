@@ -179,7 +179,7 @@ class Transformer:
         if execution == "compiled":
             self._layer = executions.compiled_layer(run_layer, **operators)
         if execution == "graph":
-            self.graphs = executions.graphs_on(self, self.device, self._operators.attention.spans)
+            self.graphs = executions.graphs_on(self, self.device, self.spans)
 
     def executed(self, execution: str) -> Transformer:
         """See `Model.executed`."""
