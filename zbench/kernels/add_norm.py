@@ -20,8 +20,7 @@ class Launch(NamedTuple):
     most: int  # warps
 
 
-# 16 values for each of a warp's 32 or 64 lanes. By reasoning, tuned nowhere: the values of
-# sm90 have run on an H200, AMD's on no GPU.
+# 16 values for each of a warp's 32 or 64 lanes. By reasoning, tuned nowhere.
 TABLE = {
     "": Launch(512, 16),
     "gfx942": Launch(1024, 8),

@@ -37,7 +37,7 @@ class Launch(NamedTuple):
 
 
 # 16 sums a lane for heads of 128. On AMD 8, one warp for each SIMD of a unit: there are far fewer programs than units.
-# By reasoning, tuned nowhere: the values of sm90 have run on an H200, AMD's on no GPU.
+# By reasoning, tuned nowhere.
 TABLE = {
     "": Launch(32, 4),
     "gfx942": Launch(32, 4),

@@ -38,8 +38,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-# 32 values in each lane. By reasoning, tuned nowhere: the values of
-# sm90 have run on an H200, AMD's on no GPU.
+# 32 values in each lane. By reasoning, tuned nowhere.
 TABLE = {
     "": Launch(4096, 4),
     "gfx942": Launch(4096, 2),

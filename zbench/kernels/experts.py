@@ -33,8 +33,7 @@ class Launch(NamedTuple):
     stages: int  # of the software pipeline
 
 
-# A stage of the tallest tile takes 16 KiB of shared memory, so four would fill CDNA3's. By reasoning, tuned
-# nowhere: the values of sm90 have run on an H200, AMD's on no GPU.
+# A stage of the tallest tile takes 16 KiB of shared memory, so four would fill CDNA3's. By reasoning, tuned nowhere.
 TABLE = {
     "": Launch(16, 128, 4, 4),
     "gfx942": Launch(16, 128, 2, 2),

@@ -20,8 +20,7 @@ class Launch(NamedTuple):
     warps: int  # for one head of one row
 
 
-# A head of 128 is 4 values for each of 32 lanes, 2 for each of 64. By reasoning, tuned nowhere: the values of
-# sm90 have run on an H200, AMD's on no GPU.
+# A head of 128 is 4 values for each of 32 lanes, 2 for each of 64. By reasoning, tuned nowhere.
 TABLE = {"": Launch(1), "gfx942": Launch(1), "gfx950": Launch(1), "sm90": Launch(1), "sm100": Launch(1)}
 CANDIDATES = {"warps": (1, 2, 4)}
 

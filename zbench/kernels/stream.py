@@ -31,8 +31,7 @@ class Launch(NamedTuple):
     triad: int
 
 
-# 16 values a lane, four loads of 16 bytes. By reasoning, tuned nowhere: the values of
-# sm90 have run on an H200, AMD's on no GPU.
+# 16 values a lane, four loads of 16 bytes. By reasoning, tuned nowhere.
 TABLE = {
     "": Launch(8, 8, 8),
     "gfx942": Launch(4, 4, 4),

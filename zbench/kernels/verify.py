@@ -209,8 +209,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-# At V = 152k one row alone keeps 38 programs busy, with 16 logits a lane. By reasoning, tuned nowhere: the
-# values of sm90 have run on an H200, AMD's on no GPU.
+# At V = 152k one row alone keeps 38 programs busy, with 16 logits a lane. By reasoning, tuned nowhere.
 TABLE = {
     "": Launch(4096, 8),
     "gfx942": Launch(4096, 4),
