@@ -318,6 +318,11 @@ class DFlashSpec(SpeculativeSpec):
         description="Draft only tokens with ids below this, in BPE vocabularies the most frequent ones, by as many rows"
         " of the target's head. null drafts any token.",
     )
+    tokens: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="Verify a tree of so many tokens, the likeliest paths through the block, long and short ones. null"
+        " verifies the block's likeliest tokens as a chain.",
+    )
     draft_sampling: bool = Field(
         False,
         description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",

@@ -48,14 +48,31 @@ class Scripted(DFlashDrafter):
         super().__init__(checkpoint.config, checkpoint.tensors, target)
         self.prompts, self.outputs, self.propose = prompts, outputs, propose
 
-    def draft(self, anchor: Tensor, cache: Cache, block: int, *unread: Any) -> Drafts:
-        logits = torch.zeros_like(super().draft(anchor, cache, block, *unread).logits)
+    def draft(
+        self, anchor: Tensor, cache: Cache, block: int, features: Any = (), counts: Any = (), tree: Any = None
+    ) -> Drafts:
+        logits = torch.zeros_like(super().draft(anchor, cache, block, features, counts).logits)
         for row, (prompt, output) in enumerate(zip(self.prompts, self.outputs, strict=True)):
             at = cache.sizes[row] - len(prompt) + 1  # the context ends before the anchor, output at - 1
             following = (output + [5] * block)[at : at + block - 1]
             for slot, token in enumerate(self.propose(following, logits.shape[-1])):
                 logits[row, slot, token] = 1.0
-        return Drafts(logits.argmax(-1), logits)
+        return Drafts(logits.argmax(-1), logits, tree.rows(anchor, cache.lengths, logits, None) if tree else None)
+
+
+class Doubtful(Scripted):
+    """At every place the right token is the `rank`-th likeliest, behind wrong ones that are a little likelier."""
+
+    rank = 2
+
+    def draft(
+        self, anchor: Tensor, cache: Cache, block: int, features: Any = (), counts: Any = (), tree: Any = None
+    ) -> Drafts:
+        logits = 20 * super().draft(anchor, cache, block, features, counts).logits
+        answers = logits.argmax(-1, keepdim=True)
+        for ahead in range(1, self.rank):
+            logits.scatter_(2, (answers + ahead) % logits.shape[-1], 20.0 + 0.1 * ahead)
+        return Drafts(logits.argmax(-1), logits, tree.rows(anchor, cache.lengths, logits, None) if tree else None)
 
 
 def right(following: list[int], _: int) -> list[int]:
@@ -105,11 +122,13 @@ def test_a_drafter_that_knows_nothing_leaves_every_token_as_it_was(family: str, 
     right_count=st.integers(0, 8),
     temperature=st.sampled_from([0.0, 0.7]),
     eos_at=st.none() | st.integers(0, 12),
+    tokens=st.none() | st.integers(1, 20),
     seed=st.integers(0, 1000),
 )
 def test_drafts_right_up_to_any_slot_leave_every_token_and_finish_as_it_was(
-    sizes: list[int], block: int, limit: int, right_count: int, temperature: float, eos_at: int | None, seed: int
-) -> None:
+    sizes: list[int], block: int, limit: int, right_count: int, temperature: float, eos_at: int | None,
+    tokens: int | None, seed: int,
+) -> None:  # fmt: skip
     target, _ = drafting("qwen3", "auto")
     ids, seeds = prompts(*sizes, seed=seed), tuple(range(len(sizes)))
     free = Request(limit, Sampling(temperature), seeds)
@@ -118,23 +137,42 @@ def test_drafts_right_up_to_any_slot_leave_every_token_and_finish_as_it_was(
     eos = frozenset() if eos_at is None else frozenset({outputs[0][min(eos_at, limit - 1)]})
     request = Request(limit, Sampling(temperature), seeds, eos)
     plain, _ = decode(Autoregressive(target), ids, request)
-    engine = DFlash(target, Scripted(target, ids, outputs, right_then_wrong(right_count)), block)
-    assert decode(engine, ids, request)[0] == plain
+    for drafter in (Scripted, Doubtful):
+        engine = DFlash(target, drafter(target, ids, outputs, right_then_wrong(right_count)), block, tokens=tokens)
+        assert decode(engine, ids, request)[0] == plain
 
 
-@pytest.mark.parametrize("block", [2, 4, 7])
-@pytest.mark.parametrize(("propose", "gained"), [(right, None), (wrong, 1), (right_then_wrong(1), 2)])
-def test_a_step_gains_the_right_drafts_and_the_bonus(block: int, propose: Proposal, gained: int | None) -> None:
-    target, _ = drafting("llama3", "auto")
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_tree_goes_on_where_the_likeliest_token_is_wrong(execution: str) -> None:
+    target, _ = drafting("llama3", execution)
     ids, request = prompts(6, 13), Request(29, GREEDY, (0, 0))
     outputs = decode(Autoregressive(target), ids, request)[0].outputs
-    generated, meter = decode(DFlash(target, Scripted(target, ids, outputs, propose), block), ids, request)
-    steps, _ = meter.records()
-    each = block if gained is None else gained
-    assert generated.outputs == outputs
-    assert all(step.committed == (each, each) for step in steps[1:-1])
-    assert all(step.accepted == (each - 1, each - 1) and step.drafted == (block - 1,) * 2 for step in steps[1:])
-    assert len(steps) - 1 == -(-28 // each)
+    for tokens, each in ((None, 1), (1, 1), (3, 2), (14, 4)):  # a whole tree of two tokens a place has 2 + 4 + 8
+        engine = DFlash(target, Doubtful(target, ids, outputs, right), 4, tokens=tokens)
+        generated, meter = decode(engine, ids, request)
+        steps, _ = meter.records()
+        drafted = 3 if tokens is None else tokens
+        assert generated.outputs == outputs
+        assert all(step.committed == (each, each) for step in steps[1:-1])
+        assert all(step.drafted == (drafted,) * 2 for step in steps[1:])
+
+
+def test_trees_of_a_trained_drafter_gain_more_than_its_chain() -> None:
+    target, checkpoint = trained()
+    drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+    generator = torch.Generator().manual_seed(0)
+    ids, request = (
+        [torch.randint(97, 122, (9,), generator=generator).tolist() for _ in range(12)],
+        Request(48, GREEDY, (0,)),
+    )
+    plain, accepted = [decode(Autoregressive(target), [prompt], request)[0] for prompt in ids], []
+    for tokens in (None, 4, 9, 30):
+        found = [decode(DFlash(target, drafter, 5, tokens=tokens), [prompt], request) for prompt in ids]
+        assert [generated for generated, _ in found] == plain
+        steps = [step for _, meter in found for step in meter.records()[0][1:]]
+        accepted.append(sum(step.accepted[0] for step in steps) / len(steps))
+    assert accepted == sorted(accepted)
+    assert accepted[-1] > accepted[1] > accepted[0]
 
 
 def test_a_sequence_that_finished_is_offered_nothing_and_grows_no_more() -> None:
@@ -158,6 +196,8 @@ def test_bfloat16_tokens_are_the_same_to_the_bit() -> None:
     outputs = decode(Autoregressive(target), ids, request)[0].outputs
     for choice in (drafter, Scripted(target, ids, outputs, right), Scripted(target, ids, outputs, right_then_wrong(2))):
         assert decode(DFlash(target, choice, 6), ids, request)[0].outputs == outputs
+    for choice in (drafter, Doubtful(target, ids, outputs, right), Doubtful(target, ids, outputs, right_then_wrong(2))):
+        assert decode(DFlash(target, choice, 6, tokens=20), ids, request)[0].outputs == outputs
 
 
 @functools.cache
@@ -173,12 +213,12 @@ def trained() -> tuple[Any, dflash.DFlashCheckpoint]:
     sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
     block=st.integers(2, 9),
     temperature=st.sampled_from([0.0, 0.8]),
-    draft_sampling=st.booleans(),
+    drafts=st.sampled_from([None, "sampled", 3, 12]),
     eos=st.frozensets(st.integers(0, 259), max_size=40),
     seed=st.integers(0, 1000),
 )
 def test_a_native_drafter_is_accepted_step_by_step_as_torchs_is(
-    sizes: list[int], block: int, temperature: float, draft_sampling: bool, eos: frozenset[int], seed: int
+    sizes: list[int], block: int, temperature: float, drafts: Any, eos: frozenset[int], seed: int
 ) -> None:
     target, checkpoint = trained()
     generator = torch.Generator().manual_seed(seed)
@@ -188,17 +228,21 @@ def test_a_native_drafter_is_accepted_step_by_step_as_torchs_is(
     for native in (True, False):
         drafter = DFlashDrafter(checkpoint.config, checkpoint.tensors, target, native)
         assert (drafter.native is not None) == native
-        generated, meter = decode(DFlash(target, drafter, block, draft_sampling), ids, request)
+        sampled = drafts == "sampled"
+        engine = DFlash(target, drafter, block, sampled, tokens=None if sampled else drafts)
+        generated, meter = decode(engine, ids, request)
         found.append((generated, [(s.committed, s.drafted, s.accepted) for s in meter.records()[0]]))
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("tokens", [None, 9])
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_both_caches_after_a_decode_are_those_of_a_fresh_prefill(execution: str) -> None:
+def test_both_caches_after_a_decode_are_those_of_a_fresh_prefill(execution: str, tokens: int | None) -> None:
     target, drafter = drafting("qwen3", execution)
     ids, request = prompts(6, 11), Request(40, GREEDY, (0, 0))
     outputs = decode(Autoregressive(target), ids, request)[0].outputs
-    engine, meter = DFlash(target, Scripted(target, ids, outputs, right_then_wrong(2)), 5), Meter(CPU)
+    scripted = (Doubtful if tokens else Scripted)(target, ids, outputs, right_then_wrong(2))
+    engine, meter = DFlash(target, scripted, 5, tokens=tokens), Meter(CPU)
     meter.begin_step()
     state = engine.start(ids, request, meter)
     for row, token in enumerate(state.last.tolist()):
@@ -300,6 +344,11 @@ def test_sampled_drafts_leave_the_joint_distribution_as_it_was(sampling: Samplin
     assert p_value(engine, sampling) > ALPHA
 
 
+@pytest.mark.parametrize("sampling", [Sampling(0.8), Sampling(1.3, top_k=4)])
+def test_a_tree_leaves_the_joint_distribution_as_it_was(sampling: Sampling) -> None:
+    assert p_value(DFlash(*six_tokens(), tokens=5), sampling) > ALPHA
+
+
 def test_drafts_drawn_from_another_distribution_than_they_claim_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, choose = DFlash(*six_tokens(), draft_sampling=True), DFlash._choose
 
@@ -323,13 +372,15 @@ def test_sampled_drafting_is_reproducible_by_seed_and_alike_alone_and_in_a_batch
 def test_tokens_are_promised_to_be_the_targets_unless_they_are_sampled_by_the_drafter_or_synthetic() -> None:
     target, drafter = drafting("smollm", "auto")
     assert DFlash(target, drafter).exact is True
+    assert DFlash(target, drafter, tokens=6).exact is True
     assert DFlash(target, drafter, draft_sampling=True).exact is None
     assert DFlash(target, drafter, 4, synthetic=synthetic.parse({"length": 3.0}, 3)).exact is None
 
 
-def test_synthetic_acceptance_gains_what_was_asked_for() -> None:
+@pytest.mark.parametrize("tokens", [None, 3, 8])
+def test_synthetic_acceptance_gains_what_was_asked_for(tokens: int | None) -> None:
     target, drafter = drafting("smollm", "auto")
-    engine = DFlash(target, drafter, 4, synthetic=synthetic.parse({"length": 3.0}, 3))
+    engine = DFlash(target, drafter, 4, synthetic=synthetic.parse({"length": 3.0}, 3), tokens=tokens)
     _, meter = decode(engine, prompts(5, 8), Request(21, GREEDY, (0, 1)))
     steps, _ = meter.records()
     assert [step.committed for step in steps[1:-1]] == [(3, 3)] * (len(steps) - 2)
@@ -358,3 +409,17 @@ def test_a_step_is_one_draft_and_one_verify_and_the_drafters_prefill_counts() ->
 def test_a_block_size_that_cannot_be_is_refused_in_one_line(block: int) -> None:
     with pytest.raises(UserError, match=f"2 to 64 tokens, not {block}"):
         DFlash(*drafting("smollm", "auto"), block=block)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tokens": 0}, "a tree of 0 tokens"),
+        ({"tokens": 301}, "1 to 300"),
+        ({"tokens": 5, "draft_sampling": True}, "one draft for a place"),
+        ({"tokens": 2, "synthetic": synthetic.parse({"length": 2.0}, 3)}, "a tree of as many, not 2"),
+    ],
+)
+def test_a_tree_that_cannot_be_is_refused_in_one_line(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        DFlash(*drafting("smollm", "auto"), block=4, **options)

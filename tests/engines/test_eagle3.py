@@ -16,7 +16,7 @@ from tests.tiny import FAMILIES, relative_error, runtime
 from zbench.engines import base
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Generated, Meter, Request
-from zbench.engines.eagle3 import Eagle3, Eagle3State, rerank, tree_rows
+from zbench.engines.eagle3 import Eagle3, Eagle3State
 from zbench.engines.sampling import Sampling
 from zbench.engines.synthetic import parse
 from zbench.errors import UserError
@@ -24,7 +24,6 @@ from zbench.hardware import device
 from zbench.kernels import cpu
 from zbench.models.cache import Cache
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter, random_drafter
-from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer
 
 CPU = device.resolve("cpu")
@@ -265,58 +264,6 @@ def test_the_tree_is_the_published_one(steps: int, beam: int) -> None:
         for token, parent in zip(rows.ids[index, 1:].tolist(), rows.parents[index, 1:].tolist(), strict=True):
             paths.append((*paths[parent], token))
         assert set(paths[1:]) == published_tree(model, drafter, prompt + state.outputs[index], 3, 3, 8, beam)
-
-
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_reranking_keeps_the_best_nodes_and_their_ancestors_even_among_ties(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 25))
-    parents = [-1] + [data.draw(st.integers(-1, i - 1)) for i in range(1, count)]
-    scores: list[float] = []
-    for parent in parents:
-        scores.append((scores[parent] if parent >= 0 else 0.0) - data.draw(st.sampled_from([0.0, 0.5, 1.0])))
-    kept = data.draw(st.integers(1, count))
-    ids, rows = rerank(torch.arange(count)[None] + 100, torch.tensor([scores]), torch.tensor([parents]), kept)
-    chosen = [token - 100 for token in ids[0].tolist()]
-    assert sorted(scores[i] for i in chosen) == sorted(scores, reverse=True)[:kept][::-1]
-    assert rows[0, 0] == -1
-    for row, candidate in enumerate(chosen, start=1):
-        parent = int(rows[0, row])
-        assert parent < row
-        assert (chosen[parent - 1] if parent else -1) == parents[candidate]
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_tree_rows_are_the_rows_of_a_tree(data: st.DataObject) -> None:
-    count = data.draw(st.integers(1, 20))
-    parents = [-1] + [data.draw(st.integers(0, i - 1)) for i in range(1, count)]
-    ids, lengths = torch.arange(count)[None], torch.tensor([7])
-    want = Rows.tree(ids, lengths, torch.tensor([parents]))
-    got = tree_rows(ids, lengths, torch.tensor([parents]), max(1, int(want.positions.max()) - 7))
-    assert torch.equal(got.visible, want.visible)
-    assert torch.equal(got.positions, want.positions)
-
-
-@needs_native
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_native_tree_rows_are_those_of_torch(data: st.DataObject) -> None:
-    batch, count = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 25))
-    kept = data.draw(st.integers(1, count))
-    parents = torch.tensor([[data.draw(st.integers(-1, i - 1)) for i in range(count)] for _ in range(batch)])
-    scores = torch.zeros(batch, count)
-    for b in range(batch):
-        for i, parent in enumerate(parents[b].tolist()):
-            above = float(scores[b, parent]) if parent >= 0 else 0.0
-            scores[b, i] = above - data.draw(st.sampled_from([0.0, 0.5, 1.0]))
-    ids, last = torch.arange(batch * count).view(batch, -1) + 100, torch.arange(batch)
-    lengths = torch.arange(batch) * 5
-    drafts, above = rerank(ids, scores, parents, kept)
-    want = tree_rows(torch.cat([last[:, None], drafts], 1), lengths, above, count)
-    got = Rows(*cpu.tree_rows(last, lengths, ids, scores, parents, kept))
-    for name in ("ids", "positions", "parents", "visible"):
-        assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
 def test_a_long_prompt_is_read_in_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

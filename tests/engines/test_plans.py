@@ -36,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eagle3": {"drafter": {"random": True, "vocab": 64}, "depth": 3, "synthetic": {"length": 4}},
     "dflash": {"drafter": {"random": True, "layers": 2}, "block": 5, "synthetic": {"length": 2.5}},
     "dflash, few tokens": {"drafter": {"random": True}, "block": 4, "draft_vocab": 90, "synthetic": {"length": 2.5}},
+    "dflash, a tree of one place": {"drafter": {"random": True}, "block": 2, "tokens": 6, "synthetic": {"length": 1.5}},
+    "dflash, a tree of a chain": {"drafter": {"random": True}, "block": 4, "tokens": 3, "synthetic": {"length": 2.5}},
     "diffusion": {"block_size": 4, "synthetic": {"length": 2.5}},
     "diffusion, two outcomes": {"block_size": 4, "proposals": 2, "outcomes": "uniform", "synthetic": {"length": 4}},
     "diffusion, few rows": {"block_size": 3, "proposals": 1, "outcomes": "prefix", "synthetic": {"length": 1}},
@@ -81,6 +83,16 @@ def test_a_tree_feeds_its_beam_level_by_level_and_verifies_all_nodes() -> None:
     assert planned.forwards[-1].pairs == 1 + 4 * (2 + 3 + 4)  # four nodes on each level
     assert planned.drafts == 3
     assert "tree" in planned.notes[0]
+
+
+def test_a_tree_out_of_a_block_feeds_a_block_of_masks_and_verifies_all_nodes() -> None:
+    chosen = options("dflash", drafter={"random": True}, block=4, tokens=9)
+    planned = plans.plan("dflash", chosen, TARGET)
+    assert [(f.role, f.rows, f.logits) for f in planned.forwards] == [("draft", 4, 3), ("verify", 10, 10)]
+    assert planned.forwards[-1].pairs == 1 + 3 * (2 + 3 + 4)
+    assert planned.drafts == 3 and "tree" in planned.notes[0]
+    few = plans.plan("dflash", options("dflash", drafter={"random": True}, block=8, tokens=2), TARGET)
+    assert few.drafts == 2  # no path is longer than the tree is large
 
 
 def test_a_plan_says_that_a_confident_chain_is_the_longest() -> None:

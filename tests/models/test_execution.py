@@ -176,6 +176,7 @@ def engine_on(execution: str, name: str, options: dict[str, Any]) -> Any:
 DRAFTS: list[tuple[str, dict[str, Any], int]] = [
     ("dflash", {"block": 5}, 2),  # with a block to read, and without at first
     ("dflash", {"block": 4, "draft_sampling": True}, 2),
+    ("dflash", {"block": 4, "tokens": 7}, 2),
     ("eagle3", {"depth": 1}, 1),
     ("eagle3", {"depth": 4}, 1),
     ("eagle3", {"depth": 3, "top_k": 3, "beam": 1, "tokens": 5}, 1),

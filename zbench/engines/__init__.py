@@ -162,6 +162,7 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
         block,
         options["draft_sampling"],
         synthetic.parse(drawn, block - 1) if drawn else None,
+        options["tokens"],
     )
     engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
     return engine
@@ -273,10 +274,14 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
         from zbench.engines.plans import eagle3_tokens
 
         eagle3_tokens(options["depth"], options["top_k"], options["tokens"], config.vocab, options["beam"])
-    if name == "dflash" and options["draft_vocab"]:
+    if name == "dflash":
+        from zbench.engines.plans import check_dflash_tree
         from zbench.models.drafters import check_draft_vocab
 
-        check_draft_vocab(options["draft_vocab"], config.vocab)
+        vocab = options["draft_vocab"] or config.vocab
+        check_draft_vocab(vocab, config.vocab)
+        if (tokens := options["tokens"]) is not None:  # without a block the drafter's own, which is checked later
+            check_dflash_tree(tokens, options["block"] or 2, vocab, options["draft_sampling"], options["synthetic"])
     if name == "diffusion":
         if options["adapter"] and not isinstance(config, ModelConfig):
             raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")

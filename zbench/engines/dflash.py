@@ -1,4 +1,8 @@
-"""DFlash: the drafter fills a block of masks in one forward, the target verifies it as a chain in another."""
+"""DFlash: the drafter fills a block of masks in one forward, the target verifies it in another.
+
+Chen et al. 2026, arXiv 2602.06036, verifies the likeliest tokens as a chain; DDTree (Ringel and Romano 2026, arXiv
+2604.12989) the likeliest paths through the same block as a tree.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,17 @@ import torch
 from torch import Tensor
 
 from zbench.engines.base import PREFILL_ROWS, Generated, Meter, Request, State, Step, generate, new_state, prefill
+from zbench.engines.plans import check_dflash_tree
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import kernels, verify_chain
+from zbench.engines.verify import Verdict, commit_path, kernels, said, verify_chain, verify_tree
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.cache import Cache
 from zbench.models.dflash import BLOCK_SIZES, DFlashDrafter, Drafts
 from zbench.models.model import Model
 from zbench.models.rows import Rows
+from zbench.models.trees import BlockTree
 
 
 @dataclass(slots=True)
@@ -30,8 +36,9 @@ class DFlashState(State):
 class DFlash:
     """`block` tokens per block, anchor included: block - 1 are drafted. None takes the checkpoint's.
 
-    Drafts are the drafter's most likely tokens; `draft_sampling` draws them at the request's temperature instead, for
-    true rejection sampling. Raises UserError for a block size that cannot be.
+    Drafts are the drafter's most likely tokens, or with `tokens` the tree of so many likeliest paths through the block;
+    `draft_sampling` draws them at the request's temperature instead, for true rejection sampling. Raises UserError for
+    settings that cannot be.
     """
 
     def __init__(
@@ -41,11 +48,16 @@ class DFlash:
         block: int | None = None,
         draft_sampling: bool = False,
         synthetic: Synthetic | None = None,
+        tokens: int | None = None,
     ) -> None:
         self.model, self.drafter, self.draft_sampling, self.synthetic = model, drafter, draft_sampling, synthetic
         self.block = drafter.config.block if block is None else block
         if self.block not in BLOCK_SIZES:
             raise UserError(f"dflash: block must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} tokens, not {self.block}")
+        self.tree: BlockTree | None = None
+        if tokens is not None:
+            check_dflash_tree(tokens, self.block, drafter.config.body.vocab, draft_sampling, synthetic is not None)
+            self.tree = BlockTree(self.block - 1, tokens, model.device, whole=synthetic is not None)
         self._capture = sorted(drafter.config.taps)
         self.exact = None if synthetic or draft_sampling else True
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
@@ -54,8 +66,9 @@ class DFlash:
         return generate(self, prompts, request, meter)
 
     def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> DFlashState:
-        # The step that reaches the limit may commit a block beyond it, and later steps still write one after that.
-        state = new_state(self.model, prompts, request, headroom=2 * self.block)
+        # The step that reaches the limit may commit a block beyond it, and later steps still write rows after that.
+        rows = 1 + self.tree.tokens if self.tree else self.block
+        state = new_state(self.model, prompts, request, headroom=self.block + max(rows, self.block))
         logits, hidden = prefill(self.model, state.cache, prompts, meter, self._capture)
         with meter.phase("accept"):
             last = state.sampler.pick(logits, [0] * len(prompts))
@@ -64,23 +77,27 @@ class DFlash:
         return DFlashState(state.cache, state.sampler, last, state.outputs, state.active, context, [], [])
 
     def step(self, state: DFlashState, meter: Meter) -> Step:
-        drafts, probs = self._draft(state, meter)
-        rows = Rows.chain(torch.cat([state.last[:, None], drafts], 1), state.cache.lengths)
+        rows, probs = self._draft(state, meter)
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
-            index = [len(output) for output in state.outputs]
-            verdict = verify_chain(out.logits, drafts, state.sampler, index, probs, self.synthetic)
-            gained = torch.cat([verdict.counts[:, None], verdict.tokens], 1).tolist()  # the step's only sync
+            verdict = self._verify(out.logits, rows, probs, state)
+            gained = said(verdict).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
-            state.cache.extend(counts)
+            features = [out.hidden[tap] for tap in self.drafter.config.taps]
+            state.features = commit_path(state.cache, verdict, gained, counts, self.block, features)
             state.last, state.unread = verdict.bonus, counts
-            state.features = [out.hidden[tap] for tap in self.drafter.config.taps]
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
-            drafted=tuple(drafts.shape[1] * active for active in state.active),
+            drafted=tuple((rows.ids.shape[1] - 1) * active for active in state.active),
             accepted=tuple(max(count - 1, 0) for count in counts),
         )
+
+    def _verify(self, logits: Tensor, rows: Rows, probs: Tensor | None, state: DFlashState) -> Verdict:
+        index = [len(output) for output in state.outputs]
+        if rows.causal:
+            return verify_chain(logits, rows.ids[:, 1:], state.sampler, index, probs, self.synthetic)
+        return verify_tree(logits, rows.ids, rows.parents, state.sampler, index, synthetic=self.synthetic)
 
     def _prefill_drafter(self, features: list[Tensor], context: Cache, sizes: list[int], meter: Meter) -> None:
         for start in range(0, max(sizes), PREFILL_ROWS):
@@ -90,14 +107,17 @@ class DFlash:
             self.drafter.read(chunk, context, [max(0, min(size - start, rows)) for size in sizes])
             self._record(meter, begin, before, rows, 0)
 
-    def _draft(self, state: DFlashState, meter: Meter) -> tuple[Tensor, Tensor | None]:
-        """Read what the last step committed, then draft [B, block - 1]; with the distribution if drawn from one."""
+    def _draft(self, state: DFlashState, meter: Meter) -> tuple[Rows, Tensor | None]:
+        """Read what the last step committed, then draft what is verified; with the distribution if drawn from one."""
         begin = meter.device.mark()
         read = state.features[0].shape[1] if state.features else 0
-        drafts = self.drafter.draft(state.last, state.context, self.block, state.features, state.unread)
-        chosen = self._choose(drafts, state)
+        drafts = self.drafter.draft(state.last, state.context, self.block, state.features, state.unread, self.tree)
+        rows, probs = drafts.rows, None
+        if rows is None:
+            chosen, probs = self._choose(drafts, state)
+            rows = Rows.chain(torch.cat([state.last[:, None], chosen], 1), state.cache.lengths)
         self._record(meter, begin, state.context.sizes, read, self.block)
-        return chosen
+        return rows, probs
 
     def _choose(self, drafts: Drafts, state: DFlashState) -> tuple[Tensor, Tensor | None]:
         if not self.draft_sampling or state.sampler.sampling.greedy:

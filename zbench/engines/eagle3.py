@@ -19,15 +19,15 @@ from zbench.engines.base import Generated, Meter, Request, State, Step, generate
 from zbench.engines.plans import eagle3_tokens
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import Verdict, kernels, verify_chain, verify_tree
+from zbench.engines.verify import Verdict, commit_path, gather_rows, kernels, said, verify_chain, verify_tree
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
-from zbench.kernels import cpu
 from zbench.models.cost import Cost
 from zbench.models.eagle3 import DraftCache, Eagle3Drafter
 from zbench.models.execution import Given, Recorded, span_of
 from zbench.models.model import Model
 from zbench.models.rows import Rows
+from zbench.models.trees import best_rows
 
 
 @dataclass(slots=True)
@@ -133,7 +133,7 @@ class Eagle3:
             state.outputs,
             state.active,
             draft_cache,
-            taps=_rows(taps, ends[:, None]),
+            taps=gather_rows(taps, ends[:, None]),
             following=last[:, None],
             unread=torch.ones_like(ends),
             unread_sizes=[1] * len(prompts),
@@ -144,23 +144,13 @@ class Eagle3:
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
             verdict = self._verify(out.logits, rows, state)
-            said = torch.cat([verdict.counts[:, None], verdict.tokens, verdict.kept], 1)
-            gained = said.tolist()  # the step's only sync
+            gained = said(verdict).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             taps = [out.hidden[tap] for tap in self.drafter.config.taps]
-            first_kept = 1 + verdict.tokens.shape[1]
-            if rows.causal or all(
-                row[first_kept : first_kept + count] == list(range(count))
-                for row, count in zip(gained, counts, strict=True)
-            ):  # what is kept are the first rows, in their order
-                state.cache.extend(counts)
-            else:
-                kept = verdict.kept[:, : self.depth + 1]
-                state.cache.commit(kept, counts)
-                taps = _rows(taps, kept.clamp(min=0))
+            state.taps = commit_path(state.cache, verdict, gained, counts, self.depth + 1, taps)
             state.last, state.unread, state.unread_sizes = verdict.bonus, verdict.counts, counts
-            state.taps, state.following = taps, verdict.tokens[:, : self.depth + 1].clamp(min=0)
+            state.following = verdict.tokens[:, : self.depth + 1].clamp(min=0)
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
             drafted=tuple((rows.ids.shape[1] - 1) * active for active in state.active),
@@ -233,11 +223,8 @@ class Eagle3:
         counts = on_device(state.unread_sizes, self.model.device)
         pairs = [_padded(tensor, count) for tensor in (state.following, *state.taps)]
         given = (state.last, state.cache.lengths, pairs[0], state.unread, counts, *pairs[1:])
-        found = graphs.run(cache, signature, given, work)
-        if isinstance(found, Tensor):
-            rows = Rows.chain(found.clone(), state.cache.lengths)
-        else:
-            rows = Rows(found.ids.clone(), found.positions.clone(), found.parents.clone(), found.visible.clone())
+        found = graphs.run(cache, signature, given, work).clone()
+        rows = Rows.chain(found, state.cache.lengths) if isinstance(found, Tensor) else found
         cache.extend(state.unread_sizes)
         end, after = meter.device.mark(), cache.sizes
         levels = (self._level(after if level else contexts, level, count) for level in range(self.depth))
@@ -265,7 +252,8 @@ class Eagle3:
         whole = len(ends) == self.depth
         order, parents = self._whole if whole else _chain_first(len(ends), self.top_k, ids.device)
         ids, scores = ids.flatten(1)[:, order], scores.flatten(1)[:, order]
-        return self._best(start, ids, scores, parents.expand(ids.shape), len(ends)), ends
+        parents = parents.expand(ids.shape)
+        return best_rows(start.last, start.lengths, ids, scores, parents, self.tokens, len(ends)), ends
 
     def _tree(self, start: _Start, mark: Callable[[], Mark]) -> tuple[Rows, list[Mark]]:
         """The last committed token as the root, and below it the `tokens` likeliest nodes of a beam search."""
@@ -294,17 +282,8 @@ class Eagle3:
                 ends.append(mark())
                 features = drafter.expand(ids.gather(1, best), inherited, cache, level, visible)
         ids, scores, parents = (torch.cat(parts, 1) for parts in zip(*candidates, strict=True))
-        rows = self._best(start, ids, scores, parents, self.depth)
+        rows = best_rows(start.last, start.lengths, ids, scores, parents, self.tokens, self.depth)
         return rows, [*ends, mark()]
-
-    def _best(self, start: _Start, ids: Tensor, scores: Tensor, parents: Tensor, depth: int) -> Rows:
-        """The best of candidates [B, N] of `depth` levels, below the last committed token."""
-        tokens = min(self.tokens, ids.shape[1])
-        if ids.device.type == "cpu" and cpu.available():
-            picked = cpu.tree_rows(start.last, start.lengths, ids, scores, parents, tokens)
-            return Rows(*picked)
-        drafts, parents = rerank(ids, scores, parents, tokens)
-        return tree_rows(torch.cat([start.last[:, None], drafts], 1), start.lengths, parents, depth)
 
     def _children(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """features [B, n, h] -> the top_k next tokens of each [B, n, k] and their log-probabilities, untempered."""
@@ -349,41 +328,6 @@ def _chain_first(levels: int, top_k: int, device: torch.device) -> tuple[Tensor,
     places = torch.arange(levels * top_k, device=device).view(levels, top_k)
     order = torch.cat([places[:, 0], places[:, 1:].flatten()])
     return order, torch.cat([above, above.repeat_interleave(top_k - 1)])
-
-
-def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Keep the best nodes of a draft: candidates [B, N] in order of level, parents as candidate numbers, -1 the root.
-
-    Returns tokens [B, T] and parents [B, 1 + T] as rows, row 0 the root. A kept node's ancestors are kept: none has a
-    lower score, and of equal scores the earlier candidate goes first.
-    """
-    batch, count = ids.shape
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :tokens].sort(1).values
-    row_of = order.new_zeros(batch, count)
-    row_of.scatter_(1, order, torch.arange(1, tokens + 1, device=ids.device).expand(batch, -1))
-    above = parents.gather(1, order)
-    rows = row_of.gather(1, above.clamp(min=0)).masked_fill(above < 0, 0)
-    return ids.gather(1, order), torch.cat([rows.new_full((batch, 1), -1), rows], 1)
-
-
-def tree_rows(ids: Tensor, lengths: Tensor, parents: Tensor, depth: int) -> Rows:
-    """`Rows.tree` for a tree of at most `depth` levels below its root, without asking the device anything.
-
-    A row sees what it saw and what the row 2^n levels above it saw, for n = 0, 1, ...; the root is above itself.
-    """
-    sequence = torch.arange(len(ids), device=ids.device)[:, None]
-    up = parents.clamp(min=0)
-    visible = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device).expand(len(ids), -1, -1)
-    for _ in range(depth.bit_length()):
-        visible = visible | visible[sequence, up]
-        up = up.gather(1, up)
-    return Rows(ids, lengths[:, None] + visible.sum(-1) - 1, parents, visible)
-
-
-def _rows(taps: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """Each [B, R, D] at rows index [B, K] -> [B, K, D]."""
-    sequence = torch.arange(len(index), device=index.device)[:, None]
-    return [tap[sequence, index] for tap in taps]
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

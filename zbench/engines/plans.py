@@ -107,13 +107,20 @@ def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
         return Forward("draft", rows, pairs, wanted, cost, "drafter")
 
     rows = 1 + tokens
-    # A node sees its ancestors and itself. Where the nodes of a tree stand depends on the text.
-    pairs = causal_pairs(rows) if k == 1 else 1 + tokens + round(tokens * (depth + 1) / 2)
-    notes: tuple[str, ...] = () if k == 1 else ("the nodes of a tree are taken to be spread evenly over its levels",)
+    pairs = causal_pairs(rows) if k == 1 else _tree_pairs(tokens, depth)
+    notes: tuple[str, ...] = () if k == 1 else (_SPREAD,)
     if options.get("confidence"):
         notes += ("drafts are taken to have all their levels, though a confidence ends some sooner",)
     verify = on_target(target, "verify", rows, pairs, rows)
     return Plan((*(level(index) for index in range(depth)), verify), depth, notes=notes)
+
+
+_SPREAD = "the nodes of a tree are taken to be spread evenly over its levels"
+
+
+def _tree_pairs(tokens: int, depth: int) -> int:
+    """A node sees its ancestors, the root and itself. Where the nodes stand depends on the text."""
+    return 1 + tokens + round(tokens * (depth + 1) / 2)
 
 
 def eagle3_tokens(depth: int, top_k: int, tokens: int | None, draft_vocab: int, beam: int | None = None) -> int:
@@ -134,17 +141,32 @@ def eagle3_tokens(depth: int, top_k: int, tokens: int | None, draft_vocab: int, 
 
 
 def dflash(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
-    """One drafter forward over a block of masks, then one verify of the block as a chain."""
+    """One drafter forward over a block of masks, then one verify of the block as a chain or of a tree out of it."""
     drafter = _dflash_drafter(options["drafter"], target)
     drafter = drafter.reduced(options["draft_vocab"]) if options.get("draft_vocab") else drafter
-    block = options["block"] or drafter.block
+    block, tokens = options["block"] or drafter.block, options.get("tokens")
+    rows, pairs = block, causal_pairs(block)
+    if tokens is not None:
+        check_dflash_tree(tokens, block, drafter.body.vocab, options["draft_sampling"], options["synthetic"])
+        rows, pairs = 1 + tokens, _tree_pairs(tokens, block - 1)
+    read = min(rows, block)  # the target's features of an accepted path, at most
 
     def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
-        # It also reads the target's features of the rows verified last, as many as the block has.
-        return drafter.cost(block, block, contexts, itemsize, shard)
+        return drafter.cost(read, block, contexts, itemsize, shard)
 
     draft = Forward("draft", block, block * block, block - 1, cost, "drafter")
-    return Plan((draft, on_target(target, "verify", block, causal_pairs(block), block)), block - 1)
+    verify = on_target(target, "verify", rows, pairs, rows)
+    return Plan((draft, verify), read - 1, notes=() if tokens is None else (_SPREAD,))
+
+
+def check_dflash_tree(tokens: int, block: int, vocab: int, draft_sampling: bool, synthetic: Any) -> None:
+    """Raises UserError where no tree of `tokens` drafts can be made of a block over `vocab` tokens."""
+    if not 1 <= tokens <= vocab:
+        raise UserError(f"dflash: a tree of {tokens} tokens out of blocks of {block}; 1 to {vocab} can be")
+    if draft_sampling:
+        raise UserError("dflash: draft_sampling draws one draft for a place; the tree that tokens asks for has several")
+    if synthetic and tokens < block - 1:
+        raise UserError(f"dflash: synthetic acceptance of {block - 1} drafts needs a tree of as many, not {tokens}")
 
 
 def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:

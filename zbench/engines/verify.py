@@ -25,6 +25,7 @@ from zbench.engines.sampling import Purpose, Sampler, draw, on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.kernels import cpu, registry
 from zbench.kernels.verify import Drafts, Draws, Mix, Verdict
+from zbench.models.cache import Cache
 
 
 def kernels(device: torch.device) -> dict[str, str]:
@@ -87,6 +88,38 @@ def verify_tree(
     first = on_device(index, ids.device)
     forced = None if synthetic is None else _synthetic_count(synthetic, sampler, first)
     return _verify(logits, Drafts(ids, parents, forced=forced), sampler, first)
+
+
+def said(verdict: Verdict) -> Tensor:
+    """[B, 1 + 2 K]: how many tokens were gained, the tokens and the rows kept; what the host is told of a step."""
+    return torch.cat([verdict.counts[:, None], verdict.tokens, verdict.kept], 1)
+
+
+def commit_path(
+    cache: Cache,
+    verdict: Verdict,
+    gained: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    longest: int,
+    features: Sequence[Tensor],
+) -> list[Tensor]:
+    """Keep the first counts[b] <= `longest` rows of each accepted path in the cache; `gained` is `said` on the host.
+
+    Returns the features, each [B, R, D], of the rows that may have been kept, in the order of the path.
+    """
+    first = 1 + verdict.tokens.shape[1]
+    if all(row[first : first + count] == list(range(count)) for row, count in zip(gained, counts, strict=True)):
+        cache.extend(counts)
+        return [feature[:, :longest] for feature in features]
+    kept = verdict.kept[:, :longest]
+    cache.commit(kept, counts)
+    return gather_rows(features, kept.clamp(min=0))
+
+
+def gather_rows(features: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Each [B, R, D] at rows index [B, K] -> [B, K, D]."""
+    sequence = torch.arange(len(index), device=index.device)[:, None]
+    return [feature[sequence, index] for feature in features]
 
 
 def _verify(logits: Tensor, drafts: Drafts, sampler: Sampler, first: Tensor, mix: Mix | None = None) -> Verdict:

@@ -1110,6 +1110,94 @@ static float chance(const float* x, float largest, int n) {
     return 1.0f / all;
 }
 
+// The `most` largest of x [n] in descending order, of equal ones the first first; a NaN comes last. -> where they are, and the
+// logs of the chances that softmax(x) gives them.
+static void likeliest(const float* x, int64_t n, int64_t most, int64_t* at, float* logs) {
+    struct Entry { float value; int64_t at; };
+    auto before = [](const Entry& a, const Entry& b) { return a.value != b.value ? a.value > b.value : a.at < b.at; };
+    std::vector<Entry> kept;  // a heap, the last of them on top
+    kept.reserve(most + 1);
+    constexpr int64_t BLOCK = 4 * VL;
+    int64_t i = 0;
+    auto look = [&](int64_t end) {
+        for (; i < end; i++) {
+            const Entry here{x[i] == x[i] ? x[i] : -INFINITY, i};
+            if ((int64_t)kept.size() == most && !(here.value > kept[0].value)) continue;
+            kept.push_back(here);
+            std::push_heap(kept.begin(), kept.end(), before);
+            if ((int64_t)kept.size() > most) { std::pop_heap(kept.begin(), kept.end(), before); kept.pop_back(); }
+        }
+    };
+    look(most);
+    while (i + BLOCK <= n) {
+        vf top = load(x + i);
+        top = top == top ? top : splat(-INFINITY);
+        UNROLL for (int v = 1; v < 4; v++) { vf y = load(x + i + v * VL); top = y > top ? y : top; }
+        bool any = false;
+        for (int l = 0; l < VL; l++) any |= top[l] > kept[0].value;
+        if (any) look(i + BLOCK);
+        else i += BLOCK;
+    }
+    look(n);
+    std::sort_heap(kept.begin(), kept.end(), before);
+    const float first = logf(chance(x, kept[0].value, (int)n));
+    for (int64_t k = 0; k < most; k++) { at[k] = kept[k].at; logs[k] = kept[k].value - kept[0].value + first; }
+}
+
+extern "C" {
+// The T likeliest paths through K places whose tokens are independent (models/trees.py), logits [B, K, V], V >= T, as the rows
+// of a tree below row 0, `last`: the path of the likeliest tokens comes first and, where `whole`, is kept in full. target_ids
+// [V], or null: the tokens' own numbers. Out as in zb_tree_rows.
+void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const int64_t* lengths, const int64_t* target_ids, int64_t B,
+                   int64_t K, int64_t V, int64_t T, int64_t whole, int64_t threads, int64_t* ids, int64_t* positions,
+                   int64_t* parents, uint8_t* visible) {
+    const int64_t R = T + 1;
+    std::vector<int64_t> tokens(B * K * T);
+    std::vector<float> logs(B * K * T);
+#pragma omp parallel for num_threads((int)threads)
+    for (int64_t i = 0; i < B * K; i++) likeliest(logits + i / K * ld + i % K * V, V, T, &tokens[i * T], &logs[i * T]);
+
+    struct Node { float worth, above; int64_t from, place, rank; bool main; };  // `from` is a node that was taken, -1 row 0
+    std::vector<Node> taken, open;
+    std::vector<int64_t> row_of(T);
+    auto after = [](const Node& a, const Node& b) { return a.worth != b.worth ? a.worth < b.worth : a.main < b.main; };
+    for (int64_t b = 0; b < B; b++, ids += R, positions += R, parents += R, visible += R * R) {
+        const int64_t* token = &tokens[b * K * T];
+        float* log = &logs[b * K * T];
+        for (int64_t k = 0; whole && k < K; k++) log[k * T] = 0;
+        auto offer = [&](int64_t from, float above, int64_t place, int64_t rank, bool main) {
+            if (place == K || rank == T) return;
+            const float sum = above + log[place * T + rank];
+            open.push_back({sum == sum ? sum : -INFINITY, above, from, place, rank, main});
+            std::push_heap(open.begin(), open.end(), after);
+        };
+        taken.clear();
+        open.clear();
+        for (offer(-1, 0, 0, 0, true); (int64_t)taken.size() < T;) {
+            std::pop_heap(open.begin(), open.end(), after);
+            const Node node = open.back();
+            open.pop_back();
+            taken.push_back(node);
+            offer((int64_t)taken.size() - 1, node.worth, node.place + 1, 0, node.main);
+            offer(node.from, node.above, node.place, node.rank + 1, false);
+        }
+        memset(visible, 0, R * R);
+        ids[0] = last[b]; positions[0] = lengths[b]; parents[0] = -1; visible[0] = 1;
+        int64_t r = 1;
+        for (int pass = 0; pass < 2; pass++)
+            for (int64_t i = 0; i < T; i++) {
+                const Node& node = taken[i];
+                if (node.main != (pass == 0)) continue;
+                const int64_t from = node.from < 0 ? 0 : row_of[node.from], of = token[node.place * T + node.rank];
+                row_of[i] = r; ids[r] = target_ids ? target_ids[of] : of; positions[r] = lengths[b] + node.place + 1; parents[r] = from;
+                memcpy(visible + r * R, visible + from * R, R);
+                visible[r * R + r] = 1;
+                r++;
+            }
+    }
+}
+}
+
 // Returns 0, or the bytes that the workspace must have.
 template <class W>
 static int64_t draft(const zb_drafter& model, const zb_draft& batch) {

@@ -215,6 +215,7 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_verify_chain.restype = None
         library.zb_verify_tree.restype = None
         library.zb_tree_rows.restype = None
+        library.zb_block_tree.restype = None
         library.zb_read_sum.restype = ctypes.c_float
         library.zb_instruction_set.restype = ctypes.c_char_p
         library.zb_key_unit.restype = ctypes.c_int64
@@ -406,7 +407,7 @@ def verify_tree(logits: Tensor, ids: Tensor, parents: Tensor) -> tuple[Tensor, T
 def tree_rows(
     last: Tensor, lengths: Tensor, ids: Tensor, scores: Tensor, parents: Tensor, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`engines.eagle3.rerank` and `tree_rows` in one call: ids, scores (float32) and parents [B, N] of candidates, last
+    """`models.trees.rerank` and `tree_rows` in one call: ids, scores (float32) and parents [B, N] of candidates, last
     and lengths [B] -> ids, positions, parents [B, 1 + tokens] and visible [B, 1 + tokens, 1 + tokens]."""
     batch, count = ids.shape
     rows = 1 + tokens
@@ -416,6 +417,26 @@ def tree_rows(
     _library().zb_tree_rows(
         *(ctypes.c_void_p(x.data_ptr()) for x in given),
         *(ctypes.c_int64(n) for n in (batch, count, tokens)),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (*out, visible)),
+    )
+    return out[0], out[1], out[2], visible
+
+
+def block_tree(
+    last: Tensor, lengths: Tensor, logits: Tensor, target_ids: Tensor | None, tokens: int, whole: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`models.trees.BlockTree.rows` in one call, for logits [B, K, V] that `can_verify` takes; out as `tree_rows`."""
+    batch, places, vocab = logits.shape
+    rows = 1 + tokens
+    last, lengths = last.contiguous(), lengths.contiguous()
+    out = torch.empty(3, batch, rows, dtype=torch.int64)
+    visible = torch.empty(batch, rows, rows, dtype=torch.bool)
+    _library().zb_block_tree(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.stride(0)),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (last, lengths)),
+        None if target_ids is None else ctypes.c_void_p(target_ids.data_ptr()),
+        *(ctypes.c_int64(n) for n in (batch, places, vocab, tokens, whole, torch.get_num_threads())),
         *(ctypes.c_void_p(x.data_ptr()) for x in (*out, visible)),
     )
     return out[0], out[1], out[2], visible

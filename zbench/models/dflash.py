@@ -43,6 +43,7 @@ from zbench.models.model import Model, check_room
 from zbench.models.projection import Projection
 from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, inverse_frequencies, rms_norm, rotate
+from zbench.models.trees import BlockTree
 
 BLOCK_SIZES = range(2, 65)
 _RANDOM_STD = 0.02
@@ -217,6 +218,7 @@ def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: 
 class Drafts:
     tokens: Tensor  # [B, block - 1] int64: the likeliest of each slot behind the anchor, the target's ids
     logits: Tensor  # [B, block - 1, draft vocabulary] float32
+    rows: Rows | None = None  # what is verified where a tree was asked for
 
 
 def reduced(stored: DFlashCheckpoint, target: AnyConfig, tensors: Mapping[str, Tensor], vocab: int) -> DFlashCheckpoint:
@@ -313,9 +315,16 @@ class DFlashDrafter:
 
     @torch.inference_mode()
     def draft(
-        self, anchor: Tensor, cache: Cache, block: int, features: Sequence[Tensor] = (), counts: Sequence[int] = ()
+        self,
+        anchor: Tensor,
+        cache: Cache,
+        block: int,
+        features: Sequence[Tensor] = (),
+        counts: Sequence[int] = (),
+        tree: BlockTree | None = None,
     ) -> Drafts:
-        """Read `features` as `read` does, where there are any, then draft what follows the anchors [B], token ids.
+        """Read `features` as `read` does, where there are any, then draft what follows the anchors [B], token ids, and
+        the `tree` of it.
 
         Raises ValueError where the block does not fit the cache.
         """
@@ -326,12 +335,13 @@ class DFlashDrafter:
             place = (cache.lengths, cache.keys, cache.values)
             logits, likeliest = self.native.draft(anchor, block, *place, _floats(features), counts)
         elif self._graphs:
-            return self._replayed(self._graphs, anchor, cache, block, features, counts)
+            return self._replayed(self._graphs, anchor, cache, block, features, counts, tree)
         else:
             if features:
                 self.read(features, cache, counts)
             logits, likeliest = self._filled(anchor, cache, block)
-        return Drafts(self.target_ids(likeliest), logits)
+        rows = tree.rows(anchor, cache.lengths, logits, self._ids) if tree else None
+        return Drafts(self.target_ids(likeliest), logits, rows)
 
     def _filled(self, anchor: Tensor, cache: Cache, block: int, span: int | None = None) -> tuple[Tensor, Tensor]:
         """What torch drafts, logits and likeliest ids; within a graph over the first `span` slots of the cache."""
@@ -356,6 +366,7 @@ class DFlashDrafter:
         block: int,
         features: Sequence[Tensor],
         counts: Sequence[int],
+        tree: BlockTree | None,
     ) -> Drafts:
         read = features[0].shape[1] if features else 0
         if read:
@@ -363,17 +374,18 @@ class DFlashDrafter:
         check_room(block, cache)
         span = span_of(cache.sizes, block, cache.capacity) if self._body.spans else cache.capacity
 
-        def work(memory: Cache, given: Given) -> tuple[Tensor, Tensor]:
+        def work(memory: Cache, given: Given) -> Drafts:
             anchor, fresh, *features = (tensor for tensor in given if tensor is not None)
             if read:
                 self._read(features, memory, memory.lengths - fresh)
             logits, likeliest = self._filled(anchor, memory, block, span)
-            return self.target_ids(likeliest), logits
+            rows = tree.rows(anchor, memory.lengths, logits, self._ids) if tree else None
+            return Drafts(self.target_ids(likeliest), logits, rows)
 
         fresh = on_device(counts if read else [0] * len(anchor), self.device)
-        signature = _Signature(len(anchor), read, block, span)
-        tokens, logits = graphs.run(cache, signature, (anchor, fresh, *features), work)
-        return Drafts(tokens.clone(), logits.clone())
+        signature = _Signature(len(anchor), read, block, span, tree)
+        found = graphs.run(cache, signature, (anchor, fresh, *features), work)
+        return Drafts(found.tokens.clone(), found.logits.clone(), found.rows.clone() if found.rows else None)
 
     def target_ids(self, ids: Tensor) -> Tensor:
         """Ids of the draft vocabulary -> ids of the target's."""
@@ -399,9 +411,11 @@ class _Signature:
     read: int
     block: int
     span: int
+    tree: BlockTree | None
 
     def __str__(self) -> str:
-        return f"DFlash draft of {self.batch} x {self.block} tokens, {self.read} read, {self.span} slots"
+        tree = f", a tree of {self.tree.tokens}" if self.tree else ""
+        return f"DFlash draft of {self.batch} x {self.block} tokens{tree}, {self.read} read, {self.span} slots"
 
 
 def _floats(features: Sequence[Tensor]) -> list[Tensor]:

@@ -49,6 +49,16 @@ class Rows:
         visible = ancestors(parents)
         return cls(ids, lengths[:, None] + visible.sum(-1) - 1, parents, visible)
 
+    def clone(self) -> Rows:
+        """The same in memory of its own, for rows without masks."""
+        return replace(
+            self,
+            ids=self.ids.clone(),
+            positions=self.positions.clone(),
+            parents=self.parents.clone(),
+            visible=self.visible.clone(),
+        )
+
     @classmethod
     def draft_and_verify(cls, drafts: Tensor, lengths: Tensor, block: int, outcomes: Sequence[int], mask: int) -> Rows:
         """A TiDAR step (arXiv 2511.08923, figure 3): drafts [B, n] as a chain, then a block of masks per outcome.
