@@ -470,19 +470,19 @@ def test_the_hash_sees_everything_that_is_measured(folder, override):
 
 
 def test_an_option_that_came_later_changes_no_hash_until_it_is_given():
-    def digest(**later):
-        engines = [{"name": "eagle3", "top_k": 2}, {"name": "dflash"}]
-        for engine in engines:
-            engine["drafter"] = {"random": True}
-            engine.update(
-                {key: value for key, value in later.items() if (key == "beam") == (engine["name"] == "eagle3")}
-            )
+    def digest(eagle3=None, dflash=None):
+        drafter = {"random": True}
+        engines = [
+            {"name": "eagle3", "top_k": 2, "drafter": drafter, **(eagle3 or {})},
+            {"name": "dflash", "drafter": drafter, **(dflash or {})},
+        ]
         given = {**MINIMAL, "engines": [{"name": "autoregressive"}, *engines]}
         return scenario.content_hash(scenario.Scenario.model_validate(given))
 
-    # What zbench said before it had `beam` and `draft_vocab`.
+    # What zbench said before it had `beam`, `draft_vocab` and DFlash's `tokens`.
     assert digest() == "531391cb917e338d5341c5fc86805b51cd1d2b834d8cb24206ca54f0b178320e"
-    assert len({digest(), digest(beam=1), digest(draft_vocab=9)}) == 3
+    later = [digest({"beam": 1}), digest(dflash={"draft_vocab": 9}), digest(dflash={"tokens": 9})]
+    assert len({digest(), *later, digest({"tokens": 8})}) == 5
 
 
 @few

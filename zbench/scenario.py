@@ -1265,7 +1265,8 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **either}
 
 
-_LATER = ("beam", "draft_vocab")  # options that runs kept from before them do not have: null, they change nothing
+# Options by engine that runs kept from before them do not have: null, they change nothing.
+_LATER = (("eagle3", "beam"), ("dflash", "draft_vocab"), ("dflash", "tokens"))
 
 
 def content_hash(scenario: Scenario) -> str:
@@ -1278,7 +1279,8 @@ def content_hash(scenario: Scenario) -> str:
     if not scenario.accuracy.execute_generated_code:  # likewise
         del content["accuracy"]
     engines = [
-        {key: value for key, value in engine.items() if value is not None or key not in _LATER} | {"label": spec.title}
+        {key: value for key, value in engine.items() if value is not None or (spec.name, key) not in _LATER}
+        | {"label": spec.title}
         for engine, spec in zip(content["engines"], scenario.engines, strict=True)
     ]
     return _digest({**content, "engines": engines, "baseline": scenario.baseline_label})
