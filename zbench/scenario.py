@@ -398,6 +398,12 @@ class DiffusionSpec(DraftingSpec):
         description="Which outcomes get a block when not all do: those that this decode met most often so far, the"
         " shortest, or evenly spread ones.",
     )
+    tokens: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None,
+        description="Verify a tree of so many tokens, the likeliest paths through the block; proposals then counts the"
+        " nodes, of which the likeliest to be the last get a block. null verifies the block's likeliest tokens as a"
+        " chain.",
+    )
     fallback: Literal["nearest", "redraft"] = Field(
         "nearest",
         description="Where no block was prepared: nearest takes what the block of the next shorter outcome predicted"
@@ -454,6 +460,12 @@ class DiffusionSpec(DraftingSpec):
             )
         if self.proposals == 0 and (self.synthetic or self.sampler != "lossless" or self.draft_sampling or choosing):
             raise ValueError("proposals: 0 decodes autoregressively and takes no option of drafting or verifying")
+        if self.tokens is not None and (
+            choosing or self.sampler != "lossless" or self.draft_sampling or self.proposals == 0
+        ):
+            raise ValueError(
+                "tokens verifies a tree: leave out proposals: 0, outcomes, fallback, sampler and draft_sampling"
+            )
         if choosing and (self.proposals == "all" or int(self.proposals) >= self.block_size):
             raise ValueError(f"{' and '.join(sorted(choosing))} do nothing where every outcome is prepared")
         if self.draft_sampling and self.sampler != "lossless":
@@ -1266,7 +1278,7 @@ def json_schema() -> dict[str, Any]:
 
 
 # Options by engine that runs kept from before them do not have: null, they change nothing.
-_LATER = (("eagle3", "beam"), ("dflash", "draft_vocab"), ("dflash", "tokens"))
+_LATER = (("eagle3", "beam"), ("dflash", "draft_vocab"), ("dflash", "tokens"), ("diffusion", "tokens"))
 
 
 def content_hash(scenario: Scenario) -> str:

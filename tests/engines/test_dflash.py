@@ -57,7 +57,7 @@ class Scripted(DFlashDrafter):
             following = (output + [5] * block)[at : at + block - 1]
             for slot, token in enumerate(self.propose(following, logits.shape[-1])):
                 logits[row, slot, token] = 1.0
-        return Drafts(logits.argmax(-1), logits, tree.rows(anchor, cache.lengths, logits, None) if tree else None)
+        return Drafts(logits.argmax(-1), logits, tree.grow(anchor, cache.lengths, logits)[0] if tree else None)
 
 
 class Doubtful(Scripted):
@@ -72,7 +72,7 @@ class Doubtful(Scripted):
         answers = logits.argmax(-1, keepdim=True)
         for ahead in range(1, self.rank):
             logits.scatter_(2, (answers + ahead) % logits.shape[-1], 20.0 + 0.1 * ahead)
-        return Drafts(logits.argmax(-1), logits, tree.rows(anchor, cache.lengths, logits, None) if tree else None)
+        return Drafts(logits.argmax(-1), logits, tree.grow(anchor, cache.lengths, logits)[0] if tree else None)
 
 
 def right(following: list[int], _: int) -> list[int]:

@@ -28,8 +28,9 @@ def test_reranking_keeps_the_best_nodes_and_their_ancestors_even_among_ties(data
     for parent in parents:
         scores.append((scores[parent] if parent >= 0 else 0.0) - data.draw(st.sampled_from([0.0, 0.5, 1.0])))
     kept = data.draw(st.integers(1, count))
-    ids, rows = rerank(torch.arange(count)[None] + 100, torch.tensor([scores]), torch.tensor([parents]), kept)
+    ids, rows, worth = rerank(torch.arange(count)[None] + 100, torch.tensor([scores]), torch.tensor([parents]), kept)
     chosen = [token - 100 for token in ids[0].tolist()]
+    assert worth[0].tolist() == [scores[i] for i in chosen]
     assert sorted(scores[i] for i in chosen) == sorted(scores, reverse=True)[:kept][::-1]
     assert rows[0, 0] == -1
     for row, candidate in enumerate(chosen, start=1):
@@ -64,7 +65,7 @@ def test_native_tree_rows_are_those_of_torch(data: st.DataObject) -> None:
             scores[b, i] = above - data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     ids, last = torch.arange(batch * count).view(batch, -1) + 100, torch.arange(batch)
     lengths = torch.arange(batch) * 5
-    drafts, above = rerank(ids, scores, parents, kept)
+    drafts, above, _ = rerank(ids, scores, parents, kept)
     want = tree_rows(torch.cat([last[:, None], drafts], 1), lengths, above, count)
     got = Rows(*cpu.tree_rows(last, lengths, ids, scores, parents, kept))
     for name in ("ids", "positions", "parents", "visible"):
@@ -87,18 +88,18 @@ def paths(rows: Rows, sequence: int = 0) -> list[tuple[int, ...]]:
 
 def drafted(
     monkeypatch: pytest.MonkeyPatch, execution: str, logits: Tensor, tokens: int, whole: bool = False,
-    ids: Tensor | None = None,
-) -> Rows:  # fmt: skip
+    ids: Tensor | None = None, usable: Tensor | None = None,
+) -> tuple[Rows, Tensor]:  # fmt: skip
     tree = BlockTree(logits.shape[1], tokens, torch.device("cpu"), whole)
     last, lengths = torch.arange(len(logits)) + 70, torch.arange(len(logits)) * 3
     with monkeypatch.context() as patched:
         if execution == "torch":
             patched.setattr(cpu, "can_verify", lambda logits: False)
             patched.setattr(cpu, "available", lambda: False)
-        rows = tree.rows(last, lengths, logits, ids)
+        rows, worth = tree.grow(last, lengths, logits, ids, usable)
     assert torch.equal(rows.ids[:, 0], last)
     assert torch.equal(rows.positions[:, 0], lengths)
-    return rows
+    return rows, worth
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -112,7 +113,7 @@ def test_a_blocks_tree_has_its_likeliest_paths(execution: str, data: st.DataObje
     logits = 3 * torch.randn(batch, places, vocab, generator=generator)
     ids = torch.randperm(50, generator=generator)[:vocab] if data.draw(st.booleans()) else None
     with pytest.MonkeyPatch.context() as patched:
-        rows = drafted(patched, execution, logits, tokens, ids=ids)
+        rows, found = drafted(patched, execution, logits, tokens, ids=ids)
     log_probs = logits.double().log_softmax(-1)
     named = list(range(vocab)) if ids is None else ids.tolist()
     for sequence in range(batch):
@@ -125,6 +126,7 @@ def test_a_blocks_tree_has_its_likeliest_paths(execution: str, data: st.DataObje
         }
         chosen = paths(rows, sequence)
         assert len(set(chosen)) == tokens
+        assert found[sequence].tolist() == pytest.approx([0.0, *(worth[path] for path in chosen)], abs=1e-5)
         best = sorted(worth.values(), reverse=True)[:tokens]
         assert sorted((worth[path] for path in chosen), reverse=True) == pytest.approx(best, abs=1e-5)
         likeliest = tuple(named[token] for token in log_probs[sequence].argmax(-1).tolist())
@@ -140,9 +142,21 @@ def test_the_path_of_the_likeliest_tokens_is_kept_whole_where_acceptance_is_draw
     logits = torch.zeros(2, 3, 9)
     logits[:, :, 4] = 0.1  # nearly uniform: alone, short paths would be the best
     chain = [(4,), (4, 4), (4, 4, 4)]
-    assert paths(drafted(monkeypatch, execution, logits, tokens))[:3] != chain
+    assert paths(drafted(monkeypatch, execution, logits, tokens)[0])[:3] != chain
     for sequence in range(2):
-        assert paths(drafted(monkeypatch, execution, logits, tokens, whole=True), sequence)[:3] == chain
+        assert paths(drafted(monkeypatch, execution, logits, tokens, whole=True)[0], sequence)[:3] == chain
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_places_that_say_nothing_are_drafted_last(monkeypatch: pytest.MonkeyPatch, execution: str) -> None:
+    logits = torch.randn(4, 3, 9, generator=torch.Generator().manual_seed(1))
+    rows, worth = drafted(monkeypatch, execution, logits, 9, usable=torch.tensor([3, 2, 1, 0]))
+    longest = [max(len(path) for path in paths(rows, sequence)) for sequence in range(4)]
+    assert longest[1:3] == [2, 1]
+    assert set(paths(rows, 2)) == {(token,) for token in range(9)}
+    alone, _ = drafted(monkeypatch, execution, logits[1:2, :2].contiguous(), 9)
+    assert set(paths(rows, 1)) == set(paths(alone))
+    assert (worth[:3].exp() > 0).all() and not worth[3, 1:].exp().any()
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -154,7 +168,7 @@ def test_logits_that_are_no_numbers_still_give_a_tree(
     logits = torch.randn(1, 3, 200, generator=torch.Generator().manual_seed(0))
     logits[0, 1] = bad
     logits[0, 2, ::2] = bad
-    found = drafted(monkeypatch, execution, logits, 6)
+    found, _ = drafted(monkeypatch, execution, logits, 6)
     assert len(paths(found)) == 6
     assert int(found.ids.min()) >= 0
     assert int(found.ids[:, 1:].max()) < 200
@@ -167,6 +181,6 @@ def test_native_block_trees_are_those_of_torch(vocab: int, tokens: int, levels: 
     tokens, generator = min(tokens, vocab), torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(2, levels, vocab, generator=generator)
     with pytest.MonkeyPatch.context() as patched:
-        native, torchs = (drafted(patched, how, logits, tokens) for how in ("native", "torch"))
+        native, torchs = (drafted(patched, how, logits, tokens)[0] for how in ("native", "torch"))
     for sequence in range(2):
         assert set(paths(native, sequence)) == set(paths(torchs, sequence))

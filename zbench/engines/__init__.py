@@ -172,6 +172,7 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.engines import synthetic
     from zbench.engines.denoise import Denoise
     from zbench.engines.diffusion import Diffusion
+    from zbench.engines.diffusion_tree import DiffusionTree
     from zbench.models import adapter as adapters
     from zbench.models.config import ModelConfig
 
@@ -186,21 +187,25 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
     mask_id = _mask_id(options, config)
     threshold = 0.9 if options["threshold"] is None else options["threshold"]
     engine: Engine
+    proposals = None if options["proposals"] == "all" else options["proposals"]
+    acceptance = synthetic.parse(drawn, max(block - 1, 1)) if drawn else None
     if options["sampler"] == "denoise":
         engine = Denoise(target, mask_id, block, threshold, adapter)
+    elif options["tokens"] is not None:
+        engine = DiffusionTree(target, mask_id, block, options["tokens"], proposals, adapter, acceptance)
     else:
         engine = Diffusion(
             target,
             mask_id,
             block,
-            None if options["proposals"] == "all" else options["proposals"],
+            proposals,
             options["outcomes"],
             options["fallback"],
             adapter,
             mix=(0.5 if options["beta"] is None else options["beta"]) if options["sampler"] == "logit_mix" else None,
             trust=threshold if options["sampler"] == "trust_diffusion" else None,
             draft_sampling=options["draft_sampling"],
-            synthetic=synthetic.parse(drawn, max(block - 1, 1)) if drawn else None,
+            synthetic=acceptance,
         )
     if adapter is not None:
         engine.kernels["mask_adapter"] = checkpoint.hash or checkpoint.source
@@ -283,9 +288,13 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
         if (tokens := options["tokens"]) is not None:  # without a block the drafter's own, which is checked later
             check_dflash_tree(tokens, options["block"] or 2, vocab, options["draft_sampling"], options["synthetic"])
     if name == "diffusion":
+        from zbench.engines.plans import check_diffusion_tree
+
         if options["adapter"] and not isinstance(config, ModelConfig):
             raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")
         _mask_id(options, config)
+        if (tokens := options["tokens"]) is not None:  # an adapter's shift is known once it is loaded
+            check_diffusion_tree(tokens, options["block_size"], 0, config.vocab, options["synthetic"] is not None)
 
 
 def _mask_id(options: dict[str, Any], config: AnyConfig) -> int:

@@ -180,6 +180,8 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
     """
     if options["sampler"] == "denoise":
         raise UserError("diffusion: denoise takes as many forwards for a block as its confidence asks for")
+    if options.get("tokens") is not None:
+        return _diffusion_tree(options, target, batch)
     block = options["block_size"]
     proposals = block if options["proposals"] == "all" else min(options["proposals"], block)
     shift = _mask_shift(options["adapter"])
@@ -199,6 +201,37 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
     if again and block > 1:
         forwards.append(head(target, block - 1))
     return Plan(tuple(forwards), block - 1, outcomes, tuple(notes))
+
+
+def _diffusion_tree(options: Mapping[str, Any], target: AnyConfig, batch: int) -> Plan:
+    """A tree instead of a chain: rows 1 + tokens + P (B - shift), of a block that is drafted in full."""
+    block, tokens, shift = options["block_size"], options["tokens"], _mask_shift(options["adapter"])
+    check_diffusion_tree(tokens, block, shift, target.vocab, options["synthetic"] is not None)
+    proposals = tokens + 1 if options["proposals"] == "all" else min(options["proposals"], tokens + 1)
+    masks, nodes = block - shift, 1 + tokens
+    pairs = _tree_pairs(tokens, block - 1) + proposals * masks * (1 + (block - 1) // 2 + masks)
+    rows = nodes + proposals * masks
+    at_once = batch * rows <= ONE_HEAD_ROWS
+    forwards = [on_target(target, "draft+verify", rows, pairs, rows if at_once else nodes)]
+    if not at_once:
+        forwards.append(head(target, block - 1))
+    notes = [
+        _SPREAD,
+        "and so are those that a block of masks stands behind, one of which every step is taken to end at",
+    ]
+    if options["adapter"]:
+        notes.append("the mask adapter's own parameters are left out")
+    return Plan(tuple(forwards), min(block - 1, tokens), notes=tuple(notes))
+
+
+def check_diffusion_tree(tokens: int, block: int, shift: int, vocab: int, synthetic: bool) -> None:
+    """Raises UserError where no tree of `tokens` drafts can be made of a block."""
+    if block < 2 or block == shift:
+        raise UserError(f"diffusion: blocks of {block} draft nothing that a tree could be made of")
+    if not 1 <= tokens <= vocab:
+        raise UserError(f"diffusion: a tree of {tokens} tokens out of blocks of {block}; 1 to {vocab} can be")
+    if synthetic and tokens < block - 1:
+        raise UserError(f"diffusion: synthetic acceptance of {block - 1} drafts needs a tree of as many, not {tokens}")
 
 
 def prepared(drafts: int, proposals: int, choose: str = "prefix", likelihood: Sequence[float] = ()) -> tuple[int, ...]:

@@ -444,8 +444,8 @@ def _tokens(cell: CellRecord, plan: plans.Plan, found: synthetic.Synthetic | Non
 
 
 def block_count(cell: CellRecord, where: Where, one: float) -> BlockCount | None:
-    """The table of a TiDAR engine; None for diffusion that proposes no blocks (denoise)."""
-    if cell.options["sampler"] == "denoise":
+    """The table of a TiDAR engine; None for diffusion that proposes no blocks (denoise), or behind a tree."""
+    if cell.options["sampler"] == "denoise" or cell.options.get("tokens"):
         return None
     block, asked = cell.options["block_size"], cell.options["synthetic"] or {}
     told = bool(

@@ -1147,21 +1147,26 @@ static void likeliest(const float* x, int64_t n, int64_t most, int64_t* at, floa
 extern "C" {
 // The T likeliest paths through K places whose tokens are independent (models/trees.py), logits [B, K, V], V >= T, as the rows
 // of a tree below row 0, `last`: the path of the likeliest tokens comes first and, where `whole`, is kept in full. target_ids
-// [V], or null: the tokens' own numbers. Out as in zb_tree_rows.
-void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const int64_t* lengths, const int64_t* target_ids, int64_t B,
-                   int64_t K, int64_t V, int64_t T, int64_t whole, int64_t threads, int64_t* ids, int64_t* positions,
-                   int64_t* parents, uint8_t* visible) {
+// [V], or null: the tokens' own numbers. usable [B], or null: how many of the K places say something, the others' tokens have
+// the log of chance `never`. Out as in zb_tree_rows, and the logs of chance worth [B, 1 + T] of the rows.
+void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const int64_t* lengths, const int64_t* target_ids,
+                   const int64_t* usable, int64_t B, int64_t K, int64_t V, int64_t T, int64_t whole, int64_t threads, float never,
+                   int64_t* ids, int64_t* positions, int64_t* parents, uint8_t* visible, float* worth) {
     const int64_t R = T + 1;
     std::vector<int64_t> tokens(B * K * T);
     std::vector<float> logs(B * K * T);
-#pragma omp parallel for num_threads((int)threads)
-    for (int64_t i = 0; i < B * K; i++) likeliest(logits + i / K * ld + i % K * V, V, T, &tokens[i * T], &logs[i * T]);
+    const bool much = B * K * V > 1 << 20;  // else to start threads takes longer
+#pragma omp parallel for num_threads((int)threads) if (much)
+    for (int64_t i = 0; i < B * K; i++) {
+        if (!usable || i % K < usable[i / K]) likeliest(logits + i / K * ld + i % K * V, V, T, &tokens[i * T], &logs[i * T]);
+        else for (int64_t k = 0; k < T; k++) { tokens[i * T + k] = k; logs[i * T + k] = never; }
+    }
 
-    struct Node { float worth, above; int64_t from, place, rank; bool main; };  // `from` is a node that was taken, -1 row 0
+    struct Node { float sum, above; int64_t from, place, rank; bool main; };  // `from` is a node that was taken, -1 row 0
     std::vector<Node> taken, open;
     std::vector<int64_t> row_of(T);
-    auto after = [](const Node& a, const Node& b) { return a.worth != b.worth ? a.worth < b.worth : a.main < b.main; };
-    for (int64_t b = 0; b < B; b++, ids += R, positions += R, parents += R, visible += R * R) {
+    auto after = [](const Node& a, const Node& b) { return a.sum != b.sum ? a.sum < b.sum : a.main < b.main; };
+    for (int64_t b = 0; b < B; b++, ids += R, positions += R, parents += R, worth += R, visible += R * R) {
         const int64_t* token = &tokens[b * K * T];
         float* log = &logs[b * K * T];
         for (int64_t k = 0; whole && k < K; k++) log[k * T] = 0;
@@ -1178,18 +1183,19 @@ void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const i
             const Node node = open.back();
             open.pop_back();
             taken.push_back(node);
-            offer((int64_t)taken.size() - 1, node.worth, node.place + 1, 0, node.main);
+            offer((int64_t)taken.size() - 1, node.sum, node.place + 1, 0, node.main);
             offer(node.from, node.above, node.place, node.rank + 1, false);
         }
         memset(visible, 0, R * R);
-        ids[0] = last[b]; positions[0] = lengths[b]; parents[0] = -1; visible[0] = 1;
+        ids[0] = last[b]; positions[0] = lengths[b]; parents[0] = -1; worth[0] = 0; visible[0] = 1;
         int64_t r = 1;
         for (int pass = 0; pass < 2; pass++)
             for (int64_t i = 0; i < T; i++) {
                 const Node& node = taken[i];
                 if (node.main != (pass == 0)) continue;
                 const int64_t from = node.from < 0 ? 0 : row_of[node.from], of = token[node.place * T + node.rank];
-                row_of[i] = r; ids[r] = target_ids ? target_ids[of] : of; positions[r] = lengths[b] + node.place + 1; parents[r] = from;
+                row_of[i] = r; ids[r] = target_ids ? target_ids[of] : of; worth[r] = node.sum;
+                positions[r] = lengths[b] + node.place + 1; parents[r] = from;
                 memcpy(visible + r * R, visible + from * R, R);
                 visible[r * R + r] = 1;
                 r++;

@@ -422,24 +422,36 @@ def tree_rows(
     return out[0], out[1], out[2], visible
 
 
+NEVER = -1e9  # the log of the chance of what was not predicted at all
+
+
 def block_tree(
-    last: Tensor, lengths: Tensor, logits: Tensor, target_ids: Tensor | None, tokens: int, whole: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`models.trees.BlockTree.rows` in one call, for logits [B, K, V] that `can_verify` takes; out as `tree_rows`."""
+    last: Tensor,
+    lengths: Tensor,
+    logits: Tensor,
+    target_ids: Tensor | None,
+    usable: Tensor | None,
+    tokens: int,
+    whole: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`models.trees.BlockTree.grow` in one call, for logits [B, K, V] that `can_verify` takes: as `tree_rows`, and the
+    worth [B, 1 + tokens] of the rows."""
     batch, places, vocab = logits.shape
     rows = 1 + tokens
     last, lengths = last.contiguous(), lengths.contiguous()
+    usable = None if usable is None else usable.contiguous()
     out = torch.empty(3, batch, rows, dtype=torch.int64)
-    visible = torch.empty(batch, rows, rows, dtype=torch.bool)
+    visible, worth = torch.empty(batch, rows, rows, dtype=torch.bool), torch.empty(batch, rows)
     _library().zb_block_tree(
         ctypes.c_void_p(logits.data_ptr()),
         ctypes.c_int64(logits.stride(0)),
         *(ctypes.c_void_p(x.data_ptr()) for x in (last, lengths)),
-        None if target_ids is None else ctypes.c_void_p(target_ids.data_ptr()),
+        *(None if x is None else ctypes.c_void_p(x.data_ptr()) for x in (target_ids, usable)),
         *(ctypes.c_int64(n) for n in (batch, places, vocab, tokens, whole, torch.get_num_threads())),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (*out, visible)),
+        ctypes.c_float(NEVER),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (*out, visible, worth)),
     )
-    return out[0], out[1], out[2], visible
+    return out[0], out[1], out[2], visible, worth
 
 
 def read_sum(x: Tensor, passes: int = 1, streams: int = 8) -> float:

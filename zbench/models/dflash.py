@@ -340,7 +340,7 @@ class DFlashDrafter:
             if features:
                 self.read(features, cache, counts)
             logits, likeliest = self._filled(anchor, cache, block)
-        rows = tree.rows(anchor, cache.lengths, logits, self._ids) if tree else None
+        rows = tree.grow(anchor, cache.lengths, logits, self._ids)[0] if tree else None
         return Drafts(self.target_ids(likeliest), logits, rows)
 
     def _filled(self, anchor: Tensor, cache: Cache, block: int, span: int | None = None) -> tuple[Tensor, Tensor]:
@@ -379,7 +379,7 @@ class DFlashDrafter:
             if read:
                 self._read(features, memory, memory.lengths - fresh)
             logits, likeliest = self._filled(anchor, memory, block, span)
-            rows = tree.rows(anchor, memory.lengths, logits, self._ids) if tree else None
+            rows = tree.grow(anchor, memory.lengths, logits, self._ids)[0] if tree else None
             return Drafts(self.target_ids(likeliest), logits, rows)
 
         fresh = on_device(counts if read else [0] * len(anchor), self.device)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -81,6 +82,26 @@ class Rows:
         )
 
     @classmethod
+    def tree_and_blocks(cls, tree: Rows, ends: Tensor, block: int, mask: int) -> Rows:
+        """A tree of N rows, then a block of masks for each of its rows `ends` [B, P]: the block stands where the path
+        to that row ends, sees it, the prefix and itself in both directions, and nothing else. Rows: N + P * block.
+        """
+        (batch, count), proposals = tree.ids.shape, ends.shape[1]
+        places, own = _blocks(proposals, block, tree.ids.device)
+        after = tree.positions.gather(1, ends)[..., None] + 1
+        first = count + block * torch.arange(proposals, device=ends.device)[:, None]
+        parents = (first + torch.arange(-1, block - 1, device=ends.device)).repeat(batch, 1, 1)
+        parents[..., :1] = ends[..., None]
+        seen = tree.visible.gather(1, ends[..., None].expand(-1, -1, count)).repeat_interleave(block, 1)
+        return cls(
+            ids=F.pad(tree.ids, (0, proposals * block), value=mask),
+            positions=torch.cat([tree.positions, (after + places[:block]).flatten(1)], 1),
+            parents=torch.cat([tree.parents, parents.flatten(1)], 1),
+            visible=torch.cat([F.pad(tree.visible, (0, len(own))), torch.cat([seen, own.expand(batch, -1, -1)], 2)], 1),
+            masks=torch.cat([tree.ids.new_full((batch, count), -1), places.expand(batch, -1)], 1),
+        )
+
+    @classmethod
     def prompt_and_block(cls, ids: Tensor, lengths: Tensor, counts: Tensor, block: int, mask: int) -> Rows:
         """Prompts ids [B, R], of which counts [B] are real, then a block of masks that stands at each prompt's end."""
         batch, count = ids.shape
@@ -143,6 +164,14 @@ def _draft_and_verify(
         visible[own, own] = True
         masks[own] = torch.arange(block)
     return offsets.to(device), parents.to(device), visible.to(device), masks.to(device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _blocks(count: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(which mask of its block a row is [R], visible [R, R]) of `count` blocks that see themselves alone."""
+    whose = torch.arange(count, device=device).repeat_interleave(block)
+    return torch.arange(block, device=device).repeat(count), whose[:, None] == whose
 
 
 def ancestors(parents: Tensor) -> Tensor:

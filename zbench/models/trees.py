@@ -27,15 +27,25 @@ class BlockTree:
         rest = torch.arange(places * (tokens - 1)).view(places, tokens - 1) + places
         self._number = torch.cat([torch.arange(places)[:, None], rest], 1).to(device)
 
-    def rows(self, last: Tensor, lengths: Tensor, logits: Tensor, ids: Tensor | None) -> Rows:
+    def grow(
+        self, last: Tensor, lengths: Tensor, logits: Tensor, ids: Tensor | None = None, usable: Tensor | None = None
+    ) -> tuple[Rows, Tensor]:
         """`last` [B], committed behind prefixes of `lengths` [B], and the tree below it, out of logits [B, places, V]
-        for the tokens ids [V]; None: the target's own. No host sync, and nothing that a graph could not record."""
+        for the tokens ids [V]; None: the target's own. Of the places only the first `usable` [B] say something; None:
+        all. Besides, the log [B, 1 + tokens] of each node's chance. No host sync, and nothing that a graph could not
+        record."""
         if cpu.can_verify(logits):
-            return Rows(*cpu.block_tree(last, lengths, logits, ids, self.tokens, self._whole))
+            named, positions, above, visible, worth = cpu.block_tree(
+                last, lengths, logits, ids, usable, self.tokens, self._whole
+            )
+            return Rows(named, positions, above, visible), worth
         best = logits.topk(self.tokens)
         chances = best.values - logits.logsumexp(-1, keepdim=True)
         if self._whole:
             chances[..., 0] = 0
+        if usable is not None:
+            idle = torch.arange(self._places, device=logits.device) >= usable[:, None]
+            chances = chances.masked_fill(idle[..., None], cpu.NEVER)
         tokens = best.indices if ids is None else ids[best.indices]
         scores, found = chances[:, 0], [(tokens[:, 0], chances[:, 0], torch.full_like(tokens[:, 0], -1))]
         for place in range(1, self._places):
@@ -47,7 +57,9 @@ class BlockTree:
             torch.cat([torch.stack([part[:, 0] for part in parts], 1), *(part[:, 1:] for part in parts)], 1)
             for parts in zip(*found, strict=True)
         )
-        return best_rows(last, lengths, named, sums, parents, self.tokens, self._places)
+        drafts, parents, worth = rerank(named, sums, parents, self.tokens)
+        rows = tree_rows(torch.cat([last[:, None], drafts], 1), lengths, parents, self._places)
+        return rows, torch.cat([torch.zeros_like(worth[:, :1]), worth], 1)
 
 
 def best_rows(
@@ -57,15 +69,15 @@ def best_rows(
     tokens = min(tokens, ids.shape[1])
     if ids.device.type == "cpu" and cpu.available():
         return Rows(*cpu.tree_rows(last, lengths, ids, scores, parents, tokens))
-    drafts, parents = rerank(ids, scores, parents, tokens)
+    drafts, parents, _ = rerank(ids, scores, parents, tokens)
     return tree_rows(torch.cat([last[:, None], drafts], 1), lengths, parents, depth)
 
 
-def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the best nodes of a draft: candidates [B, N] in order of level, parents as candidate numbers, -1 the root.
 
-    Returns tokens [B, T] and parents [B, 1 + T] as rows, row 0 the root. A kept node's ancestors are kept: none has a
-    lower score, and of equal scores the earlier candidate goes first.
+    Returns tokens [B, T], parents [B, 1 + T] as rows, row 0 the root, and scores [B, T]. A kept node's ancestors are
+    kept: none has a lower score, and of equal scores the earlier candidate goes first.
     """
     batch, count = ids.shape
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :tokens].sort(1).values
@@ -73,7 +85,7 @@ def rerank(ids: Tensor, scores: Tensor, parents: Tensor, tokens: int) -> tuple[T
     row_of.scatter_(1, order, torch.arange(1, tokens + 1, device=ids.device).expand(batch, -1))
     above = parents.gather(1, order)
     rows = row_of.gather(1, above.clamp(min=0)).masked_fill(above < 0, 0)
-    return ids.gather(1, order), torch.cat([rows.new_full((batch, 1), -1), rows], 1)
+    return ids.gather(1, order), torch.cat([rows.new_full((batch, 1), -1), rows], 1), scores.gather(1, order)
 
 
 def tree_rows(ids: Tensor, lengths: Tensor, parents: Tensor, depth: int) -> Rows:

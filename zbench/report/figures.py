@@ -19,6 +19,7 @@ import pandas as pd
 from zbench.metrics import PHASES, Cell, caveats, step_split
 from zbench.models.cost import expected_experts
 from zbench.report.findings import Results, clusters, interval, main_kind, quantity, title
+from zbench.report.readings import proposals_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -866,10 +867,9 @@ def _grid(results: Results, cells: Sequence[Cell]) -> dict[tuple[int, int], Cell
     """Cells of single-pass diffusion by (block size, proposals), where both vary; else none."""
     found: dict[tuple[int, int], Cell] = {}
     for cell in cells:
-        options = cell.record.options
-        if cell.record.engine == "diffusion" and options["sampler"] != "denoise" and _speed(results, cell) is not None:
-            block, proposals = options["block_size"], options["proposals"]
-            found.setdefault((block, block if proposals == "all" else min(proposals, block)), cell)
+        proposals = proposals_of(cell)
+        if proposals is not None and _speed(results, cell) is not None:
+            found.setdefault((cell.record.options["block_size"], proposals), cell)
     varied = all(len({key[axis] for key in found}) > 1 for axis in (0, 1))
     return found if varied and len(found) > 3 else {}
 

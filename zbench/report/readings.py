@@ -148,9 +148,9 @@ class Best:
 
 
 def proposals_of(cell: Cell) -> int | None:
-    """Blocks that single-pass diffusion proposes per forward; None for other engines."""
+    """Blocks that single-pass diffusion proposes per forward behind a chain; None for other engines and trees."""
     options = cell.record.options
-    if cell.record.engine != "diffusion" or options["sampler"] == "denoise":
+    if cell.record.engine != "diffusion" or options["sampler"] == "denoise" or options.get("tokens"):
         return None
     return int(
         options["block_size"] if options["proposals"] == "all" else min(options["proposals"], options["block_size"])

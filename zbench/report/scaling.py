@@ -11,6 +11,7 @@ from zbench.report import figures
 from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
 from zbench.report.findings import Results, interval, main_kind, quantity
 from zbench.report.html import Line, Notes, Table, shown
+from zbench.report.readings import proposals_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +107,7 @@ def best_blocks(results: Results, cells: Sequence[Cell]) -> list[str]:
     """For each number of devices, the number of proposed blocks that decodes fastest among those that were run."""
     found: dict[tuple[int, int, int], list[Cell]] = {}
     for cell in cells:
-        if cell.record.engine == "diffusion" and results.value(cell, "decode_tps") is not None:
+        if proposals_of(cell) is not None and results.value(cell, "decode_tps") is not None:
             key = (cell.record.options["block_size"], cell.record.tensor, cell.record.replicas)
             found.setdefault(key, []).append(cell)
     said = []
