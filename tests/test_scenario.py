@@ -470,11 +470,12 @@ def test_the_hash_sees_everything_that_is_measured(folder, override):
 
 
 def test_an_option_that_came_later_changes_no_hash_until_it_is_given():
-    def digest(eagle3=None, dflash=None):
+    def digest(eagle3=None, dflash=None, diffusion=None):
         drafter = {"random": True}
         engines = [
             {"name": "eagle3", "top_k": 2, "drafter": drafter, **(eagle3 or {})},
             {"name": "dflash", "drafter": drafter, **(dflash or {})},
+            *([{"name": "diffusion", **diffusion}] if diffusion is not None else ()),
         ]
         given = {**MINIMAL, "engines": [{"name": "autoregressive"}, *engines]}
         return scenario.content_hash(scenario.Scenario.model_validate(given))
@@ -483,6 +484,8 @@ def test_an_option_that_came_later_changes_no_hash_until_it_is_given():
     assert digest() == "531391cb917e338d5341c5fc86805b51cd1d2b834d8cb24206ca54f0b178320e"
     later = [digest({"beam": 1}), digest(dflash={"draft_vocab": 9}), digest(dflash={"tokens": 9})]
     assert len({digest(), *later, digest({"tokens": 8})}) == 5
+    assert digest(diffusion={}) == "d30941b560b3094407ba2049756766b51618ac6a1e112a1147086a0de27227d0"
+    assert digest(diffusion={"tokens": 8}) != digest(diffusion={})
 
 
 @few

@@ -42,6 +42,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "diffusion, two outcomes": {"block_size": 4, "proposals": 2, "outcomes": "uniform", "synthetic": {"length": 4}},
     "diffusion, few rows": {"block_size": 3, "proposals": 1, "outcomes": "prefix", "synthetic": {"length": 1}},
     "diffusion, none": {"block_size": 4, "proposals": 0},
+    "diffusion, a tree of a chain": {"block_size": 4, "tokens": 3, "synthetic": {"length": 2.5}},
+    "diffusion, a tree of few rows": {"block_size": 2, "tokens": 1, "synthetic": {"length": 1.5}},
     "diffusion, mixed": {"block_size": 4, "sampler": "logit_mix", "mask_id": 9},
 }
 
@@ -93,6 +95,13 @@ def test_a_tree_out_of_a_block_feeds_a_block_of_masks_and_verifies_all_nodes() -
     assert planned.drafts == 3 and "tree" in planned.notes[0]
     few = plans.plan("dflash", options("dflash", drafter={"random": True}, block=8, tokens=2), TARGET)
     assert few.drafts == 2  # no path is longer than the tree is large
+
+
+def test_a_tree_of_diffusion_verifies_all_nodes_and_prepares_as_many_blocks_as_asked_for() -> None:
+    given = {"block_size": 4, "tokens": 9, "proposals": 3, "adapter": {"random": True}}
+    planned = plans.plan("diffusion", options("diffusion", **given), TARGET)
+    assert [(f.role, f.rows, f.logits) for f in planned.forwards] == [("draft+verify", 22, 10), ("draft", 3, 3)]
+    assert planned.drafts == 3 and planned.outcomes is None and "tree" in planned.notes[0]
 
 
 def test_a_plan_says_that_a_confident_chain_is_the_longest() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state
 from zbench.engines.diffusion import prefill_and_draft, run_head
 from zbench.engines.plans import ONE_HEAD_ROWS, check_diffusion_tree
+from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, said, verify_tree
 from zbench.models.adapter import MaskAdapter
@@ -81,7 +82,8 @@ class DiffusionTree:
         with meter.phase("accept"):
             last = state.sampler.pick(logits, [0] * len(prompts))
         whole = torch.full_like(last, self.block - 1)
-        drafts = run_head(self.model, hidden[:, 1 - self.shift :], state.cache.sizes, meter)
+        masks, first = hidden[:, 1 - self.shift :], torch.ones_like(last)
+        drafts = self._predicted(masks, False, state.cache.sizes, first, meter)
         with meter.phase("accept"):
             tree, chances = self._grown(last, state.cache.lengths, drafts, whole)
         return TreeState(state.cache, state.sampler, last, state.outputs, state.active, tree, chances, True)
@@ -106,13 +108,13 @@ class DiffusionTree:
             adapter=self.adapter,
         )
         with meter.phase("accept"):
-            index = [len(output) for output in state.outputs]
+            index = on_device([len(output) for output in state.outputs], ends.device)
             logits = out.logits[:, :count]
             verdict = verify_tree(logits, tree.ids, tree.parents, state.sampler, index, self.synthetic)
             start, ahead = self._next_block(verdict.kept, verdict.counts, ends)
             usable = (self.block - 1 - ahead).clamp(min=0)
             chosen = self._chosen(out.logits if at_once else out.hidden[model.config.layers], start, ahead)
-        drafts = self._predicted(chosen, at_once, contexts, index, verdict.counts, meter)
+        drafts = self._predicted(chosen, at_once, contexts, index + verdict.counts, meter)
         with meter.phase("accept"):
             lengths = state.cache.lengths + verdict.counts
             state.last = verdict.bonus
@@ -156,11 +158,8 @@ class DiffusionTree:
         places = start[:, None] + places.clamp(max=self.masks - 1)
         return rows[torch.arange(len(rows), device=rows.device)[:, None], places]
 
-    def _predicted(
-        self, masks: Tensor, headed: bool, contexts: list[int], index: list[int], counts: Tensor, meter: Meter
-    ) -> Tensor:
-        """Logits [B, n, V] of masks behind the token at output position index [B] + counts [B]: what `masks` holds if
-        the forward ran the head on them (`headed`), else the head's on hidden states [B, n, D]."""
+    def _predicted(self, masks: Tensor, headed: bool, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
+        """As in `Diffusion`."""
         return masks if headed else run_head(self.model, masks, contexts, meter)
 
     def _grown(self, last: Tensor, lengths: Tensor, logits: Tensor, usable: Tensor) -> tuple[Rows, Tensor]:

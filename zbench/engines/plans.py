@@ -209,7 +209,7 @@ def _diffusion_tree(options: Mapping[str, Any], target: AnyConfig, batch: int) -
     check_diffusion_tree(tokens, block, shift, target.vocab, options["synthetic"] is not None)
     proposals = tokens + 1 if options["proposals"] == "all" else min(options["proposals"], tokens + 1)
     masks, nodes = block - shift, 1 + tokens
-    pairs = _tree_pairs(tokens, block - 1) + proposals * masks * (1 + (block - 1) // 2 + masks)
+    pairs = _tree_pairs(tokens, block - 1) + round(proposals * masks * ((block + 1) / 2 + masks))
     rows = nodes + proposals * masks
     at_once = batch * rows <= ONE_HEAD_ROWS
     forwards = [on_target(target, "draft+verify", rows, pairs, rows if at_once else nodes)]

@@ -1,0 +1,274 @@
+"""TiDAR over trees: the model's own tokens for every tree and number of blocks, whatever the masks predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.engines.lossless import ALPHA, assert_cache_is_fresh, decode, first_tokens, joint, p_value, small_model
+from tests.engines.test_diffusion import (
+    EXECUTIONS,
+    GREEDY,
+    MASK,
+    Proposal,
+    adapted,
+    metered,
+    needs_native,
+    prompts,
+    right,
+    right_then_wrong,
+    wrong,
+)
+from tests.tiny import FAMILIES, runtime
+from zbench.engines import synthetic
+from zbench.engines.autoregressive import Autoregressive
+from zbench.engines.base import Meter, Request
+from zbench.engines.diffusion import Diffusion
+from zbench.engines.diffusion_tree import DiffusionTree
+from zbench.engines.sampling import Sampling
+from zbench.errors import UserError
+from zbench.models.model import Model
+from zbench.models.rows import Rows
+from zbench.models.trees import BlockTree
+
+
+class Scripted(DiffusionTree):
+    """Its masks know what autoregressive decoding says next, and put what `propose` makes of it at `rank` of each
+    place, behind wrong tokens that are a little likelier."""
+
+    def __init__(
+        self,
+        model: Model,
+        outputs: Sequence[Sequence[int]],
+        propose: Proposal,
+        *args: Any,
+        rank: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, MASK, *args, **options)
+        self.outputs, self.propose, self.rank = outputs, propose, rank
+
+    def _predicted(self, masks: Tensor, headed: bool, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
+        logits = torch.zeros_like(super()._predicted(masks, headed, contexts, index, meter))
+        vocab = logits.shape[-1]
+        for row, (output, at) in enumerate(zip(self.outputs, index.tolist(), strict=True)):
+            following = [*output, *[5] * logits.shape[1]][at : at + logits.shape[1]]
+            for place, token in enumerate(self.propose(following, vocab)):
+                for ahead in range(self.rank):
+                    logits[row, place, (token + 3 * ahead) % vocab] = 20 + 0.1 * ahead
+        return logits
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_that_know_nothing_leave_every_token_as_it_was(family: str, execution: str) -> None:
+    if family == "zaya" and execution == "native":
+        pytest.skip("ZAYA runs on torch")
+    model = runtime(family, execution)
+    ids, request = prompts(4, 23, 1), Request(24, GREEDY, (0, 0, 0), frozenset({2}))
+    plain = decode(Autoregressive(model), ids, request)
+    for proposals in (None, 2):
+        assert decode(DiffusionTree(model, MASK, 4, 6, proposals), ids, request) == plain
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    family=st.sampled_from(["qwen3", "zaya"]),
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3),
+    block=st.integers(2, 7),
+    tokens=st.integers(1, 12),
+    proposals=st.none() | st.integers(1, 14),
+    limit=st.integers(1, 20),
+    right_count=st.integers(0, 6),
+    rank=st.integers(1, 3),
+    temperature=st.sampled_from([0.0, 0.7]),
+    eos_at=st.none() | st.integers(0, 12),
+    seed=st.integers(0, 1000),
+)
+def test_masks_right_up_to_any_place_and_at_any_rank_leave_every_token_and_finish_as_it_was(
+    family: str, sizes: list[int], block: int, tokens: int, proposals: int | None, limit: int, right_count: int,
+    rank: int, temperature: float, eos_at: int | None, seed: int,
+) -> None:  # fmt: skip
+    model, ids, seeds = runtime(family, "auto"), prompts(*sizes, seed=seed), tuple(range(len(sizes)))
+    outputs = decode(Autoregressive(model), ids, Request(limit, Sampling(temperature), seeds)).outputs
+    eos = frozenset() if eos_at is None else frozenset({outputs[0][min(eos_at, limit - 1)]})
+    request = Request(limit, Sampling(temperature), seeds, eos)
+    plain = decode(Autoregressive(model), ids, request)
+    engine = Scripted(model, outputs, right_then_wrong(right_count), block, tokens, proposals, rank=rank)
+    assert decode(engine, ids, request) == plain
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_lossless_with_an_adapter_of_either_kind(execution: str, shift: int) -> None:
+    model, adapter = adapted(execution, shift=shift)
+    ids, request = prompts(4, 23, 1), Request(24, GREEDY, (0, 0, 0))
+    plain = decode(Autoregressive(model), ids, request)
+    for block, tokens, proposals in ((2, 5, 2), (4, 3, 1), (4, 9, None)):
+        assert decode(DiffusionTree(model, MASK, block, tokens, proposals, adapter), ids, request) == plain
+        scripted = Scripted(model, plain.outputs, right, block, tokens, proposals, adapter, rank=2)
+        found, steps, forwards = metered(scripted, ids, request)
+        assert found == plain.outputs
+        whole = tokens + 1 if proposals is None else proposals
+        assert max(f.rows for f in forwards if f.role == "draft+verify") == 1 + tokens + whole * (block - shift)
+        assert all(len(step.prepared) in (1, whole) for step in steps[1:])
+
+
+@needs_native
+def test_bfloat16_is_the_same_bit_by_bit_on_the_native_decoder() -> None:
+    model, adapter = adapted("native", torch.bfloat16)
+    ids, request = prompts(4, 19, 7), Request(24, GREEDY, (0, 0, 0))
+    plain = decode(Autoregressive(model), ids, request)
+    for proposals in (1, None):
+        assert decode(DiffusionTree(model, MASK, 4, 7, proposals, adapter), ids, request) == plain
+        engine = Scripted(model, plain.outputs, right_then_wrong(2), 5, 14, proposals, adapter, rank=2)
+        assert decode(engine, ids, request) == plain
+
+
+@pytest.mark.parametrize("family", ["smollm", "mistral", "zaya"])
+def test_the_cache_holds_what_a_prefill_of_the_committed_tokens_would(family: str) -> None:
+    model, ids, request = runtime(family, "auto"), prompts(5, 12), Request(30, GREEDY, (0, 0))
+    outputs = decode(Autoregressive(model), ids, request).outputs
+    for rank in (1, 2):
+        engine = Scripted(model, outputs, right_then_wrong(2), 5, 9, 3, rank=rank)
+        assert_cache_is_fresh(engine, model, ids, request, steps=4)
+
+
+@pytest.mark.parametrize(
+    ("propose", "rank", "tokens", "each"),
+    [(right, 1, 3, 4), (wrong, 1, 3, 1), (right_then_wrong(1), 1, 3, 2), (right, 2, 1, 1), (right, 2, 14, 4)],
+)
+def test_a_step_gains_the_longest_right_path_and_the_next_token(
+    propose: Proposal, rank: int, tokens: int, each: int
+) -> None:
+    model, ids, request = runtime("llama3", "auto"), prompts(6, 13), Request(29, GREEDY, (0, 0))
+    outputs = decode(Autoregressive(model), ids, request).outputs
+    found, steps, forwards = metered(Scripted(model, outputs, propose, 4, tokens, rank=rank), ids, request)
+    assert found == outputs
+    assert all(step.committed == (each, each) for step in steps[1:-1])
+    assert all(step.accepted == (each - 1,) * 2 and step.drafted == (tokens,) * 2 for step in steps[1:-1])
+    assert all(step.covered == (True, True) and len(step.prepared) == tokens + 1 for step in steps[1:])
+    target = [f for f in forwards if f.model == "target" and f.step > 0]
+    assert {(f.role, f.rows) for f in target} == {("draft+verify", 1 + tokens + 4 * (tokens + 1))}
+    assert {(f.role, f.rows) for f in forwards if f.model == "head"} == {("draft", 3)}
+
+
+def test_a_step_that_ends_where_no_block_stands_drafts_from_the_nearest_one_or_decodes() -> None:
+    model, ids, request = runtime("smollm", "auto"), prompts(6), Request(40, GREEDY, (0,))
+    outputs = decode(Autoregressive(model), ids, request).outputs
+    # The masks are sure of every place, so that the one block stands behind the whole path; it ends after one token.
+    _, steps, _ = metered(Scripted(model, outputs, right_then_wrong(1), 4, 3, 1), ids, request)
+    seen = [(s.drafted[0], s.committed[0], s.covered[0], s.prepared) for s in steps[1:5]]
+    assert seen == [(3, 2, False, (4,)), (0, 1, True, (1,))] * 2
+    # Blocks behind rows 1 and 3; it ends at row 2, for which row 1's block predicts two places of three.
+    _, steps, _ = metered(Elsewhere(model, outputs, right_then_wrong(2), 4, 3, 2), ids, request)
+    assert [(s.drafted[0], s.committed[0], s.covered[0], s.prepared) for s in steps[1:3]] == [
+        (3, 3, False, (2, 4)),
+        (3, 3, False, (2, 2)),  # the third node is another first token
+    ]
+
+
+class Elsewhere(Scripted):
+    """Expects to end at rows 1 and 3."""
+
+    def _grown(self, *given: Any) -> tuple[Rows, Tensor]:
+        return super()._grown(*given)[0], torch.tensor([[0.0, 1.0, 0.0, 1.0]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    places=st.integers(1, 4), tokens=st.integers(1, 9), ends=st.sets(st.integers(0, 9), min_size=1),
+    block=st.integers(1, 4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_rows_of_a_tree_and_its_blocks_see_their_path_and_their_block(
+    places: int, tokens: int, ends: set[int], block: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits, lengths = torch.randn(2, places, 30, generator=generator), torch.tensor([4, 9])
+    tree, _ = BlockTree(places, tokens, torch.device("cpu")).grow(torch.tensor([7, 8]), lengths, logits)
+    behind = torch.tensor([sorted({min(end, tokens) for end in ends})] * 2)
+    behind[1] = behind[1].flip(0)
+    rows, count = Rows.tree_and_blocks(tree, behind, block, MASK), tokens + 1
+    for b in range(2):
+        paths = [set(tree.visible[b, row].nonzero().flatten().tolist()) for row in range(count)]
+        for row in range(count):
+            assert set(rows.visible[b, row].nonzero().flatten().tolist()) == paths[row]
+            assert (int(rows.ids[b, row]), int(rows.parents[b, row])) == (
+                int(tree.ids[b, row]), int(tree.parents[b, row])
+            )  # fmt: skip
+        for index, end in enumerate(behind[b].tolist()):
+            own = list(range(count + index * block, count + (index + 1) * block))
+            for place, row in enumerate(own):
+                assert set(rows.visible[b, row].nonzero().flatten().tolist()) == paths[end] | set(own)
+                assert int(rows.positions[b, row]) == int(lengths[b]) + len(paths[end]) + place
+                assert int(rows.parents[b, row]) == (row - 1 if place else end)
+                assert (int(rows.ids[b, row]), int(rows.masks[b, row])) == (MASK, place)  # type: ignore[index]
+        assert rows.masks is not None and (rows.masks[b, :count] == -1).all()
+
+
+def test_blocks_stand_where_the_drafter_says_that_steps_end() -> None:
+    """By the chances of all paths, multiplied out."""
+    engine = DiffusionTree(runtime("smollm", "auto"), MASK, 4, 7)
+    logits = 3 * torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(4))
+    tree, chances = engine._grown(torch.tensor([3, 4]), torch.tensor([0, 0]), logits, torch.tensor([3, 3]))
+    probs = logits.double().softmax(-1)
+    for b in range(2):
+        ids, parents = tree.ids[b].tolist(), tree.parents[b].tolist()
+        depth = [len(tree.visible[b, row].nonzero()) - 1 for row in range(8)]
+        reach = [1.0]
+        for row in range(1, 8):
+            reach.append(reach[parents[row]] * float(probs[b, depth[row] - 1, ids[row]]))
+        want = [reach[row] - sum(reach[c] for c in range(1, 8) if parents[c] == row) for row in range(8)]
+        assert chances[b].tolist() == pytest.approx(want, abs=1e-6)
+        assert float(chances[b].sum()) == pytest.approx(1.0)
+
+
+def test_a_tree_without_alternatives_is_the_chain() -> None:
+    model, adapter = adapted("eager", shift=1)
+    ids, request = prompts(6, 13), Request(29, GREEDY, (0, 0))
+    chain = synthetic.parse({"rate": 0.6}, 3)
+    found = [
+        metered(engine, ids, request)
+        for engine in (
+            Diffusion(model, MASK, 4, adapter=adapter, synthetic=chain),
+            DiffusionTree(model, MASK, 4, 3, adapter=adapter, synthetic=chain),
+        )
+    ]
+    first, second = ([(s.committed, s.drafted, s.accepted) for s in steps] for _, steps, _ in found)
+    assert first == second
+    assert [f.rows for f in found[0][2]] == [f.rows for f in found[1][2]]
+
+
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_synthetic_acceptance_decides_how_much_a_step_gains(tokens: int) -> None:
+    model, ids = runtime("smollm", "auto"), prompts(6, 9)
+    engine = DiffusionTree(model, MASK, 5, tokens, 2, synthetic=synthetic.parse({"length": 3}, 4))
+    _, steps, _ = metered(engine, ids, Request(31, GREEDY, (0, 0)))
+    assert all(step.committed == (3, 3) and step.covered == (True, True) for step in steps[1:-1])
+    assert engine.exact is None
+
+
+def test_drafted_trees_leave_the_distribution_as_it_was() -> None:
+    model, prompt, sampling = small_model(), [1, 4, 2], Sampling(0.9)
+    engine = DiffusionTree(model, 5, 3, 4, 2)
+    assert p_value(first_tokens(engine, prompt, sampling, 3), joint(model, prompt, sampling, 3)) > ALPHA
+
+
+@pytest.mark.parametrize(
+    ("block", "tokens", "drawn", "why"),
+    [
+        (1, 3, None, "blocks of 1 draft nothing"),
+        (4, 0, None, "a tree of 0 tokens"),
+        (4, 301, None, "1 to 300"),
+        (4, 2, synthetic.parse({"length": 2.0}, 3), "a tree of as many, not 2"),
+    ],
+)
+def test_trees_that_cannot_be_are_refused_in_one_line(block: int, tokens: int, drawn: Any, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        DiffusionTree(runtime("smollm", "auto"), MASK, block, tokens, synthetic=drawn)
