@@ -33,9 +33,10 @@ from zbench.engines.diffusion import Diffusion
 from zbench.engines.diffusion_tree import DiffusionTree
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
+from zbench.kernels import cpu
 from zbench.models.model import Model
 from zbench.models.rows import Rows
-from zbench.models.trees import BlockTree
+from zbench.models.trees import BlockTree, last_block, tree_and_blocks
 
 
 class Scripted(DiffusionTree):
@@ -167,18 +168,13 @@ def test_a_step_that_ends_where_no_block_stands_drafts_from_the_nearest_one_or_d
     seen = [(s.drafted[0], s.committed[0], s.covered[0], s.prepared) for s in steps[1:5]]
     assert seen == [(3, 2, False, (4,)), (0, 1, True, (1,))] * 2
     # Blocks behind rows 1 and 3; it ends at row 2, for which row 1's block predicts two places of three.
-    _, steps, _ = metered(Elsewhere(model, outputs, right_then_wrong(2), 4, 3, 2), ids, request)
+    engine = Scripted(model, outputs, right_then_wrong(2), 4, 3, 2)
+    engine._drawn = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    _, steps, _ = metered(engine, ids, request)
     assert [(s.drafted[0], s.committed[0], s.covered[0], s.prepared) for s in steps[1:3]] == [
         (3, 3, False, (2, 4)),
         (3, 3, False, (2, 2)),  # the third node is another first token
     ]
-
-
-class Elsewhere(Scripted):
-    """Expects to end at rows 1 and 3."""
-
-    def _grown(self, *given: Any) -> tuple[Rows, Tensor]:
-        return super()._grown(*given)[0], torch.tensor([[0.0, 1.0, 0.0, 1.0]])
 
 
 @settings(max_examples=40, deadline=None)
@@ -212,21 +208,64 @@ def test_rows_of_a_tree_and_its_blocks_see_their_path_and_their_block(
         assert rows.masks is not None and (rows.masks[b, :count] == -1).all()
 
 
-def test_blocks_stand_where_the_drafter_says_that_steps_end() -> None:
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 9), proposals=st.integers(1, 10), usable=st.integers(0, 3), seed=st.integers(0, 999))
+def test_blocks_stand_where_the_drafter_says_that_steps_end(
+    native: bool, tokens: int, proposals: int, usable: int, seed: int
+) -> None:
     """By the chances of all paths, multiplied out."""
-    engine = DiffusionTree(runtime("smollm", "auto"), MASK, 4, 7)
-    logits = 3 * torch.randn(2, 3, 300, generator=torch.Generator().manual_seed(4))
-    tree, chances = engine._grown(torch.tensor([3, 4]), torch.tensor([0, 0]), logits, torch.tensor([3, 3]))
-    probs = logits.double().softmax(-1)
+    proposals = min(proposals, tokens + 1)
+    logits = 3 * torch.randn(2, 3, 30, generator=torch.Generator().manual_seed(seed))
+    grown = BlockTree(3, tokens, torch.device("cpu")).grow(
+        torch.tensor([3, 4]), torch.tensor([0, 0]), logits, None, torch.tensor([3, usable])
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        if not native:
+            patched.setattr(cpu, "available", lambda: False)
+        rows, ends = tree_and_blocks(*grown, None, proposals, 2, MASK)
+    tree, probs = grown[0], logits.double().softmax(-1)
+    want = Rows.tree_and_blocks(tree, ends, 2, MASK)
+    for name in ("ids", "positions", "parents", "visible", "masks"):
+        assert torch.equal(getattr(rows, name), getattr(want, name)), name
+    probs[1, usable:] = 0
     for b in range(2):
         ids, parents = tree.ids[b].tolist(), tree.parents[b].tolist()
-        depth = [len(tree.visible[b, row].nonzero()) - 1 for row in range(8)]
+        depth = [len(tree.visible[b, row].nonzero()) - 1 for row in range(tokens + 1)]
         reach = [1.0]
-        for row in range(1, 8):
+        for row in range(1, tokens + 1):
             reach.append(reach[parents[row]] * float(probs[b, depth[row] - 1, ids[row]]))
-        want = [reach[row] - sum(reach[c] for c in range(1, 8) if parents[c] == row) for row in range(8)]
-        assert chances[b].tolist() == pytest.approx(want, abs=1e-6)
-        assert float(chances[b].sum()) == pytest.approx(1.0)
+        each = [
+            reach[row] - sum(reach[c] for c in range(1, tokens + 1) if parents[c] == row) for row in range(tokens + 1)
+        ]
+        chosen = ends[b].tolist()
+        assert chosen == sorted(set(chosen))
+        assert sorted((each[row] for row in chosen), reverse=True) == pytest.approx(
+            sorted(each, reverse=True)[:proposals], abs=1e-6
+        )
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_last_block_of_a_path_is_found_natively_as_by_torch(data: Any) -> None:
+    batch, count = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+    kept = torch.full((batch, count), -1)
+    counts = torch.tensor([data.draw(st.integers(1, count)) for _ in range(batch)])
+    proposals = data.draw(st.integers(1, count))
+    ends = torch.tensor([sorted(data.draw(st.permutations(range(count)))[:proposals]) for _ in range(batch)])
+    for b in range(batch):
+        path = sorted([0, *data.draw(st.permutations(range(1, count)))[: int(counts[b]) - 1]])
+        kept[b, : len(path)] = torch.tensor(path)
+    native = last_block(kept, counts, ends, 99)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cpu, "available", lambda: False)
+        torchs = last_block(kept, counts, ends, 99)
+    for b in range(batch):
+        path, behind = kept[b, : counts[b]].tolist(), ends[b].tolist()
+        on_path = [i for i, row in enumerate(path) if row in behind]
+        want = (behind.index(path[on_path[-1]]), len(path) - 1 - on_path[-1]) if on_path else (0, 99)
+        assert (int(native[0][b]), int(native[1][b])) == (int(torchs[0][b]), int(torchs[1][b])) == want
 
 
 def test_a_tree_without_alternatives_is_the_chain() -> None:

@@ -28,13 +28,13 @@ from zbench.engines.verify import commit_path, kernels, said, verify_tree
 from zbench.models.adapter import MaskAdapter
 from zbench.models.model import Model
 from zbench.models.rows import Rows
-from zbench.models.trees import BlockTree
+from zbench.models.trees import BlockTree, last_block, tree_and_blocks
 
 
 @dataclass(slots=True)
 class TreeState(State):
     tree: Rows  # [B, 1 + tokens] the last committed token and what is drafted below it
-    chances: Tensor  # [B, 1 + tokens] that the next step ends at each of these
+    worth: Tensor  # [B, 1 + tokens] the log of the chance that each of these is kept
     drafted: bool  # whether anything of it was predicted
 
 
@@ -81,22 +81,19 @@ class DiffusionTree:
         )
         with meter.phase("accept"):
             last = state.sampler.pick(logits, [0] * len(prompts))
-        whole = torch.full_like(last, self.block - 1)
         masks, first = hidden[:, 1 - self.shift :], torch.ones_like(last)
         drafts = self._predicted(masks, False, state.cache.sizes, first, meter)
         with meter.phase("accept"):
-            tree, chances = self._grown(last, state.cache.lengths, drafts, whole)
-        return TreeState(state.cache, state.sampler, last, state.outputs, state.active, tree, chances, True)
+            tree, worth = self._tree.grow(last, state.cache.lengths, drafts)
+        return TreeState(state.cache, state.sampler, last, state.outputs, state.active, tree, worth, True)
 
     def step(self, state: TreeState, meter: Meter) -> Step:
-        model, tree, contexts = self.model, state.tree, state.cache.sizes
-        if state.drafted:
-            ends = state.chances.topk(self.proposals).indices.sort().values
-        else:
-            tree = Rows.chain(state.last[:, None], state.cache.lengths)
-            ends = torch.zeros_like(tree.ids)
+        model, contexts = self.model, state.cache.sizes
+        tree, worth, proposals = state.tree, state.worth, self.proposals
+        if not state.drafted:
+            tree, worth, proposals = Rows.chain(state.last[:, None], state.cache.lengths), worth[:, :1], 1
+        rows, ends = tree_and_blocks(tree, worth, self._drawn, proposals, self.masks, self.mask_id)
         count = tree.ids.shape[1]
-        rows = Rows.tree_and_blocks(tree, ends, self.masks, self.mask_id)
         at_once = rows.ids.numel() <= ONE_HEAD_ROWS
         out = meter.forward(
             model,
@@ -111,61 +108,40 @@ class DiffusionTree:
             index = on_device([len(output) for output in state.outputs], ends.device)
             logits = out.logits[:, :count]
             verdict = verify_tree(logits, tree.ids, tree.parents, state.sampler, index, self.synthetic)
-            start, ahead = self._next_block(verdict.kept, verdict.counts, ends)
-            usable = (self.block - 1 - ahead).clamp(min=0)
-            chosen = self._chosen(out.logits if at_once else out.hidden[model.config.layers], start, ahead)
+            block, ahead = last_block(verdict.kept, verdict.counts, ends, self.block)
+            chosen = self._chosen(out.logits if at_once else out.hidden[model.config.layers], count, block, ahead)
         drafts = self._predicted(chosen, at_once, contexts, index + verdict.counts, meter)
         with meter.phase("accept"):
-            lengths = state.cache.lengths + verdict.counts
             state.last = verdict.bonus
-            state.tree, state.chances = self._grown(state.last, lengths, drafts, usable)
+            usable = (self.block - 1 - ahead).clamp(min=0)
+            lengths = state.cache.lengths + verdict.counts
+            state.tree, state.worth = self._tree.grow(state.last, lengths, drafts, None, usable)
             kept = 1 + tree.positions.gather(1, ends) - tree.positions[:, :1]
-            told = torch.cat([said(verdict), ahead[:, None], usable[:, None], kept], 1)
-            gained = told.tolist()  # the step's only sync
+            gained = torch.cat([said(verdict), ahead[:, None], kept], 1).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             commit_path(state.cache, verdict, gained, counts, self.block, ())
-            drafted = count - 1
             beside = 1 + 2 * count
-            state.drafted = any(row[beside + 1] for row, active in zip(gained, state.active, strict=True) if active)
+            behind = [row[beside] for row in gained]
+            state.drafted = any(n < self.block - 1 for n, active in zip(behind, state.active, strict=True) if active)
         return Step(
             tokens=[row[1 : 1 + kept] for row, kept in zip(gained, counts, strict=True)],
-            drafted=tuple(drafted * active for active in state.active),
+            drafted=tuple((count - 1) * active for active in state.active),
             accepted=tuple(max(kept - 1, 0) for kept in counts),
-            covered=tuple(row[beside] == 0 for row in gained),
-            prepared=tuple(gained[0][beside + 2 :]),
+            covered=tuple(n == 0 for n in behind),
+            prepared=tuple(gained[0][beside + 1 :]),
         )
 
-    def _next_block(self, kept: Tensor, counts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """For accepted paths, rows `kept` [B, N] of which counts [B] are real: the row of the mask that predicts the
-        token after the next, and how many tokens of the path its block had not seen; a whole block, at least, where
-        none was prepared on the path."""
-        blocks = torch.full_like(kept, -1).scatter_(
-            1, ends, torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
-        )
-        along = torch.where(kept >= 0, blocks.gather(1, kept.clamp(min=0)), -1)
-        place = torch.where(along >= 0, torch.arange(kept.shape[1], device=kept.device), -1).amax(1)
-        ahead = torch.where(place >= 0, counts - 1 - place, self.block)
-        block = along.gather(1, place.clamp(min=0)[:, None])[:, 0].clamp(min=0)
-        return kept.shape[1] + block * self.masks, ahead
-
-    def _chosen(self, rows: Tensor, start: Tensor, ahead: Tensor) -> Tensor:
-        """Of what the forward said at each row [B, R, ..]: [B, block - 1, ..], as long as the block has masks."""
+    def _chosen(self, rows: Tensor, count: int, block: Tensor, ahead: Tensor) -> Tensor:
+        """Of what the forward said at each row [B, R, ..], that of the masks of blocks [B], behind `count` rows, that
+        predict what follows `ahead` [B] tokens and the next one: [B, block - 1, ..], as far as the block reaches."""
         if len(rows) == 1 and rows.device.type == "cpu" and not int(ahead):  # no copy, where asking costs nothing
-            first = int(start) + 1 - self.shift
+            first = count + int(block) * self.masks + 1 - self.shift
             return rows[:, first : first + self.block - 1]
         places = ahead[:, None] + 1 - self.shift + torch.arange(self.block - 1, device=rows.device)
-        places = start[:, None] + places.clamp(max=self.masks - 1)
+        places = count + block[:, None] * self.masks + places.clamp(max=self.masks - 1)
         return rows[torch.arange(len(rows), device=rows.device)[:, None], places]
 
     def _predicted(self, masks: Tensor, headed: bool, contexts: list[int], index: Tensor, meter: Meter) -> Tensor:
         """As in `Diffusion`."""
         return masks if headed else run_head(self.model, masks, contexts, meter)
-
-    def _grown(self, last: Tensor, lengths: Tensor, logits: Tensor, usable: Tensor) -> tuple[Rows, Tensor]:
-        """The next tree, and the chance [B, 1 + tokens] that a step ends at each of its nodes."""
-        tree, worth = self._tree.grow(last, lengths, logits, None, usable)
-        if self._drawn is not None:
-            return tree, self._drawn.expand_as(worth)
-        worth = worth.exp()
-        return tree, worth.scatter_add(1, tree.parents[:, 1:], -worth[:, 1:])

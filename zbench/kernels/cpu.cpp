@@ -1202,6 +1202,56 @@ void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const i
             }
     }
 }
+// The P of N rows of a tree at which a path is likeliest to end, in their order, and the tree with a block of M masks behind each
+// (models/rows.py, `tree_and_blocks`). worth [B, N]: the log of the chance that a path reaches each row; drawn [N], or null: the
+// chance that it ends there. Out: ends [B, P]; ids, positions, parents and masks [B, R] and visible [B, R, R], R = N + P M.
+void zb_tree_and_blocks(const int64_t* tree_ids, const int64_t* tree_positions, const int64_t* tree_parents, const uint8_t* tree_visible,
+                        const float* worth, const float* drawn, int64_t B, int64_t N, int64_t P, int64_t M, int64_t mask, int64_t* ends,
+                        int64_t* ids, int64_t* positions, int64_t* parents, int64_t* masks, uint8_t* visible) {
+    const int64_t R = N + P * M;
+    std::vector<float> chance(N);
+    memset(visible, 0, B * R * R);
+    for (int64_t b = 0; b < B; b++, ends += P, ids += R, positions += R, parents += R, masks += R, visible += R * R) {
+        const int64_t at = b * N;
+        for (int64_t r = 0; r < N; r++) chance[r] = drawn ? drawn[r] : expf(worth[at + r]);
+        for (int64_t r = 1; r < N && !drawn; r++) chance[tree_parents[at + r]] -= expf(worth[at + r]);
+        for (int64_t p = 0; p < P; p++) {
+            int64_t best = -1;
+            for (int64_t r = 0; r < N; r++)
+                if (chance[r] == chance[r] && (best < 0 || chance[r] > chance[best])) best = r;
+            if (best < 0) for (best = 0; std::find(ends, ends + p, best) != ends + p;) best++;  // only what is no number is left
+            ends[p] = best;
+            chance[best] = NAN;
+        }
+        std::sort(ends, ends + P);
+        for (int64_t r = 0; r < N; r++) {
+            ids[r] = tree_ids[at + r]; positions[r] = tree_positions[at + r]; parents[r] = tree_parents[at + r]; masks[r] = -1;
+            memcpy(visible + r * R, tree_visible + (at + r) * N, N);
+        }
+        for (int64_t p = 0; p < P; p++)
+            for (int64_t m = 0; m < M; m++) {
+                const int64_t first = N + p * M, r = first + m;
+                ids[r] = mask; positions[r] = positions[ends[p]] + 1 + m; parents[r] = m ? r - 1 : ends[p]; masks[r] = m;
+                memcpy(visible + r * R, visible + ends[p] * R, N);
+                memset(visible + r * R + first, 1, M);
+            }
+    }
+}
+
+// For accepted paths, rows kept [B, N] of which counts [B] are real, and rows `ends` [B, P] that blocks stand behind: which block
+// is the last on the path (0 if none), and how many rows of the path come after it (`none` if none).
+void zb_last_block(const int64_t* kept, const int64_t* counts, const int64_t* ends, int64_t B, int64_t N, int64_t P, int64_t none,
+                   int64_t* block, int64_t* ahead) {
+    for (int64_t b = 0; b < B; b++, kept += N, ends += P) {
+        block[b] = 0;
+        ahead[b] = none;
+        for (int64_t i = counts[b] - 1; i >= 0 && ahead[b] == none; i--)
+            if (const int64_t* end = std::find(ends, ends + P, kept[i]); end != ends + P) {
+                block[b] = end - ends;
+                ahead[b] = counts[b] - 1 - i;
+            }
+    }
+}
 }
 
 // Returns 0, or the bytes that the workspace must have.

@@ -216,6 +216,8 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_verify_tree.restype = None
         library.zb_tree_rows.restype = None
         library.zb_block_tree.restype = None
+        library.zb_tree_and_blocks.restype = None
+        library.zb_last_block.restype = None
         library.zb_read_sum.restype = ctypes.c_float
         library.zb_instruction_set.restype = ctypes.c_char_p
         library.zb_key_unit.restype = ctypes.c_int64
@@ -452,6 +454,39 @@ def block_tree(
         *(ctypes.c_void_p(x.data_ptr()) for x in (*out, visible, worth)),
     )
     return out[0], out[1], out[2], visible, worth
+
+
+def tree_and_blocks(
+    tree: Sequence[Tensor], worth: Tensor, drawn: Tensor | None, proposals: int, block: int, mask: int
+) -> tuple[Tensor, ...]:
+    """`models.trees.tree_and_blocks` in one call: the ids, positions, parents [B, N] and
+    visible [B, N, N] of a tree, its worth [B, N] and, or None, the chances [N] to end at its rows -> the ends
+    [B, proposals]; ids, positions, parents, masks [B, R] and visible [B, R, R]."""
+    batch, count = worth.shape
+    rows = count + proposals * block
+    given = [x.contiguous() for x in (*tree, worth)]
+    ends, out = torch.empty(batch, proposals, dtype=torch.int64), torch.empty(4, batch, rows, dtype=torch.int64)
+    visible = torch.empty(batch, rows, rows, dtype=torch.bool)
+    _library().zb_tree_and_blocks(
+        *(ctypes.c_void_p(x.data_ptr()) for x in given),
+        None if drawn is None else ctypes.c_void_p(drawn.data_ptr()),
+        *(ctypes.c_int64(n) for n in (batch, count, proposals, block, mask)),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (ends, *out, visible)),
+    )
+    return ends, *out, visible
+
+
+def last_block(kept: Tensor, counts: Tensor, ends: Tensor, none: int) -> tuple[Tensor, Tensor]:
+    """For accepted paths, rows kept [B, N] of which counts [B] are real, and rows `ends` [B, P] that blocks stand
+    behind: which block is the last on the path, and how many rows of the path come after it; 0 and `none` where there
+    is none."""
+    given, found = [x.contiguous() for x in (kept, counts, ends)], torch.empty(2, len(kept), dtype=torch.int64)
+    _library().zb_last_block(
+        *(ctypes.c_void_p(x.data_ptr()) for x in given),
+        *(ctypes.c_int64(n) for n in (len(kept), kept.shape[1], ends.shape[1], none)),
+        *(ctypes.c_void_p(x.data_ptr()) for x in found),
+    )
+    return found[0], found[1]
 
 
 def read_sum(x: Tensor, passes: int = 1, streams: int = 8) -> float:

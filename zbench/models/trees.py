@@ -62,6 +62,41 @@ class BlockTree:
         return rows, torch.cat([torch.zeros_like(worth[:, :1]), worth], 1)
 
 
+def tree_and_blocks(
+    tree: Rows, worth: Tensor, drawn: Tensor | None, proposals: int, block: int, mask: int
+) -> tuple[Rows, Tensor]:
+    """A tree with a block of masks behind each of the `proposals` rows at which a path is likeliest to end, and these
+    rows [B, proposals], ascending.
+
+    With w the chance that a path reaches a row (`worth` [B, N] is its log), it ends there with w(v) less the sum of w
+    over the row's children; `drawn` [N] says it outright.
+    """
+    if worth.device.type == "cpu" and cpu.available():
+        fields = (tree.ids, tree.positions, tree.parents, tree.visible)
+        ends, ids, positions, parents, masks, visible = cpu.tree_and_blocks(
+            fields, worth, drawn, proposals, block, mask
+        )
+        return Rows(ids, positions, parents, visible, masks=masks), ends
+    reached = worth.exp()
+    chances = reached.scatter_add(1, tree.parents[:, 1:], -reached[:, 1:]) if drawn is None else drawn.expand_as(worth)
+    ends = chances.sort(dim=1, descending=True, stable=True).indices[:, :proposals].sort(1).values
+    return Rows.tree_and_blocks(tree, ends, block, mask), ends
+
+
+def last_block(kept: Tensor, counts: Tensor, ends: Tensor, none: int) -> tuple[Tensor, Tensor]:
+    """For accepted paths, rows kept [B, N] of which counts [B] are real, and rows `ends` [B, P] that blocks stand
+    behind: which block is the last on the path, and how many rows of the path come after it; 0 and `none` where there
+    is none."""
+    if kept.device.type == "cpu" and cpu.available():
+        return cpu.last_block(kept, counts, ends, none)
+    blocks = torch.full_like(kept, -1)
+    blocks.scatter_(1, ends, torch.arange(ends.shape[1], device=ends.device).expand_as(ends))
+    along = torch.where(kept >= 0, blocks.gather(1, kept.clamp(min=0)), -1)
+    place = torch.where(along >= 0, torch.arange(kept.shape[1], device=kept.device), -1).amax(1)
+    block = along.gather(1, place.clamp(min=0)[:, None])[:, 0].clamp(min=0)
+    return block, torch.where(place >= 0, counts - 1 - place, none)
+
+
 def best_rows(
     last: Tensor, lengths: Tensor, ids: Tensor, scores: Tensor, parents: Tensor, tokens: int, depth: int
 ) -> Rows:
