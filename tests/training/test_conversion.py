@@ -3,6 +3,7 @@ a few conversations by heart: they are its own text then, and it drafts whole bl
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from zbench.models.model import build
 from zbench.training.conversion import Conversion, ConversionSettings, tiled_blocks, unused_token
 from zbench.training.corpus import Conversation
 from zbench.training.target import Batch, Read, Target
-from zbench.training.trainer import Settings, train
+from zbench.training.trainer import LOG, Settings, train
 
 BLOCK, MASK = 4, 299
 
@@ -118,6 +119,28 @@ def test_the_mask_is_a_token_that_no_text_has() -> None:
             unused_token(text, config, wrong)
     with pytest.raises(UserError, match="no mask token"):
         Conversion(memory.target("smollm"), ConversionSettings())
+
+
+def test_the_log_begins_with_what_the_original_did(tmp_path: Path) -> None:
+    """Else nobody can tell how much a conversion has forgotten."""
+    target, corpus, said = memory.target("smollm"), memory.corpus("smollm"), list[str]()
+    objective = Conversion(target, ConversionSettings(block=BLOCK, mask_id=MASK))
+    batch = Batch.of(sorted(corpus.part(held_out=True), key=lambda c: len(c.ids)))
+    read = Read.of_text(batch)
+    with torch.no_grad():
+        before = objective.score(read, torch.Generator().manual_seed(0), evaluate=True).parts
+    settings = Settings(batch=6, rate=3e-3, steps=2)
+    train(objective, target, corpus, tmp_path, settings, say=said.append)
+    lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
+    assert [(line["step"], line["tokens"] > 0) for line in lines] == [(0, False), (1, True), (2, True)]
+    for part, value in before.items():
+        assert lines[0][f"held_out_loss_{part}"] == pytest.approx(value.item(), rel=1e-5)
+        assert lines[-1][f"held_out_loss_{part}"] < value.item()
+    first, last = (line["held_out_loss_autoregressive"] for line in (lines[0], lines[-1]))
+    steps = [line for line in said if line.startswith("step ")]
+    assert len(steps) == 3 and f"autoregressive {first:.3f}" in steps[0] and f"autoregressive {last:.3f}" in steps[-1]
+    train(objective, target, corpus, tmp_path, replace(settings, steps=4), resume=True)
+    assert [json.loads(line)["step"] for line in (tmp_path / LOG).read_text().splitlines()] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow

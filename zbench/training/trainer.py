@@ -144,6 +144,11 @@ def train(
     test_reader = Reader(target, objective, tests, reads, settings.keep)
     first, order = state.step, batch_order(len(batches), settings.seed, state.step * world.size)
     seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
+    lines: list[dict[str, Any]] = []  # for the log, with the next checkpoint
+    if world.rank == 0 and state.step == 0 and not objective.asks:  # a model that changes was something before
+        before = evaluate(objective, test_reader, settings.seed)
+        lines.append(before | {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None})
+        say(f"step 0, before training: held out {_said(before)}")
     began = time.monotonic() - seconds_before
 
     def clock() -> float:
@@ -166,7 +171,8 @@ def train(
                 last |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
             evaluated = state.seconds = clock()
             if world.rank == 0:
-                _save(objective, optimizer, settings, state, last, out, world.size)
+                _save(objective, optimizer, settings, state, [*lines, last], out, world.size)
+                lines.clear()
                 say(f"step {state.step}, {state.tokens} tokens: held out {_said(last)}")
         rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
         advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
@@ -370,7 +376,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     state: _State,
-    evaluation: dict[str, Any],
+    evaluations: Sequence[dict[str, Any]],
     out: Path,
     ranks: int,
 ) -> None:
@@ -385,7 +391,7 @@ def _save(
     try:
         objective.save(out)
         with (out / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(evaluation) + "\n")
+            log.writelines(json.dumps(evaluation) + "\n" for evaluation in evaluations)
         save_whole(out / STATE, tensors)
         stored = {**_identity(objective, settings, ranks), "state": asdict(state)}
         atomic_write(out / PROGRESS, json.dumps(stored, indent=1))
@@ -434,7 +440,9 @@ def _identity(objective: Objective, settings: Settings, ranks: int) -> dict[str,
 
 def _said(evaluation: dict[str, Any]) -> str:
     places = " ".join(f"{x:.2f}" for x in evaluation["reached"])
-    loss = f"loss {evaluation['held_out_loss']:.3f}"
+    start = "held_out_loss_"
+    parts = [f"{name.removeprefix(start)} {x:.3f}" for name, x in evaluation.items() if name.startswith(start)]
+    loss = f"loss {evaluation['held_out_loss']:.3f}" + (f" ({', '.join(parts)})" if parts else "")
     return f"{loss}, {evaluation['accepted']:.2f} tokens per step (reached: {places})" if places else loss
 
 
