@@ -211,14 +211,17 @@ class MaskAdapter:
 
 
 def add_low_rank(y: Tensor, x: Tensor, pair: LowRank | None, is_mask: Tensor | None) -> Tensor:
-    """y [B, R, out] plus B A x where is_mask [B, R, 1], x [B, R, in]; other rows stay, bit by bit.
+    """y [B, R, out], whose memory it takes, plus B A x where is_mask [B, R, 1], x [B, R, in]; other rows have zeros
+    added and stay, bit by bit.
 
     All rows are multiplied: to pick the masks would need their number, for which the host would wait for the device.
     """
     if pair is None or is_mask is None:
         return y
     a, b = pair
-    return torch.where(is_mask, y + F.linear(F.linear(x, a), b), y)
+    inner = F.linear(x, a) * is_mask  # the narrow side: a pass over y costs a kernel more, and its traffic
+    y.view(-1, y.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), b.t())
+    return y
 
 
 def _outputs(target: ModelConfig) -> dict[str, int]:
