@@ -292,9 +292,22 @@ def test_a_position_that_no_step_reached_has_no_conditional_acceptance(measure: 
     assert rows["spec", "conditional_at", "2"].value is None
 
 
-def test_the_positions_of_a_tree_are_its_depths(measure: Any) -> None:
-    rows = measure([trial(), verifying([2])], [cell(), cell("spec", "tree", options={"depth": 2})])
-    assert [part for _, name, part in rows if name == "acceptance_at" and part] == ["1", "2"]
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [
+        ({"depth": 2}, 2),
+        ({"block": 4, "tokens": 9}, 3),
+        ({"block_size": 3, "tokens": 9}, 2),
+        ({"block": 8, "tokens": 3}, 3),
+        ({"block": None, "tokens": 9}, 2),  # the drafter's own: as far as was seen
+        ({"block": 4, "tokens": None}, 3),
+    ],
+)
+def test_the_positions_of_a_tree_are_its_depths(measure: Any, options: dict[str, Any], longest: int) -> None:
+    offered = [options.get("tokens") or 3] * 2
+    rows = measure([trial(), verifying([2, 1], offered=offered)], [cell(), cell("spec", "tree", options=options)])
+    positions = [part for _, name, part in rows if name == "acceptance_at" and part]
+    assert positions == [str(i) for i in range(1, longest + 1)]
 
 
 @settings(max_examples=25, deadline=None)

@@ -191,7 +191,11 @@ class Cell:
     @property
     def depth(self) -> int:
         """The longest path of drafts a step can accept; a tree drafts more tokens than that."""
-        return int(self.record.options.get("depth") or self.seen_verifies["drafted"].max())
+        options, drafted = self.record.options, int(self.seen_verifies["drafted"].max())
+        if options.get("depth") or options.get("tokens") is None:
+            return int(options.get("depth") or drafted)
+        block = options.get("block") or options.get("block_size")  # null: the drafter's, which the record does not say
+        return min(drafted, block - 1 if block else int(self.seen_verifies["accepted"].max()))
 
     @property
     def pairs(self) -> pd.DataFrame:
