@@ -238,7 +238,9 @@ engines:
   - {name: autoregressive, execution: eager, label: eager}
   - {name: eagle3, drafter: {random: true}, depth: 2, top_k: 2, execution: MODE}
   - {name: dflash, drafter: {random: true, layers: 1}, block: 3, execution: MODE}
+  - {name: dflash, drafter: {random: true, layers: 1}, block: 3, tokens: 4, execution: MODE}
   - {name: diffusion, block_size: 3, proposals: 2, adapter: {random: true}, execution: MODE}
+  - {name: diffusion, block_size: 3, tokens: 3, proposals: 2, adapter: {random: true}, execution: MODE}
 prompts: {set: quickstart, limit: 2}
 context: 12
 output_tokens: 8
