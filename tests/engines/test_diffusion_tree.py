@@ -284,6 +284,20 @@ def test_a_tree_without_alternatives_is_the_chain() -> None:
     assert [f.rows for f in found[0][2]] == [f.rows for f in found[1][2]]
 
 
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)])
+def test_drawn_acceptance_that_ends_behind_no_block_goes_on_without_drafts(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runtime("smollm", "eager")
+    if not native:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    drawn = synthetic.parse({"rates": [0.45, 1.0, 1.0]}, 3)  # the one block stands behind no draft at all
+    engine = DiffusionTree(model, MASK, 4, 5, 1, synthetic=drawn)
+    _, steps, _ = metered(engine, prompts(6), Request(60, GREEDY, (0,)))
+    seen = {(step.drafted[0], step.committed[0], step.covered[0]) for step in steps[1:-1]}
+    assert seen == {(5, 1, True), (5, 4, False), (0, 1, True)}
+
+
 @pytest.mark.parametrize("tokens", [4, 9])
 def test_synthetic_acceptance_decides_how_much_a_step_gains(tokens: int) -> None:
     model, ids = runtime("smollm", "auto"), prompts(6, 9)

@@ -92,8 +92,9 @@ class DiffusionTree:
         tree, worth, proposals = state.tree, state.worth, self.proposals
         if not state.drafted:
             tree, worth, proposals = Rows.chain(state.last[:, None], state.cache.lengths), worth[:, :1], 1
-        rows, ends = tree_and_blocks(tree, worth, self._drawn, proposals, self.masks, self.mask_id)
         count = tree.ids.shape[1]
+        drawn = None if self._drawn is None else self._drawn[:count]
+        rows, ends = tree_and_blocks(tree, worth, drawn, proposals, self.masks, self.mask_id)
         at_once = rows.ids.numel() <= ONE_HEAD_ROWS
         out = meter.forward(
             model,
