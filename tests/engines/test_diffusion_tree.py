@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.engines.lossless import ALPHA, assert_cache_is_fresh, decode, first_tokens, joint, p_value, small_model
+from tests.engines.lossless import ALPHA, CPU, assert_cache_is_fresh, decode, first_tokens, joint, p_value, small_model
 from tests.engines.test_diffusion import (
     EXECUTIONS,
     GREEDY,
@@ -26,7 +26,7 @@ from tests.engines.test_diffusion import (
     wrong,
 )
 from tests.tiny import FAMILIES, runtime
-from zbench.engines import synthetic
+from zbench.engines import Shared, synthetic
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
 from zbench.engines.diffusion import Diffusion
@@ -34,6 +34,8 @@ from zbench.engines.diffusion_tree import DiffusionTree
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.kernels import cpu
+from zbench.models import loading, zoo
+from zbench.models.adapter import MaskAdapter, load_adapter
 from zbench.models.model import Model
 from zbench.models.rows import Rows
 from zbench.models.trees import BlockTree, last_block, tree_and_blocks
@@ -266,6 +268,48 @@ def test_the_last_block_of_a_path_is_found_natively_as_by_torch(data: Any) -> No
         on_path = [i for i, row in enumerate(path) if row in behind]
         want = (behind.index(path[on_path[-1]]), len(path) - 1 - on_path[-1]) if on_path else (0, 99)
         assert (int(native[0][b]), int(native[1][b])) == (int(torchs[0][b]), int(torchs[1][b])) == want
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_the_masks_that_predict_what_follows_are_the_same_alone_and_in_a_batch(shift: int) -> None:
+    model, adapter = adapted("eager", shift=shift)
+    engine, count = DiffusionTree(model, MASK, 4, 5, 3, adapter), 6
+    rows = torch.arange(count + 3 * (4 - shift))[None, :, None]
+    for block in range(3):
+        for ahead in range(4):
+            given = torch.tensor([block]), torch.tensor([ahead])
+            alone = engine._chosen(rows, count, *given)
+            both = engine._chosen(rows.expand(2, -1, -1), count, *(x.expand(2) for x in given))
+            useful = 3 - ahead  # the mask at place k stands for the (k + shift)-th token after the block's end
+            want = [count + block * (4 - shift) + 1 - shift + ahead + k for k in range(useful)]
+            assert alone[0, :useful, 0].tolist() == both[0, :useful, 0].tolist() == both[1, :useful, 0].tolist() == want
+
+
+def test_trees_of_a_trained_adapter_gain_more_than_its_chain_on_as_many_rows() -> None:
+    model = Shared(loading.load("zbench-tiny", "float32"), torch.float32, CPU).target("auto")
+    adapter = MaskAdapter(
+        load_adapter(zoo.drafter("zbench-tiny-tidar", "adapter"), model.config),
+        model.config,
+        torch.float32,
+        model.device,
+    )
+    generator = torch.Generator().manual_seed(0)
+    ids, request = (
+        [torch.randint(97, 122, (9,), generator=generator).tolist() for _ in range(12)],
+        Request(48, GREEDY, (0,)),
+    )
+    mask, gained = model.config.vocab - 1, []
+    for options in ({}, {"tokens": 3}, {"tokens": 12}):
+        kind = DiffusionTree if options else Diffusion
+        found = [metered(kind(model, mask, 4, **options, adapter=adapter), [prompt], request) for prompt in ids]
+        assert [outputs for outputs, _, _ in found] == [
+            decode(Autoregressive(model), [p], request).outputs for p in ids
+        ]
+        rows = {f.rows for _, _, forwards in found for f in forwards if f.role == "draft+verify"}
+        assert rows == {1 + options.get("tokens", 3) + 3 * (1 + options.get("tokens", 3))}
+        steps = [step for _, all_steps, _ in found for step in all_steps[1:]]
+        gained.append(sum(step.committed[0] for step in steps) / len(steps))
+    assert gained == sorted(gained) and gained[1] > 1.02 * gained[0]
 
 
 def test_a_tree_without_alternatives_is_the_chain() -> None:
