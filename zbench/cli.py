@@ -35,8 +35,8 @@ class Commands(click.Group):
                 if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other ranks say the same
                     click.echo(f"zbench: {line}", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("zbench: interrupted", err=True)
+        except KeyboardInterrupt as stopped:
+            click.echo(f"zbench: interrupted{f'; {stopped}' if str(stopped) else ''}", err=True)
             sys.exit(INTERRUPTED)
 
 
@@ -1101,6 +1101,8 @@ def _trained(name: str, kind: Any) -> Path:
 
 
 def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
+    import signal
+
     import torch
     from rich.console import Console
 
@@ -1115,6 +1117,8 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
         torch.set_num_threads(options["threads"])
     if (options["steps"] is None) == (options["minutes"] is None):
         raise UserError("say how long to train: --minutes or --steps")
+    if not ranks.launched():  # torchrun ends the others so where a rank died, which is no interruption
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True, quiet=not ranks.is_first())
     given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
     with ranks.joined("the last checkpoint is kept, continue with --resume") as world:

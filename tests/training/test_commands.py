@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from click.testing import Result
 
 from tests.test_cli import refused, zbench
 from tests.tiny import oracle
 from zbench.models import adapter, dflash, eagle3, families, loading
 from zbench.models.tokenizer import byte_tokenizer
+from zbench.training import data
+from zbench.training.corpus import INDEX, VERSION, Conversation, Role, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +26,52 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     oracle("smollm").save_pretrained(made)
     byte_tokenizer(families.from_hf(oracle("smollm").config.to_dict())).save_pretrained(made)
     return made
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of a few random conversations."""
+    made = tmp_path_factory.mktemp("corpus")
+    generator, roles = torch.Generator().manual_seed(0), torch.tensor([Role.PROMPT] * 6 + [Role.ANSWER] * 18)
+    conversations = [
+        Conversation(torch.randint(3, 290, (24,), generator=generator), roles, number, held_out=number == 0)
+        for number in range(5)
+    ]
+    index = {"version": VERSION, "model": "tiny", "weights": loading.load({"path": str(folder)}).weights_hash}
+    shards = [write_shard(made, 0, conversations)]
+    settings = asdict(data.Settings())
+    (made / INDEX).write_text(json.dumps({**index, "settings": settings, "counts": {}, "shards": shards}))
+    return made
+
+
+def training(folder: Path, written: Path, *arguments: object) -> Result:
+    shared = ["--model", folder, "--data", written, "--batch", 2, "--dtype", "float32", "--device", "cpu"]
+    return zbench("train", *arguments, *shared)
+
+
+def test_ctrl_c_keeps_every_step_and_says_so(
+    folder: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = torch.optim.AdamW.step, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        step(*arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    asked = ["tidar", "--rank", 2, "--steps", 50, "--out", tmp_path / "out"]
+    stopped = training(folder, written, *asked)
+    assert stopped.exit_code == 130
+    said = f"zbench: interrupted; {tmp_path / 'out'} has all 3 steps, continue with --resume"
+    assert [line for line in stopped.stderr.splitlines() if line.startswith("zbench: ")] == [said]
+    asked[asked.index(50)] = 4
+    resumed = training(folder, written, *asked, "--resume")
+    assert resumed.exit_code == 0 and json.loads(resumed.stdout)["step"] == 4
+    again = training(folder, written, *asked, "--resume")
+    assert again.exit_code == 0 and again.stdout == resumed.stdout
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 All randomness follows from the seed and the number of the step, so that a run that was interrupted goes on as if it
 had not been: bit by bit where its length was given in steps. Where it was given in minutes, the learning rate follows
-the clock.
+the clock. Evaluations and checkpoints draw from no random numbers of training's, so it does not matter when they come.
 
 Several ranks (`zbench.ranks`, started by torchrun) take the batches of one order in turn, and step on the mean gradient
 of what they learn from: what one process does with their batches joined. Rank 0 alone evaluates, writes and speaks.
@@ -15,8 +15,11 @@ import json
 import math
 import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +93,7 @@ class Settings:
     minutes: float | None = None
     longest: int = 640  # tokens of a conversation that are used
     keep: float = 6.0  # gigabytes of disk for what the target said about batches
-    evaluate_every: float = 300.0  # seconds, or a tenth of `minutes` if that is less; with `steps`, a tenth of them
+    evaluate_every: float = 300.0  # seconds, or a tenth of the run if that is less
     held_out: int = 32  # conversations to evaluate on
 
 
@@ -114,7 +117,8 @@ def train(
 ) -> dict[str, Any]:
     """Train into `out`, which holds what was trained after every evaluation; returns the last evaluation, on rank 0.
 
-    Raises UserError where there is nothing to resume, or what is there is of another run.
+    Raises UserError where there is nothing to resume, or what is there is of another run. On KeyboardInterrupt one
+    process writes what it has and raises it again with the words for it; several ranks have their last checkpoint.
     """
     world = world or World()
     if world.rank:
@@ -136,7 +140,6 @@ def train(
 
     state = world.together(begin)  # a rank that does not see the folder must not leave the others waiting
     learners = Learners(world, target.device)
-    say(estimate(objective, target, settings, world.size))
     batches = form_batches(training, settings.batch, settings.seed)
     reads = (corpus.folder or out) / READS
     reader = Reader(target, objective, batches, reads, settings.keep)
@@ -144,32 +147,60 @@ def train(
     test_reader = Reader(target, objective, tests, reads, settings.keep)
     first, order = state.step, batch_order(len(batches), settings.seed, state.step * world.size)
     seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
-    began = time.monotonic() - seconds_before
+    began, saved = time.monotonic() - seconds_before, state.step
+
+    def evaluation(loss: float | None) -> dict[str, Any]:
+        told = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
+        return evaluate(objective, test_reader, settings.seed) | told
+
+    def keep(*evaluations: dict[str, Any]) -> None:
+        nonlocal saved
+        with _whole():
+            _save(objective, optimizer, settings, state, evaluations, out, world.size)
+            saved = state.step
+        for each in evaluations:
+            say(f"step {state.step}, {state.tokens} tokens: held out {_said(each)}")
 
     def clock() -> float:
         """Rank 0's, that all go through the same schedule."""
         return world.told(time.monotonic() - began)
 
-    while (share := _share(state, settings)) < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * schedule(share, settings)
-        read = reader.read([next(order) for _ in range(world.size)][world.rank])
-        loss, tokens = _step(objective, optimizer, read, settings, state.step, learners)
-        state.step, state.tokens = state.step + 1, state.tokens + tokens
-        state.seconds = clock()
-        share = _share(state, settings)
-        if state.step == first + _TIMED:
-            say(forecast(state.seconds - seconds_before, share, settings))
-        if share >= 1.0 or _due(state, evaluated, settings):
-            if world.rank == 0:
-                last = evaluate(objective, test_reader, settings.seed)
-                last |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
-            evaluated = state.seconds = clock()
-            if world.rank == 0:
-                _save(objective, optimizer, settings, state, last, out, world.size)
-                say(f"step {state.step}, {state.tokens} tokens: held out {_said(last)}")
-        rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
-        advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
+    try:
+        if _share(state, settings) >= 1.0 and world.rank == 0:
+            say(f"this run is over after {state.step} steps; to go on, give it more --steps or --minutes")
+            last = _logged(out, state.step)
+            if not last:  # it was interrupted before its last evaluation
+                last = evaluation(None)
+                keep(last)
+        else:
+            say(estimate(objective, target, settings, world.size))
+        while (share := _share(state, settings)) < 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate * schedule(share, settings)
+            read = reader.read([next(order) for _ in range(world.size)][world.rank])
+            loss, tokens = _learn(objective, optimizer, read, settings, state.step, learners)
+            with _whole():
+                optimizer.step()
+                state.step, state.tokens = state.step + 1, state.tokens + tokens
+            state.seconds = clock()
+            share = _share(state, settings)
+            if state.step == first + _TIMED:
+                say(forecast(state.seconds - seconds_before, share, settings))
+            if share >= 1.0 or _due(state, evaluated, settings):
+                if world.rank == 0:
+                    last = evaluation(loss)
+                evaluated = state.seconds = clock()
+                if world.rank == 0:
+                    keep(last)
+            rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
+            advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
+    except KeyboardInterrupt as stopped:
+        # Another rank may be anywhere, and the first to be interrupted ends them all.
+        if world.size > 1 or not state.step:
+            raise
+        if state.step > saved:
+            keep()
+        raise KeyboardInterrupt(f"{out} has all {state.step} steps, continue with --resume") from stopped
     return last
 
 
@@ -200,7 +231,27 @@ class Learners:
         return sum(one[1] for one in said) / whole, sum(one[2] for one in said)
 
 
-def _step(
+@contextmanager
+def _whole() -> Iterator[None]:
+    """What happens within is not cut short: a Ctrl-C or SIGTERM comes when it is done."""
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here, and handlers cannot be set
+        yield
+        return
+    came: list[int] = []
+    usual = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+def _learn(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     read: Read,
@@ -208,6 +259,7 @@ def _step(
     step: int,
     learners: Learners,
 ) -> tuple[float, int]:
+    """Gradients of one step, over all ranks; returns loss and tokens."""
     # The same on all ranks, so that they do the same amount of work.
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     scores = objective.score(read, generator)
@@ -215,7 +267,6 @@ def _step(
     scores.loss.backward()
     loss, tokens = learners.mean(list(objective.parameters.values()), scores)
     torch.nn.utils.clip_grad_norm_(list(objective.parameters.values()), settings.clip)
-    optimizer.step()
     return loss, tokens
 
 
@@ -342,10 +393,11 @@ def estimate(objective: Objective, target: Target, settings: Settings, ranks: in
 
 def _due(state: _State, evaluated: float, settings: Settings) -> bool:
     """Whether to evaluate after this step; `evaluated` is when that was done last, in seconds of training."""
+    late = state.seconds - evaluated >= settings.evaluate_every
     if settings.steps:
-        return state.step % max(settings.steps // 10, 1) == 0
+        return late or state.step % max(settings.steps // 10, 1) == 0
     assert settings.minutes is not None
-    return state.step == _FIRST or state.seconds - evaluated >= min(settings.evaluate_every, 6 * settings.minutes)
+    return late or state.step == _FIRST or state.seconds - evaluated >= 6 * settings.minutes
 
 
 def forecast(seconds: float, share: float, settings: Settings) -> str:
@@ -370,7 +422,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     state: _State,
-    evaluation: dict[str, Any],
+    evaluations: Sequence[dict[str, Any]],
     out: Path,
     ranks: int,
 ) -> None:
@@ -385,12 +437,21 @@ def _save(
     try:
         objective.save(out)
         with (out / LOG).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(evaluation) + "\n")
+            log.writelines(json.dumps(evaluation) + "\n" for evaluation in evaluations)
         save_whole(out / STATE, tensors)
         stored = {**_identity(objective, settings, ranks), "state": asdict(state)}
         atomic_write(out / PROGRESS, json.dumps(stored, indent=1))
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+
+
+def _logged(out: Path, step: int) -> dict[str, Any]:
+    """The evaluation after that step, if it is the last that was written; else nothing."""
+    try:
+        last = json.loads((out / LOG).read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return last if last["step"] == step else {}
 
 
 def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
