@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
 from zbench.training.losses import head_loss, sampled_head
 from zbench.training.target import Batch, Read, Target
 from zbench.training.tidar import Tidar, TidarSettings
-from zbench.training.trainer import LOG, PROGRESS, STATE, Objective, Reader, Settings, schedule, train
+from zbench.training.trainer import LOG, PROGRESS, READS, STATE, Objective, Reader, Settings, State, schedule, train
 
 
 @pytest.mark.parametrize("rows", [5, 600])  # within a chunk, and over several
@@ -290,6 +291,40 @@ def test_reads_of_batches_of_one_shape_are_kept_apart(tmp_path: Path) -> None:
             for tap, hidden in wanted.hidden.items():
                 torch.testing.assert_close(found.hidden[tap], hidden, rtol=0, atol=0)
             assert torch.equal(found.top_ids, wanted.top_ids) and torch.equal(found.top_probs, wanted.top_probs)
+
+
+@pytest.mark.parametrize("name", ["tidar", "eagle3", "full"])
+def test_the_estimate_of_the_disk_is_what_is_then_used(name: str, tmp_path: Path) -> None:
+    target, said = memory.target("smollm"), list[str]()
+    once = [c for c in memory.corpus("smollm").conversations if c.held_out == (c.hash > 3)]
+    corpus, settings = Corpus({}, tuple(once), tmp_path), Settings(batch=2, steps=2)  # two batches, and one of tests
+    train(objectives(corpus)[name], target, corpus, tmp_path / "out", settings, say=said.append)
+    kept = sum(file.stat().st_size for file in (tmp_path / READS).glob("*"))
+    if name == "full":
+        assert kept == 0 and "disk" not in said[0]
+        return
+    found = re.search(r"about (\d+) kB of disk", said[0])
+    assert found and int(found[1]) == pytest.approx(kept / 1e3, rel=0.05)
+    few = replace(settings, keep=5e-6)
+    said.clear()
+    train(objectives(corpus)[name], target, corpus, tmp_path / "few", few, say=said.append)
+    assert "about 5 kB of disk" in said[0]
+
+
+def test_sizes_and_times_are_said_in_units_that_fit() -> None:
+    assert [trainer.size(x) for x in (5_400, 8_400_000, 2_440_000_000)] == ["5 kB", "8 MB", "2.4 GB"]
+    times = [trainer.duration(x) for x in (0.0123, 1.66, 45.0, 400.0, 9000.0)]
+    assert times == ["0.012 s", "1.7 s", "45 s", "7 minutes", "2.5 hours"]
+
+
+def test_the_forecast_is_of_what_is_still_to_come() -> None:
+    state = State(step=103, seconds=300.0)
+    assert trainer.forecast(30.0, state, Settings(steps=200)) == (
+        "10 s per step while all is new to the target: 97 more take 16 minutes at most"
+    )
+    assert trainer.forecast(30.0, state, Settings(minutes=10)) == (
+        "10 s per step while all is new to the target: at least 30 more in the 5 minutes left"
+    )
 
 
 def test_a_full_disk_share_keeps_nothing(tmp_path: Path) -> None:

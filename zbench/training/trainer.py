@@ -98,7 +98,9 @@ class Settings:
 
 
 @dataclass(slots=True)
-class _State:
+class State:
+    """How far a run is."""
+
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0  # drafted in training
@@ -131,12 +133,12 @@ def train(
         raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
     optimizer = torch.optim.AdamW(list(objective.parameters.values()), settings.rate, (0.9, 0.95), weight_decay=0.0)
 
-    def begin() -> _State:
+    def begin() -> State:
         if resume:
             return _restore(objective, optimizer, settings, out, world.size)
         if (out / PROGRESS).exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or choose another folder")
-        return _State()
+        return State()
 
     state = world.together(begin)  # a rank that does not see the folder must not leave the others waiting
     learners = Learners(world, target.device)
@@ -173,7 +175,9 @@ def train(
                 last = evaluation(None)
                 keep(last)
         else:
-            say(estimate(objective, target, settings, world.size))
+            reading = min((settings.steps or math.inf) * world.size / len(batches), 1.0)  # share of the batches
+            disk = min(reading * reader.to_keep() + test_reader.to_keep(), 1e9 * settings.keep)
+            say(estimate(objective, target, settings, disk, world.size))
         while (share := _share(state, settings)) < 1.0:
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate * schedule(share, settings)
@@ -184,8 +188,8 @@ def train(
                 state.step, state.tokens = state.step + 1, state.tokens + tokens
             state.seconds = clock()
             share = _share(state, settings)
-            if state.step == first + _TIMED:
-                say(forecast(state.seconds - seconds_before, share, settings))
+            if state.step == first + _TIMED and share < 1.0:
+                say(forecast(state.seconds - seconds_before, state, settings, objective.asks))
             if share >= 1.0 or _due(state, evaluated, settings):
                 if world.rank == 0:
                     last = evaluation(loss)
@@ -366,13 +370,35 @@ class Reader:
                 self._room = 0.0
         return read
 
+    def to_keep(self) -> int:
+        """Bytes of disk that would hold all that is read."""
+        objective, c, itemsize = self.objective, self.target.config, self.target.dtype.itemsize
+        if not objective.asks or not self._keeps:
+            return 0
+        each = len(objective.capture) * c.width * itemsize + 8 * min(TOP, c.vocab)
+        each += 2 * c.layers * c.kv_heads * c.head_dim * itemsize if objective.context else 0
+        return each * sum(batch.ids.numel() for batch in self.batches)
+
     def _name(self, batch: Batch) -> str:
         told = self._of + repr(tuple(batch.ids.shape)).encode()
         text = (batch.ids.numpy().tobytes(), batch.answer.numpy().tobytes())
         return hashlib.sha256(told + b"".join(text)).hexdigest()[:32]
 
 
-def estimate(objective: Objective, target: Target, settings: Settings, ranks: int = 1) -> str:
+def size(count: float) -> str:
+    """Bytes, for people."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def estimate(objective: Objective, target: Target, settings: Settings, disk: float, ranks: int = 1) -> str:
     """What training will need (each rank of several), before it starts. How long a step takes, the first ones tell."""
     c, itemsize = target.config, target.dtype.itemsize
     learned = sum(p.numel() for p in objective.parameters.values())
@@ -382,16 +408,17 @@ def estimate(objective: Objective, target: Target, settings: Settings, ranks: in
     per_row = 10 * c.width + 6 * c.ffn + 3 * c.heads * _CONTEXT
     rows, layers = objective.rows
     activations = settings.batch * rows * layers * per_row * itemsize
-    length = f"{settings.steps} steps" if settings.steps else f"{settings.minutes:g} minutes"
-    kept = f", up to {settings.keep:g} GB of disk for what the target said" if objective.asks else ""
+    number, unit = (settings.steps, "step") if settings.steps else (settings.minutes, "minute")
+    length = f"{number:g} {unit}{'' if number == 1 else 's'}"
+    kept = f", about {size(disk)} of disk for what the target says" if disk else ""
     several = f" on {ranks} ranks, each with" if ranks > 1 else ";"
     return (
-        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}{several} {state / 1e9:.1f} GB of "
-        f"weights and optimiser, about {activations / 1e9:.1f} GB of activations{kept}"
+        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}{several} {size(state)} of "
+        f"weights and optimiser, about {size(activations)} of activations{kept}"
     )
 
 
-def _due(state: _State, evaluated: float, settings: Settings) -> bool:
+def _due(state: State, evaluated: float, settings: Settings) -> bool:
     """Whether to evaluate after this step; `evaluated` is when that was done last, in seconds of training."""
     late = state.seconds - evaluated >= settings.evaluate_every
     if settings.steps:
@@ -400,16 +427,18 @@ def _due(state: _State, evaluated: float, settings: Settings) -> bool:
     return late or state.step == _FIRST or state.seconds - evaluated >= 6 * settings.minutes
 
 
-def forecast(seconds: float, share: float, settings: Settings) -> str:
-    """From what the first steps took, and how much of the run is over."""
+def forecast(seconds: float, state: State, settings: Settings, asks: bool = True) -> str:
+    """Of the steps to come, from what the first ones took."""
     each = seconds / _TIMED
-    steps = settings.steps or round(60 * (settings.minutes or 0) * (1 - share) / each) + _TIMED
-    return (
-        f"{each:.1f} s per step while all is new to the target: {steps} steps, {steps * each / 60:.0f} minutes at most"
-    )
+    said = f"{duration(each)} per step{' while all is new to the target' if asks else ''}: "
+    if settings.steps:
+        left = settings.steps - state.step
+        return said + f"{left} more take {duration(left * each)}{' at most' if asks else ''}"
+    time_left = 60 * (settings.minutes or 0) - state.seconds
+    return said + f"{'at least' if asks else 'about'} {time_left / each:.0f} more in the {duration(time_left)} left"
 
 
-def _share(state: _State, settings: Settings) -> float:
+def _share(state: State, settings: Settings) -> float:
     """How much of the run is over."""
     if settings.steps is not None:
         return state.step / settings.steps
@@ -421,7 +450,7 @@ def _save(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     settings: Settings,
-    state: _State,
+    state: State,
     evaluations: Sequence[dict[str, Any]],
     out: Path,
     ranks: int,
@@ -466,7 +495,7 @@ def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def _restore(
     objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings, out: Path, ranks: int
-) -> _State:
+) -> State:
     try:
         stored = {"ranks": 1, **json.loads((out / PROGRESS).read_text(encoding="utf-8"))}
         tensors = load_file(out / STATE)
@@ -475,7 +504,7 @@ def _restore(
     for key, value in _identity(objective, settings, ranks).items():
         if stored.get(key) != value:
             raise UserError(f"{out} was trained with another {key}: {stored.get(key)}, not {value}")
-    state = _State(**stored["state"])
+    state = State(**stored["state"])
     for name, parameter in objective.parameters.items():
         parameter.data.copy_(tensors[f"value/{name}"])
         optimizer.state[parameter] = {
