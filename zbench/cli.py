@@ -1000,6 +1000,9 @@ def train_tidar(block: int, short_block: int | None, rank: int, start: str | Non
     from zbench.models.adapter import load_adapter
     from zbench.training.tidar import Tidar, TidarSettings
 
+    if short_block and short_block > block:
+        raise UserError(f"--short-block {short_block} is longer than the blocks themselves, --block {block}")
+
     def objective(target: Any, corpus: Any, seed: int) -> Tidar:
         begun = load_adapter(_trained(start, "adapter"), target.config) if start else None
         return Tidar(target, TidarSettings(block=block, rank=rank, short_block=short_block), seed, begun)
@@ -1026,6 +1029,10 @@ def train_eagle3(draft_vocab: int | None, depth: int, ffn: int | None, start: st
     from zbench.training.eagle3 import Eagle3, Eagle3Settings
 
     def objective(target: Any, corpus: Any, seed: int) -> Eagle3:
+        if draft_vocab and draft_vocab > target.config.vocab:
+            raise UserError(
+                f"--draft-vocab {draft_vocab} is too large: the model has {target.config.vocab} tokens in all"
+            )
         begun = load_drafter(_trained(start, "eagle3"), target.config) if start else None
         vocab, width = (begun.config.draft_vocab, begun.config.layer.ffn) if begun else (4096, None)
         settings = Eagle3Settings(draft_vocab or vocab, depth, ffn=ffn or width)
@@ -1115,8 +1122,10 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    if (options["steps"] is None) == (options["minutes"] is None):
+    if options["steps"] is None and options["minutes"] is None:
         raise UserError("say how long to train: --minutes or --steps")
+    if options["steps"] is not None and options["minutes"] is not None:
+        raise UserError("--minutes and --steps are both given: how long to train is one of them")
     if not ranks.launched():  # torchrun ends the others so where a rank died, which is no interruption
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True, quiet=not ranks.is_first())

@@ -74,6 +74,35 @@ def test_ctrl_c_keeps_every_step_and_says_so(
     assert again.exit_code == 0 and again.stdout == resumed.stdout
 
 
+def test_a_draft_vocabulary_larger_than_the_models_is_refused(folder: Path, written: Path, tmp_path: Path) -> None:
+    asked = ["eagle3", "--steps", 1, "--depth", 1, "--out", tmp_path / "out"]
+    refused(training(folder, written, *asked, "--draft-vocab", 301), "--draft-vocab 301", "300 tokens")
+    assert training(folder, written, *asked, "--draft-vocab", 300).exit_code == 0
+
+
+def test_what_differs_from_the_run_that_is_resumed_is_named(folder: Path, written: Path, tmp_path: Path) -> None:
+    asked = ["--steps", 1, "--out", tmp_path / "out"]
+    assert training(folder, written, "eagle3", *asked, "--depth", 2, "--draft-vocab", 64).exit_code == 0
+
+    def again(*options: object) -> str:
+        resumed = training(folder, written, *options, *asked, "--resume")
+        refused(resumed)
+        return resumed.stderr.splitlines()[-1].removeprefix(f"zbench: {tmp_path / 'out'} was trained ")
+
+    same = ("eagle3", "--draft-vocab", 64)
+    rest = "; resume it as it was, or choose another folder with --out"
+    assert again(*same, "--depth", 3) == "with --depth 2, not 3" + rest
+    assert again(*same, "--depth", 2, "--seed", 4, "--ffn", 8) == "with --seed 0, not 4; with --ffn none, not 8" + rest
+    assert again("tidar") == "as eagle3, not as tidar" + rest
+
+
+def test_what_differs_from_the_corpus_that_goes_on_is_named(folder: Path, written: Path) -> None:
+    made = zbench("train", "data", "--model", folder, "--out", written, "--seed", 3, "--opened", 0.5, "--device", "cpu")
+    refused(made, f"{written} was made with --seed 0, not 3; with --opened 0.45, not 0.5; choose another folder")
+    model = zbench("train", "data", "--model", "zbench-tiny", "--out", written, "--device", "cpu")
+    refused(model, f"{written} was written by another model (tiny); choose another folder with --out")
+
+
 @pytest.mark.slow
 def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
     corpus, config = tmp_path / "corpus", families.from_hf(json.loads((folder / "config.json").read_text()))
@@ -135,6 +164,8 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
     asked = ["train", "tidar", "--model", folder, "--data", tmp_path, "--out", tmp_path / "out"]
     refused(zbench(*asked), "--minutes or --steps")
+    refused(zbench(*asked, "--minutes", 1, "--steps", 3), "--minutes and --steps are both given", "one of them")
+    refused(zbench(*asked, "--steps", 1, "--block", 4, "--short-block", 8), "--short-block 8", "--block 4")
     refused(zbench(*asked, "--minutes", 1), "no training data", "zbench train data")
     refused(zbench("train", "data", "--model", "nobody", "--out", tmp_path / "x"), "unknown model 'nobody'")
     here = ["train", "data", "--model", folder, "--out", tmp_path / "x", "--device", "cpu"]

@@ -34,6 +34,7 @@ from zbench.errors import UserError
 from zbench.models.config import parameter_count
 from zbench.ranks import World
 from zbench.training.corpus import Conversation, Corpus
+from zbench.training.options import differences
 from zbench.training.target import TOP, Batch, Read, Target
 
 STATE, PROGRESS, LOG = "training.safetensors", "training.json", "log.jsonl"
@@ -501,9 +502,14 @@ def _restore(
         tensors = load_file(out / STATE)
     except (OSError, ValueError) as error:
         raise UserError(f"{out} has no run to resume; leave --resume out to begin one") from error
-    for key, value in _identity(objective, settings, ranks).items():
-        if stored.get(key) != value:
-            raise UserError(f"{out} was trained with another {key}: {stored.get(key)}, not {value}")
+    if stored.get("objective") != objective.name:
+        differ = [f"as {stored.get('objective')}, not as {objective.name}"]
+    else:
+        runs = (stored, _identity(objective, settings, ranks))
+        differ = differences(*({"ranks": run["ranks"], **run["settings"], **run["recipe"]} for run in runs))
+    if differ:
+        told = "; ".join(differ)
+        raise UserError(f"{out} was trained {told}; resume it as it was, or choose another folder with --out")
     state = State(**stored["state"])
     for name, parameter in objective.parameters.items():
         parameter.data.copy_(tensors[f"value/{name}"])
