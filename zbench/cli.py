@@ -561,7 +561,13 @@ def gate(
 
 @main.group()
 def history() -> None:
-    """Keep runs over time, and see where a metric changed."""
+    """Keep runs over time, and see where a metric changed.
+
+    \b
+    Examples:
+      zbench history add reports/ci_gate-20261124-090000
+      zbench history show
+    """
 
 
 HISTORY_HELP = "The history: a file that is only ever appended to."
@@ -792,7 +798,13 @@ def attention(
 @main.command()
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
 def env(device: str) -> None:
-    """Print the environment snapshot that a run records, as JSON."""
+    """Print the environment snapshot that a run records, as JSON.
+
+    \b
+    Examples:
+      zbench env
+      zbench env --device cuda:1
+    """
     from zbench.hardware import device as devices
     from zbench.hardware import environment
 
@@ -801,13 +813,25 @@ def env(device: str) -> None:
 
 @main.group()
 def models() -> None:
-    """Models zbench knows by name."""
+    """Models zbench knows by name.
+
+    \b
+    Examples:
+      zbench models list
+      zbench models fetch smollm2-135m
+    """
 
 
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def models_list(as_json: bool) -> None:
-    """List the named models and drafters, and whether they are on this machine."""
+    """List the named models and drafters, and whether they are on this machine.
+
+    \b
+    Examples:
+      zbench models list
+      zbench models list --json | jq '.[].name'
+    """
     from dataclasses import asdict
 
     from zbench.models import zoo
@@ -841,7 +865,12 @@ def models_fetch(name: str) -> None:
 @models.command("path")
 @click.argument("name")
 def models_path(name: str) -> None:
-    """Print the folder of a named model or drafter; fails if it has not been fetched."""
+    """Print the folder of a named model or drafter; fails if it has not been fetched.
+
+    \b
+    Example:
+      ls "$(zbench models path smollm2-135m)"
+    """
     from zbench.models import zoo
 
     folder = zoo.shipped(name) if name in zoo.SHIPPED else zoo.path(name)
@@ -852,7 +881,13 @@ def models_path(name: str) -> None:
 
 @main.group()
 def train() -> None:
-    """Train drafters for a model on text that it writes itself."""
+    """Train drafters for a model on text that it writes itself.
+
+    \b
+    Examples:
+      zbench train data   --model smollm2-135m --out corpus --tokens 1000000
+      zbench train eagle3 --model smollm2-135m --data corpus --out drafter --minutes 60
+    """
 
 
 @train.command("data")

@@ -49,6 +49,7 @@ def training(folder: Path, written: Path, *arguments: object) -> Result:
     return zbench("train", *arguments, *shared)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_every_step_and_says_so(
     folder: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,7 @@ def steps_logged(out: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (out / LOG).read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_amid_a_step_waits_until_it_is_whole(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -208,16 +209,13 @@ def test_a_signal_amid_a_step_waits_until_it_is_whole(
             signal.raise_signal(number)
         step(*arguments)
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    try:
-        with pytest.raises(KeyboardInterrupt, match="has all 3 steps"):
-            train(objectives(corpus)["tidar"], target, corpus, tmp_path, Settings(batch=2, steps=50))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(KeyboardInterrupt, match="has all 3 steps"):
+        train(objectives(corpus)["tidar"], target, corpus, tmp_path, Settings(batch=2, steps=50))
     assert step_kept(tmp_path) == 3
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_interrupted_before_its_first_step_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, target = memory.corpus("smollm"), memory.target("smollm")
     monkeypatch.setattr(Reader, "read", lambda *_: signal.raise_signal(signal.SIGINT))
@@ -237,6 +235,7 @@ def test_the_clock_asks_for_checkpoints_of_a_run_in_steps_and_changes_nothing(tm
     assert (tmp_path / "clock" / STATE).read_bytes() == (tmp_path / "tenths" / STATE).read_bytes()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_finished_run_that_is_resumed_says_its_last_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus, target, said = memory.corpus("smollm"), memory.target("smollm"), list[str]()
     settings = Settings(batch=2, steps=3)
