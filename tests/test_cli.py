@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
@@ -325,3 +328,22 @@ def test_a_run_that_meets_a_file_size_limit_ends_with_one_line_and_a_valid_folde
     log = next(out.glob(f"*/{TRIALS}"))
     assert len(read_trials(log.parent)[0]) > 0
     assert log.read_bytes().endswith(b"\n")
+
+
+def commands(group: click.Group, *names: str) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        yield (*names, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, *names, name)
+
+
+@pytest.mark.parametrize("names", list(commands(main)), ids=" ".join)
+def test_every_command_has_an_example(names: tuple[str, ...]) -> None:
+    shown = zbench(*names, "--help").output
+    assert re.search(rf"Examples?:\n +.*zbench {' '.join(names)}", shown), shown
+
+
+def test_a_model_that_is_not_known_is_one_line() -> None:
+    fetched = zbench("models", "fetch", "nope")
+    refused(fetched, "unknown model 'nope'")
+    assert fetched.output.count("\n") == 1

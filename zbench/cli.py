@@ -35,8 +35,8 @@ class Commands(click.Group):
                 if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other ranks say the same
                     click.echo(f"zbench: {line}", err=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("zbench: interrupted", err=True)
+        except KeyboardInterrupt as stopped:
+            click.echo(f"zbench: interrupted{f'; {stopped}' if str(stopped) else ''}", err=True)
             sys.exit(INTERRUPTED)
 
 
@@ -561,7 +561,13 @@ def gate(
 
 @main.group()
 def history() -> None:
-    """Keep runs over time, and see where a metric changed."""
+    """Keep runs over time, and see where a metric changed.
+
+    \b
+    Examples:
+      zbench history add reports/ci_gate-20261124-090000
+      zbench history show
+    """
 
 
 HISTORY_HELP = "The history: a file that is only ever appended to."
@@ -792,7 +798,13 @@ def attention(
 @main.command()
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
 def env(device: str) -> None:
-    """Print the environment snapshot that a run records, as JSON."""
+    """Print the environment snapshot that a run records, as JSON.
+
+    \b
+    Examples:
+      zbench env
+      zbench env --device cuda:1
+    """
     from zbench.hardware import device as devices
     from zbench.hardware import environment
 
@@ -801,13 +813,25 @@ def env(device: str) -> None:
 
 @main.group()
 def models() -> None:
-    """Models zbench knows by name."""
+    """Models zbench knows by name.
+
+    \b
+    Examples:
+      zbench models list
+      zbench models fetch smollm2-135m
+    """
 
 
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def models_list(as_json: bool) -> None:
-    """List the named models and drafters, and whether they are on this machine."""
+    """List the named models and drafters, and whether they are on this machine.
+
+    \b
+    Examples:
+      zbench models list
+      zbench models list --json | jq '.[].name'
+    """
     from dataclasses import asdict
 
     from zbench.models import zoo
@@ -841,7 +865,12 @@ def models_fetch(name: str) -> None:
 @models.command("path")
 @click.argument("name")
 def models_path(name: str) -> None:
-    """Print the folder of a named model or drafter; fails if it has not been fetched."""
+    """Print the folder of a named model or drafter; fails if it has not been fetched.
+
+    \b
+    Example:
+      ls "$(zbench models path smollm2-135m)"
+    """
     from zbench.models import zoo
 
     folder = zoo.shipped(name) if name in zoo.SHIPPED else zoo.path(name)
@@ -852,7 +881,13 @@ def models_path(name: str) -> None:
 
 @main.group()
 def train() -> None:
-    """Train drafters for a model on text that it writes itself."""
+    """Train drafters for a model on text that it writes itself.
+
+    \b
+    Examples:
+      zbench train data   --model smollm2-135m --out corpus --tokens 1000000
+      zbench train eagle3 --model smollm2-135m --data corpus --out drafter --minutes 60
+    """
 
 
 @train.command("data")
@@ -1000,6 +1035,9 @@ def train_tidar(block: int, short_block: int | None, rank: int, start: str | Non
     from zbench.models.adapter import load_adapter
     from zbench.training.tidar import Tidar, TidarSettings
 
+    if short_block and short_block > block:
+        raise UserError(f"--short-block {short_block} is longer than the blocks themselves, --block {block}")
+
     def objective(target: Any, corpus: Any, seed: int) -> Tidar:
         begun = load_adapter(_trained(start, "adapter"), target.config) if start else None
         return Tidar(target, TidarSettings(block=block, rank=rank, short_block=short_block), seed, begun)
@@ -1026,6 +1064,10 @@ def train_eagle3(draft_vocab: int | None, depth: int, ffn: int | None, start: st
     from zbench.training.eagle3 import Eagle3, Eagle3Settings
 
     def objective(target: Any, corpus: Any, seed: int) -> Eagle3:
+        if draft_vocab and draft_vocab > target.config.vocab:
+            raise UserError(
+                f"--draft-vocab {draft_vocab} is too large: the model has {target.config.vocab} tokens in all"
+            )
         begun = load_drafter(_trained(start, "eagle3"), target.config) if start else None
         vocab, width = (begun.config.draft_vocab, begun.config.layer.ffn) if begun else (4096, None)
         settings = Eagle3Settings(draft_vocab or vocab, depth, ffn=ffn or width)
@@ -1101,6 +1143,8 @@ def _trained(name: str, kind: Any) -> Path:
 
 
 def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
+    import signal
+
     import torch
     from rich.console import Console
 
@@ -1113,8 +1157,12 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    if (options["steps"] is None) == (options["minutes"] is None):
+    if options["steps"] is None and options["minutes"] is None:
         raise UserError("say how long to train: --minutes or --steps")
+    if options["steps"] is not None and options["minutes"] is not None:
+        raise UserError("--minutes and --steps are both given: how long to train is one of them")
+    if not ranks.launched():  # torchrun ends the others so where a rank died, which is no interruption
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True, quiet=not ranks.is_first())
     given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
     with ranks.joined("the last checkpoint is kept, continue with --resume") as world:

@@ -52,7 +52,7 @@ def track(total: int, done: int, console: Console) -> Iterator[Callable[[str], N
 def amounts(total: float, console: Console, interval: float = 10.0) -> Iterator[Callable[[float, str], None]]:
     """Yields `advance(done, what)` for work that is measured, not counted; plain lines come every `interval` seconds.
 
-    What is done when it is first called counts as done before.
+    What is done when it is first called counts as done before. More than the total is the total.
     """
     began, first, last = time.monotonic(), -1.0, float("-inf")
 
@@ -63,11 +63,12 @@ def amounts(total: float, console: Console, interval: float = 10.0) -> Iterator[
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task("starting", total=total)
-            yield lambda done, what: bar.update(task, completed=done, description=what)
+            yield lambda done, what: bar.update(task, completed=min(done, total), description=what)
         return
 
     def advance(done: float, what: str) -> None:
         nonlocal first, last
+        done = min(done, total)
         if first < 0:
             first = done
         elif time.monotonic() - last >= interval or done >= total:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from click.testing import Result
 
 from tests.test_cli import refused, zbench
 from tests.tiny import oracle
 from zbench.models import adapter, dflash, eagle3, families, loading
 from zbench.models.tokenizer import byte_tokenizer
+from zbench.training import data
+from zbench.training.corpus import INDEX, VERSION, Conversation, Role, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +26,82 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     oracle("smollm").save_pretrained(made)
     byte_tokenizer(families.from_hf(oracle("smollm").config.to_dict())).save_pretrained(made)
     return made
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of a few random conversations."""
+    made = tmp_path_factory.mktemp("corpus")
+    generator, roles = torch.Generator().manual_seed(0), torch.tensor([Role.PROMPT] * 6 + [Role.ANSWER] * 18)
+    conversations = [
+        Conversation(torch.randint(3, 290, (24,), generator=generator), roles, number, held_out=number == 0)
+        for number in range(5)
+    ]
+    index = {"version": VERSION, "model": "tiny", "weights": loading.load({"path": str(folder)}).weights_hash}
+    shards = [write_shard(made, 0, conversations)]
+    settings = asdict(data.Settings())
+    (made / INDEX).write_text(json.dumps({**index, "settings": settings, "counts": {}, "shards": shards}))
+    return made
+
+
+def training(folder: Path, written: Path, *arguments: object) -> Result:
+    shared = ["--model", folder, "--data", written, "--batch", 2, "--dtype", "float32", "--device", "cpu"]
+    return zbench("train", *arguments, *shared)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_keeps_every_step_and_says_so(
+    folder: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = torch.optim.AdamW.step, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        step(*arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    asked = ["tidar", "--rank", 2, "--steps", 50, "--out", tmp_path / "out"]
+    stopped = training(folder, written, *asked)
+    assert stopped.exit_code == 130
+    said = f"zbench: interrupted; {tmp_path / 'out'} has all 3 steps, continue with --resume"
+    assert [line for line in stopped.stderr.splitlines() if line.startswith("zbench: ")] == [said]
+    asked[asked.index(50)] = 4
+    resumed = training(folder, written, *asked, "--resume")
+    assert resumed.exit_code == 0 and json.loads(resumed.stdout)["step"] == 4
+    again = training(folder, written, *asked, "--resume")
+    assert again.exit_code == 0 and again.stdout == resumed.stdout
+
+
+def test_a_draft_vocabulary_larger_than_the_models_is_refused(folder: Path, written: Path, tmp_path: Path) -> None:
+    asked = ["eagle3", "--steps", 1, "--depth", 1, "--out", tmp_path / "out"]
+    refused(training(folder, written, *asked, "--draft-vocab", 301), "--draft-vocab 301", "300 tokens")
+    assert training(folder, written, *asked, "--draft-vocab", 300).exit_code == 0
+
+
+def test_what_differs_from_the_run_that_is_resumed_is_named(folder: Path, written: Path, tmp_path: Path) -> None:
+    asked = ["--steps", 1, "--out", tmp_path / "out"]
+    assert training(folder, written, "eagle3", *asked, "--depth", 2, "--draft-vocab", 64).exit_code == 0
+
+    def again(*options: object) -> str:
+        resumed = training(folder, written, *options, *asked, "--resume")
+        refused(resumed)
+        return resumed.stderr.splitlines()[-1].removeprefix(f"zbench: {tmp_path / 'out'} was trained ")
+
+    same = ("eagle3", "--draft-vocab", 64)
+    rest = "; resume it as it was, or choose another folder with --out"
+    assert again(*same, "--depth", 3) == "with --depth 2, not 3" + rest
+    assert again(*same, "--depth", 2, "--seed", 4, "--ffn", 8) == "with --seed 0, not 4; with --ffn none, not 8" + rest
+    assert again("tidar") == "as eagle3, not as tidar" + rest
+
+
+def test_what_differs_from_the_corpus_that_goes_on_is_named(folder: Path, written: Path) -> None:
+    made = zbench("train", "data", "--model", folder, "--out", written, "--seed", 3, "--opened", 0.5, "--device", "cpu")
+    refused(made, f"{written} was made with --seed 0, not 3; with --opened 0.45, not 0.5; choose another folder")
+    model = zbench("train", "data", "--model", "zbench-tiny", "--out", written, "--device", "cpu")
+    refused(model, f"{written} was written by another model (tiny); choose another folder with --out")
 
 
 @pytest.mark.slow
@@ -82,6 +165,8 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
     asked = ["train", "tidar", "--model", folder, "--data", tmp_path, "--out", tmp_path / "out"]
     refused(zbench(*asked), "--minutes or --steps")
+    refused(zbench(*asked, "--minutes", 1, "--steps", 3), "--minutes and --steps are both given", "one of them")
+    refused(zbench(*asked, "--steps", 1, "--block", 4, "--short-block", 8), "--short-block 8", "--block 4")
     refused(zbench(*asked, "--minutes", 1), "no training data", "zbench train data")
     refused(zbench("train", "data", "--model", "nobody", "--out", tmp_path / "x"), "unknown model 'nobody'")
     here = ["train", "data", "--model", folder, "--out", tmp_path / "x", "--device", "cpu"]

@@ -140,7 +140,7 @@ def test_a_corpus_is_refused_by_another_model_and_other_settings(model: LoadedMo
     written(model, tmp_path)
     with pytest.raises(UserError, match="another model"):
         load_corpus(tmp_path, "somebody else's")
-    with pytest.raises(UserError, match="another settings"):
+    with pytest.raises(UserError, match="was made with --seed 0, not 5"):
         written(model, tmp_path, settings=Settings(seed=5))
     (tmp_path / "shard-00000.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="is not the shard"):

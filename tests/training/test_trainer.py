@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from tests.training import memory
 from zbench.errors import UserError
 from zbench.models import dflash, eagle3
 from zbench.models.adapter import load_adapter
+from zbench.training import trainer
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.conversion import Conversion, ConversionSettings
 from zbench.training.corpus import Conversation, Corpus
@@ -21,7 +26,7 @@ from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
 from zbench.training.losses import head_loss, sampled_head
 from zbench.training.target import Batch, Read, Target
 from zbench.training.tidar import Tidar, TidarSettings
-from zbench.training.trainer import STATE, Objective, Reader, Settings, schedule, train
+from zbench.training.trainer import LOG, PROGRESS, READS, STATE, Objective, Reader, Settings, State, schedule, train
 
 
 @pytest.mark.parametrize("rows", [5, 600])  # within a chunk, and over several
@@ -153,7 +158,7 @@ def objectives(corpus: Corpus) -> dict[str, Objective]:
 @pytest.mark.parametrize("name", ["tidar", "eagle3", "dflash", "full"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(name: str, tmp_path: Path) -> None:
     corpus, target = memory.corpus("smollm"), memory.target("smollm")
-    settings = Settings(batch=2, steps=8, rate=1e-2)
+    settings = Settings(batch=2, steps=20, rate=1e-2)  # a tenth of them, after which is evaluated: 2
 
     def run(out: Path, settings: Settings, resume: bool = False, until: int | None = None) -> None:
         objective = objectives(corpus)[name]
@@ -170,14 +175,84 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(name: str, tmp_path:
         train(objective, target, corpus, out, settings, resume)
 
     run(tmp_path / "whole", settings)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"has all 5 steps, .*--resume"):
         run(tmp_path / "part", settings, until=5)
+    assert step_kept(tmp_path / "part") == 5
     run(tmp_path / "part", settings, resume=True)
     assert (tmp_path / "part" / STATE).read_bytes() == (tmp_path / "whole" / STATE).read_bytes()
-    with pytest.raises(UserError, match="another settings"):
+    with pytest.raises(UserError, match=r"was trained with --rate 0\.01, not 1\.0"):
         run(tmp_path / "part", replace(settings, rate=1.0), resume=True)
     with pytest.raises(UserError, match="holds a run already"):
         run(tmp_path / "part", settings)
+
+
+def step_kept(out: Path) -> int:
+    return json.loads((out / PROGRESS).read_text())["state"]["step"]
+
+
+def steps_logged(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / LOG).read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_a_step_waits_until_it_is_whole(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    step, calls = torch.optim.AdamW.step, 0
+
+    def interrupted(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            signal.raise_signal(number)
+        step(*arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="has all 3 steps"):
+        train(objectives(corpus)["tidar"], target, corpus, tmp_path, Settings(batch=2, steps=50))
+    assert step_kept(tmp_path) == 3
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_run_interrupted_before_its_first_step_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    monkeypatch.setattr(Reader, "read", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(objectives(corpus)["tidar"], target, corpus, tmp_path / "out", Settings(batch=2, steps=50))
+    assert not str(stopped.value) and not (tmp_path / "out").exists()
+
+
+def test_the_clock_asks_for_checkpoints_of_a_run_in_steps_and_changes_nothing(tmp_path: Path) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    settings = Settings(batch=2, steps=20, rate=1e-2)
+    for name, every in (("tenths", 300.0), ("clock", 0.0)):
+        wanted = replace(settings, evaluate_every=every)
+        train(objectives(corpus)["tidar"], target, corpus, tmp_path / name, wanted)
+    assert steps_logged(tmp_path / "tenths") == list(range(2, 21, 2))
+    assert steps_logged(tmp_path / "clock") == list(range(1, 21))
+    assert (tmp_path / "clock" / STATE).read_bytes() == (tmp_path / "tenths" / STATE).read_bytes()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_finished_run_that_is_resumed_says_its_last_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, target, said = memory.corpus("smollm"), memory.target("smollm"), list[str]()
+    settings = Settings(batch=2, steps=3)
+
+    def run(resume: bool) -> dict[str, Any]:
+        return train(objectives(corpus)["tidar"], target, corpus, tmp_path, settings, resume, say=said.append)
+
+    with monkeypatch.context() as patch:  # all steps are made, and none is evaluated
+        patch.setattr(trainer, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(trainer, "_due", lambda *_: False)
+        with pytest.raises(KeyboardInterrupt, match="has all 3 steps"):
+            run(resume=False)
+    last = run(resume=True)
+    assert last["step"] == 3 and last["accepted"] >= 1.0 and steps_logged(tmp_path) == [3]
+    assert [line for line in said if "this run is over after 3 steps" in line]
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: pytest.fail("it is known"))
+    assert run(resume=True) == last and steps_logged(tmp_path) == [3]
 
 
 @pytest.mark.parametrize("name", ["tidar", "eagle3", "dflash"])
@@ -215,6 +290,40 @@ def test_reads_of_batches_of_one_shape_are_kept_apart(tmp_path: Path) -> None:
             for tap, hidden in wanted.hidden.items():
                 torch.testing.assert_close(found.hidden[tap], hidden, rtol=0, atol=0)
             assert torch.equal(found.top_ids, wanted.top_ids) and torch.equal(found.top_probs, wanted.top_probs)
+
+
+@pytest.mark.parametrize("name", ["tidar", "eagle3", "full"])
+def test_the_estimate_of_the_disk_is_what_is_then_used(name: str, tmp_path: Path) -> None:
+    target, said = memory.target("smollm"), list[str]()
+    once = [c for c in memory.corpus("smollm").conversations if c.held_out == (c.hash > 3)]
+    corpus, settings = Corpus({}, tuple(once), tmp_path), Settings(batch=2, steps=2)  # two batches, and one of tests
+    train(objectives(corpus)[name], target, corpus, tmp_path / "out", settings, say=said.append)
+    kept = sum(file.stat().st_size for file in (tmp_path / READS).glob("*"))
+    if name == "full":
+        assert kept == 0 and "disk" not in said[0]
+        return
+    found = re.search(r"about (\d+) kB of disk", said[0])
+    assert found and int(found[1]) == pytest.approx(kept / 1e3, rel=0.05)
+    few = replace(settings, keep=5e-6)
+    said.clear()
+    train(objectives(corpus)[name], target, corpus, tmp_path / "few", few, say=said.append)
+    assert "about 5 kB of disk" in said[0]
+
+
+def test_sizes_and_times_are_said_in_units_that_fit() -> None:
+    assert [trainer.size(x) for x in (5_400, 8_400_000, 2_440_000_000)] == ["5 kB", "8 MB", "2.4 GB"]
+    times = [trainer.duration(x) for x in (0.0123, 1.66, 45.0, 400.0, 9000.0)]
+    assert times == ["0.012 s", "1.7 s", "45 s", "7 minutes", "2.5 hours"]
+
+
+def test_the_forecast_is_of_what_is_still_to_come() -> None:
+    state = State(step=103, seconds=300.0)
+    assert trainer.forecast(30.0, state, Settings(steps=200)) == (
+        "10 s per step while all is new to the target: 97 more take 16 minutes at most"
+    )
+    assert trainer.forecast(30.0, state, Settings(minutes=10)) == (
+        "10 s per step while all is new to the target: at least 30 more in the 5 minutes left"
+    )
 
 
 def test_a_full_disk_share_keeps_nothing(tmp_path: Path) -> None:

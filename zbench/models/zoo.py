@@ -253,15 +253,20 @@ def progress_bar() -> Iterator[Progress]:
         bars.DownloadColumn(),
         bars.TimeRemainingColumn(),
     )
-    with bars.Progress(*columns, console=Console(stderr=True)) as display:
-        tasks: dict[str, bars.TaskID] = {}
+    display = bars.Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, bars.TaskID] = {}
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = display.add_task(what, total=total)
-            display.update(tasks[what], completed=done)
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            display.start()
+            tasks[what] = display.add_task(what, total=total)
+        display.update(tasks[what], completed=done)
 
+    try:
         yield show
+    finally:
+        if tasks:  # a display of nothing would end with an empty line
+            display.stop()
 
 
 def file_sha256(file: Path) -> str:

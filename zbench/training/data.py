@@ -45,6 +45,7 @@ from zbench.training.corpus import (
     read_shard,
     write_shard,
 )
+from zbench.training.options import differences
 
 WRITTEN, OPENED = "written", "opened"  # kinds of conversation whose user turns the model writes; some words are given
 PROMPT = 192  # tokens of a templated user turn at most; a longer one is dropped
@@ -382,9 +383,10 @@ def _index(out: Path, loaded: LoadedModel, settings: Settings) -> dict[str, Any]
     kept = read_index(out)
     if kept is None:
         return {**fresh, "counts": Counter(), "shards": []}
-    for key, value in fresh.items():
-        if kept.get(key) != value:
-            raise UserError(f"{out} was made with another {key} ({kept.get(key)}); choose another folder with --out")
+    if kept.get("weights") != loaded.weights_hash:
+        raise UserError(f"{out} was written by another model ({kept.get('model')}); choose another folder with --out")
+    if differ := differences(kept.get("settings", {}), fresh["settings"]):
+        raise UserError(f"{out} was made {'; '.join(differ)}; choose another folder with --out")
     return {**kept, "counts": Counter(kept["counts"])}
 
 

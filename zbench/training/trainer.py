@@ -2,7 +2,7 @@
 
 All randomness follows from the seed and the number of the step, so that a run that was interrupted goes on as if it
 had not been: bit by bit where its length was given in steps. Where it was given in minutes, the learning rate follows
-the clock.
+the clock. Evaluations and checkpoints draw from no random numbers of training's, so it does not matter when they come.
 
 Several ranks (`zbench.ranks`, started by torchrun) take the batches of one order in turn, and step on the mean gradient
 of what they learn from: what one process does with their batches joined. Rank 0 alone evaluates, writes and speaks.
@@ -15,8 +15,11 @@ import json
 import math
 import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +34,7 @@ from zbench.errors import UserError
 from zbench.models.config import parameter_count
 from zbench.ranks import World
 from zbench.training.corpus import Conversation, Corpus
+from zbench.training.options import differences
 from zbench.training.target import TOP, Batch, Read, Target
 
 STATE, PROGRESS, LOG = "training.safetensors", "training.json", "log.jsonl"
@@ -90,12 +94,14 @@ class Settings:
     minutes: float | None = None
     longest: int = 640  # tokens of a conversation that are used
     keep: float = 6.0  # gigabytes of disk for what the target said about batches
-    evaluate_every: float = 300.0  # seconds, or a tenth of `minutes` if that is less; with `steps`, a tenth of them
+    evaluate_every: float = 300.0  # seconds, or a tenth of the run if that is less
     held_out: int = 32  # conversations to evaluate on
 
 
 @dataclass(slots=True)
-class _State:
+class State:
+    """How far a run is."""
+
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0  # drafted in training
@@ -114,7 +120,8 @@ def train(
 ) -> dict[str, Any]:
     """Train into `out`, which holds what was trained after every evaluation; returns the last evaluation, on rank 0.
 
-    Raises UserError where there is nothing to resume, or what is there is of another run.
+    Raises UserError where there is nothing to resume, or what is there is of another run. On KeyboardInterrupt one
+    process writes what it has and raises it again with the words for it; several ranks have their last checkpoint.
     """
     world = world or World()
     if world.rank:
@@ -127,16 +134,15 @@ def train(
         raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
     optimizer = torch.optim.AdamW(list(objective.parameters.values()), settings.rate, (0.9, 0.95), weight_decay=0.0)
 
-    def begin() -> _State:
+    def begin() -> State:
         if resume:
             return _restore(objective, optimizer, settings, out, world.size)
         if (out / PROGRESS).exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or choose another folder")
-        return _State()
+        return State()
 
     state = world.together(begin)  # a rank that does not see the folder must not leave the others waiting
     learners = Learners(world, target.device)
-    say(estimate(objective, target, settings, world.size))
     batches = form_batches(training, settings.batch, settings.seed)
     reads = (corpus.folder or out) / READS
     reader = Reader(target, objective, batches, reads, settings.keep)
@@ -145,37 +151,67 @@ def train(
     first, order = state.step, batch_order(len(batches), settings.seed, state.step * world.size)
     seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
     lines: list[dict[str, Any]] = []  # for the log, with the next checkpoint
-    if world.rank == 0 and state.step == 0 and not objective.asks:  # a model that changes was something before
-        before = evaluate(objective, test_reader, settings.seed)
-        lines.append(before | {"step": 0, "tokens": 0, "seconds": 0.0, "loss": None})
-        say(f"step 0, before training: held out {_said(before)}")
-    began = time.monotonic() - seconds_before
+    saved = state.step
+
+    def evaluation(loss: float | None) -> dict[str, Any]:
+        told = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
+        return evaluate(objective, test_reader, settings.seed) | told
+
+    def keep(*evaluations: dict[str, Any]) -> None:
+        nonlocal saved
+        with _whole():
+            _save(objective, optimizer, settings, state, [*lines, *evaluations], out, world.size)
+            saved = state.step
+        lines.clear()
+        for each in evaluations:
+            say(f"step {state.step}, {state.tokens} tokens: held out {_said(each)}")
 
     def clock() -> float:
         """Rank 0's, that all go through the same schedule."""
         return world.told(time.monotonic() - began)
 
-    while (share := _share(state, settings)) < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * schedule(share, settings)
-        read = reader.read([next(order) for _ in range(world.size)][world.rank])
-        loss, tokens = _step(objective, optimizer, read, settings, state.step, learners)
-        state.step, state.tokens = state.step + 1, state.tokens + tokens
-        state.seconds = clock()
-        share = _share(state, settings)
-        if state.step == first + _TIMED:
-            say(forecast(state.seconds - seconds_before, share, settings))
-        if share >= 1.0 or _due(state, evaluated, settings):
-            if world.rank == 0:
-                last = evaluate(objective, test_reader, settings.seed)
-                last |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
-            evaluated = state.seconds = clock()
-            if world.rank == 0:
-                _save(objective, optimizer, settings, state, [*lines, last], out, world.size)
-                lines.clear()
-                say(f"step {state.step}, {state.tokens} tokens: held out {_said(last)}")
-        rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
-        advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
+    try:
+        if _share(state, settings) >= 1.0 and world.rank == 0:
+            say(f"this run is over after {state.step} steps; to go on, give it more --steps or --minutes")
+            last = _logged(out, state.step)
+            if not last:  # it was interrupted before its last evaluation
+                last = evaluation(None)
+                keep(last)
+        else:
+            reading = min((settings.steps or math.inf) * world.size / len(batches), 1.0)  # share of the batches
+            disk = min(reading * reader.to_keep() + test_reader.to_keep(), 1e9 * settings.keep)
+            say(estimate(objective, target, settings, disk, world.size))
+        if world.rank == 0 and state.step == 0 and not objective.asks:  # a model that changes was something before
+            lines.append(evaluation(None))
+            say(f"step 0, before training: held out {_said(lines[0])}")
+        began = time.monotonic() - seconds_before
+        while (share := _share(state, settings)) < 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate * schedule(share, settings)
+            read = reader.read([next(order) for _ in range(world.size)][world.rank])
+            loss, tokens = _learn(objective, optimizer, read, settings, state.step, learners)
+            with _whole():
+                optimizer.step()
+                state.step, state.tokens = state.step + 1, state.tokens + tokens
+            state.seconds = clock()
+            share = _share(state, settings)
+            if state.step == first + _TIMED and share < 1.0:
+                say(forecast(state.seconds - seconds_before, state, settings, objective.asks))
+            if share >= 1.0 or _due(state, evaluated, settings):
+                if world.rank == 0:
+                    last = evaluation(loss)
+                evaluated = state.seconds = clock()
+                if world.rank == 0:
+                    keep(last)
+            rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
+            advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
+    except KeyboardInterrupt as stopped:
+        # Another rank may be anywhere, and the first to be interrupted ends them all.
+        if world.size > 1 or not state.step:
+            raise
+        if state.step > saved:
+            keep()
+        raise KeyboardInterrupt(f"{out} has all {state.step} steps, continue with --resume") from stopped
     return last
 
 
@@ -206,7 +242,27 @@ class Learners:
         return sum(one[1] for one in said) / whole, sum(one[2] for one in said)
 
 
-def _step(
+@contextmanager
+def _whole() -> Iterator[None]:
+    """What happens within is not cut short: a Ctrl-C or SIGTERM comes when it is done."""
+    if threading.current_thread() is not threading.main_thread():  # no signal comes here, and handlers cannot be set
+        yield
+        return
+    came: list[int] = []
+    usual = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
+def _learn(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     read: Read,
@@ -214,6 +270,7 @@ def _step(
     step: int,
     learners: Learners,
 ) -> tuple[float, int]:
+    """Gradients of one step, over all ranks; returns loss and tokens."""
     # The same on all ranks, so that they do the same amount of work.
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     scores = objective.score(read, generator)
@@ -221,7 +278,6 @@ def _step(
     scores.loss.backward()
     loss, tokens = learners.mean(list(objective.parameters.values()), scores)
     torch.nn.utils.clip_grad_norm_(list(objective.parameters.values()), settings.clip)
-    optimizer.step()
     return loss, tokens
 
 
@@ -321,13 +377,35 @@ class Reader:
                 self._room = 0.0
         return read
 
+    def to_keep(self) -> int:
+        """Bytes of disk that would hold all that is read."""
+        objective, c, itemsize = self.objective, self.target.config, self.target.dtype.itemsize
+        if not objective.asks or not self._keeps:
+            return 0
+        each = len(objective.capture) * c.width * itemsize + 8 * min(TOP, c.vocab)
+        each += 2 * c.layers * c.kv_heads * c.head_dim * itemsize if objective.context else 0
+        return each * sum(batch.ids.numel() for batch in self.batches)
+
     def _name(self, batch: Batch) -> str:
         told = self._of + repr(tuple(batch.ids.shape)).encode()
         text = (batch.ids.numpy().tobytes(), batch.answer.numpy().tobytes())
         return hashlib.sha256(told + b"".join(text)).hexdigest()[:32]
 
 
-def estimate(objective: Objective, target: Target, settings: Settings, ranks: int = 1) -> str:
+def size(count: float) -> str:
+    """Bytes, for people."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def estimate(objective: Objective, target: Target, settings: Settings, disk: float, ranks: int = 1) -> str:
     """What training will need (each rank of several), before it starts. How long a step takes, the first ones tell."""
     c, itemsize = target.config, target.dtype.itemsize
     learned = sum(p.numel() for p in objective.parameters.values())
@@ -337,33 +415,37 @@ def estimate(objective: Objective, target: Target, settings: Settings, ranks: in
     per_row = 10 * c.width + 6 * c.ffn + 3 * c.heads * _CONTEXT
     rows, layers = objective.rows
     activations = settings.batch * rows * layers * per_row * itemsize
-    length = f"{settings.steps} steps" if settings.steps else f"{settings.minutes:g} minutes"
-    kept = f", up to {settings.keep:g} GB of disk for what the target said" if objective.asks else ""
+    number, unit = (settings.steps, "step") if settings.steps else (settings.minutes, "minute")
+    length = f"{number:g} {unit}{'' if number == 1 else 's'}"
+    kept = f", about {size(disk)} of disk for what the target says" if disk else ""
     several = f" on {ranks} ranks, each with" if ranks > 1 else ";"
     return (
-        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}{several} {state / 1e9:.1f} GB of "
-        f"weights and optimiser, about {activations / 1e9:.1f} GB of activations{kept}"
+        f"{objective.name}: {learned / 1e6:.1f} M parameters learn for {length}{several} {size(state)} of "
+        f"weights and optimiser, about {size(activations)} of activations{kept}"
     )
 
 
-def _due(state: _State, evaluated: float, settings: Settings) -> bool:
+def _due(state: State, evaluated: float, settings: Settings) -> bool:
     """Whether to evaluate after this step; `evaluated` is when that was done last, in seconds of training."""
+    late = state.seconds - evaluated >= settings.evaluate_every
     if settings.steps:
-        return state.step % max(settings.steps // 10, 1) == 0
+        return late or state.step % max(settings.steps // 10, 1) == 0
     assert settings.minutes is not None
-    return state.step == _FIRST or state.seconds - evaluated >= min(settings.evaluate_every, 6 * settings.minutes)
+    return late or state.step == _FIRST or state.seconds - evaluated >= 6 * settings.minutes
 
 
-def forecast(seconds: float, share: float, settings: Settings) -> str:
-    """From what the first steps took, and how much of the run is over."""
+def forecast(seconds: float, state: State, settings: Settings, asks: bool = True) -> str:
+    """Of the steps to come, from what the first ones took."""
     each = seconds / _TIMED
-    steps = settings.steps or round(60 * (settings.minutes or 0) * (1 - share) / each) + _TIMED
-    return (
-        f"{each:.1f} s per step while all is new to the target: {steps} steps, {steps * each / 60:.0f} minutes at most"
-    )
+    said = f"{duration(each)} per step{' while all is new to the target' if asks else ''}: "
+    if settings.steps:
+        left = settings.steps - state.step
+        return said + f"{left} more take {duration(left * each)}{' at most' if asks else ''}"
+    time_left = 60 * (settings.minutes or 0) - state.seconds
+    return said + f"{'at least' if asks else 'about'} {time_left / each:.0f} more in the {duration(time_left)} left"
 
 
-def _share(state: _State, settings: Settings) -> float:
+def _share(state: State, settings: Settings) -> float:
     """How much of the run is over."""
     if settings.steps is not None:
         return state.step / settings.steps
@@ -375,7 +457,7 @@ def _save(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     settings: Settings,
-    state: _State,
+    state: State,
     evaluations: Sequence[dict[str, Any]],
     out: Path,
     ranks: int,
@@ -399,6 +481,15 @@ def _save(
         raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
 
 
+def _logged(out: Path, step: int) -> dict[str, Any]:
+    """The evaluation after that step, if it is the last that was written; else nothing."""
+    try:
+        last = json.loads((out / LOG).read_text(encoding="utf-8").splitlines()[-1])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return last if last["step"] == step else {}
+
+
 def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all, and without a second copy of its tensors in memory."""
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
@@ -411,16 +502,21 @@ def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def _restore(
     objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings, out: Path, ranks: int
-) -> _State:
+) -> State:
     try:
         stored = {"ranks": 1, **json.loads((out / PROGRESS).read_text(encoding="utf-8"))}
         tensors = load_file(out / STATE)
     except (OSError, ValueError) as error:
         raise UserError(f"{out} has no run to resume; leave --resume out to begin one") from error
-    for key, value in _identity(objective, settings, ranks).items():
-        if stored.get(key) != value:
-            raise UserError(f"{out} was trained with another {key}: {stored.get(key)}, not {value}")
-    state = _State(**stored["state"])
+    if stored.get("objective") != objective.name:
+        differ = [f"as {stored.get('objective')}, not as {objective.name}"]
+    else:
+        runs = (stored, _identity(objective, settings, ranks))
+        differ = differences(*({"ranks": run["ranks"], **run["settings"], **run["recipe"]} for run in runs))
+    if differ:
+        told = "; ".join(differ)
+        raise UserError(f"{out} was trained {told}; resume it as it was, or choose another folder with --out")
+    state = State(**stored["state"])
     for name, parameter in objective.parameters.items():
         parameter.data.copy_(tensors[f"value/{name}"])
         optimizer.state[parameter] = {
