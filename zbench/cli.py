@@ -340,9 +340,12 @@ def report(folder: Path) -> None:
     Example:
       zbench report reports/quickstart-20261123-120000
     """
-    from zbench.report import render
+    from zbench.report import render, warned
 
-    click.echo(render(folder))
+    page = render(folder)
+    click.echo(page)
+    for line in warned(folder) if page.name == "report.html" else ():  # others say of themselves that they predict
+        click.echo(line, err=True)
 
 
 @main.command()
@@ -384,6 +387,8 @@ def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bo
         click.echo(line)
     for note in found.notes:
         click.echo(f"note: {note}")
+    for warning in pages.run_warnings(found):
+        click.echo(f"warning: {warning}", err=True)
     click.echo(f"comparison: {page}")
 
 
