@@ -193,7 +193,11 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
-@click.option("--device", help="A name of specs.yaml, or `here` for this machine's roofs; default: the scenario's.")
+@click.option(
+    "--device",
+    help="MI300X, MI325X, MI350X, MI355X, H100 SXM, H200 SXM or B200, or as much of a name as tells it from the others;"
+    " `here` takes this machine's roofs. Default: the scenario's hardware.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
 )
