@@ -179,6 +179,14 @@ def test_a_run_is_not_resumed_with_another_scenario(tmp_path: Path) -> None:
         run.run(wanted(tmp_path), tmp_path / "out", QUIET, resume=outcome.folder)
 
 
+def test_a_run_of_the_same_name_with_other_settings_is_named_where_none_can_be_resumed(tmp_path: Path) -> None:
+    folder = run.run(wanted(tmp_path), tmp_path / "out", QUIET).folder
+    with pytest.raises(UserError, match=f"nothing to resume: {folder} is a run of tiny, but with other settings"):
+        run.latest(tmp_path / "out", wanted(tmp_path, "output_tokens=5"))
+    with pytest.raises(UserError, match="nothing to resume: no run of scenario other"):
+        run.latest(tmp_path / "out", wanted(tmp_path, "name=other", "output_tokens=5"))
+
+
 def test_a_run_is_not_resumed_on_other_prompts(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     choice = (f"prompts={{file: {file}}}", "repeats=1")

@@ -557,13 +557,26 @@ def _headline(record: TrialRecord) -> str:
 def latest(out: Path, wanted: scenario.Scenario) -> Path:
     """The newest run folder of this scenario under `out`."""
     digest = scenario.content_hash(wanted)
-    found = []
+    found, others = [], []
     for folder in (path.parent for path in out.glob(f"*/{MANIFEST}")):
         with contextlib.suppress(UserError):  # another run's damaged folder is no obstacle
-            found += [folder] if read_manifest(folder).scenario_hash == digest else []
+            manifest = read_manifest(folder)
+            if manifest.scenario_hash == digest:
+                found.append(folder)
+            elif manifest.name == wanted.name:
+                others.append(folder)
+
+    def newest(folders: list[Path]) -> Path:
+        return max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+
+    if not found and others:
+        raise UserError(
+            f"nothing to resume: {newest(others)} is a run of {wanted.name}, but with other settings than these (-o"
+            " counts too); give the same again, or start a new run"
+        )
     if not found:
         raise UserError(f"nothing to resume: no run of scenario {wanted.name} in {out}")
-    return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+    return newest(found)
 
 
 def _finished(
