@@ -119,6 +119,9 @@ def prepare(
 ) -> tuple[Point, ...]:
     """Load models, tokenise prompts and check that everything fits. Raises UserError before anything is measured."""
     checks.check(wanted, allow_pickle)
+    for _, cells in scenario.points(wanted):
+        for cell in cells:
+            engines.check_here(cell.engine, cell.options)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     world = world or World()
@@ -141,8 +144,6 @@ def prepare(
         cells = tuple(replace(cell, absent=engines.missing(cell.engine)) for cell in cells)
         chosen = prompts.load(at.prompts)
         checks.check_point(at, cells, shared.model.config, chosen, allow_pickle, fetch=True)
-        for cell in cells:
-            engines.check_here(cell.engine, cell.options)
         if at.accuracy.execute_generated_code:
             codejudge.confinement()
         encoded = prompts.encode(chosen, tokenizer, at.context)
