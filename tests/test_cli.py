@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tests.test_run import SCENARIO
 from tests.tiny import oracle
 from zbench.cli import main
+from zbench.hardware import roofs
 from zbench.records import TRIALS, read_trials
 
 
@@ -58,7 +59,7 @@ def yaml(tmp_path: Path) -> Path:
         ("prompts={set: quickstrat}", ["quickstrat", "quickstart"]),
         ("batch=0", ["batch"]),
         ("output_tokens=many", ["output_tokens", "whole number"]),
-        ("hardware=MI300", ["hardware: unknown hardware 'MI300'", "'MI300X'", "'MI350X'"]),
+        ("hardware=MI3", ["hardware: hardware 'MI3' could be", "MI300X, MI325X, MI350X, MI355X"]),
     ],
 )
 def test_bad_settings_are_one_line_and_exit_code_2(
@@ -219,21 +220,33 @@ def test_a_scenario_about_another_device_can_be_checked_and_estimated(yaml: Path
 
 
 @pytest.mark.parametrize("name", ["block_scaling_1b", "block_scaling_8b", "block_scaling_zaya1_8b"])
-def test_large_shapes_are_estimated_without_a_gpu_and_the_device_is_named(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path))  # no roofs are measured here
+def test_large_shapes_are_estimated_without_a_gpu_and_the_device_is_named(name: str) -> None:
     path = Path(__file__).parent.parent / "scenarios" / f"{name}.yaml"
-    cells = json.loads(zbench("run", path, "--dry-run", "--json", "-o", "device=cpu").stdout)
+    cells = json.loads(zbench("run", path, "--dry-run", "--json", "-o", "hardware=H100 SXM").stdout)
     by_name = {cell["cell"]: cell for cell in cells}
     assert all(cell["memory_bytes"] > 1e9 and cell["seconds"] > 0 for cell in cells)
     assert {cell["device"].split()[0] for cell in cells} == {"H100"}
     alone, rows = by_name["autoregressive/batch=1,context=1024"], by_name["forward/batch=1,context=1024"]
     assert rows["seconds"] > 15 * 0.9 * alone["seconds"]
-    shown = zbench("run", path, "--dry-run", "-o", "device=cuda:7").stdout
-    assert "H100 SXM (spec sheet), assumed" in shown
     small = zbench("run", path, "--dry-run", "-o", "hardware=H100 SXM", "-o", "matrix.batch=[64]").stdout
     assert ("do not fit" in small) == (name != "block_scaling_1b")
+
+
+def test_a_device_of_unknown_roofs_is_given_nobody_elses(yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofs, "cached", lambda device: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    shown = zbench("run", yaml, "--dry-run", "-o", "dtype=bfloat16", "-o", "threads=1").stdout
+    [device] = [line for line in shown.splitlines() if line.startswith("device: ")]
+    assert device.endswith(", this machine’s")
+    assert "zbench roofs --device cpu --dtype bfloat16 --threads 1 measures them" in shown
+    [cell, _] = json.loads(zbench("run", yaml, "--dry-run", "--json", "-o", "dtype=bfloat16").stdout)
+    assert cell["seconds"] is None and cell["fits"] and "were not measured" in cell["unknown"]
+    gone = zbench("run", yaml, "--dry-run", "-o", "device=cuda:7").stdout
+    assert "device: cuda:7, which this machine has not" in gone and "unknown: device" in gone
+    rate = {"value": 1e9}
+    kept = {"bandwidth": {"read": rate}, "flops": {"float32": rate}, "measured": "today"}
+    monkeypatch.setattr(roofs, "cached", lambda device: kept)
+    assert "unknown: no float16 rate of" in zbench("run", yaml, "--dry-run", "-o", "dtype=float16").stdout
 
 
 def test_all_scenario_files_are_checked_before_one_fails(yaml: Path, tmp_path: Path) -> None:
@@ -262,7 +275,7 @@ def test_project_takes_any_scenario_to_any_known_device(yaml: Path, tmp_path: Pa
 def test_project_needs_to_be_told_a_device_that_is_known(yaml: Path, tmp_path: Path) -> None:
     refused(zbench("project", yaml), "no device to project to", "--device NAME", "hardware: NAME")
     refused(zbench("project", yaml, "--device", "TPU9"), "unknown hardware 'TPU9'", "known: MI300X, MI325X")
-    refused(zbench("project", yaml, "--device", "h100"), "did you mean 'H100 SXM'")
+    refused(zbench("project", yaml, "--device", "h"), "'h' could be H100 SXM, H200 SXM")
     refused(zbench("project", yaml, "--device", "MI300X", "--out", tmp_path), "no float32 rate of MI300X is known")
     assert zbench("project", yaml, "--device", "MI300X", "--memory-fraction", "0").exit_code == 2
 

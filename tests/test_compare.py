@@ -221,6 +221,22 @@ def test_json_has_every_number_with_its_interval(first: Path) -> None:
     assert any(row["metric"] == "throughput_per_device" for row in content["metrics"])
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_a_run_lacks_is_said_on_the_terminal_and_in_the_json(first: Path, tmp_path: Path, gone: bool) -> None:
+    empty = other(first, "empty")
+    (empty / "trials.jsonl").unlink() if gone else (empty / "trials.jsonl").write_text("")
+    lacking = "Invented CPU (empty): autoregressive was planned but not run: the run is incomplete."
+    missing = "Invented CPU (empty): There is no trials.jsonl: no trial has ended yet."
+    told = asked(empty, first, "--out", tmp_path)
+    assert (told.exit_code, f"warning: {lacking}" in told.stderr) == (0, True)
+    notes = json.loads(asked(empty, first, "--json").stdout)["notes"]
+    assert lacking in notes and (missing in notes) == gone
+    rendered = CliRunner().invoke(main, ["report", str(empty)])
+    assert rendered.stdout.strip() == str(empty / "report.html")
+    assert "warning: autoregressive was planned but not run: the run is incomplete." in rendered.stderr
+    assert ("warning: There is no trials.jsonl: no trial has ended yet." in rendered.stderr) == gone
+
+
 def test_a_page_is_the_same_every_time(first: Path, tmp_path: Path) -> None:
     half = other(first, "half", pace=0.5)
     pages = []

@@ -34,7 +34,7 @@ LIGHT += [
     "report.attention",
     "models.attention",
 ]
-LIGHT += ["imported", "importers", "codejudge", "compare", "models.shard"]
+LIGHT += ["checks", "imported", "importers", "codejudge", "compare", "models.shard"]
 LIGHT += ["report.compare", "report.kernels", "report.scaling"]
 LIGHT += ["telemetry", "hardware.telemetry", "report.telemetry", "trace"]
 HEAVY = ("torch", "transformers")

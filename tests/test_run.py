@@ -89,7 +89,8 @@ def test_a_failing_engine_becomes_error_rows_and_the_rest_goes_on(tmp_path: Path
     assert (outcome.planned, outcome.finished, outcome.failed) == (4, 2, 2)
     failed = [r for r in run.read_trials(outcome.folder)[0] if r.status == "error"]
     assert {r.cell for r in failed} == {"reference-assisted-prompt_lookup"}
-    assert all(r.error and "batch to 1" in r.error for r in failed)
+    said = "transformers' prompt lookup decodes one sequence at a time: set batch to 1"
+    assert {r.error for r in failed} == {said}  # a sentence for the user, without the name of a class
 
 
 def test_what_is_not_installed_is_a_row_that_says_so_and_no_failure(
@@ -176,6 +177,14 @@ def test_a_run_is_not_resumed_with_another_scenario(tmp_path: Path) -> None:
     outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
     with pytest.raises(UserError, match="another scenario"):
         run.run(wanted(tmp_path), tmp_path / "out", QUIET, resume=outcome.folder)
+
+
+def test_a_run_of_the_same_name_with_other_settings_is_named_where_none_can_be_resumed(tmp_path: Path) -> None:
+    folder = run.run(wanted(tmp_path), tmp_path / "out", QUIET).folder
+    with pytest.raises(UserError, match=f"nothing to resume: {folder} is a run of tiny, but with other settings"):
+        run.latest(tmp_path / "out", wanted(tmp_path, "output_tokens=5"))
+    with pytest.raises(UserError, match="nothing to resume: no run of scenario other"):
+        run.latest(tmp_path / "out", wanted(tmp_path, "name=other", "output_tokens=5"))
 
 
 def test_a_run_is_not_resumed_on_other_prompts(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def run(
     if dry_run:
         from zbench import estimate
 
-        cells = estimate.estimate(wanted)
+        cells = estimate.estimate(wanted, allow_pickle)
         click.echo(json.dumps([c.to_dict() for c in cells], indent=1) if as_json else estimate.table(cells))
         return
     if wanted.hardware:
@@ -193,7 +193,11 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
-@click.option("--device", help="A name of specs.yaml, or `here` for this machine's roofs; default: the scenario's.")
+@click.option(
+    "--device",
+    help="MI300X, MI325X, MI350X, MI355X, H100 SXM, H200 SXM or B200, or as much of a name as tells it from the others;"
+    " `here` takes this machine's roofs. Default: the scenario's hardware.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
 )
@@ -340,9 +344,12 @@ def report(folder: Path) -> None:
     Example:
       zbench report reports/quickstart-20261123-120000
     """
-    from zbench.report import render
+    from zbench.report import render, warned
 
-    click.echo(render(folder))
+    page = render(folder)
+    click.echo(page)
+    for line in warned(folder) if page.name == "report.html" else ():  # others say of themselves that they predict
+        click.echo(line, err=True)
 
 
 @main.command()
@@ -384,6 +391,8 @@ def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bo
         click.echo(line)
     for note in found.notes:
         click.echo(f"note: {note}")
+    for warning in pages.run_warnings(found):
+        click.echo(f"warning: {warning}", err=True)
     click.echo(f"comparison: {page}")
 
 
@@ -638,22 +647,31 @@ def history_show(metrics: tuple[str, ...], file: Path, cell: str, last: int, as_
 @click.argument("files", metavar="SCENARIO...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
 def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
-    """Check scenario files; of one, also list its cells. All are checked before the command fails.
+    """Check scenario files, and that their prompts and drafters fit their models where these are on this machine; of
+    one file, also list its cells. All are checked before the command fails.
 
     \b
     Examples:
       zbench validate scenarios/quickstart.yaml -o batch=4
       zbench validate scenarios/*.yaml
     """
+    from zbench import checks
     from zbench import scenario as scenarios
 
     wrong = []
     for file in files:
+        unknown: tuple[str, ...] = ()
         try:
             wanted = scenarios.load_any(file, overrides)
             cells = () if isinstance(wanted, scenarios.KernelScenario) else scenarios.cells(wanted)
         except UserError as error:
             wrong.append(str(error))
+            continue
+        try:
+            if not isinstance(wanted, scenarios.KernelScenario):
+                unknown = checks.check(wanted)
+        except UserError as error:
+            wrong.append(f"{file}: {error}")
             continue
         if isinstance(wanted, scenarios.KernelScenario):
             named = wanted.kernels if wanted.kernels == "all" else ", ".join(wanted.kernels)
@@ -662,6 +680,8 @@ def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
         click.echo(f"{file}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
         for cell in cells if len(files) == 1 else ():
             click.echo(f"  {cell.id}")
+        for what in unknown:
+            click.echo(f"  not known yet: {what}")
     if wrong:
         raise UserError("\n".join(wrong))
 

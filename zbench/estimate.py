@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from zbench import engines, prompts, scenario
+from zbench import checks, engines, prompts, scenario
 from zbench.errors import UserError
-from zbench.models import families, zoo
+from zbench.models import families
 from zbench.models.cost import forward_cost
 from zbench.models.shard import Shard
 from zbench.records import CellRecord
@@ -21,12 +19,11 @@ if TYPE_CHECKING:
 CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only this estimate uses it
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 PREFILL_ROWS = 512  # of one prefill forward, as `engines/base.py` feeds them
-ASSUMED = "H100 SXM"  # the device of an estimate where nothing else is known
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One cell. None: the model's shape is not on this machine yet, or what the engine feeds is not known."""
+    """One cell. None where `unknown` says why."""
 
     cell: str
     trials: int
@@ -37,6 +34,7 @@ class Estimate:
     device: str  # whose roofs, and where they are from
     device_bytes: int | None  # its memory
     absent: str = ""  # why it would not be measured: what is not installed
+    unknown: str = ""  # why there is no time, and perhaps no memory
 
     @property
     def fits(self) -> bool | None:
@@ -47,64 +45,84 @@ class Estimate:
         return {**asdict(self), "fits": self.fits}
 
 
-def estimate(wanted: scenario.Scenario) -> list[Estimate]:
-    """Every cell of a scenario on the device that `assumed` names. No model is built, no GPU is needed."""
-    peaks, device = assumed(wanted)
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Whose roofs an estimate takes."""
+
+    device: str  # in words, with where the roofs are from
+    peaks: Peaks | None  # None: not known, for which `unknown` says why
+    memory_bytes: int | None
+    unknown: str = ""
+
+
+def estimate(wanted: scenario.Scenario, allow_pickle: bool = True) -> list[Estimate]:
+    """Every cell of a scenario at the roofs of `basis`. No model is built, no GPU is needed. Raises UserError for what
+    `zbench run` would refuse."""
+    checks.check(wanted, allow_pickle)
+    on = basis(wanted)
     found = []
     for at, cells in scenario.points(wanted):
         chosen = prompts.load(at.prompts)
         trials = at.repeats * -(-len(chosen) // at.batch)
-        config = model_config(at.model_spec)
+        config = checks.model_config(at.model_spec)
         context = at.context or longest_prompt(chosen)
         memory = None if config is None else memory_bytes(config, at, context)
         for cell in cells:
             if absent := engines.missing(cell.engine):
-                found.append(Estimate(cell.id, 0, 0, None, 0.0, device, peaks.memory_bytes, absent))
+                found.append(Estimate(cell.id, 0, 0, None, 0.0, on.device, on.memory_bytes, absent))
                 continue
-            each = None if config is None else _trial_seconds(at, cell, config, context, peaks)
-            seconds = None if each is None else each * trials / at.parallel.data
+            seconds, unknown = None, checks.unseen(at) if config is None else on.unknown
+            if config is not None and on.peaks is not None:
+                try:
+                    seconds = _trial_seconds(at, cell, config, context, on.peaks) * trials / at.parallel.data
+                except UserError as error:
+                    unknown = str(error)
             tokens = at.repeats * len(chosen) * at.output_tokens
-            found.append(Estimate(cell.id, trials, tokens, memory, seconds, device, peaks.memory_bytes))
+            found.append(
+                Estimate(cell.id, trials, tokens, memory, seconds, on.device, on.memory_bytes, unknown=unknown)
+            )
     return found
 
 
-def assumed(wanted: scenario.Scenario) -> tuple[Peaks, str]:
-    """Whose roofs an estimate takes, and in words: this machine's where they were measured, else the spec sheet of the
-    scenario's hardware, of the GPU that is here, or of ASSUMED."""
+def basis(wanted: scenario.Scenario) -> Basis:
+    """This machine's roofs where they were measured, else the spec sheet of the scenario's hardware or of the GPU that
+    is here. Nobody else's: a time at the roofs of another device would say nothing of this one."""
     from zbench.hardware import device as devices
     from zbench.hardware import projection, specs
 
     if projection.elsewhere(wanted):
         assert wanted.hardware is not None
-        return projection.on_paper(wanted.hardware), f"{wanted.hardware}, which the scenario is about (spec sheet)"
-    device = None
+        peaks = projection.on_paper(wanted.hardware)
+        return Basis(f"{wanted.hardware}, which the scenario is about (spec sheet)", peaks, peaks.memory_bytes)
     try:
         device = devices.resolve(wanted.device)
-        peaks = projection.measured_here(wanted)
     except UserError as error:
-        spec = specs.of_device(device) if device else None
-        if device and spec:
-            return projection.on_paper(
-                spec.name
-            ), f"{device.name}, this machine’s (spec sheet; zbench roofs measures it)"
-        why = f"the roofs of {device.name} are not measured (zbench roofs)" if device else str(error).split(":")[0]
-        return projection.on_paper(ASSUMED), f"{ASSUMED} (spec sheet), assumed: {why}"
-    return replace(peaks, memory_bytes=device.memory_bytes()), f"{device.name}, this machine’s (measured roofs)"
+        return Basis(f"{wanted.device}, which this machine has not", None, None, str(error))
+    memory, here = device.memory_bytes(), f"{device.name}, this machine’s"
+    try:
+        return Basis(f"{here} (measured roofs)", projection.measured_here(wanted), memory)
+    except UserError:
+        if spec := specs.of_device(device):
+            paper = f"{here} (spec sheet; zbench roofs measures it)"
+            return Basis(paper, projection.on_paper(spec.name), spec.memory_bytes)
+    threads = f" --threads {wanted.threads}" if wanted.threads else ""
+    command = f"zbench roofs --device {wanted.device} --dtype {wanted.dtype}{threads}"
+    return Basis(here, None, memory, f"the roofs of {device.name} were not measured; {command} measures them")
 
 
 def _trial_seconds(
     at: scenario.Scenario, cell: CellRecord, config: families.AnyConfig, context: int, peaks: Peaks
-) -> float | None:
-    """The least that a batch takes: its prefill, and as many steps as its output needs at the context in the middle."""
+) -> float:
+    """The least that a batch takes: its prefill, and as many steps as its output needs at the context in the middle.
+
+    Raises UserError where that is not known."""
     from zbench.engines import plans
     from zbench.hardware import projection
 
     if at.dtype not in peaks.flops:
-        return None
-    try:
-        plan = plans.plan(cell.engine, cell.options, config, at.batch)
-    except UserError:
-        return None
+        known = ", ".join(peaks.flops)
+        raise UserError(f"no {at.dtype} rate of {peaks.device} is known (known: {known})")
+    plan = plans.plan(cell.engine, cell.options, config, at.batch)
     itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
     where = projection.Where(config, [context + at.output_tokens // 2] * at.batch, at.dtype, peaks, shard)
     gained = projection.tokens_per_step(cell, plan) or 1.0 + plan.drafts
@@ -141,8 +159,7 @@ def table(cells: list[Estimate]) -> str:
             f"{len(too_large)} of {len(cells)} cells do not fit: {most / 1e9:.0f} GB for weights and cache, the device"
             f" has {(too_large[0].device_bytes or 0) / 1e9:.0f} GB"
         )
-    if any(cell.memory_bytes is None and not cell.absent for cell in cells):
-        lines.append("unknown: the model is not on this machine yet (zbench models fetch NAME)")
+    lines += [f"unknown: {why}" for why in dict.fromkeys(cell.unknown for cell in cells) if why]
     lines.append("on another device: zbench project SCENARIO --device NAME")
     return "\n".join(lines)
 
@@ -166,15 +183,3 @@ def memory_bytes(config: families.AnyConfig, at: scenario.Scenario, context: int
     itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
     full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize, shard=shard)
     return shard.parameters(config) * itemsize + full.kv_bytes
-
-
-def model_config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
-    """The shape of a scenario's model; None while it is not on this machine."""
-    if isinstance(spec, str):
-        folder = zoo.path(spec)
-    elif spec.get("config"):
-        return families.from_fields(spec["config"])
-    else:
-        folder = Path(spec["path"]) if spec.get("path") else None
-    file = folder / "config.json" if folder else None
-    return families.from_hf(json.loads(file.read_text())) if file and file.is_file() else None

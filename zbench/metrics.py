@@ -326,7 +326,7 @@ def load_run(path: Path) -> Run:
         manifest = read_manifest(path)
         trials, warnings = read_trials(path)
         if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
-            warnings.append(f"trials.jsonl has trials of cells that run.json does not plan: {', '.join(strangers)}")
+            warnings.append(f"cells that run.json does not plan have trials in trials.jsonl: {', '.join(strangers)}")
         good = [trial for trial in trials if trial.status == "ok"]
         rows = [row for trial in good for row in _request_rows(trial)]
         try:

@@ -183,26 +183,33 @@ def _as_list(value: Any) -> list[Any]:
 class _Line(BaseModel):
     """One line of JSONL. Keys that other tools write beside these are left alone."""
 
-    model_config = ConfigDict(coerce_numbers_to_str=True)
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # ids and references may be numbers, what is said may not
 
     id: str | None = Field(default=None, validation_alias=AliasChoices("question_id", "task_id", "id"))
     category: str | None = None
-    turns: Annotated[list[Annotated[str, Field(pattern=r"\S")]], BeforeValidator(_as_list)] = Field(
-        validation_alias=AliasChoices("turns", "prompt"), min_length=1
-    )
+    turns: Annotated[list[Annotated[str, Field(strict=True, pattern=r"\S")]], Field(min_length=1)] | None = None
+    prompt: Annotated[str, Field(strict=True)] | None = None  # one turn; HumanEval's code before the answer
     reference: Annotated[list[str], BeforeValidator(_as_list)] = []
-    code: str | None = Field(default=None, validation_alias="prompt")  # HumanEval's names, with `test`
-    entry_point: str | None = None
+    entry_point: str | None = None  # HumanEval's names, with `prompt`
     test: str | None = None
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What the user says. Raises ValueError where that is nothing."""
+        if self.turns is None and self.prompt is None:
+            raise ValueError('needs the key "turns" or "prompt"')
+        if self.turns is None and not (self.prompt or "").strip():
+            raise ValueError("prompt: is empty")
+        return tuple(self.turns or [self.prompt or ""])
 
     @property
     def problem(self) -> Problem | None:
         """Raises ValueError where there is a test and something lacks that it needs."""
         if not self.test:
             return None
-        if not (self.code and self.entry_point and self.entry_point.isidentifier()):
+        if not (self.prompt and self.entry_point and self.entry_point.isidentifier()):
             raise ValueError('has a "test", which needs "prompt" (the code before the answer) and "entry_point"')
-        return Problem(self.code, self.entry_point, self.test)
+        return Problem(self.prompt, self.entry_point, self.test)
 
 
 def _parse(text: str, source: str) -> tuple[Prompt, ...]:
@@ -212,7 +219,7 @@ def _parse(text: str, source: str) -> tuple[Prompt, ...]:
             continue
         try:
             parsed = _Line.model_validate_json(line)
-            problem = parsed.problem
+            turns, problem = parsed.said, parsed.problem
         except ValidationError as error:
             raise UserError(f"{source}:{number}: {_said(error)}") from error
         except ValueError as error:
@@ -221,7 +228,7 @@ def _parse(text: str, source: str) -> tuple[Prompt, ...]:
         if name in prompts:
             raise UserError(f"{source}:{number}: another prompt has the id {name!r}; ids must differ")
         reference = next(iter(parsed.reference), None) or None
-        prompts[name] = Prompt(name, parsed.category or Path(source).stem, tuple(parsed.turns), reference, problem)
+        prompts[name] = Prompt(name, parsed.category or Path(source).stem, turns, reference, problem)
     if not prompts:
         raise UserError(f"{source}: has no prompts; write one JSON object per line")
     return tuple(prompts.values())
@@ -231,8 +238,6 @@ def _said(error: ValidationError) -> str:
     """The first thing that is wrong with a line."""
     first = error.errors(include_url=False)[0]
     where = "".join(f"{part}: " for part in first["loc"][:1])
-    if first["type"] == "missing":
-        return 'needs the key "turns" or "prompt"'
     if first["type"] in ("too_short", "string_pattern_mismatch"):
         return f"{where}is empty"
     return where + first["msg"].replace("Input should be", "expected", 1)

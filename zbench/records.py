@@ -416,7 +416,7 @@ def read_trials(folder: Path) -> tuple[list[TrialRecord], list[str]]:
     """
     path = folder / TRIALS
     if not path.exists():
-        return [], [f"{TRIALS} is missing: no trial has ended yet"]
+        return [], [f"there is no {TRIALS}: no trial has ended yet"]
     trials, warnings = _lines(path, TrialRecord.from_json, "a trial record")
     latest: dict[tuple[str, int, int], TrialRecord] = {}
     for trial in trials:

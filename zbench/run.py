@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import zbench
-from zbench import accuracy, codejudge, engines, prompts, ranks, scenario
+from zbench import accuracy, checks, codejudge, engines, prompts, ranks, scenario
 from zbench.cache import atomic_write, new_folder
 from zbench.engines import launches, lossless
 from zbench.engines.base import Engine, Launches, Meter, Request
@@ -30,7 +30,6 @@ from zbench.hardware import telemetry as sensors
 from zbench.hardware.device import Device
 from zbench.models import loading, zoo
 from zbench.models.families import parameter_count
-from zbench.models.shard import Shard
 from zbench.models.team import RankLost
 from zbench.models.zaya_config import ZayaConfig
 from zbench.progress import track
@@ -119,6 +118,10 @@ def prepare(
     world: World | None = None,
 ) -> tuple[Point, ...]:
     """Load models, tokenise prompts and check that everything fits. Raises UserError before anything is measured."""
+    checks.check(wanted, allow_pickle)
+    for _, cells in scenario.points(wanted):
+        for cell in cells:
+            engines.check_here(cell.engine, cell.options)
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     world = world or World()
@@ -138,29 +141,15 @@ def prepare(
             shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle, team)
             models[key] = (shared, shared.tokenizer)
         shared, tokenizer = models[key]
-        Shard(0, at.parallel.tensor).check(shared.model.config)
         cells = tuple(replace(cell, absent=engines.missing(cell.engine)) for cell in cells)
-        for cell in cells:
-            engines.check(cell.engine, cell.options, shared.model.config)
         chosen = prompts.load(at.prompts)
+        checks.check_point(at, cells, shared.model.config, chosen, allow_pickle, fetch=True)
         if at.accuracy.execute_generated_code:
-            if not any(prompt.problem for prompt in chosen):
-                raise UserError("accuracy.execute_generated_code is set, but no prompt has tests to run code against")
             codejudge.confinement()
         encoded = prompts.encode(chosen, tokenizer, at.context)
-        longest = max(len(ids) for ids in encoded) + at.output_tokens
-        if longest > (most := shared.model.config.max_positions):
-            raise UserError(
-                f"prompt and output need {longest} tokens, {shared.model.name} takes {most}:"
-                " shorten context, prompts or output_tokens"
-            )
+        checks.check_room(at, shared.model.config, max(map(len, encoded)) + at.output_tokens)
         pairs = list(zip(chosen, encoded, strict=True))
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
-        if len(batches) % at.parallel.data:
-            raise UserError(
-                f"{len(batches)} batches of prompts cannot be shared evenly by parallel.data {at.parallel.data}:"
-                " give prompts another limit, or another batch"
-            )
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
         points.append(Point(at, cells, tokenizer, device, shared, batches, warmup, member))
@@ -499,7 +488,8 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
         message = next(iter(str(error).splitlines()), "") or "no message"
         if point.device.type == "cuda":
             torch.cuda.empty_cache()
-        return replace(blank, wall_seconds=time.perf_counter() - begin, error=f"{type(error).__name__}: {message}")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "  # such a sentence needs no name
+        return replace(blank, wall_seconds=time.perf_counter() - begin, error=f"{kind}{message}")
 
 
 def _sure(served: ServedRecord | None) -> bool:
@@ -568,13 +558,26 @@ def _headline(record: TrialRecord) -> str:
 def latest(out: Path, wanted: scenario.Scenario) -> Path:
     """The newest run folder of this scenario under `out`."""
     digest = scenario.content_hash(wanted)
-    found = []
+    found, others = [], []
     for folder in (path.parent for path in out.glob(f"*/{MANIFEST}")):
         with contextlib.suppress(UserError):  # another run's damaged folder is no obstacle
-            found += [folder] if read_manifest(folder).scenario_hash == digest else []
+            manifest = read_manifest(folder)
+            if manifest.scenario_hash == digest:
+                found.append(folder)
+            elif manifest.name == wanted.name:
+                others.append(folder)
+
+    def newest(folders: list[Path]) -> Path:
+        return max(folders, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+
+    if not found and others:
+        raise UserError(
+            f"nothing to resume: {newest(others)} is a run of {wanted.name}, but with other settings than these (-o"
+            " counts too); give the same again, or start a new run"
+        )
     if not found:
         raise UserError(f"nothing to resume: no run of scenario {wanted.name} in {out}")
-    return max(found, key=lambda folder: (folder / MANIFEST).stat().st_mtime)
+    return newest(found)
 
 
 def _finished(

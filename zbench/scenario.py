@@ -947,8 +947,8 @@ class Scenario(_Strict):
     )
     hardware: str | None = Field(
         default=None,
-        description="GPU that this scenario is about, by its name in hardware/specs.yaml. `zbench run` measures there;"
-        " elsewhere it projects from the spec sheet. null means whatever device it runs on.",
+        description="GPU that this scenario is about, of those that `zbench project --help` lists. `zbench run`"
+        " measures there; elsewhere it projects from the spec sheet. null means whatever device it runs on.",
         examples=["MI300X", "H100 SXM"],
     )
     engines: Annotated[tuple[_Engine, ...], Field(strict=False, min_length=1)] = Field(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zbench import estimate, scenario
+from zbench import checks, scenario
 from zbench.errors import UserError
 from zbench.hardware import device as devices
 from zbench.hardware import projection, roofs, specs
@@ -377,7 +377,7 @@ def test_projecting_to_a_named_device_needs_no_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "most"), [("mi300x", 3), ("mi355x", 4)])
 def test_the_zaya_scenarios_project_the_published_shape_on_their_own_device(name: str, most: int) -> None:
     wanted = scenario.load(SCENARIOS / f"zaya1_8b_{name}.yaml")
-    assert estimate.model_config(wanted.model_spec) == ZAYA
+    assert checks.model_config(wanted.model_spec) == ZAYA
     found = projection.project(wanted, projection.on_paper(str(wanted.hardware)))
     assert found.hardware.device == name.upper()
     assert len(found.points) == 5

@@ -1,13 +1,17 @@
 """Spec-sheet peaks: dense, sourced, and only ever those of the very device."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from zbench.cli import main
+from zbench.errors import UserError
 from zbench.hardware import specs
 from zbench.hardware.device import Device
-from zbench.hardware.specs import known, lookup, of_device
+from zbench.hardware.specs import known, lookup, named, of_device
 
 # Dense bfloat16 by the silicon: units x FLOP per clock and unit x boost clock in Hz. 2:4 sparsity would double it.
 SILICON = {
@@ -23,6 +27,37 @@ SILICON = {
 
 def test_every_gpu_of_the_list_is_known():
     assert {spec.name for spec in known()} == SILICON.keys()
+
+
+@pytest.mark.parametrize(("begun", "name"), [("h100", "H100 SXM"), ("H200", "H200 SXM"), ("mi355", "MI355X")])
+def test_as_much_of_a_name_as_tells_it_from_the_others_will_do(begun, name):
+    assert named(begun).name == name
+
+
+@pytest.mark.parametrize(
+    ("begun", "message"),
+    [
+        ("mi3", "'mi3' could be MI300X, MI325X, MI350X, MI355X"),
+        ("H", "could be H100 SXM, H200 SXM"),
+        ("", "could be MI300X, .*B200"),
+        ("H100 PCIe", "unknown hardware 'H100 PCIe'; did you mean 'H100 SXM'"),
+    ],
+)
+def test_a_name_that_could_be_several_lists_them(begun, message):
+    with pytest.raises(UserError, match=message):
+        named(begun)
+
+
+def test_the_help_of_project_lists_every_gpu():
+    shown = " ".join(CliRunner().invoke(main, ["project", "--help"]).output.split())
+    assert all(spec.name in shown for spec in known())
+
+
+@pytest.mark.parametrize("spec", known(), ids=lambda spec: spec.name)
+def test_no_note_on_a_formula_stands_beside_another_number(spec):
+    for dtype, value in spec.flops.items():
+        for stated in re.findall(r"([\d.]+e12) by formula", spec.sources[f"flops.{dtype}"]):
+            assert float(stated) == pytest.approx(value, rel=0.01)
 
 
 @pytest.mark.parametrize("spec", known(), ids=lambda spec: spec.name)

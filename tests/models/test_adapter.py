@@ -19,8 +19,8 @@ from zbench.models.adapter import (
     MaskAdapter,
     adapter_shapes,
     load_adapter,
-    mask_shift,
     random_adapter,
+    read_config,
     save_adapter,
 )
 from zbench.models.rows import Rows
@@ -49,7 +49,7 @@ def test_a_saved_adapter_is_read_back(tmp_path: Path) -> None:
     made = random_adapter(model().config, seed=1, rank=4, block=6)
     made = replace(made, config=replace(made.config, shift=1))
     save_adapter(tmp_path / "a", made)
-    assert mask_shift(tmp_path / "a") == 1
+    assert read_config(tmp_path / "a", model().config) == made.config
     read = load_adapter(tmp_path / "a", model().config)
     assert read.config == made.config
     assert read.tensors.keys() == made.tensors.keys()
@@ -155,6 +155,15 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, wha
     with pytest.raises(UserError, match=complaint) as caught:
         load_adapter(tmp_path, model().config)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_model_says_so_instead_of_listing_its_tensors(tmp_path: Path) -> None:
+    whole = model().config
+    save_adapter(tmp_path, random_adapter(replace(whole, layers=whole.layers + 1)))
+    made = f"made for a model of {whole.layers + 1} layers, {whole.width} wide, but this one has {whole.layers}"
+    for read in (load_adapter, read_config):
+        with pytest.raises(UserError, match=made):
+            read(tmp_path, whole)
 
 
 def test_a_folder_without_weights_or_none_at_all_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, READ, ROOFS, SPECULATIVE, write_run
+from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, ENVIRONMENT, READ, ROOFS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.records import LosslessCheck
 from zbench.report import findings
@@ -115,6 +115,17 @@ def over_roof() -> dict[str, Any]:
 )
 def test_what_makes_numbers_less_than_they_seem_is_said(results: Any, options: dict[str, Any], words: str) -> None:
     assert any(words in sentence for sentence in warnings(results(**options)))
+
+
+@pytest.mark.parametrize(("threads", "backend", "said"), [(2, "cpu", False), (64, "cpu", True), (64, "cuda", False)])
+def test_more_threads_than_can_run_at_once_are_said(
+    results: Any, monkeypatch: pytest.MonkeyPatch, threads: int, backend: str, said: bool
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "torch", {"version": "2.13.0", "threads": threads})
+    monkeypatch.setitem(ENVIRONMENT, "cpu", {"usable_threads": 2})
+    monkeypatch.setitem(ENVIRONMENT, "device", {**ENVIRONMENT["device"], "backend": backend})
+    told = [line for line in warnings(results()) if line.startswith("64 CPU threads took turns, as")]
+    assert len(told) == said
 
 
 def test_a_read_roof_that_held_still_is_worth_no_word(results: Any) -> None:

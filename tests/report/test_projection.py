@@ -109,6 +109,15 @@ def test_a_mean_length_leaves_the_speeds_by_proposals_out(tmp_path: Path) -> Non
     assert "Most tokens/s are predicted" not in page
 
 
+def test_measured_roofs_are_called_so(tmp_path: Path) -> None:
+    made = write(tmp_path)
+    content = json.loads((made / pages.PROJECTION).read_text())
+    assert any("predicted from the spec sheet of MI300X and" in line for line in pages.headline(made))
+    content["hardware"] |= {"kind": "measured", "device": "Invented CPU"}
+    (made / pages.PROJECTION).write_text(json.dumps(content))
+    assert any("predicted from the measured roofs of Invented CPU and" in line for line in pages.headline(made))
+
+
 def test_a_model_too_large_is_warned_of(tmp_path: Path) -> None:
     assert not [line for line in pages.headline(write(tmp_path)) if "more than one" in line]
     lines = pages.headline(write(tmp_path, "matrix.batch=[1, 4096]"))

@@ -255,19 +255,62 @@ def missing(name: str) -> str:
 _DRAFTERS: dict[str, zoo.Kind] = {"eagle3": "eagle3", "dflash": "dflash", "dflash_reference": "dflash"}
 
 
-def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
-    """What can be said of an engine's options once the model's shape is known. Raises UserError before anything is
-    loaded or measured."""
+def check(
+    name: str, options: dict[str, Any], config: AnyConfig | None, allow_pickle: bool = False, fetch: bool = False
+) -> None:
+    """What can be said of an engine's options without weights; with `config` None, of a model that is not known yet.
+    `fetch` downloads a drafter of the hub to see its shape. Raises UserError."""
+    from zbench.engines import plans, synthetic
     from zbench.errors import UserError
     from zbench.models.config import ModelConfig
+    from zbench.models.drafters import check_draft_vocab
 
-    for option in ("drafter", "adapter"):
-        chosen = options.get(option) or {}
-        if "zoo" in chosen:
-            zoo.drafter(chosen["zoo"], "adapter" if option == "adapter" else _DRAFTERS[name])
-        if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
-            raise UserError(f"{name}: {option} folder {chosen['path']} does not exist")
+    chosen = options.get("drafter") or options.get("adapter") or {}
+    kind = _DRAFTERS.get(name, "adapter")
+    if "zoo" in chosen:
+        zoo.drafter(chosen["zoo"], kind)
+    if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
+        raise UserError(
+            f"{name}: {'adapter' if kind == 'adapter' else 'drafter'} folder {chosen['path']} does not exist"
+        )
+    known = _seen(chosen, kind, allow_pickle, fetch)
+    if name == "eagle3":
+        drafter = plans.eagle3_drafter(known, config) if known and config else None
+        # Of a vocabulary that is not known yet all can be tried that is asked for.
+        vocab = drafter.draft_vocab if drafter else config.vocab if config else options["top_k"]
+        plans.eagle3_tokens(options["depth"], options["top_k"], options["tokens"], vocab, options["beam"])
+        if options["synthetic"]:
+            synthetic.parse(options["synthetic"], options["depth"])
+    if config is None:
+        return
+    if name in ("dflash", "dflash_reference"):
+        shape = plans.dflash_drafter(known, config) if known else None
+        block = options["block"] or (shape.block if shape else None)
+        if name == "dflash":
+            vocab = options["draft_vocab"] or (shape.body.vocab if shape else config.vocab)
+            check_draft_vocab(vocab, config.vocab)
+            if shape and options["draft_vocab"]:
+                shape.reduced(vocab)
+            if (tokens := options["tokens"]) is not None:
+                plans.check_dflash_tree(tokens, block or 2, vocab, options["draft_sampling"], options["synthetic"])
+            if options["synthetic"] and block:
+                synthetic.parse(options["synthetic"], block - 1)
+    if name == "diffusion":
+        if chosen and not isinstance(config, ModelConfig):
+            raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")
+        _mask_id(options, config)
+        shift = plans.mask_shift(known, config)
+        plans.check_diffusion_shift(options["sampler"], shift)
+        if (tokens := options["tokens"]) is not None:
+            block = options["block_size"]
+            plans.check_diffusion_tree(tokens, block, shift, config.vocab, options["synthetic"] is not None)
+
+
+def check_here(name: str, options: dict[str, Any]) -> None:
+    """What an engine wants of the machine that it runs on. Raises UserError."""
     if name == "endpoint":
+        from zbench.errors import UserError
+
         variable = options["api_key_env"]
         if variable and not os.environ.get(variable):
             raise UserError(f"endpoint: the environment has no {variable}; export it, the key is never written")
@@ -275,26 +318,20 @@ def check(name: str, options: dict[str, Any], config: AnyConfig) -> None:
             from zbench.serving.process import Wanted
 
             Wanted.of(options, Path())
-    if name == "eagle3":
-        from zbench.engines.plans import eagle3_tokens
 
-        eagle3_tokens(options["depth"], options["top_k"], options["tokens"], config.vocab, options["beam"])
-    if name == "dflash":
-        from zbench.engines.plans import check_dflash_tree
-        from zbench.models.drafters import check_draft_vocab
 
-        vocab = options["draft_vocab"] or config.vocab
-        check_draft_vocab(vocab, config.vocab)
-        if (tokens := options["tokens"]) is not None:  # without a block the drafter's own, which is checked later
-            check_dflash_tree(tokens, options["block"] or 2, vocab, options["draft_sampling"], options["synthetic"])
-    if name == "diffusion":
-        from zbench.engines.plans import check_diffusion_tree
+def _seen(chosen: dict[str, Any], kind: zoo.Kind, allow_pickle: bool, fetch: bool) -> dict[str, Any] | None:
+    """A drafter whose shape can be read without its weights, by its folder; None where there is none."""
+    if "hub" in chosen:
+        if not fetch:
+            return None
+        chosen = {"path": str(_drafter_folder(chosen, kind))}
+    if "path" in chosen and allow_pickle:
+        from zbench.models.checkpoint import pickles
 
-        if options["adapter"] and not isinstance(config, ModelConfig):
-            raise UserError(f"diffusion: adapters fit dense transformers only, not {config.family}")
-        _mask_id(options, config)
-        if (tokens := options["tokens"]) is not None:  # an adapter's shift is known once it is loaded
-            check_diffusion_tree(tokens, options["block_size"], 0, config.vocab, options["synthetic"] is not None)
+        if pickles(Path(chosen["path"]).expanduser()):
+            return None
+    return chosen or None
 
 
 def _mask_id(options: dict[str, Any], config: AnyConfig) -> int:
@@ -312,11 +349,13 @@ def _mask_id(options: dict[str, Any], config: AnyConfig) -> int:
 
 
 def _drafter_folder(chosen: dict[str, Any], kind: zoo.Kind) -> Path:
-    from zbench.models import loading
-
     if "zoo" in chosen:
         return zoo.drafter(chosen["zoo"], kind)
-    return Path(chosen["path"]) if "path" in chosen else loading.snapshot(chosen["hub"], chosen["revision"] or "main")
+    if "path" in chosen:
+        return Path(chosen["path"])
+    from zbench.models import loading
+
+    return loading.snapshot(chosen["hub"], chosen["revision"] or "main")
 
 
 _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state
 from zbench.engines.diffusion import BLOCK_SIZES, prefill_and_draft, run_head
+from zbench.engines.plans import check_diffusion_shift
 from zbench.engines.sampling import on_device, probabilities
 from zbench.errors import UserError
 from zbench.models.adapter import MaskAdapter
@@ -47,8 +48,7 @@ class Denoise:
     ) -> None:
         if block not in BLOCK_SIZES:
             raise UserError(f"diffusion: block_size must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, not {block}")
-        if adapter and adapter.config.shift:
-            raise UserError("diffusion: denoise needs masks that predict their own place; this adapter's do not")
+        check_diffusion_shift("denoise", adapter.config.shift if adapter else 0)
         if not 0 <= mask_id < model.config.vocab:
             raise UserError(f"diffusion: mask id {mask_id} is not in the vocabulary of {model.config.vocab}")
         self.model, self.mask_id, self.block = model, mask_id, block

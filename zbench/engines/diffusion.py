@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, chunks, generate, new_state
-from zbench.engines.plans import ONE_HEAD_ROWS, prepared
+from zbench.engines.plans import ONE_HEAD_ROWS, check_diffusion_shift, prepared
 from zbench.engines.sampling import Purpose, draw, on_device, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Mix, Verdict, kernels, verify_chain
@@ -85,8 +85,7 @@ class Diffusion:
             raise UserError(f"diffusion: mask id {mask_id} is not in the vocabulary of {model.config.vocab}")
         self.model, self.mask_id, self.block, self.adapter = model, mask_id, block, adapter
         self.shift = adapter.config.shift if adapter else 0
-        if self.shift and mix is not None:
-            raise UserError("diffusion: logit_mix needs masks that predict their own place; this adapter's do not")
+        check_diffusion_shift("logit_mix" if mix is not None else "lossless", self.shift)
         self.masks = block - self.shift  # of a block
         # A block's first token is known, so it has `block` outcomes.
         self.proposals = min(block if proposals is None else proposals, block if self.masks else 0)

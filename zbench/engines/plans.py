@@ -92,7 +92,7 @@ def reference(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
 
 def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
     """`depth` drafter forwards one after another, then one verify of a chain or a tree."""
-    drafter = _eagle3_drafter(options["drafter"], target)
+    drafter = eagle3_drafter(options["drafter"], target)
     depth, k = options["depth"], options["top_k"]
     beam = options.get("beam") or k
     tokens = eagle3_tokens(depth, k, options["tokens"], drafter.draft_vocab, beam)
@@ -142,7 +142,7 @@ def eagle3_tokens(depth: int, top_k: int, tokens: int | None, draft_vocab: int, 
 
 def dflash(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
     """One drafter forward over a block of masks, then one verify of the block as a chain or of a tree out of it."""
-    drafter = _dflash_drafter(options["drafter"], target)
+    drafter = dflash_drafter(options["drafter"], target)
     drafter = drafter.reduced(options["draft_vocab"]) if options.get("draft_vocab") else drafter
     block, tokens = options["block"] or drafter.block, options.get("tokens")
     rows, pairs = block, causal_pairs(block)
@@ -184,7 +184,7 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
         return _diffusion_tree(options, target, batch)
     block = options["block_size"]
     proposals = block if options["proposals"] == "all" else min(options["proposals"], block)
-    shift = _mask_shift(options["adapter"])
+    shift = mask_shift(options["adapter"], target)
     if not proposals or block == shift:
         return autoregressive(options, target)
     asked, notes = options["synthetic"], []
@@ -205,7 +205,7 @@ def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
 
 def _diffusion_tree(options: Mapping[str, Any], target: AnyConfig, batch: int) -> Plan:
     """A tree instead of a chain: rows 1 + tokens + P (B - shift), of a block that is drafted in full."""
-    block, tokens, shift = options["block_size"], options["tokens"], _mask_shift(options["adapter"])
+    block, tokens, shift = options["block_size"], options["tokens"], mask_shift(options["adapter"], target)
     check_diffusion_tree(tokens, block, shift, target.vocab, options["synthetic"] is not None)
     proposals = tokens + 1 if options["proposals"] == "all" else min(options["proposals"], tokens + 1)
     masks, nodes = block - shift, 1 + tokens
@@ -222,6 +222,12 @@ def _diffusion_tree(options: Mapping[str, Any], target: AnyConfig, batch: int) -
     if options["adapter"]:
         notes.append("the mask adapter's own parameters are left out")
     return Plan(tuple(forwards), min(block - 1, tokens), notes=tuple(notes))
+
+
+def check_diffusion_shift(sampler: str, shift: int) -> None:
+    """Raises UserError where a sampler needs masks that predict their own place, and an adapter's do not."""
+    if shift and sampler in ("denoise", "logit_mix"):
+        raise UserError(f"diffusion: {sampler} needs masks that predict their own place; this adapter's do not")
 
 
 def check_diffusion_tree(tokens: int, block: int, shift: int, vocab: int, synthetic: bool) -> None:
@@ -292,7 +298,8 @@ def coverage(found: Synthetic, outcomes: Sequence[int]) -> float:
     return sum(found.chances[kept - 1] for kept in outcomes)
 
 
-def _eagle3_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> Eagle3Config:
+def eagle3_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> Eagle3Config:
+    """The shape of the drafter that a scenario chose. Raises UserError where it does not fit, or is not known here."""
     if chosen.get("random"):
         return Eagle3Config.of_target(target, **_given(draft_vocab=chosen.get("vocab")))
     from zbench.models import eagle3
@@ -300,7 +307,8 @@ def _eagle3_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> Eagle3Confi
     return eagle3.read_config(_folder(chosen, "eagle3"), target)
 
 
-def _dflash_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> DFlashConfig:
+def dflash_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> DFlashConfig:
+    """As `eagle3_drafter`."""
     if chosen.get("random"):
         return DFlashConfig.of_target(target, **_given(layers=chosen.get("layers")))
     from zbench.models import dflash
@@ -308,12 +316,13 @@ def _dflash_drafter(chosen: Mapping[str, Any], target: AnyConfig) -> DFlashConfi
     return dflash.read_config(_folder(chosen, "dflash"), target)
 
 
-def _mask_shift(chosen: Mapping[str, Any] | None) -> int:
+def mask_shift(chosen: Mapping[str, Any] | None, target: AnyConfig) -> int:
+    """How far from its own place the token is that a mask predicts. Raises UserError as `eagle3_drafter` does."""
     if not chosen or chosen.get("random"):
         return 0
     from zbench.models import adapter
 
-    return adapter.mask_shift(_folder(chosen, "adapter"))
+    return adapter.read_config(_folder(chosen, "adapter"), target).shift
 
 
 def _folder(chosen: Mapping[str, Any], kind: zoo.Kind) -> str | Path:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import zbench
-from zbench import estimate, prompts, scenario
+from zbench import checks, estimate, prompts, scenario
 from zbench.engines import plans, synthetic
 from zbench.errors import UserError
 from zbench.hardware import specs
@@ -241,7 +241,7 @@ def project(wanted: scenario.Scenario, peaks: Peaks) -> Projection:
         if at.dtype not in peaks.flops:
             known = ", ".join(peaks.flops)
             raise UserError(f"no {at.dtype} rate of {peaks.device} is known (known: {known}); choose another dtype")
-        target = estimate.model_config(at.model_spec)
+        target = checks.model_config(at.model_spec)
         if target is None:
             raise UserError(f"the shape of {at.model_name} is not on this machine; give model: {{config: SHAPE}}")
         points.append(_point(at, cells, target, peaks))

@@ -39,10 +39,16 @@ def lookup(device_name: str) -> Spec | None:
 
 
 def named(name: str) -> Spec:
-    """The spec that `specs.yaml` calls `name`, in capitals or not. Raises UserError with the nearest names."""
+    """The spec that `specs.yaml` calls `name`, or the only one whose name begins so, in capitals or not. Raises
+    UserError with the names that it could be."""
     by_name = {spec.name.casefold(): spec for spec in known()}
     if found := by_name.get(name.casefold()):
         return found
+    begun = [spec for key, spec in by_name.items() if key.startswith(name.casefold())]
+    if len(begun) == 1:
+        return begun[0]
+    if begun:
+        raise UserError(f"hardware {name!r} could be {', '.join(spec.name for spec in begun)}: write more of its name")
     close = difflib.get_close_matches(name.casefold(), by_name, n=3, cutoff=0.5)
     near = " or ".join(repr(by_name[key].name) for key in close)
     raise UserError(

@@ -15,6 +15,7 @@ so the model's own distribution, which verifies the drafts, is untouched. The fo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,15 +30,17 @@ from torch import Tensor
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import loading
-from zbench.models.checkpoint import check_tensors
+from zbench.models.checkpoint import check_shapes, stored_shapes
 from zbench.models.config import ModelConfig, tensor_shapes
 from zbench.models.cost import Cost
+from zbench.models.families import AnyConfig
 from zbench.models.shard import WHOLE, Shard, channels
 
 LowRank = tuple[Tensor, Tensor]  # A [r, in], B [out, r]; the scale alpha / r is in B
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _EMBEDDING = "base_model.model.", "mask_embedding.weight"
+_LAYER = re.compile(rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _RANDOM_STD = 0.02
 
@@ -63,33 +66,50 @@ class AdapterCheckpoint:
 def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:
     """Raises UserError, one line, where the folder is damaged or the adapter does not fit `target`."""
     folder = Path(path).expanduser()
+    config, file = read_config(folder, target), folder / _WEIGHTS
+    with loading.opened([file]) as where:
+        tensors = {name: reader.get_tensor(name) for name, reader in where.items()}
+    return AdapterCheckpoint(config, tensors, loading.weights_hash([file]), f"folder {folder}")
+
+
+def read_config(path: str | Path, target: AnyConfig) -> AdapterConfig:
+    """The config of the adapter that `load_adapter` would load, without its weights. Raises UserError like it."""
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"adapter folder {folder} does not exist")
     stored, file = loading.read_json(folder / _CONFIG), folder / _WEIGHTS
     if not file.is_file():
         raise UserError(f"{folder} has no {_WEIGHTS}; only safetensors are read")
-    with loading.opened([file]) as where:
-        tensors = {name: reader.get_tensor(name) for name, reader in where.items()}
+    found = stored_shapes([file])
     try:
         config = AdapterConfig(
             rank=_positive(stored, "r"),
             alpha=float(_positive(stored, "lora_alpha")),
             block=_positive(stored, "block_size"),
-            masks=len(tensors.get(_EMBEDDING, ())),
+            masks=(found.get(_EMBEDDING) or (0,))[0],
             shift=_shift(stored),
             modules=tuple(stored.get("target_modules") or ()),
         )
         if unknown := sorted(set(config.modules) - set(MODULES)):
             raise UserError(f"target_modules {', '.join(unknown)} are not supported; supported: {', '.join(MODULES)}")
-        check_tensors(tensors, adapter_shapes(config, target), target.vocab)
+        if not isinstance(target, ModelConfig):
+            raise UserError(f"adapters fit dense transformers only, not {target.family}")
+        _check_model(found, target)
+        check_shapes(found, adapter_shapes(config, target))
     except UserError as error:
         raise UserError(f"adapter {folder}: {error}") from error
-    return AdapterCheckpoint(config, tensors, loading.weights_hash([file]), f"folder {folder}")
+    return config
 
 
-def mask_shift(path: str | Path) -> int:
-    """`AdapterConfig.shift` of the adapter in a folder, without its weights. Raises UserError like `load_adapter`."""
-    return _shift(loading.read_json(Path(path).expanduser() / _CONFIG))
+def _check_model(found: Mapping[str, tuple[int, ...]], target: ModelConfig) -> None:
+    """Raises UserError where the tensors are those of a model of another shape, which their names would not tell."""
+    layers = 1 + max((int(layer[1]) for layer in map(_LAYER.match, found) if layer), default=-1)
+    width = (found.get(_EMBEDDING) or (target.width,))[-1]
+    if layers and (layers, width) != (target.layers, target.width):
+        raise UserError(
+            f"made for a model of {layers} layers, {width} wide, but this one has {target.layers} and is"
+            f" {target.width} wide"
+        )
 
 
 def save_adapter(folder: str | Path, adapter: AdapterCheckpoint) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,19 +32,16 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     if not folder.is_dir():
         raise UserError(f"drafter folder {folder} does not exist")
     config = loading.read_json(folder / "config.json")
-    pickles = [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
-    if pickles and not allow_pickle:
-        raise UserError(
-            f"{folder} has only pickle weights ({loading.some([file.name for file in pickles])}), which can run code; "
-            "convert them to safetensors, or allow pickle if you trust where they come from"
-        )
-    files = pickles or loading.weight_files(folder)
-    tensors = _read_pickles(files) if pickles else _read_safetensors(files)
+    found = pickles(folder)
+    if found and not allow_pickle:
+        raise _only_pickles(folder, found)
+    files = found or loading.weight_files(folder)
+    tensors = _read_pickles(files) if found else _read_safetensors(files)
     return Checkpoint(folder, config, tensors, loading.weights_hash(files))
 
 
-def read_shape(path: str | Path) -> tuple[dict[str, Any], frozenset[str]]:
-    """The config.json of a folder of safetensors and the names of its tensors; no weight is read.
+def read_shape(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The config.json of a folder of safetensors, and the shapes of its tensors by name; no weight is read.
 
     Raises UserError, one line, for what is missing or corrupt.
     """
@@ -52,20 +49,46 @@ def read_shape(path: str | Path) -> tuple[dict[str, Any], frozenset[str]]:
     if not folder.is_dir():
         raise UserError(f"drafter folder {folder} does not exist")
     config = loading.read_json(folder / "config.json")
-    with loading.opened(loading.weight_files(folder)) as where:
-        return config, frozenset(where)
+    if found := pickles(folder):
+        raise _only_pickles(folder, found)
+    return config, stored_shapes(loading.weight_files(folder))
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], target_vocab: int) -> None:
-    """Raises UserError unless the tensors are those of `shapes`, no more, and a reduced vocabulary maps into the
-    target's."""
-    if missing := [name for name in shapes if name not in tensors]:
+def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in safetensors files, from their headers."""
+    with loading.opened(files) as where:
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
+
+
+def pickles(folder: Path) -> list[Path]:
+    """The pickle weights of a folder that has no others."""
+    return [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _only_pickles(folder: Path, found: list[Path]) -> UserError:
+    return UserError(
+        f"{folder} has only pickle weights ({loading.some([file.name for file in found])}), which can run code; "
+        "convert them to safetensors, or allow pickle if you trust where they come from"
+    )
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless the tensors that were found are those of `shapes`, and no more."""
+    if missing := [name for name in shapes if name not in found]:
         raise UserError(f"lacks {loading.some(missing)}")
-    if unknown := sorted(set(tensors) - set(shapes)):
+    if unknown := sorted(set(found) - set(shapes)):
         raise UserError(f"has tensors of a variant that is not supported: {loading.some(unknown)}")
     for name, shape in shapes.items():
-        if (found := tuple(tensors[name].shape)) != shape:
-            raise UserError(f"{name} has shape {found}, but its config and the target say {shape}")
+        if found[name] != shape:
+            raise UserError(f"{name} has shape {found[name]}, but its config and the target say {shape}")
+
+
+def check_map(tensors: Mapping[str, Tensor], target_vocab: int) -> None:
+    """Raises UserError unless a reduced vocabulary, where there is one, maps into the target's."""
     if "d2t" in tensors:
         ids = target_ids(tensors["d2t"])
         if int(ids.min()) < 0 or int(ids.max()) >= target_vocab or len(ids.unique()) != len(ids):

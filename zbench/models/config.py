@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from zbench.errors import UserError
@@ -190,6 +192,19 @@ def token_ids(value: Any) -> tuple[int, ...]:
     if not all(isinstance(token, int) for token in ids):
         raise UserError(f"config: {value!r} is not a token id or a list of token ids")
     return ids
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder. Raises UserError where there is none."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; a model folder needs it") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return data
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -33,7 +33,7 @@ from zbench.kernels import cpu
 from zbench.models import config as model_config
 from zbench.models import loading
 from zbench.models.cache import Cache, on_device
-from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
+from zbench.models.checkpoint import check_map, check_shapes, read_checkpoint, read_shape, shapes_of, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
@@ -75,8 +75,8 @@ def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False
     stored = read_checkpoint(path, allow_pickle)
     tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in _REDUNDANT}
     try:
-        config = _parse(stored.config, "lm_head.weight" in tensors, target)
-        _check_tensors(config, tensors, target)
+        config = _fitting(stored.config, shapes_of(tensors), target)
+        check_map(tensors, target.vocab)
     except UserError as error:
         raise UserError(f"drafter {stored.path}: {error}") from error
     return DFlashCheckpoint(config, tensors, stored.hash, f"folder {stored.path}")
@@ -84,9 +84,9 @@ def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False
 
 def read_config(path: str | Path, target: AnyConfig) -> DFlashConfig:
     """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
-    config, names = read_shape(path)
+    config, shapes = read_shape(path)
     try:
-        return _parse(config, "lm_head.weight" in names, target)
+        return _fitting(config, {name: shape for name, shape in shapes.items() if name not in _REDUNDANT}, target)
     except UserError as error:
         raise UserError(f"drafter {path}: {error}") from error
 
@@ -207,11 +207,14 @@ def _whole(config: Mapping[str, Any], settings: Mapping[str, Any], key: str, all
     return value
 
 
-def _check_tensors(config: DFlashConfig, tensors: Mapping[str, Tensor], target: AnyConfig) -> None:
+def _fitting(stored: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], target: AnyConfig) -> DFlashConfig:
+    """The config, held against the shapes of the tensors beside it."""
+    config = _parse(stored, "lm_head.weight" in found, target)
     shapes = tensor_shapes(config)
     if config.own_head and config.body.vocab < target.vocab:
         shapes["d2t"] = (config.body.vocab,)
-    check_tensors(tensors, shapes, target.vocab)
+    check_shapes(found, shapes)
+    return config
 
 
 @dataclass(frozen=True, slots=True)

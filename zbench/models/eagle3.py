@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,15 @@ from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.kernels import cpu
 from zbench.models.cache import on_device
-from zbench.models.checkpoint import check_tensors, read_checkpoint, read_shape, target_ids
+from zbench.models.checkpoint import check_map, check_shapes, read_checkpoint, read_shape, shapes_of, target_ids
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
 from zbench.models.execution import Recorded, rounded
 from zbench.models.families import AnyConfig
 from zbench.models.transformer import inverse_frequencies, rotate
+
+T = TypeVar("T")
 
 _MAX_POSITIONS = 2048  # the released configs' training length, where a config does not say
 _RANDOM_STD = 0.02
@@ -73,11 +75,10 @@ def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False
     that this module does not run.
     """
     stored = read_checkpoint(path, allow_pickle)
-    tensors = {_original_name(name): tensor for name, tensor in stored.tensors.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in _REDUNDANT}
+    tensors = _originals(stored.tensors)
     try:
-        config = _parse(stored.config, tensors.keys(), target)
-        _check_tensors(config, tensors)
+        config = _fitting(stored.config, shapes_of(tensors), target)
+        check_map(tensors, target.vocab)
     except UserError as error:
         raise UserError(f"drafter {stored.path}: {error}") from error
     return Eagle3Checkpoint(config, tensors, stored.hash, f"folder {stored.path}")
@@ -85,9 +86,9 @@ def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False
 
 def read_config(path: str | Path, target: AnyConfig) -> Eagle3Config:
     """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
-    config, names = read_shape(path)
+    config, shapes = read_shape(path)
     try:
-        return _parse(config, {_original_name(name) for name in names}, target)
+        return _fitting(config, _originals(shapes), target)
     except UserError as error:
         raise UserError(f"drafter {path}: {error}") from error
 
@@ -165,6 +166,12 @@ def tensor_shapes(config: Eagle3Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _originals(found: Mapping[str, T]) -> dict[str, T]:
+    """What a checkpoint has under the names of the original layout, without what it says twice."""
+    named = {_original_name(name): value for name, value in found.items()}
+    return {name: value for name, value in named.items() if name not in _REDUNDANT}
+
+
 def _original_name(name: str) -> str:
     prefix = next((prefix for prefix in _RENAMES if name.startswith(prefix)), "")
     return _RENAMES.get(prefix, "") + name.removeprefix(prefix)
@@ -240,11 +247,14 @@ def _taps(config: Mapping[str, Any], target: AnyConfig) -> tuple[int, ...]:
     return taps
 
 
-def _check_tensors(config: Eagle3Config, tensors: Mapping[str, Tensor]) -> None:
+def _fitting(stored: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], target: AnyConfig) -> Eagle3Config:
+    """The config, held against the shapes of the tensors beside it."""
+    config = _parse(stored, found.keys(), target)
     shapes = tensor_shapes(config)
-    if "embed_tokens.weight" in tensors:
+    if "embed_tokens.weight" in found:
         shapes["embed_tokens.weight"] = (config.layer.vocab, config.layer.width)
-    check_tensors(tensors, shapes, config.layer.vocab)
+    check_shapes(found, shapes)
+    return config
 
 
 class DraftCache:

@@ -21,7 +21,7 @@ from torch import Tensor
 from zbench.cache import atomic_write, cache_dir
 from zbench.errors import UserError
 from zbench.models import families, zoo
-from zbench.models.config import token_ids
+from zbench.models.config import read_json, token_ids
 from zbench.models.families import AnyConfig, tensor_shapes
 
 if TYPE_CHECKING:
@@ -167,19 +167,6 @@ def _load_folder(folder: Path, name: str, source: str, dtype: torch.dtype | None
     tensors = _read_tensors(files, config, dtype)
     tokenizer = folder if any((folder / file).is_file() for file in _TOKENIZER_FILES) else None
     return LoadedModel(name, folder, config, tensors, weights_hash(files), tokenizer, source)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model's folder. Raises UserError where there is none."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; a model folder needs it") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{file} must hold a JSON object")
-    return data
 
 
 def weight_files(folder: Path) -> list[Path]:

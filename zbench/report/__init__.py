@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from zbench.errors import UserError
 
@@ -55,11 +56,24 @@ def render(run_folder: Path) -> Path:
 
 def headline(run_folder: Path) -> list[str]:
     """The answer and the warnings of a rendered report, one sentence per line. Raises UserError before `render`."""
-    path = Path(run_folder) / "metrics.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path}: cannot be read; run `zbench report {run_folder}`") from None
+    content = _content(run_folder)
     told = [(entry["point"], sentence) for entry in content["answers"] for sentence in entry["sentences"]]
     answers = [f"{point}: {sentence}" if point else sentence for point, sentence in told]
-    return [*answers, *(f"warning: {sentence}" for sentence in content["warnings"])]
+    return [*answers, *_warned(content)]
+
+
+def warned(run_folder: Path) -> list[str]:
+    """The warnings of a rendered report alone, of a folder that `render` made one of."""
+    return _warned(_content(run_folder))
+
+
+def _warned(content: dict[str, Any]) -> list[str]:
+    return [f"warning: {sentence}" for sentence in content["warnings"]]
+
+
+def _content(run_folder: Path) -> dict[str, Any]:
+    path = Path(run_folder) / "metrics.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path}: cannot be read; run `zbench report {run_folder}`") from None

@@ -80,7 +80,7 @@ def to_json(comparison: Comparison) -> str:
         ],
         "imported": [asdict(found) for found in comparison.imported],
         "answers": answers(comparison),
-        "notes": comparison.notes,
+        "notes": [*comparison.notes, *run_warnings(comparison)],
         "metrics": comparison.rows(),
     }  # fmt: skip
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -442,7 +442,7 @@ def _page(comparison: Comparison, drawn: Sequence[Drawn]) -> str:
             description=first.run.manifest.description if first else "",
             count=len(comparison.sides) + len(comparison.imported),
             answers=answers(comparison),
-            notes=_warnings(comparison),
+            notes=[*comparison.notes, *run_warnings(comparison)],
             devices=_device_table(comparison) if first else None,
             points=[point(label, records) for label, records in comparison.points.items()],
             pareto=html.image(pareto) if pareto else None,
@@ -458,13 +458,13 @@ def _page(comparison: Comparison, drawn: Sequence[Drawn]) -> str:
     )
 
 
-def _warnings(comparison: Comparison) -> list[str]:
-    """What the comparison lacks, then what each run warns of, once where several say the same."""
+def run_warnings(comparison: Comparison) -> list[str]:
+    """What each run warns of, once where several say the same."""
     found: dict[str, list[str]] = {}
     for side in comparison.sides:
         for sentence in warnings(side.results):
             found.setdefault(sentence, []).append(side.name)
     everyone = len(comparison.sides)
-    return comparison.notes + [
+    return [
         sentence if len(names) == everyone else f"{', '.join(names)}: {sentence}" for sentence, names in found.items()
     ]

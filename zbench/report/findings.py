@@ -113,6 +113,7 @@ def warnings(results: Results) -> list[str]:
     found = [sentence[0].upper() + sentence[1:] + "." for sentence in run.warnings]
     if run.manifest.roofs is None:
         found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
+    found += _threads(run)
     found += _read_roof(run)
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
@@ -127,6 +128,19 @@ def warnings(results: Results) -> list[str]:
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
     found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
     return list(dict.fromkeys(found))
+
+
+def _threads(run: Run) -> list[str]:
+    """Where a CPU had fewer places to run on than threads to run."""
+    facts = run.manifest.environment
+    threads, usable = facts.get("torch", {}).get("threads"), facts.get("cpu", {}).get("usable_threads")
+    on_cpu = facts.get("device", {}).get("backend") == "cpu"
+    if not (on_cpu and isinstance(threads, int) and isinstance(usable, int) and threads > usable):
+        return []
+    return [
+        f"{threads} CPU threads took turns, as this process may run {usable} at once: times are longer and less steady"
+        " than with as many threads as that."
+    ]
 
 
 def _read_roof(run: Run) -> list[str]:

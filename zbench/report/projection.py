@@ -95,8 +95,9 @@ def _answers(projection: Data) -> list[str]:
 
 def _warnings(projection: Data) -> list[str]:
     hardware = projection["hardware"]
+    peaks = "the measured roofs" if hardware["kind"] == "measured" else f"the {hardware['kind']}"
     found = [
-        f"Every figure on this page is predicted from the {hardware['kind']} of {hardware['device']} and from shapes; "
+        f"Every figure on this page is predicted from {peaks} of {hardware['device']} and from shapes; "
         "nothing was measured. Overhead is left out, so real steps take longer."
     ]
     if any(step["acceptance"] for point in projection["points"] for step in point["engines"]):
