@@ -25,6 +25,7 @@ from zbench.errors import UserError
 from zbench.history import Series
 from zbench.metrics import load_run
 from zbench.records import TrialRecord
+from zbench.report import trend
 
 LESS = changed(GOOD, 9, **{key: getattr(verifying([1, 1], group=3), key) for key in ("steps", "forwards", "requests")})
 
@@ -397,3 +398,9 @@ def test_only_the_newest_runs_are_shown_when_asked(tmp_path: Path, file: Path) -
     for day in (1, 2, 3):
         history.add(run(tmp_path, day), file)
     assert "n: 2 runs, 2026-11-02 to 2026-11-03" in zbench("show", "ttft", "--last", 2, "--file", file).stdout
+
+
+def test_the_ends_of_an_axis_read_differently_where_they_differ() -> None:
+    assert trend._edges(1.0004, 0.9996, "tokens") == ("1.000 tokens", "0.9996 tokens")
+    assert trend._edges(2.0, 1.0, "tokens") == ("2.00 tokens", "1.00 tokens")
+    assert trend._edges(1.0, 1.0, "tokens") == ("1.00 tokens", "")

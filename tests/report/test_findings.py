@@ -246,6 +246,20 @@ def test_everything_failed_is_one_sentence(results: Any) -> None:
 
 def test_a_sentence_lists_six_things_and_counts_the_rest() -> None:
     words = [f"engine {n}" for n in range(20)]
-    assert findings._listed(words[:1]) == "engine 0"
-    assert findings._listed(words[:6]) == "engine 0, engine 1, engine 2, engine 3, engine 4 and engine 5"
-    assert findings._listed(words) == "engine 0, engine 1, engine 2, engine 3, engine 4 and 15 more"
+    assert findings.listed(words[:1]) == "engine 0"
+    assert findings.listed(words[:6]) == "engine 0, engine 1, engine 2, engine 3, engine 4 and engine 5"
+    assert findings.listed(words) == "engine 0, engine 1, engine 2, engine 3, engine 4 and 15 more"
+
+
+def test_labels_that_have_commas_are_listed_with_semicolons() -> None:
+    words = ["autoregressive", "block 4, proposals 1", "block 4, proposals 2"]
+    assert findings.listed(words) == "autoregressive; block 4, proposals 1; and block 4, proposals 2"
+
+
+def test_that_prompts_are_too_few_for_an_interval_is_said_once_in_a_sentence(results: Any) -> None:
+    told = answers(results(engines=("autoregressive", *SPECULATIVE[1:]), prompts=1, repeats=1))[0][1]
+    comparisons = [sentence for sentence in told if "paired by prompt" in sentence]
+    assert comparisons
+    for sentence in comparisons:
+        assert sentence.count("too few for an interval") == 1
+        assert sentence.endswith(", paired by prompt (1 prompt: too few for an interval).")

@@ -83,10 +83,10 @@ def main_kind(cell: Cell) -> str:
     return "" if decode.empty else str(decode.groupby("kind", sort=False)["seconds"].sum().idxmax())
 
 
-def quantity(value: float, unit: str) -> str:
-    """A value with its unit, scaled: `quantity(0.0089, "s")` is "8.90 ms"."""
-    scale, shown, digits = _scale(value, unit)
-    return f"{_number(value / scale, digits)}{shown}"
+def quantity(value: float, unit: str, digits: int = 0) -> str:
+    """A value with its unit, scaled: `quantity(0.0089, "s")` is "8.90 ms". With at least so many significant digits."""
+    scale, shown, usual = _scale(value, unit)
+    return f"{_number(value / scale, max(digits, usual))}{shown}"
 
 
 def interval(row: MetricRow) -> str:
@@ -259,6 +259,8 @@ def _speed(results: Results, cell: Cell) -> str:
 def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]:
     """Pairs are reported from the side that wins; an interval that holds 1 shows no difference."""
     slower, faster, alike = [], [], []
+    without = {_no_interval(cell, row) for cell in others if (row := results.row(cell, "speedup")).low is None}
+    once = next(iter(without)) if len(without) == 1 < len(others) else ""  # said of all at the end
     if len(others) > MOST:  # the nearest, and the fastest, are what is worth reading
         others = sorted(others, key=lambda cell: -float(results.row(cell, "speedup").value or 0))
     for cell in others:
@@ -268,17 +270,17 @@ def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]
             alike.append(f"{title(cell)} ({value:.2f}×, {low:.2f}–{high:.2f})")
         elif value < 1:
             around = f"{1 / high:.2f}–{1 / low:.2f}" if low and high else _no_interval(cell, row)
-            slower.append(f"{1 / value:.2f}× {title(cell)} ({around})")
+            slower.append(f"{1 / value:.2f}× {title(cell)}" + f" ({around})" * (around != once))
         else:
             around = f"{low:.2f}–{high:.2f}" if low and high else _no_interval(cell, row)
-            faster.append(f"{title(cell)} is {value:.2f}× as fast ({around})")
-    sentences = []
+            faster.append(f"{title(cell)} is {value:.2f}× as fast" + f" ({around})" * (around != once))
+    sentences, paired = [], f", paired by prompt{f' ({once})' if once else ''}."
     if slower:
-        sentences.append(f"That is {_listed(slower)}, paired by prompt.")
+        sentences.append(f"That is {listed(slower)}{paired}")
     if faster:
-        sentences.append(f"{_listed(faster)}, paired by prompt.")
+        sentences.append(f"{listed(faster)}{paired}")
     if alike:
-        sentences.append(f"No difference from {title(first)} is shown for {_listed(alike)}.")
+        sentences.append(f"No difference from {title(first)} is shown for {listed(alike)}.")
     return sentences
 
 
@@ -311,9 +313,7 @@ def _too_few(results: Results) -> list[str]:
     for cell in results.run.cells:
         if cell.trials and (n := results.row(cell, "ttft").n) < FEW:
             few.setdefault(clusters(cell, n), []).append(name(cell))
-    return [
-        f"{count} for {_listed(cells)}: too few for an interval, which takes {FEW}." for count, cells in few.items()
-    ]
+    return [f"{count} for {listed(cells)}: too few for an interval, which takes {FEW}." for count, cells in few.items()]
 
 
 def _other_tokens(cell: Cell, results: Results) -> str:
@@ -347,13 +347,13 @@ def _untrained(run: Run) -> list[str]:
     found = []
     if drawn := having[SYNTHETIC]:
         found.append(
-            f"Synthetic acceptance in {_listed(drawn)}: the cost of a step is measured, but how many drafts it accepts "
+            f"Synthetic acceptance in {listed(drawn)}: the cost of a step is measured, but how many drafts it accepts "
             "is drawn as the scenario says, so every speed here is that of a drafter that would accept as many."
         )
     if random := having[RANDOM_DRAFTER]:
-        found.append(f"Random drafter in {_listed(random)}: its cost is real, its drafts are noise.")
+        found.append(f"Random drafter in {listed(random)}: its cost is real, its drafts are noise.")
     if adapted := having[RANDOM_ADAPTER]:
-        found.append(f"Random mask adapter in {_listed(adapted)}: its cost is real, its drafts are noise.")
+        found.append(f"Random mask adapter in {listed(adapted)}: its cost is real, its drafts are noise.")
     return found
 
 
@@ -387,13 +387,14 @@ def _at(cell: Cell) -> str:
     return f" at {label}" if label else " here"
 
 
-def _listed(words: Iterable[str]) -> str:
+def listed(words: Iterable[str]) -> str:
     """Nobody reads a list of twenty: beyond `MOST` the tables have the rest."""
-    listed = list(words)
-    if len(listed) > MOST:
-        listed = [*listed[: MOST - 1], f"{len(listed) - MOST + 1} more"]
-    *most, last = listed
-    return f"{', '.join(most)} and {last}" if most else last
+    shown = list(words)
+    if len(shown) > MOST:
+        shown = [*shown[: MOST - 1], f"{len(shown) - MOST + 1} more"]
+    *most, last = shown
+    comma = "; " if any("," in word for word in shown) else ", "  # as labels like "block 4, proposals 2" have them
+    return f"{comma.join(most)}{comma if comma == '; ' else ' '}and {last}" if most else last
 
 
 def _scale(value: float, unit: str) -> tuple[float, str, int]:

@@ -255,14 +255,15 @@ def _figure(series: Series, links: dict[str, str]) -> _Figure:
         for entry, number in line.points
     ]
     legend = [(index, _about(line)) for index, line in lines] if len(series.lines) > 1 else []
+    high, low = _edges(top, bottom, series.unit)
     return _Figure(
         title=f"{series.cell}: {series.part}" if series.part else series.cell,
         caveat=series.caveat,
         newest=_newest(series),
         alt=f"{series.name} of {series.cell} in {_counted(len(points), 'run')}: newest {_newest(series)}; "
         f"last change: {_last_change(series)}",
-        top=quantity(top, series.unit),
-        bottom=quantity(bottom, series.unit) if top > bottom else "",
+        top=high,
+        bottom=low,
         first=points[0][0].created[:10],
         last=points[-1][0].created[:10] if len(points) > 1 else "",
         dots=dots,
@@ -276,6 +277,18 @@ def _figure(series: Series, links: dict[str, str]) -> _Figure:
         changes=sorted(changes),
         legend=legend,
     )
+
+
+def _edges(top: float, bottom: float, unit: str) -> tuple[str, str]:
+    """The ends of the axis in words: with more digits where they would read the same; one where they are the same."""
+    high, low = quantity(top, unit), quantity(bottom, unit)
+    if top == bottom:
+        return high, ""
+    digits = 3
+    while high == low and digits < 15:
+        digits += 1
+        high, low = (quantity(value, unit, digits) for value in (top, bottom))
+    return high, low
 
 
 def _or(edge: float | None, value: float) -> float:
