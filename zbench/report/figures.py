@@ -23,6 +23,7 @@ from zbench.report.readings import proposals_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
@@ -32,6 +33,7 @@ HATCHES = ("", "//", "\\\\", "--", "xx", "||", "++", "/", "|")  # of lines only:
 APART = 1.5  # ratio of bandwidths from which two slopes of the roofline leave room for a name between them
 NAMED_FROM = 0.05  # share of an engine's time from which its prefills, drafts or verifies are named in the roofline
 PAINTED = ("prefill", "decode", "draft", "verify", "draft+verify", "accept", "commit", "host gap", "denoise")
+CURVES = {"acceptance_at": "verify steps that accept it", "conditional_at": "accepted, of steps that got so far"}
 QUANTILES = np.linspace(0.005, 0.995, 100)  # each tick of a strip is one percent of the steps
 
 
@@ -207,9 +209,8 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
         axes.plot([left, roofs[-1][2] / bandwidth], [left * bandwidth, roofs[-1][2]], color=theme.muted, lw=0.6)
     _mark_forwards(axes, theme, results, dots, x, y)
     axes.set(xlabel="intensity, FLOP per byte", ylabel="FLOP/s")
-    axes.yaxis.set_major_formatter(EngFormatter(places=0))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
+    name_log_ticks(axes.xaxis)
+    name_log_ticks(axes.yaxis, EngFormatter())
     for cell in _with_forwards(cells):
         colour, marker = _series(results, cell, theme)
         axes.plot([], [], marker, ms=6, color=colour, label=_legend_name(cell))
@@ -651,18 +652,38 @@ def _speedups(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
 
 def _plain_log_ticks(axes: Axes) -> None:
     """Round ticks that include 1: the decades' 1, 2 and 5 where they suffice, finer ones on a short axis."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     low, high = axes.get_xlim()
     low, high = min(low, 0.9), max(high, 1.1)
-    coarse = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
-    fine = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    shown = [tick for tick in coarse if low <= tick <= high]
-    if len(shown) < 4:
-        shown = [tick for tick in fine if low <= tick <= high]
+    shown = _round_ticks(low, high, 4)
     axes.set_xlim(low, high)
     axes.set_xticks(shown, labels=[f"{tick:g}×" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _round_ticks(low: float, high: float, enough: int) -> list[float]:
+    """1, 2 and 5 of each decade; evenly spaced ones where fewer than `enough` of them are between the ends."""
+    from matplotlib.ticker import MaxNLocator
+
+    every = [digit * 10.0**power for power in range(-9, 16) for digit in (1, 2, 5)]
+    shown = [tick for tick in every if low <= tick <= high]
+    if len(shown) >= enough:
+        return shown
+    even = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in even if low <= tick <= high]
+
+
+def name_log_ticks(axis: Axis, write: Callable[[float], str] = "{:g}".format) -> None:
+    """Decades as plain numbers, where two of them are in view: an axis with one named tick has no scale. Else finer
+    ones. Call it when the limits are settled."""
+    from matplotlib.ticker import NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = [10.0**power for power in range(-9, 16) if low <= 10.0**power <= high]
+    shown = decades if len(decades) > 1 else _round_ticks(low, high, 3)
+    axis.set_ticks(shown, labels=[write(tick) for tick in shown])
+    axis.set_minor_locator(NullLocator())
 
 
 def _speedups_height(results: Results, cells: Sequence[Cell]) -> float:
@@ -747,7 +768,7 @@ def _curves(metric: str) -> Callable[[Axes, Theme, Results, Sequence[Cell]], Non
             parts = _parts(results, cell, metric)
             axes.plot(list(parts), list(parts.values()), f"{marker}-", ms=5, lw=1.4, color=colour, mew=0,
                       label=_legend_name(cell))  # fmt: skip
-        axes.set(ylim=(-0.03, 1.06), xlabel="draft position", ylabel="verify steps that accept it")
+        axes.set(ylim=(-0.03, 1.06), xlabel="draft position", ylabel=CURVES[metric])
         axes.set_xlim(0.6, max(cell.depth for cell in shown) + 0.4)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -923,10 +944,11 @@ PLOTS = (
     Plot(
         "roofline", "Where each forward stands",
         "One mark per kind of forward, where it takes the most time; its other numbers of rows are points on the line "
-        "through it. Open marks are prefills, and close marks of one kind share a name. Below the slope memory limits, "
-        "below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on this device, shaded "
-        "from the lowest to the highest read bandwidth beside the run; thin: what its caches give to data that fits "
-        "into them. Dashed: spec sheet. A roof that is not known is not drawn.",
+        "through it. Open marks come before the first decode step: prefills, and what a drafter or a mask head "
+        "does then. Close marks of one kind share a name. Below the slope memory limits, below the flat part "
+        "arithmetic; far below both, overhead does. Solid: roofs measured on this device, shaded from the lowest to "
+        "the highest read bandwidth beside the run; thin: what its caches give to data that fits into them. Dashed: "
+        "spec sheet. A roof that is not known is not drawn.",
         lambda results, cells: bool(_with_forwards(cells)),
         lambda results, cells: 3.5 + 0.2 * _legend_lines(_with_forwards(cells)), _roofline, _roofline_alt,
     ),
@@ -945,9 +967,9 @@ PLOTS = (
     ),
     Plot(
         "experts", "How many experts a forward reads",
-        "One mark per kind of forward, its other numbers of rows on the line through it; open marks are prefills. Each "
-        "expert that any row was sent to is read once, so more rows read more weights. Dashed: what rows would hit "
-        "that choose uniformly and independently, predicted.",
+        "One mark per kind of forward, its other numbers of rows on the line through it; open marks come before the "
+        "first decode step. Each expert that any row was sent to is read once, so more rows read more weights. Dashed: "
+        "what rows would hit that choose uniformly and independently, predicted.",
         _has_experts, _experts_height, _experts, _experts_alt,
     ),
     Plot(
