@@ -33,10 +33,14 @@ def results(tmp_path: Path) -> Any:
         (61.23, "tokens/s", "61.2 tokens/s"),
         (12345.0, "tokens/s", "12,345 tokens/s"),
         (2.9, "ratio", "2.90×"),
-        (0.844, "1", "84%"),
+        (0.8441, "1", "84.4%"),
+        (0.8, "1", "80%"),
+        (1.1304, "1", "113%"),
+        (0.0921, "1", "9.21%"),
+        (0.99704, "1", "99.7%"),
         (1.0, "1", "100%"),
         (0.9999, "1", "99.99%"),
-        (-0.031, "1", "-3.1%"),
+        (-0.0312, "1", "-3.12%"),
         (0.0, "s", "0 s"),
     ],
 )
@@ -68,7 +72,7 @@ def test_the_answer_says_how_fast_with_its_interval_against_what_and_what_limits
     assert sentences[0].startswith("autoregressive decodes 11")
     assert "95% interval" in sentences[0] and "8 prompts" in sentences[0]
     assert "That is 2.5" in text and "× transformers generate (2.5" in text
-    assert "decode forward (1 row) is memory-bound: 85% of the measured read bandwidth." in text
+    assert "decode forward (1 row) is memory-bound: 84.9% of the measured read bandwidth." in text
 
 
 def test_a_faster_engine_is_said_to_be_faster_and_its_own_bound_is_named(results: Any) -> None:
@@ -263,3 +267,21 @@ def test_that_prompts_are_too_few_for_an_interval_is_said_once_in_a_sentence(res
     for sentence in comparisons:
         assert sentence.count("too few for an interval") == 1
         assert sentence.endswith(", paired by prompt (1 prompt: too few for an interval).")
+
+
+def test_an_interval_of_shares_has_the_decimals_of_its_value(results: Any) -> None:
+    found = results(samples=(READ,))
+    row = found.row(found.run.cells[0], "mbu", "decode, 1 row")
+    assert re.fullmatch(r"8\d\.\d%", quantity(row.value, row.unit))
+    assert re.fullmatch(r"8\d\.\d–8\d\.\d%", findings.interval(row))
+
+
+def test_a_share_of_more_than_the_whole_roof_is_no_plain_verdict(results: Any) -> None:
+    """The forwards reach 85% of READ: 106% of the median of these samples."""
+    found = results(samples=(0.7 * READ, 0.8 * READ, 1.2 * READ))
+    text = " ".join(answers(found)[0][1])
+    assert "memory-bound: 1" not in text
+    assert (
+        "is memory-bound as far as can be told: it ran at 106% of the read bandwidth measured beside it (30.4 GB/s; "
+        "highest sample 45.6 GB/s), so that memory changed its speed" in text
+    )

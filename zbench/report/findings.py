@@ -229,8 +229,23 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
     metric, roof = ("mbu", "read bandwidth") if bound.value == "memory" else ("mfu", f"{cell.record.dtype} rate")
     row = results.row(cell, metric, kind)
     if isinstance(row.value, float):
-        return f"{bound.value}-bound: {quantity(row.value, row.unit)} of the measured {roof}"
+        share = quantity(row.value, row.unit)
+        if row.value > 1:
+            return f"{bound.value}-bound as far as can be told: {_above(results, row, share, roof)}"
+        return f"{bound.value}-bound: {share} of the measured {roof}"
     return f"faster than the measured {roof} would allow ({row.note.removeprefix('unavailable: ')})"
+
+
+def _above(results: Results, row: MetricRow, share: str, roof: str) -> str:
+    """What a share of more than all of a roof may come from: it is no plain result."""
+    read, memory = results.run.read_roof or {}, row.metric == "mbu"
+    if row.status == "error":
+        return f"{share} of the measured {roof}, so that the roof or the count is wrong"
+    why = "memory changed its speed between the two, or caches served part of it" if memory else "the clock changed"
+    if not memory or not read.get("sampled"):
+        return f"{share} of the {roof} that was measured before the run, so that {why}"
+    median, most = (quantity(read[key], "B/s") for key in ("value", "high"))
+    return f"it ran at {share} of the {roof} measured beside it ({median}; highest sample {most}), so that {why}"
 
 
 def _answer(results: Results, point: Point) -> list[str]:
@@ -400,8 +415,7 @@ def listed(words: Iterable[str]) -> str:
 def _scale(value: float, unit: str) -> tuple[float, str, int]:
     """(divisor, unit as shown, significant digits)."""
     if unit == "1":
-        # A share just short of the whole must not be printed as the whole.
-        return 0.01, "%", 4 if 0.99 < value < 1 else 2
+        return 0.01, "%", _percent_digits(100 * value)
     if unit == "ratio":
         return 1.0, "×", 3
     if unit not in _PREFIXED or value == 0:
@@ -410,6 +424,14 @@ def _scale(value: float, unit: str) -> tuple[float, str, int]:
     power = math.floor(math.log10(abs(value) * 1.0005) / 3) * 3
     power = min(max(power, min(_PREFIXES)), 0 if unit.startswith("s") else max(_PREFIXES))
     return 10.0**power, f" {_PREFIXES[power]}{unit}", 3
+
+
+def _percent_digits(percent: float) -> int:
+    """Three significant ones, in a share of counts such as 4 of 5 no more than it has, and one more where the next
+    would make a whole of what is just short of it."""
+    if math.isclose(percent, round(percent), rel_tol=1e-9):
+        return len(str(abs(round(percent))))
+    return 4 if 99.95 <= percent < 100 else 3
 
 
 def _number(value: float, digits: int) -> str:
