@@ -1,7 +1,9 @@
 """The words of a report: the answer, the warnings, and numbers in fitting units."""
 
 import dataclasses
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, READ, ROOFS, SPECULATIVE, write_run
 from zbench import metrics
-from zbench.records import LosslessCheck
+from zbench.records import LosslessCheck, read_trials
 from zbench.report import findings
 from zbench.report.findings import Results, answers, quantity, speculation, title, warnings
 
@@ -285,3 +287,39 @@ def test_a_share_of_more_than_the_whole_roof_is_no_plain_verdict(results: Any) -
         "is memory-bound as far as can be told: it ran at 106% of the read bandwidth measured beside it (30.4 GB/s; "
         "highest sample 45.6 GB/s), so that memory changed its speed" in text
     )
+
+
+def loaded(folder: Path, others: float | None, load: float = 0.0, threads: int = 2, device: str = "cpu") -> list[str]:
+    """Warnings of a run on four cores beside which other processes took so much of a core."""
+    write_run(folder)
+    planned = json.loads((folder / "run.json").read_text())
+    planned["environment"]["cpu"] |= {"usable_threads": 4, "load_average": [load, load, load]}
+    planned["environment"]["torch"]["threads"] = threads
+    planned["environment"]["device"]["backend"] = device
+    (folder / "run.json").write_text(json.dumps(planned))
+    if others is not None:
+        trials = [replace(t, others_seconds=others * t.wall_seconds) for t in read_trials(folder)[0]]
+        (folder / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    return warnings(Results.of(metrics.load_run(folder)))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"others": 0.1}, None),
+        ({"others": 2.1, "load": 9.0}, None),  # two cores are left: a load average of before is no evidence beside it
+        (
+            {"others": 2.5},
+            "Other processes kept 2.5 of the 4 CPU cores busy during the trials, of which this run uses 2",
+        ),
+        ({"others": 0.5, "threads": 4}, "Other processes kept 0.5 of the 4 CPU cores busy"),
+        ({"others": 2.5, "device": "cuda"}, None),
+        ({"others": None, "load": 2.5}, None),
+        ({"others": None, "load": 3.5}, "The load average was 3.5 on 4 CPU cores when the run began"),
+        ({"others": 0.0, "threads": 64}, "64 threads took turns on 4 CPU cores"),
+    ],
+)
+def test_other_work_on_the_cores_is_warned_of(given: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    about = [w for w in loaded(tmp_path, **given) if "cores" in w]
+    assert len(about) == (said is not None)
+    assert not said or about[0].startswith(said)

@@ -23,6 +23,9 @@ from zbench.stats import FEW
 
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
 DRIFTED = 0.15  # of the median, between the lowest and the highest read roof of a run: from here on it is said
+SEEN = 1.0  # s of trials, below which ticks of 10 ms say little of what others took meanwhile
+CONTENDED = 0.1  # of the cores that a run uses: daemons take less; from here on it is said that others took them
+LOADED = 0.5  # the same of the load average, which also has what ended a minute ago
 MOST = 6  # things that a sentence lists
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
@@ -113,6 +116,7 @@ def warnings(results: Results) -> list[str]:
     found = [sentence[0].upper() + sentence[1:] + "." for sentence in run.warnings]
     if run.manifest.roofs is None:
         found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
+    found += _contended(run)
     found += _read_roof(run)
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
@@ -127,6 +131,44 @@ def warnings(results: Results) -> list[str]:
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
     found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
     return list(dict.fromkeys(found))
+
+
+def _contended(run: Run) -> list[str]:
+    """Where the run had to share its CPU cores: what it waited for them looks like overhead."""
+    told = run.manifest.environment
+    cores, threads = told.get("cpu", {}).get("usable_threads"), told.get("torch", {}).get("threads")
+    if not isinstance(cores, int) or not isinstance(threads, int):
+        return []
+    if not _on_cpu(run):
+        threads = 1  # the host only starts what the device does
+    found = []
+    if threads > cores:
+        found.append(f"{threads} threads took turns on {cores} CPU cores: they waited for each other.")
+    needed = min(threads, cores)
+    seen = [trial for trial in run.trials if trial.others_seconds is not None]
+    seconds, load = sum(trial.wall_seconds for trial in seen), told["cpu"].get("load_average")
+    if seconds >= SEEN:
+        others = sum(trial.others_seconds or 0.0 for trial in seen) / seconds
+        if others > cores - needed + CONTENDED * needed:
+            found.append(
+                f"Other processes kept {others:.1f} of the {cores} CPU cores busy during the trials, of which this run"
+                f" uses {needed}: times are those of a loaded machine, and waiting for a core looks like overhead."
+            )
+    elif isinstance(load, list) and load[0] > cores - needed + LOADED * needed:
+        found.append(
+            f"The load average was {load[0]:.1f} on {cores} CPU cores when the run began: unless it had just ended, "
+            "other work slowed this run, and waiting for a core looks like overhead."
+        )
+    return found
+
+
+def waiting(results: Results) -> str:
+    """What else than overhead may look like it on a CPU, which nothing here can tell apart."""
+    return "; other work on the cores would look the same" if _on_cpu(results.run) else ""
+
+
+def _on_cpu(run: Run) -> bool:
+    return bool(run.manifest.environment.get("device", {}).get("backend") == "cpu")
 
 
 def _read_roof(run: Run) -> list[str]:
@@ -220,7 +262,8 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
         launches = results.value(cell, "launches_per_forward", kind)
         starts = f", with {launches:.0f} launches" if launches else ""
         times = (measured or 0) / (floor or 1)
-        return f"overhead-bound: {times:.1f}× the time that memory or arithmetic alone would need{starts}"
+        alone = f"{times:.1f}× the time that memory or arithmetic alone would need{starts}"
+        return f"overhead-bound: {alone}{waiting(results)}"
     if bound.value == "communication":
         talking = results.value(cell, "communication_share", kind) or 0
         return f"communication-bound: {quantity(talking, '1')} of it is spent in collectives"

@@ -73,7 +73,7 @@ def _memory_bound(results: Results, cell: Cell) -> str:
         measured, floor = (results.value(cell, name, row_kind(1)) or 0 for name in ("forward_seconds", "floor_seconds"))
         return (
             f"Decode is overhead-bound on this device: one row takes {measured / floor:.1f}× what memory or arithmetic "
-            f"alone would need. At its measured roofs decode would be {limited} (predicted)."
+            f"alone would need{findings.waiting(results)}. At its measured roofs decode would be {limited} (predicted)."
         )
     return f"Decode is {limited} on this device (predicted from its measured roofs)."
 
