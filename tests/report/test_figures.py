@@ -229,3 +229,17 @@ def test_what_a_share_of_drafts_is_of_stands_on_its_axis(tmp_path: Path) -> None
     }
     assert labels["acceptance"] != labels["conditional"]
     assert "of steps that got so far" in labels["conditional"]
+
+
+def test_every_mark_of_a_roofline_has_its_name_and_the_bandwidth_covers_none(tmp_path: Path) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "roofline"]
+    engines = ("autoregressive", "transformers generate", "chain drafter", "eagle3 chain of up to 6", "tidar 4 by 2")
+    found = Results.of(metrics.load_run(write_run(tmp_path, engines=engines, prompts=3, samples=(READ, 1.3 * READ))))
+    axes = figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0]
+    shown = {text.get_text() for text in axes.texts}
+    wanted = {name for cell in found.run.cells for name in figures._dot_names(cell).values() if name}
+    assert wanted <= shown
+    [bandwidth] = [text for text in axes.texts if text.get_text().endswith("GB/s measured")]
+    marks = np.concatenate([line.get_xydata() for line in axes.lines if line.get_marker() in figures.MARKERS])
+    spots = axes.transData.transform(marks[~np.isnan(marks).any(1)])
+    assert not figures._met(figures._text_squares(bandwidth), np.column_stack([spots, np.full(len(spots), 3.0)]))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
 WIDTH = 4.2  # inches at 100 dots each; on a phone, at 360 px, the text is still about 9 px high
@@ -216,8 +217,8 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
         axes.plot([], [], marker, ms=6, color=colour, label=_legend_name(cell))
     _legend_of_engines(axes, _with_forwards(cells))
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
-    _name_roofs(axes, theme, roofs, left, right, clear_of=max(y))
     _name_caches(axes, theme, caches, roofs[-1][2] if caches else 0.0)
+    _name_roofs(axes, theme, roofs, left, right, clear_of=max(y), marks=np.column_stack([x, y]))
     _name_dots(axes, theme, [_dot_names(cell).get(kind) for cell, kind in dots], x, y)
 
 
@@ -270,19 +271,52 @@ def _name_caches(axes: Axes, theme: Theme, caches: list[tuple[str, float]], rate
 
 
 def _name_roofs(
-    axes: Axes, theme: Theme, roofs: list[tuple[str, float, float]], left: float, right: float, clear_of: float
+    axes: Axes,
+    theme: Theme,
+    roofs: list[tuple[str, float, float]],
+    left: float,
+    right: float,
+    clear_of: float,
+    marks: np.ndarray,
 ) -> None:
+    """Rates above the flat part; bandwidths along the slope, above or below it, where they cover least of the rest."""
     if not roofs:
         return
     rates = "\n".join(f"{quantity(rate, 'FLOP/s')} {kind}" for kind, _, rate in roofs)
     bandwidths = "\n".join(f"{quantity(bandwidth, 'B/s')} {kind}" for kind, bandwidth, _ in roofs)
     style: dict[str, Any] = {"color": theme.muted, "fontsize": 7.5, "linespacing": 1.3, "va": "bottom"}
     axes.text(right / 1.15, max(1.25 * clear_of, *(rate for *_, rate in roofs)) * 1.12, rates, ha="right", **style)
-    start = left * 1.6
-    height = start * max(bandwidth for _, bandwidth, _ in roofs)
-    ends = axes.transData.transform([(start, height), (10 * start, 10 * height)])
-    angle = float(np.degrees(np.arctan2(*(ends[1] - ends[0])[::-1])))
-    axes.text(start, height * 1.2, bandwidths, rotation=angle, rotation_mode="anchor", ha="left", **style)
+    known = [bandwidth for _, bandwidth, _ in roofs]
+    ends = axes.transData.transform([(left, left * max(known)), (10 * left, 10 * left * max(known))])
+    along = (ends[1] - ends[0]) / np.hypot(*(ends[1] - ends[0]))
+    text = axes.text(left, left * max(known), bandwidths, rotation_mode="anchor", ha="left", **style)
+    box = text.get_window_extent()
+    spots = axes.transData.transform(marks)
+    others = [
+        np.column_stack([spots, np.full(len(spots), 6.0)]),
+        *map(_text_squares, [other for other in axes.texts if other is not text]),
+        *(_squares(axes.transData.transform(path), 2) for line in axes.lines if (path := _path(line)).size),
+    ]
+    places = []
+    top = min(rate for *_, rate in roofs)
+    for above, share in product((True, False), np.linspace(0.08, 1, 12)):
+        bandwidth = max(known) if above else min(known)
+        reach = axes.transData.transform([(left, left * bandwidth), (top / bandwidth, top)])
+        room = np.hypot(*(reach[1] - reach[0])) - box.width
+        across = np.array([-along[1], along[0]]) * (1 if above else -1)
+        foot = reach[0] + along * max(room, 0) * share + across * 8
+        middle = foot + across * box.height / 2
+        name = _squares(np.array([middle, middle + along * box.width]), box.height / 2)
+        covered = _met(name, *others) + 20 * _met(name, others[0])  # a mark is one square, a line many
+        places.append((covered, not above, share, foot))
+    _, below, _, foot = min(places, key=lambda place: place[:3])
+    text.set(position=axes.transData.inverted().transform(foot), va="top" if below else "bottom")
+    text.set_rotation(float(np.degrees(np.arctan2(*along[::-1]))))
+
+
+def _path(line: Line2D) -> np.ndarray:
+    """Empty for what stands in the legend only."""
+    return np.asarray(line.get_xydata())
 
 
 def _bare(kind: str) -> str:
@@ -332,7 +366,7 @@ def _name_dots(axes: Axes, theme: Theme, names: Sequence[str | None], x: np.ndar
     spots = axes.transData.transform(np.column_stack([x, y]))
     marks = np.column_stack([spots, np.full(len(spots), 6.0)])[[name is not None for name in names]]
     texts = np.concatenate([np.empty((0, 3)), *map(_text_squares, axes.texts)])
-    drawn = [path for line in axes.lines if (path := np.asarray(line.get_xydata())).size]  # the legend's have none
+    drawn = [path for line in axes.lines if (path := _path(line)).size]
     lines = np.concatenate([_squares(axes.transData.transform(path), 2) for path in drawn])
     pixels = axes.figure.dpi / 72
     named: list[int] = []
@@ -348,15 +382,16 @@ def _name_dots(axes: Axes, theme: Theme, names: Sequence[str | None], x: np.ndar
         )  # fmt: skip
         width = Text.get_window_extent(text).width  # the annotation's own extent would include its arrow
         places = []
-        for offset in product((14, -14, 42, -42), range(-98, 99, 7)):
+        for offset in product((14, -14, 42, -42, 70, -70, 98, -98), range(-98, 99, 7)):
             near = spots[index] + offset
             name = _squares(near + np.outer([0, np.sign(offset[0]) * width], [1, 0]), 7)
             leader = _squares(np.array([spots[index], near]), 1)
             inside = axes.bbox.x0 < name[:, 0].min() and name[:, 0].max() < axes.bbox.x1
             inside &= axes.bbox.y0 < near[1] - 7 and near[1] + 7 < axes.bbox.y1
-            if inside and not _met(name, marks, texts) and not _met(leader, texts):
+            if inside and not _met(name, marks, texts):
                 beyond = leader[np.hypot(*(leader[:, :2] - spots[index]).T) > 12]
                 crossed = 8 * _met(name, lines) + 4 * _met(beyond, lines) + 24 * _met(beyond, marks)
+                crossed += 100 * min(_met(leader, texts), 2)  # last of all: better than a mark without a name
                 places.append((np.hypot(*offset) + crossed, offset, name, leader))
         if not places:  # no room: the table of forwards names it
             text.remove()
