@@ -156,8 +156,8 @@ def _contended(run: Run) -> list[str]:
             )
     elif isinstance(load, list) and load[0] > cores - needed + LOADED * needed:
         found.append(
-            f"The load average was {load[0]:.1f} on {cores} CPU cores when the run began: unless it had just ended, "
-            "other work slowed this run, and waiting for a core looks like overhead."
+            f"The load average was {load[0]:.1f} on {cores} CPU cores when the run began: if that was other work "
+            "and went on, it slowed this run, and waiting for a core looks like overhead."
         )
     return found
 
