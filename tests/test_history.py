@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from zbench import gate, history
 from zbench.changes import SEGMENT
 from zbench.cli import main
 from zbench.errors import UserError
-from zbench.history import Series
+from zbench.history import Line, Number, Series
 from zbench.metrics import load_run
 from zbench.records import TrialRecord
 from zbench.report import trend
@@ -404,3 +405,13 @@ def test_the_ends_of_an_axis_read_differently_where_they_differ() -> None:
     assert trend._edges(1.0004, 0.9996, "tokens") == ("1.000 tokens", "0.9996 tokens")
     assert trend._edges(2.0, 1.0, "tokens") == ("2.00 tokens", "1.00 tokens")
     assert trend._edges(1.0, 1.0, "tokens") == ("1.00 tokens", "")
+
+
+@pytest.mark.parametrize(("other", "moves"), [(1 - 1e-14, False), (0.9996, True)])
+def test_what_differs_by_rounding_only_has_not_moved(other: float, moves: bool) -> None:
+    points: Any = tuple(
+        (SimpleNamespace(created=f"2026-11-0{day}"), Number(value=value, low=None, high=None, n=1))
+        for day, value in enumerate((1.0, other), start=1)
+    )
+    line = Line(points)
+    assert trend._moves(Series("s", "c", "tokens_per_forward", "", "tokens", "higher", "", (line,))) == moves

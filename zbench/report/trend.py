@@ -6,6 +6,7 @@ The figures are SVG in the page itself, as points in an image cannot be links.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from zbench.report import figures, html
 from zbench.report.findings import interval, quantity
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 340, 120, 6, 16, 18  # of a figure, in its own units
+ROUNDING = 1e-12  # what sums of floats in another order may differ by, relative to them
 NAMED = 8  # metrics that got worse with one run and are named in the lead
 
 
@@ -213,7 +215,10 @@ class _Figure:
 
 
 def _moves(series: Series) -> bool:
-    return len({number.value for _, number in series.points}) > 1
+    """By more than rounding, which a scale from the lowest to the highest would draw as large as any change."""
+    values = [number.value for _, number in series.points]
+    changed = any(line.changes for line in series.lines)
+    return changed or not math.isclose(min(values), max(values), rel_tol=ROUNDING)
 
 
 def _figure(series: Series, links: dict[str, str]) -> _Figure:
@@ -221,6 +226,8 @@ def _figure(series: Series, links: dict[str, str]) -> _Figure:
     lows = [_or(number.low, number.value) for _, number in points]
     highs = [_or(number.high, number.value) for _, number in points]
     bottom, top = min(lows), max(highs)
+    if math.isclose(bottom, top, rel_tol=ROUNDING):
+        bottom = top
     spread = top - bottom or abs(top) or 1.0
     place = {entry.run: index for index, (entry, _) in enumerate(points)}
     lines = list(enumerate(reversed(series.lines)))
