@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ from zbench import gate, history
 from zbench.changes import SEGMENT
 from zbench.cli import main
 from zbench.errors import UserError
-from zbench.history import Series
+from zbench.history import Line, Number, Series
 from zbench.metrics import load_run
 from zbench.records import TrialRecord
+from zbench.report import trend
 
 LESS = changed(GOOD, 9, **{key: getattr(verifying([1, 1], group=3), key) for key in ("steps", "forwards", "requests")})
 
@@ -397,3 +399,19 @@ def test_only_the_newest_runs_are_shown_when_asked(tmp_path: Path, file: Path) -
     for day in (1, 2, 3):
         history.add(run(tmp_path, day), file)
     assert "n: 2 runs, 2026-11-02 to 2026-11-03" in zbench("show", "ttft", "--last", 2, "--file", file).stdout
+
+
+def test_the_ends_of_an_axis_read_differently_where_they_differ() -> None:
+    assert trend._edges(1.0004, 0.9996, "tokens") == ("1.000 tokens", "0.9996 tokens")
+    assert trend._edges(2.0, 1.0, "tokens") == ("2.00 tokens", "1.00 tokens")
+    assert trend._edges(1.0, 1.0, "tokens") == ("1.00 tokens", "")
+
+
+@pytest.mark.parametrize(("other", "moves"), [(1 - 1e-14, False), (0.9996, True)])
+def test_what_differs_by_rounding_only_has_not_moved(other: float, moves: bool) -> None:
+    points: Any = tuple(
+        (SimpleNamespace(created=f"2026-11-0{day}"), Number(value=value, low=None, high=None, n=1))
+        for day, value in enumerate((1.0, other), start=1)
+    )
+    line = Line(points)
+    assert trend._moves(Series("s", "c", "tokens_per_forward", "", "tokens", "higher", "", (line,))) == moves

@@ -228,6 +228,24 @@ def test_kernels_without_times_are_unknown_in_the_table_and_never_0_s(tmp_path: 
     assert " 0 s" not in row and row.count("unknown") == 5  # time, share, both rates, of the roof
 
 
+def test_an_operator_above_the_roof_is_marked_and_the_mark_explained(tmp_path: Path) -> None:
+    found = profiled(tmp_path, "ours")
+    known = {"of_roof": 1.78, "roof": "memory", "seconds": 1e-3, "flops": 1.0, "bytes": 1.0}
+    found |= {
+        "operators": [
+            found["operators"][0] | known | {"name": "above"},
+            found["operators"][0] | known | {"name": "below", "of_roof": 0.9},
+        ]
+    }
+    lines = profiling.table(found).splitlines()
+    assert [line.split()[-2:] for line in lines if line.startswith(("above ", "below "))] == [
+        ["178%", "memory*"],
+        ["90%", "memory"],
+    ]
+    assert any(line.startswith("* above the measured roof") for line in lines)
+    assert "* above" not in profiling.table(found | {"operators": found["operators"][1:]})
+
+
 def test_kernels_that_were_timed_beside_counters_stand_in_for_those_of_the_trace() -> None:
     timed = hardware.Timed("gemv", 4, 2e-6, 8e6)
     (found,) = profiling._operators({"traceEvents": []}, (), [timed])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from zbench import ab, gate, selftest, stats
+from zbench.cli import main
 
 
 @pytest.fixture
@@ -67,3 +70,19 @@ def test_simulated_noise_is_of_the_stated_size_and_without_bias_between_runs(noi
     assert np.std(drawn) == pytest.approx(selftest.NOISE, rel=0.25)
     means = np.mean(drawn, axis=(1, 2))
     assert np.mean(means[::2] - means[1::2]) == pytest.approx(0, abs=0.003)
+
+
+def test_the_outcome_is_json_where_asked_and_says_what_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "SIMULATIONS", 200)
+    kept, said = selftest._promised(15, 0.05, "greater")
+    assert kept and said == "consistent with the 5% promised (binomial p = 0.078)"
+    kept, said = selftest._promised(120, 0.8, "less")
+    assert not kept and said.startswith("fewer than chance makes of the 80% promised")
+    monkeypatch.setattr(selftest, "checks", lambda: iter([selftest.Check("one", kept, said)]))
+    for order in (("--self-test", "--json"), ("--json", "--self-test")):
+        done = CliRunner().invoke(main, ["gate", *order])
+        assert done.exit_code == 1
+        assert json.loads(done.output) == {
+            "passed": False,
+            "checks": [{"name": "one", "passed": False, "found": said}],
+        }

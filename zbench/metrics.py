@@ -793,7 +793,13 @@ def phase_seconds(cell: Cell) -> dict[str, Estimate]:
     return estimates
 
 
-@metric("forward_seconds", "s", "mean seconds of one forward of this kind", "lower")
+@metric(
+    "forward_seconds",
+    "s",
+    "mean seconds of one forward of this kind; where an engine times several numbers of rows, mean of the trials' "
+    "medians, as in row_cost",
+    "lower",
+)
 def forward_seconds(cell: Cell) -> dict[str, Estimate]:
     return {kind: stats.mean(f["seconds"], f["group"]) for kind, f in _kinds(cell)}
 
@@ -818,12 +824,12 @@ def experts_per_forward(cell: Cell) -> dict[str, Estimate]:
     return {kind: dense if f.empty else stats.mean(f["experts"], f["group"]) for kind, f in kinds}
 
 
-@metric("achieved_bandwidth", "B/s", "(bytes read + written) / seconds of the forward", "higher")
+@metric("achieved_bandwidth", "B/s", "(bytes read + written) / forward_seconds", "higher")
 def achieved_bandwidth(cell: Cell) -> dict[str, Estimate]:
     return {kind: stats.ratio(f["bytes"], f["seconds"], f["group"]) for kind, f in _kinds(cell)}
 
 
-@metric("achieved_flops", "FLOP/s", "FLOPs / seconds of the forward", "higher")
+@metric("achieved_flops", "FLOP/s", "FLOPs / forward_seconds", "higher")
 def achieved_flops(cell: Cell) -> dict[str, Estimate]:
     return {kind: stats.ratio(f["flops"], f["seconds"], f["group"]) for kind, f in _kinds(cell)}
 
@@ -884,7 +890,7 @@ def floor_seconds(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "floor_gap",
     "s",
-    "seconds of the forward - its floor_seconds: what neither memory nor arithmetic at the measured roofs explains; "
+    "forward_seconds - floor_seconds: what neither memory nor arithmetic at the measured roofs explains; "
     "mean of forwards",
     "lower",
 )
@@ -991,8 +997,8 @@ def collective_bytes(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "bound",
     "",
-    "overhead where measured > 2 x floor_seconds (communication, if collectives are most of what is beyond it), else "
-    "the larger term of floor_seconds: memory or compute",
+    "overhead where forward_seconds > 2 x floor_seconds (communication, if collectives are most of what is beyond it), "
+    "else the larger term of floor_seconds: memory or compute",
     "none",
 )
 def bound(cell: Cell) -> dict[str, Estimate]:
@@ -1313,7 +1319,14 @@ def _phases(cell: Cell) -> pd.DataFrame:
 
 
 def _kinds(cell: Cell) -> list[tuple[str, pd.DataFrame]]:
-    return [(str(kind), forwards) for kind, forwards in cell.seen_forwards.groupby("kind", sort=False)]
+    forwards = cell.seen_forwards
+    if cell.record.engine == "forward":
+        # It times few forwards of each number of rows, of which one that waited would be most of a mean: row_cost, of
+        # medians, would contradict it.
+        trials = forwards.groupby(["group", "repeat", "kind"], sort=False)
+        medians = {name: trials[name].transform("median") for name in ("seconds", "collective_seconds")}
+        forwards = forwards.assign(**{name: found.where(forwards[name].notna()) for name, found in medians.items()})
+    return [(str(kind), of_kind) for kind, of_kind in forwards.groupby("kind", sort=False)]
 
 
 def _shared(cell: Cell) -> list[tuple[str, pd.DataFrame]]:

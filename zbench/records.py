@@ -275,6 +275,7 @@ class TrialRecord:
     ranks: tuple[RankRecord, ...] = ()  # of the replica that ran it; empty for a run of one process
     server: ServerRecord | None = None
     prepared: tuple[PreparationRecord, ...] = ()  # for it, and before an engine's first trial in its warm-up
+    others_seconds: float | None = None  # CPU time that other processes took meanwhile; None where it cannot be told
 
     @property
     def key(self) -> tuple[str, int, int]:

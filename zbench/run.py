@@ -36,6 +36,7 @@ from zbench.progress import track
 from zbench.ranks import Member, World
 from zbench.records import (
     MANIFEST,
+    PEERS,
     ROOFS,
     SCHEMA_VERSION,
     TRIALS,
@@ -427,9 +428,11 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             meter = Meter(point.device, point.shared.team, point.launches.get(trial.cell.id, {}))
             point.device.reset_peak()
             with watch.window(trial.key):
+                before = environment.others_seconds()
                 begin = time.perf_counter()
                 generated = engine.generate([ids for _, ids in batch], request, meter)
                 wall = generated.wall_seconds or time.perf_counter() - begin
+                after = environment.others_seconds()
             if not (now := point.shared.prepared()):
                 break
             prepared += now
@@ -481,6 +484,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             kernels=engine.kernels,
             server=generated.server,
             prepared=prepared,
+            others_seconds=None if _several_processes(point, trial) else _since(before, after),
         )
     except RankLost:
         raise
@@ -490,6 +494,16 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             torch.cuda.empty_cache()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "  # such a sentence needs no name
         return replace(blank, wall_seconds=time.perf_counter() - begin, error=f"{kind}{message}")
+
+
+def _several_processes(point: Point, trial: Trial) -> bool:
+    """Whether processes beside this one may work for the trial: a server's, or other ranks."""
+    parallel = point.scenario.parallel
+    return trial.cell.engine in PEERS - {"reference"} or parallel.tensor * parallel.data > 1
+
+
+def _since(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else max(0.0, after - before)
 
 
 def _sure(served: ServedRecord | None) -> bool:

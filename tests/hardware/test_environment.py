@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -204,3 +205,13 @@ def test_an_nvidia_gpu_is_described_by_nvml_found_through_its_uuid(monkeypatch):
     facts = device_facts(Device("cuda", "cuda", 0, "NVIDIA H200"))
     assert (facts["uuid"], facts["driver"], facts["power_cap_watts"]) == ("GPU-1-2-3", "580.1", 700)
     assert (facts["sm_mhz"], facts["memory_mhz"], facts["mig"]) == (1980, 3201, False)
+
+
+def test_the_clock_of_others_counts_what_another_process_takes_of_the_cores() -> None:
+    before = environment.others_seconds()
+    if before is None:
+        pytest.skip("this system does not tell")
+    spin = "import time\nwhile time.process_time() < 1: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    after = environment.others_seconds()
+    assert after is not None and after - before > 0.9

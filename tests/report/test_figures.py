@@ -203,3 +203,43 @@ def test_the_grid_has_a_field_for_every_setting_and_marks_the_fastest(
     [bold] = [text for text, weight in fields.items() if weight == "bold"]
     assert bold.startswith(f"{max(speeds):.2f}×")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["2", "4", "8"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(20, 80), (95, 130), (0.3, 0.7), (1, 1e6), (130, 190)])
+def test_a_logarithmic_axis_names_two_ticks_or_more_however_short_it_is(low: float, high: float) -> None:
+    def paint(axes: Any, theme: figures.Theme) -> None:
+        axes.set(xscale="log", yscale="log", ylim=(low, high))
+        figures.name_log_ticks(axes.yaxis)
+
+    axis = figures.painted(figures.LIGHT, 3, paint).axes[0].yaxis
+    named = [
+        label.get_text()
+        for at, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        if low <= at <= high
+    ]
+    assert len(named) > 1 and len(set(named)) == len(named) and all(named)
+
+
+def test_what_a_share_of_drafts_is_of_stands_on_its_axis(tmp_path: Path) -> None:
+    found = Results.of(metrics.load_run(write_run(tmp_path, engines=SPECULATIVE, prompts=5, repeats=1)))
+    labels = {
+        plot.name: figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0].get_ylabel()
+        for plot in figures.PLOTS
+        if plot.name in {"acceptance", "conditional"}
+    }
+    assert labels["acceptance"] != labels["conditional"]
+    assert "of steps that got so far" in labels["conditional"]
+
+
+def test_every_mark_of_a_roofline_has_its_name_and_the_bandwidth_covers_none(tmp_path: Path) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "roofline"]
+    engines = ("autoregressive", "transformers generate", "chain drafter", "eagle3 chain of up to 6", "tidar 4 by 2")
+    found = Results.of(metrics.load_run(write_run(tmp_path, engines=engines, prompts=3, samples=(READ, 1.3 * READ))))
+    axes = figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0]
+    shown = {text.get_text() for text in axes.texts}
+    wanted = {name for cell in found.run.cells for name in figures._dot_names(cell).values() if name}
+    assert wanted <= shown
+    [bandwidth] = [text for text in axes.texts if text.get_text().endswith("GB/s measured")]
+    marks = np.concatenate([line.get_xydata() for line in axes.lines if line.get_marker() in figures.MARKERS])
+    spots = axes.transData.transform(marks[~np.isnan(marks).any(1)])
+    assert not figures._met(figures._text_squares(bandwidth), np.column_stack([spots, np.full(len(spots), 3.0)]))

@@ -253,3 +253,31 @@ def test_what_a_report_predicts_is_what_a_projection_at_the_same_roofs_predicts(
         floor = found.value(rows, "floor_seconds", readings.row_kind(forward.rows))
         assert floor == pytest.approx(forward.predicted_seconds, rel=0.01)
     assert steps[rows.record.label].predicted_step_seconds is None
+
+
+def test_a_forward_that_waited_changes_neither_the_verdict_nor_the_table_nor_the_figure(tmp_path: Path) -> None:
+    """Of three forwards of one row one waits: their mean is 17 times their median, which t(R) / t(1) is of."""
+    found = swept(tmp_path, max)
+    trials, _ = read_trials(tmp_path)
+    waited = []
+    for trial in trials:
+        if trial.cell == "forward":
+            step = trial.steps[-1]
+            late = [f for f in trial.forwards if f.step == 2]
+            late = [dataclasses.replace(f, step=3, seconds=f.seconds * (50 if f.rows == 1 else 1)) for f in late]
+            step = dataclasses.replace(step, seconds=sum(f.seconds for f in late))
+            trial = dataclasses.replace(
+                trial, steps=(*trial.steps, step), forwards=(*trial.forwards, *late),
+                wall_seconds=trial.wall_seconds + step.seconds,
+            )  # fmt: skip
+        waited.append(trial)
+    (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in waited))
+    again = Results.of(metrics.load_run(tmp_path))
+    told, table = said(again), html._row_table(again, readings.sweeping(again.run.cells)[0])
+    assert "overhead-bound" not in told and told == said(found)
+    times = {rows: again.value(again.run.cells[-1], "forward_seconds", readings.row_kind(rows)) or 0 for rows in ROWS}
+    for line, rows in zip(table.rows, ROWS, strict=True):
+        ratio = again.value(again.run.cells[-1], "row_cost", str(rows)) or 0
+        assert times[rows] / times[1] == pytest.approx(ratio, rel=1e-3)
+        assert line.entries[0].text == figures.quantity(times[rows], "s")
+        assert line.entries[-1].text == ("memory" if rows < RIDGE else "compute")

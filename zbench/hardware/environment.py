@@ -19,6 +19,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ _PACKAGES = (
 )  # fmt: skip
 # Flags that decide which CPU kernels run, under the names Linux gives them.
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")  # of /proc/stat; guests are part of user and nice
 _SYSFS_CPU = Path("/sys/devices/system/cpu")
 # The last word of an option's name; `output_tokens` is not one.
 _CREDENTIAL = re.compile(r"(^|[^a-z])(api_?key|key|token|secret|password|passwd|credentials?|authorization)$", re.I)
@@ -107,6 +109,18 @@ def device_facts(device: Device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device.torch)
     facts |= {"memory_bytes": properties.total_memory, "compute_units": properties.multi_processor_count}
     return facts | (_amd_facts(properties) if device.backend == "rocm" else _nvidia_facts(properties))
+
+
+def others_seconds() -> float | None:
+    """A clock of the CPU time that other processes, and a hypervisor for other machines, take on the CPUs that this
+    process may use; only differences mean something. In ticks of 10 ms on most systems; None where it is not known."""
+    try:
+        every = psutil.cpu_times(percpu=True)
+        mine = psutil.Process().cpu_affinity()
+        busy = sum(sum(getattr(every[cpu], name) for name in _BUSY) for cpu in mine)
+    except (AttributeError, OSError, IndexError, psutil.Error):  # no Linux, or CPUs that the kernel does not list
+        return None
+    return float(busy) - time.process_time()
 
 
 def cache_bytes() -> dict[str, int]:

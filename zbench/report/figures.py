@@ -23,7 +23,9 @@ from zbench.report.readings import proposals_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
 WIDTH = 4.2  # inches at 100 dots each; on a phone, at 360 px, the text is still about 9 px high
@@ -32,6 +34,7 @@ HATCHES = ("", "//", "\\\\", "--", "xx", "||", "++", "/", "|")  # of lines only:
 APART = 1.5  # ratio of bandwidths from which two slopes of the roofline leave room for a name between them
 NAMED_FROM = 0.05  # share of an engine's time from which its prefills, drafts or verifies are named in the roofline
 PAINTED = ("prefill", "decode", "draft", "verify", "draft+verify", "accept", "commit", "host gap", "denoise")
+CURVES = {"acceptance_at": "verify steps that accept it", "conditional_at": "accepted, of steps that got so far"}
 QUANTILES = np.linspace(0.005, 0.995, 100)  # each tick of a strip is one percent of the steps
 
 
@@ -207,16 +210,15 @@ def _roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
         axes.plot([left, roofs[-1][2] / bandwidth], [left * bandwidth, roofs[-1][2]], color=theme.muted, lw=0.6)
     _mark_forwards(axes, theme, results, dots, x, y)
     axes.set(xlabel="intensity, FLOP per byte", ylabel="FLOP/s")
-    axes.yaxis.set_major_formatter(EngFormatter(places=0))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
+    name_log_ticks(axes.xaxis)
+    name_log_ticks(axes.yaxis, EngFormatter())
     for cell in _with_forwards(cells):
         colour, marker = _series(results, cell, theme)
         axes.plot([], [], marker, ms=6, color=colour, label=_legend_name(cell))
     _legend_of_engines(axes, _with_forwards(cells))
     axes.figure.canvas.draw()  # settles the layout: the names are placed in pixels
-    _name_roofs(axes, theme, roofs, left, right, clear_of=max(y))
     _name_caches(axes, theme, caches, roofs[-1][2] if caches else 0.0)
+    _name_roofs(axes, theme, roofs, left, right, clear_of=max(y), marks=np.column_stack([x, y]))
     _name_dots(axes, theme, [_dot_names(cell).get(kind) for cell, kind in dots], x, y)
 
 
@@ -269,19 +271,52 @@ def _name_caches(axes: Axes, theme: Theme, caches: list[tuple[str, float]], rate
 
 
 def _name_roofs(
-    axes: Axes, theme: Theme, roofs: list[tuple[str, float, float]], left: float, right: float, clear_of: float
+    axes: Axes,
+    theme: Theme,
+    roofs: list[tuple[str, float, float]],
+    left: float,
+    right: float,
+    clear_of: float,
+    marks: np.ndarray,
 ) -> None:
+    """Rates above the flat part; bandwidths along the slope, above or below it, where they cover least of the rest."""
     if not roofs:
         return
     rates = "\n".join(f"{quantity(rate, 'FLOP/s')} {kind}" for kind, _, rate in roofs)
     bandwidths = "\n".join(f"{quantity(bandwidth, 'B/s')} {kind}" for kind, bandwidth, _ in roofs)
     style: dict[str, Any] = {"color": theme.muted, "fontsize": 7.5, "linespacing": 1.3, "va": "bottom"}
     axes.text(right / 1.15, max(1.25 * clear_of, *(rate for *_, rate in roofs)) * 1.12, rates, ha="right", **style)
-    start = left * 1.6
-    height = start * max(bandwidth for _, bandwidth, _ in roofs)
-    ends = axes.transData.transform([(start, height), (10 * start, 10 * height)])
-    angle = float(np.degrees(np.arctan2(*(ends[1] - ends[0])[::-1])))
-    axes.text(start, height * 1.2, bandwidths, rotation=angle, rotation_mode="anchor", ha="left", **style)
+    known = [bandwidth for _, bandwidth, _ in roofs]
+    ends = axes.transData.transform([(left, left * max(known)), (10 * left, 10 * left * max(known))])
+    along = (ends[1] - ends[0]) / np.hypot(*(ends[1] - ends[0]))
+    text = axes.text(left, left * max(known), bandwidths, rotation_mode="anchor", ha="left", **style)
+    box = text.get_window_extent()
+    spots = axes.transData.transform(marks)
+    others = [
+        np.column_stack([spots, np.full(len(spots), 6.0)]),
+        *map(_text_squares, [other for other in axes.texts if other is not text]),
+        *(_squares(axes.transData.transform(path), 2) for line in axes.lines if (path := _path(line)).size),
+    ]
+    places = []
+    top = min(rate for *_, rate in roofs)
+    for above, share in product((True, False), np.linspace(0.08, 1, 12)):
+        bandwidth = max(known) if above else min(known)
+        reach = axes.transData.transform([(left, left * bandwidth), (top / bandwidth, top)])
+        room = np.hypot(*(reach[1] - reach[0])) - box.width
+        across = np.array([-along[1], along[0]]) * (1 if above else -1)
+        foot = reach[0] + along * max(room, 0) * share + across * 8
+        middle = foot + across * box.height / 2
+        name = _squares(np.array([middle, middle + along * box.width]), box.height / 2)
+        covered = _met(name, *others) + 20 * _met(name, others[0])  # a mark is one square, a line many
+        places.append((covered, not above, share, foot))
+    _, below, _, foot = min(places, key=lambda place: place[:3])
+    text.set(position=axes.transData.inverted().transform(foot), va="top" if below else "bottom")
+    text.set_rotation(float(np.degrees(np.arctan2(*along[::-1]))))
+
+
+def _path(line: Line2D) -> np.ndarray:
+    """Empty for what stands in the legend only."""
+    return np.asarray(line.get_xydata())
 
 
 def _bare(kind: str) -> str:
@@ -331,7 +366,7 @@ def _name_dots(axes: Axes, theme: Theme, names: Sequence[str | None], x: np.ndar
     spots = axes.transData.transform(np.column_stack([x, y]))
     marks = np.column_stack([spots, np.full(len(spots), 6.0)])[[name is not None for name in names]]
     texts = np.concatenate([np.empty((0, 3)), *map(_text_squares, axes.texts)])
-    drawn = [path for line in axes.lines if (path := np.asarray(line.get_xydata())).size]  # the legend's have none
+    drawn = [path for line in axes.lines if (path := _path(line)).size]
     lines = np.concatenate([_squares(axes.transData.transform(path), 2) for path in drawn])
     pixels = axes.figure.dpi / 72
     named: list[int] = []
@@ -347,15 +382,16 @@ def _name_dots(axes: Axes, theme: Theme, names: Sequence[str | None], x: np.ndar
         )  # fmt: skip
         width = Text.get_window_extent(text).width  # the annotation's own extent would include its arrow
         places = []
-        for offset in product((14, -14, 42, -42), range(-98, 99, 7)):
+        for offset in product((14, -14, 42, -42, 70, -70, 98, -98), range(-98, 99, 7)):
             near = spots[index] + offset
             name = _squares(near + np.outer([0, np.sign(offset[0]) * width], [1, 0]), 7)
             leader = _squares(np.array([spots[index], near]), 1)
             inside = axes.bbox.x0 < name[:, 0].min() and name[:, 0].max() < axes.bbox.x1
             inside &= axes.bbox.y0 < near[1] - 7 and near[1] + 7 < axes.bbox.y1
-            if inside and not _met(name, marks, texts) and not _met(leader, texts):
+            if inside and not _met(name, marks, texts):
                 beyond = leader[np.hypot(*(leader[:, :2] - spots[index]).T) > 12]
                 crossed = 8 * _met(name, lines) + 4 * _met(beyond, lines) + 24 * _met(beyond, marks)
+                crossed += 100 * min(_met(leader, texts), 2)  # last of all: better than a mark without a name
                 places.append((np.hypot(*offset) + crossed, offset, name, leader))
         if not places:  # no room: the table of forwards names it
             text.remove()
@@ -651,18 +687,38 @@ def _speedups(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell])
 
 def _plain_log_ticks(axes: Axes) -> None:
     """Round ticks that include 1: the decades' 1, 2 and 5 where they suffice, finer ones on a short axis."""
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     low, high = axes.get_xlim()
     low, high = min(low, 0.9), max(high, 1.1)
-    coarse = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
-    fine = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    shown = [tick for tick in coarse if low <= tick <= high]
-    if len(shown) < 4:
-        shown = [tick for tick in fine if low <= tick <= high]
+    shown = _round_ticks(low, high, 4)
     axes.set_xlim(low, high)
     axes.set_xticks(shown, labels=[f"{tick:g}×" for tick in shown])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _round_ticks(low: float, high: float, enough: int) -> list[float]:
+    """1, 2 and 5 of each decade; evenly spaced ones where fewer than `enough` of them are between the ends."""
+    from matplotlib.ticker import MaxNLocator
+
+    every = [digit * 10.0**power for power in range(-9, 16) for digit in (1, 2, 5)]
+    shown = [tick for tick in every if low <= tick <= high]
+    if len(shown) >= enough:
+        return shown
+    even = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in even if low <= tick <= high]
+
+
+def name_log_ticks(axis: Axis, write: Callable[[float], str] = "{:g}".format) -> None:
+    """Decades as plain numbers, where two of them are in view: an axis with one named tick has no scale. Else finer
+    ones. Call it when the limits are settled."""
+    from matplotlib.ticker import NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = [10.0**power for power in range(-9, 16) if low <= 10.0**power <= high]
+    shown = decades if len(decades) > 1 else _round_ticks(low, high, 3)
+    axis.set_ticks(shown, labels=[write(tick) for tick in shown])
+    axis.set_minor_locator(NullLocator())
 
 
 def _speedups_height(results: Results, cells: Sequence[Cell]) -> float:
@@ -747,7 +803,7 @@ def _curves(metric: str) -> Callable[[Axes, Theme, Results, Sequence[Cell]], Non
             parts = _parts(results, cell, metric)
             axes.plot(list(parts), list(parts.values()), f"{marker}-", ms=5, lw=1.4, color=colour, mew=0,
                       label=_legend_name(cell))  # fmt: skip
-        axes.set(ylim=(-0.03, 1.06), xlabel="draft position", ylabel="verify steps that accept it")
+        axes.set(ylim=(-0.03, 1.06), xlabel="draft position", ylabel=CURVES[metric])
         axes.set_xlim(0.6, max(cell.depth for cell in shown) + 0.4)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -923,10 +979,11 @@ PLOTS = (
     Plot(
         "roofline", "Where each forward stands",
         "One mark per kind of forward, where it takes the most time; its other numbers of rows are points on the line "
-        "through it. Open marks are prefills, and close marks of one kind share a name. Below the slope memory limits, "
-        "below the flat part arithmetic; far below both, overhead does. Solid: roofs measured on this device, shaded "
-        "from the lowest to the highest read bandwidth beside the run; thin: what its caches give to data that fits "
-        "into them. Dashed: spec sheet. A roof that is not known is not drawn.",
+        "through it. Open marks come before the first decode step: prefills, and what a drafter or a mask head "
+        "does then. Close marks of one kind share a name. Below the slope memory limits, below the flat part "
+        "arithmetic; far below both, overhead does. Solid: roofs measured on this device, shaded from the lowest to "
+        "the highest read bandwidth beside the run; thin: what its caches give to data that fits into them. Dashed: "
+        "spec sheet. A roof that is not known is not drawn.",
         lambda results, cells: bool(_with_forwards(cells)),
         lambda results, cells: 3.5 + 0.2 * _legend_lines(_with_forwards(cells)), _roofline, _roofline_alt,
     ),
@@ -945,9 +1002,9 @@ PLOTS = (
     ),
     Plot(
         "experts", "How many experts a forward reads",
-        "One mark per kind of forward, its other numbers of rows on the line through it; open marks are prefills. Each "
-        "expert that any row was sent to is read once, so more rows read more weights. Dashed: what rows would hit "
-        "that choose uniformly and independently, predicted.",
+        "One mark per kind of forward, its other numbers of rows on the line through it; open marks come before the "
+        "first decode step. Each expert that any row was sent to is read once, so more rows read more weights. Dashed: "
+        "what rows would hit that choose uniformly and independently, predicted.",
         _has_experts, _experts_height, _experts, _experts_alt,
     ),
     Plot(

@@ -23,6 +23,9 @@ from zbench.stats import FEW
 
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
 DRIFTED = 0.15  # of the median, between the lowest and the highest read roof of a run: from here on it is said
+SEEN = 1.0  # s of trials, below which ticks of 10 ms say little of what others took meanwhile
+CONTENDED = 0.1  # of the cores that a run uses: daemons take less; from here on it is said that others took them
+LOADED = 0.5  # the same of the load average, which also has what ended a minute ago
 MOST = 6  # things that a sentence lists
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
@@ -83,10 +86,10 @@ def main_kind(cell: Cell) -> str:
     return "" if decode.empty else str(decode.groupby("kind", sort=False)["seconds"].sum().idxmax())
 
 
-def quantity(value: float, unit: str) -> str:
-    """A value with its unit, scaled: `quantity(0.0089, "s")` is "8.90 ms"."""
-    scale, shown, digits = _scale(value, unit)
-    return f"{_number(value / scale, digits)}{shown}"
+def quantity(value: float, unit: str, digits: int = 0) -> str:
+    """A value with its unit, scaled: `quantity(0.0089, "s")` is "8.90 ms". With at least so many significant digits."""
+    scale, shown, usual = _scale(value, unit)
+    return f"{_number(value / scale, max(digits, usual))}{shown}"
 
 
 def interval(row: MetricRow) -> str:
@@ -113,7 +116,7 @@ def warnings(results: Results) -> list[str]:
     found = [sentence[0].upper() + sentence[1:] + "." for sentence in run.warnings]
     if run.manifest.roofs is None:
         found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
-    found += _threads(run)
+    found += _contended(run)
     found += _read_roof(run)
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
@@ -130,17 +133,45 @@ def warnings(results: Results) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _threads(run: Run) -> list[str]:
-    """Where a CPU had fewer places to run on than threads to run."""
-    facts = run.manifest.environment
-    threads, usable = facts.get("torch", {}).get("threads"), facts.get("cpu", {}).get("usable_threads")
-    on_cpu = facts.get("device", {}).get("backend") == "cpu"
-    if not (on_cpu and isinstance(threads, int) and isinstance(usable, int) and threads > usable):
+def _contended(run: Run) -> list[str]:
+    """Where the run had to share its CPU cores: what it waited for them looks like overhead."""
+    told = run.manifest.environment
+    cores, threads = told.get("cpu", {}).get("usable_threads"), told.get("torch", {}).get("threads")
+    if not isinstance(cores, int) or not isinstance(threads, int):
         return []
-    return [
-        f"{threads} CPU threads took turns, as this process may run {usable} at once: times are longer and less steady"
-        " than with as many threads as that."
-    ]
+    if not _on_cpu(run):
+        threads = 1  # the host only starts what the device does
+    found = []
+    if threads > cores:
+        found.append(
+            f"{threads} CPU threads took turns, as this process may run {cores} at once: times are longer and less"
+            " steady than with as many threads as that."
+        )
+    needed = min(threads, cores)
+    seen = [trial for trial in run.trials if trial.others_seconds is not None]
+    seconds, load = sum(trial.wall_seconds for trial in seen), told["cpu"].get("load_average")
+    if seconds >= SEEN:
+        others = sum(trial.others_seconds or 0.0 for trial in seen) / seconds
+        if others > cores - needed + CONTENDED * needed:
+            found.append(
+                f"Other processes kept {others:.1f} of the {cores} CPU cores busy during the trials, of which this run"
+                f" uses {needed}: times are those of a loaded machine, and waiting for a core looks like overhead."
+            )
+    elif isinstance(load, list) and load[0] > cores - needed + LOADED * needed:
+        found.append(
+            f"The load average was {load[0]:.1f} on {cores} CPU cores when the run began: if that was other work "
+            "and went on, it slowed this run, and waiting for a core looks like overhead."
+        )
+    return found
+
+
+def waiting(results: Results) -> str:
+    """What else than overhead may look like it on a CPU, which nothing here can tell apart."""
+    return "; other work on the cores would look the same" if _on_cpu(results.run) else ""
+
+
+def _on_cpu(run: Run) -> bool:
+    return bool(run.manifest.environment.get("device", {}).get("backend") == "cpu")
 
 
 def _read_roof(run: Run) -> list[str]:
@@ -234,7 +265,8 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
         launches = results.value(cell, "launches_per_forward", kind)
         starts = f", with {launches:.0f} launches" if launches else ""
         times = (measured or 0) / (floor or 1)
-        return f"overhead-bound: {times:.1f}× the time that memory or arithmetic alone would need{starts}"
+        alone = f"{times:.1f}× the time that memory or arithmetic alone would need{starts}"
+        return f"overhead-bound: {alone}{waiting(results)}"
     if bound.value == "communication":
         talking = results.value(cell, "communication_share", kind) or 0
         return f"communication-bound: {quantity(talking, '1')} of it is spent in collectives"
@@ -243,8 +275,23 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
     metric, roof = ("mbu", "read bandwidth") if bound.value == "memory" else ("mfu", f"{cell.record.dtype} rate")
     row = results.row(cell, metric, kind)
     if isinstance(row.value, float):
-        return f"{bound.value}-bound: {quantity(row.value, row.unit)} of the measured {roof}"
+        share = quantity(row.value, row.unit)
+        if row.value > 1:
+            return f"{bound.value}-bound as far as can be told: {_above(results, row, share, roof)}"
+        return f"{bound.value}-bound: {share} of the measured {roof}"
     return f"faster than the measured {roof} would allow ({row.note.removeprefix('unavailable: ')})"
+
+
+def _above(results: Results, row: MetricRow, share: str, roof: str) -> str:
+    """What a share of more than all of a roof may come from: it is no plain result."""
+    read, memory = results.run.read_roof or {}, row.metric == "mbu"
+    if row.status == "error":
+        return f"{share} of the measured {roof}, so that the roof or the count is wrong"
+    why = "memory changed its speed between the two, or caches served part of it" if memory else "the clock changed"
+    if not memory or not read.get("sampled"):
+        return f"{share} of the {roof} that was measured before the run, so that {why}"
+    median, most = (quantity(read[key], "B/s") for key in ("value", "high"))
+    return f"it ran at {share} of the {roof} measured beside it ({median}; highest sample {most}), so that {why}"
 
 
 def _answer(results: Results, point: Point) -> list[str]:
@@ -273,6 +320,8 @@ def _speed(results: Results, cell: Cell) -> str:
 def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]:
     """Pairs are reported from the side that wins; an interval that holds 1 shows no difference."""
     slower, faster, alike = [], [], []
+    without = {_no_interval(cell, row) for cell in others if (row := results.row(cell, "speedup")).low is None}
+    once = next(iter(without)) if len(without) == 1 < len(others) else ""  # said of all at the end
     if len(others) > MOST:  # the nearest, and the fastest, are what is worth reading
         others = sorted(others, key=lambda cell: -float(results.row(cell, "speedup").value or 0))
     for cell in others:
@@ -282,17 +331,17 @@ def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]
             alike.append(f"{title(cell)} ({value:.2f}×, {low:.2f}–{high:.2f})")
         elif value < 1:
             around = f"{1 / high:.2f}–{1 / low:.2f}" if low and high else _no_interval(cell, row)
-            slower.append(f"{1 / value:.2f}× {title(cell)} ({around})")
+            slower.append(f"{1 / value:.2f}× {title(cell)}" + f" ({around})" * (around != once))
         else:
             around = f"{low:.2f}–{high:.2f}" if low and high else _no_interval(cell, row)
-            faster.append(f"{title(cell)} is {value:.2f}× as fast ({around})")
-    sentences = []
+            faster.append(f"{title(cell)} is {value:.2f}× as fast" + f" ({around})" * (around != once))
+    sentences, paired = [], f", paired by prompt{f' ({once})' if once else ''}."
     if slower:
-        sentences.append(f"That is {_listed(slower)}, paired by prompt.")
+        sentences.append(f"That is {listed(slower)}{paired}")
     if faster:
-        sentences.append(f"{_listed(faster)}, paired by prompt.")
+        sentences.append(f"{listed(faster)}{paired}")
     if alike:
-        sentences.append(f"No difference from {title(first)} is shown for {_listed(alike)}.")
+        sentences.append(f"No difference from {title(first)} is shown for {listed(alike)}.")
     return sentences
 
 
@@ -325,9 +374,7 @@ def _too_few(results: Results) -> list[str]:
     for cell in results.run.cells:
         if cell.trials and (n := results.row(cell, "ttft").n) < FEW:
             few.setdefault(clusters(cell, n), []).append(name(cell))
-    return [
-        f"{count} for {_listed(cells)}: too few for an interval, which takes {FEW}." for count, cells in few.items()
-    ]
+    return [f"{count} for {listed(cells)}: too few for an interval, which takes {FEW}." for count, cells in few.items()]
 
 
 def _other_tokens(cell: Cell, results: Results) -> str:
@@ -361,13 +408,13 @@ def _untrained(run: Run) -> list[str]:
     found = []
     if drawn := having[SYNTHETIC]:
         found.append(
-            f"Synthetic acceptance in {_listed(drawn)}: the cost of a step is measured, but how many drafts it accepts "
+            f"Synthetic acceptance in {listed(drawn)}: the cost of a step is measured, but how many drafts it accepts "
             "is drawn as the scenario says, so every speed here is that of a drafter that would accept as many."
         )
     if random := having[RANDOM_DRAFTER]:
-        found.append(f"Random drafter in {_listed(random)}: its cost is real, its drafts are noise.")
+        found.append(f"Random drafter in {listed(random)}: its cost is real, its drafts are noise.")
     if adapted := having[RANDOM_ADAPTER]:
-        found.append(f"Random mask adapter in {_listed(adapted)}: its cost is real, its drafts are noise.")
+        found.append(f"Random mask adapter in {listed(adapted)}: its cost is real, its drafts are noise.")
     return found
 
 
@@ -401,20 +448,20 @@ def _at(cell: Cell) -> str:
     return f" at {label}" if label else " here"
 
 
-def _listed(words: Iterable[str]) -> str:
+def listed(words: Iterable[str]) -> str:
     """Nobody reads a list of twenty: beyond `MOST` the tables have the rest."""
-    listed = list(words)
-    if len(listed) > MOST:
-        listed = [*listed[: MOST - 1], f"{len(listed) - MOST + 1} more"]
-    *most, last = listed
-    return f"{', '.join(most)} and {last}" if most else last
+    shown = list(words)
+    if len(shown) > MOST:
+        shown = [*shown[: MOST - 1], f"{len(shown) - MOST + 1} more"]
+    *most, last = shown
+    comma = "; " if any("," in word for word in shown) else ", "  # as labels like "block 4, proposals 2" have them
+    return f"{comma.join(most)}{comma if comma == '; ' else ' '}and {last}" if most else last
 
 
 def _scale(value: float, unit: str) -> tuple[float, str, int]:
     """(divisor, unit as shown, significant digits)."""
     if unit == "1":
-        # A share just short of the whole must not be printed as the whole.
-        return 0.01, "%", 4 if 0.99 < value < 1 else 2
+        return 0.01, "%", _percent_digits(100 * value)
     if unit == "ratio":
         return 1.0, "×", 3
     if unit not in _PREFIXED or value == 0:
@@ -423,6 +470,14 @@ def _scale(value: float, unit: str) -> tuple[float, str, int]:
     power = math.floor(math.log10(abs(value) * 1.0005) / 3) * 3
     power = min(max(power, min(_PREFIXES)), 0 if unit.startswith("s") else max(_PREFIXES))
     return 10.0**power, f" {_PREFIXES[power]}{unit}", 3
+
+
+def _percent_digits(percent: float) -> int:
+    """Three significant ones, in a share of counts such as 4 of 5 no more than it has, and one more where the next
+    would make a whole of what is just short of it."""
+    if math.isclose(percent, round(percent), rel_tol=1e-9):
+        return len(str(abs(round(percent))))
+    return 4 if 99.95 <= percent < 100 else 3
 
 
 def _number(value: float, digits: int) -> str:

@@ -66,16 +66,14 @@ def _memory_bound(results: Results, cell: Cell) -> str:
         return ""
     most = cell.decode_forwards["rows"].max()
     if isinstance(ridge.value, float):
-        limited = (
-            f"memory-bound up to {ridge.value:.0f} rows" if ridge.value > 1 else "compute-bound from the first row"
-        )
+        limited = f"memory-bound up to {_rows(ridge.value)}" if ridge.value > 1 else "compute-bound from the first row"
     else:
         limited = f"memory-bound at all {most} rows measured"
     if one == "overhead":
         measured, floor = (results.value(cell, name, row_kind(1)) or 0 for name in ("forward_seconds", "floor_seconds"))
         return (
             f"Decode is overhead-bound on this device: one row takes {measured / floor:.1f}× what memory or arithmetic "
-            f"alone would need. At its measured roofs decode would be {limited} (predicted)."
+            f"alone would need{findings.waiting(results)}. At its measured roofs decode would be {limited} (predicted)."
         )
     return f"Decode is {limited} on this device (predicted from its measured roofs)."
 
@@ -89,7 +87,11 @@ def _free(results: Results, cell: Cell) -> str:
     said = f"{at_least}{free.value:.1f} rows ride in a forward within 1.1× the time of one, as measured ({around})"
     if not isinstance(knee.value, float):
         return f"{said}."
-    return f"{said}; the curve’s knee, where further rows cost as much as the first, is at {knee.value:.0f} rows."
+    return f"{said}; the curve’s knee, where further rows cost as much as the first, is at {_rows(knee.value)}."
+
+
+def _rows(count: float) -> str:
+    return f"{count:.0f} row{'s' if round(count) != 1 else ''}"
 
 
 def _around(cell: Cell, row: findings.MetricRow) -> str:
@@ -101,7 +103,10 @@ def _bounds(results: Results, cell: Cell) -> str:
     runs = [(bound, [rows for rows, _ in run]) for bound, run in groupby(bounds.items(), lambda item: item[1]) if bound]
     if not runs:
         return ""
-    parts = [f"{rows[0]}{f' to {rows[-1]}' if len(rows) > 1 else ''} rows are {bound}-bound" for bound, rows in runs]
+    parts = [
+        f"{rows[0]} to {rows[-1]} rows are {bound}-bound" if len(rows) > 1 else f"{_rows(rows[0])} are {bound}-bound"
+        for bound, rows in runs
+    ]
     return f"As measured, forwards of {', '.join(parts)}."
 
 

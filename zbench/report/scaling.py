@@ -219,9 +219,8 @@ def _roofline(results: Results, group: Group) -> Drawn | None:
             xlabel="intensity, FLOP per byte",
             ylabel="FLOP/s per device",
         )
-        axes.yaxis.set_major_formatter(EngFormatter(places=0))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.minorticks_off()
+        figures.name_log_ticks(axes.xaxis)
+        figures.name_log_ticks(axes.yaxis, EngFormatter())
         figures.legend_below(axes, min(2, len(lines)))
 
     said = "; ".join(

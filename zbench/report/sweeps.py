@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zbench.metrics import SLACK, Cell, caveats, row_floors, row_medians
-from zbench.report.figures import MARKERS, Plot, Theme, legend_below, shortened
+from zbench.report.figures import MARKERS, Plot, Theme, legend_below, name_log_ticks, shortened
 from zbench.report.findings import Results, point_label, quantity
 from zbench.report.readings import (
     Traffic,
@@ -123,8 +123,9 @@ def _mark_rows(axes: Axes, theme: Theme, results: Results, cell: Cell) -> None:
         if value is None:
             continue
         axes.axvline(value, color=colour, lw=1.2, ls=line)
+        rows = f"{value:.3g} rows".replace("1 rows", "1 row") if value < 2 else f"{value:.3g} rows"
         axes.text(
-            0.02, height, f"{name}: {value:.3g} rows", transform=axes.transAxes, va="top", fontsize=7.5, color=colour,
+            0.02, height, f"{name}: {rows}", transform=axes.transAxes, va="top", fontsize=7.5, color=colour,
             bbox={"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85},
         )  # fmt: skip
         height -= 0.075
@@ -155,8 +156,7 @@ def _row_roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Ce
     for (rows, bound), rate in zip(bounds.items(), rates, strict=True):
         axes.plot(rows, rate, BOUND_MARKERS[bound], ms=6, color=theme.series[0], mew=0)
     axes.set(xscale="log", yscale="log", xlabel="rows per sequence in one forward", ylabel="FLOP/s")
-    axes.yaxis.set_major_formatter(EngFormatter(places=0))
-    axes.minorticks_off()
+    name_log_ticks(axes.yaxis, EngFormatter())
     _ticks(axes, "x", list(bounds))
     _bound_legend(axes, theme, set(bounds.values()))
     legend_below(axes, 2)
@@ -284,8 +284,7 @@ def _batch(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) ->
         axes.plot(list(at_roofs), list(at_roofs.values()), color=colour, lw=0.9, ls=DASHED)
     axes.set(xscale="log", yscale="log", xlabel="batch (sequences)", ylabel="tokens/s of all sequences, decode")
     _ticks(axes, "x", sorted(batches))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    name_log_ticks(axes.yaxis, "{:,g}".format)
     axes.plot([], [], color=theme.muted, lw=0.9, ls=DASHED, label="at the roofs (predicted)")
     legend_below(axes, 1 if len(lines) > 2 else 2)
 
@@ -335,8 +334,7 @@ def _context(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) 
         ylabel="milliseconds per decode step",
     )
     _ticks(axes, "x", sorted(contexts))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    name_log_ticks(axes.yaxis)
     _mark_takeover(axes, theme, [mine for _, mine in lines])
     legend_below(axes, 1 if len(lines) > 2 else 2)
 
@@ -402,8 +400,7 @@ def _prediction(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
         xscale="log", yscale="log", xlim=edges, xlabel="predicted from the measured roofs, ms", ylabel="measured, ms"
     )
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: "")
+        name_log_ticks(axis)
     legend_below(axes, 2)
 
 
@@ -470,7 +467,9 @@ OVERVIEWS = (
     Plot(
         "prediction", "How good predictions are",
         "One mark per decode step of an engine at a point, or per number of rows: the time that its forwards need at "
-        "the measured roofs against the time that it took. Nothing lies below the line unless a roof or a count errs.",
+        "the measured roofs against the time that it took. Below the line lies what "
+        "memory never bounded, as a model that stays in the caches, or what ran while memory was faster than the roof; "
+        "else a roof or a count errs.",
         lambda results, cells: len(predictions(results)) >= 5, lambda results, cells: 3.7, _prediction, _prediction_alt,
     ),
 )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 from zbench import telemetry
 from zbench.metrics import Cell
 from zbench.report.figures import Plot, Theme, _legend_lines, _legend_name, _legend_of_engines, _series
-from zbench.report.findings import Results, name, quantity
+from zbench.report.findings import Results, listed, name, quantity
 from zbench.telemetry import Segment
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _energy_words(results: Results) -> list[str]:
         row = results.row(cell, "joules_per_token")
         if row.value is None and cell.trials:
             reasons.setdefault(row.note.removeprefix("unavailable: "), []).append(name(cell))
-    return [f"Energy of {', '.join(cells)} unavailable: {why}." for why, cells in reasons.items()]
+    return [f"Energy of {listed(cells)} unavailable: {why}." for why, cells in reasons.items()]
 
 
 def _throttled(results: Results, cell: Cell) -> str:

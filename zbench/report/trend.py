@@ -6,6 +6,7 @@ The figures are SVG in the page itself, as points in an image cannot be links.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from zbench.report import figures, html
 from zbench.report.findings import interval, quantity
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 340, 120, 6, 16, 18  # of a figure, in its own units
+ROUNDING = 1e-12  # what sums of floats in another order may differ by, relative to them
 NAMED = 8  # metrics that got worse with one run and are named in the lead
 
 
@@ -213,7 +215,10 @@ class _Figure:
 
 
 def _moves(series: Series) -> bool:
-    return len({number.value for _, number in series.points}) > 1
+    """By more than rounding, which a scale from the lowest to the highest would draw as large as any change."""
+    values = [number.value for _, number in series.points]
+    changed = any(line.changes for line in series.lines)
+    return changed or not math.isclose(min(values), max(values), rel_tol=ROUNDING)
 
 
 def _figure(series: Series, links: dict[str, str]) -> _Figure:
@@ -221,6 +226,8 @@ def _figure(series: Series, links: dict[str, str]) -> _Figure:
     lows = [_or(number.low, number.value) for _, number in points]
     highs = [_or(number.high, number.value) for _, number in points]
     bottom, top = min(lows), max(highs)
+    if math.isclose(bottom, top, rel_tol=ROUNDING):
+        bottom = top
     spread = top - bottom or abs(top) or 1.0
     place = {entry.run: index for index, (entry, _) in enumerate(points)}
     lines = list(enumerate(reversed(series.lines)))
@@ -255,14 +262,15 @@ def _figure(series: Series, links: dict[str, str]) -> _Figure:
         for entry, number in line.points
     ]
     legend = [(index, _about(line)) for index, line in lines] if len(series.lines) > 1 else []
+    high, low = _edges(top, bottom, series.unit)
     return _Figure(
         title=f"{series.cell}: {series.part}" if series.part else series.cell,
         caveat=series.caveat,
         newest=_newest(series),
         alt=f"{series.name} of {series.cell} in {_counted(len(points), 'run')}: newest {_newest(series)}; "
         f"last change: {_last_change(series)}",
-        top=quantity(top, series.unit),
-        bottom=quantity(bottom, series.unit) if top > bottom else "",
+        top=high,
+        bottom=low,
         first=points[0][0].created[:10],
         last=points[-1][0].created[:10] if len(points) > 1 else "",
         dots=dots,
@@ -276,6 +284,18 @@ def _figure(series: Series, links: dict[str, str]) -> _Figure:
         changes=sorted(changes),
         legend=legend,
     )
+
+
+def _edges(top: float, bottom: float, unit: str) -> tuple[str, str]:
+    """The ends of the axis in words: with more digits where they would read the same; one where they are the same."""
+    high, low = quantity(top, unit), quantity(bottom, unit)
+    if top == bottom:
+        return high, ""
+    digits = 3
+    while high == low and digits < 15:
+        digits += 1
+        high, low = (quantity(value, unit, digits) for value in (top, bottom))
+    return high, low
 
 
 def _or(edge: float | None, value: float) -> float:
