@@ -1117,7 +1117,8 @@ static void likeliest(const float* x, int64_t n, int64_t most, int64_t* at, floa
     auto before = [](const Entry& a, const Entry& b) { return a.value != b.value ? a.value > b.value : a.at < b.at; };
     std::vector<Entry> kept;  // a heap, the last of them on top
     kept.reserve(most + 1);
-    constexpr int64_t BLOCK = 4 * VL;
+    constexpr int STREAMS = 4;
+    constexpr int64_t BLOCK = 4 * STREAMS * VL;
     int64_t i = 0;
     auto look = [&](int64_t end) {
         for (; i < end; i++) {
@@ -1130,12 +1131,14 @@ static void likeliest(const float* x, int64_t n, int64_t most, int64_t* at, floa
     };
     look(most);
     while (i + BLOCK <= n) {
-        vf top = load(x + i);
-        top = top == top ? top : splat(-INFINITY);
-        UNROLL for (int v = 1; v < 4; v++) { vf y = load(x + i + v * VL); top = y > top ? y : top; }
-        bool any = false;
-        for (int l = 0; l < VL; l++) any |= top[l] > kept[0].value;
-        if (any) look(i + BLOCK);
+        vf top[STREAMS];
+        UNROLL for (int s = 0; s < STREAMS; s++) top[s] = splat(-INFINITY);
+        for (int64_t k = i; k < i + BLOCK; k += STREAMS * VL)
+            UNROLL for (int s = 0; s < STREAMS; s++) { vf y = load(x + k + s * VL); top[s] = y > top[s] ? y : top[s]; }
+        UNROLL for (int s = 1; s < STREAMS; s++) top[0] = top[s] > top[0] ? top[s] : top[0];
+        float best = top[0][0];
+        for (int l = 1; l < VL; l++) best = top[0][l] > best ? top[0][l] : best;
+        if (best > kept[0].value) look(i + BLOCK);
         else i += BLOCK;
     }
     look(n);
@@ -1155,7 +1158,7 @@ void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const i
     const int64_t R = T + 1;
     std::vector<int64_t> tokens(B * K * T);
     std::vector<float> logs(B * K * T);
-    const bool much = B * K * V > 1 << 20;  // else to start threads takes longer
+    const bool much = B * K * V > 1 << 17;  // else to start threads takes longer
 #pragma omp parallel for num_threads((int)threads) if (much)
     for (int64_t i = 0; i < B * K; i++) {
         if (!usable || i % K < usable[i / K]) likeliest(logits + i / K * ld + i % K * V, V, T, &tokens[i * T], &logs[i * T]);
