@@ -141,8 +141,8 @@ class World:
         found = self.all(error)
         if said := [one for one in found if one]:
             if len(set(found)) == 1:
-                raise UserError(said[0])
-            raise UserError("\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found) if one))
+                raise Agreed(said[0])
+            raise Agreed("\n".join(f"rank {rank}: {one}" for rank, one in enumerate(found) if one))
 
     def together(self, work: Callable[[], T]) -> T:
         """What `work` gives on this rank, once it has ended on all. Raises UserError on all where it did on one."""
@@ -222,6 +222,10 @@ class Member:
     replicas: int = 1
 
 
+class Agreed(UserError):
+    """What every rank raises at the same place."""
+
+
 def launched() -> bool:
     """Whether torchrun (or what sets its variables) started this process beside others."""
     known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
@@ -253,6 +257,9 @@ def joined(kept: str = "what was finished is kept, continue with --resume") -> I
         yield World(rank, size, local, watch)
     except RankLost as error:
         watch.decide(error)
+    except Agreed:
+        watch.leave()  # all leave here, and so they can in their order
+        raise
     except BaseException:
         watch.abandon()  # it is said here, and nowhere else
         raise
