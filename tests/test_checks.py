@@ -147,3 +147,13 @@ def test_validate_needs_torch_only_to_look_into_a_drafter(yaml: Path, overrides:
 def test_every_packaged_scenario_is_valid() -> None:
     done = zbench("validate", *sorted((Path(__file__).parent.parent / "scenarios").glob("*.yaml")))
     assert done.exit_code == 0, done.output
+
+
+def test_an_engine_whose_package_is_missing_is_left_out_and_its_drafter_left_alone(
+    yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "missing", lambda name: "not installed" if name == "dflash_reference" else "")
+    engine = {"name": "dflash_reference", "drafter": {"path": "/nope"}}
+    checks.check(scenario.load(yaml, [f"engines=[autoregressive, {json.dumps(engine)}]"]))
+    with pytest.raises(UserError, match="/nope does not exist"):
+        checks.check(scenario.load(yaml, [f"engines=[{json.dumps(engine | {'name': 'dflash'})}]"]))

@@ -503,7 +503,8 @@ def _several_processes(point: Point, trial: Trial) -> bool:
 
 
 def _since(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else max(0.0, after - before)
+    # Not cut at zero: the system counts in ticks, and of short trials half are off in either direction.
+    return None if before is None or after is None else after - before
 
 
 def _sure(served: ServedRecord | None) -> bool:

@@ -1172,7 +1172,7 @@ void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const i
     for (int64_t b = 0; b < B; b++, ids += R, positions += R, parents += R, worth += R, visible += R * R) {
         const int64_t* token = &tokens[b * K * T];
         float* log = &logs[b * K * T];
-        for (int64_t k = 0; whole && k < K; k++) log[k * T] = 0;
+        for (int64_t k = 0; whole && k < K && (!usable || k < usable[b]); k++) log[k * T] = 0;
         auto offer = [&](int64_t from, float above, int64_t place, int64_t rank, bool main) {
             if (place == K || rank == T) return;
             const float sum = above + log[place * T + rank];

@@ -232,14 +232,15 @@ class MaskAdapter:
 
 def add_low_rank(y: Tensor, x: Tensor, pair: LowRank | None, is_mask: Tensor | None) -> Tensor:
     """y [B, R, out], whose memory it takes, plus B A x where is_mask [B, R, 1], x [B, R, in]; other rows have zeros
-    added and stay, bit by bit.
+    added and stay as they are (but for the sign of a zero).
 
     All rows are multiplied: to pick the masks would need their number, for which the host would wait for the device.
     """
     if pair is None or is_mask is None:
         return y
     a, b = pair
-    inner = F.linear(x, a) * is_mask  # the narrow side: a pass over y costs a kernel more, and its traffic
+    # On the narrow side: a pass over y costs a kernel more, and its traffic. Not a product, whose inf x 0 is none.
+    inner = torch.where(is_mask, F.linear(x, a), 0)
     y.view(-1, y.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), b.t())
     return y
 
