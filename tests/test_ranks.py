@@ -324,6 +324,19 @@ def looked(watch: Watch, waiting: bool = False) -> str:
     return found["text"] if found else ""
 
 
+def test_a_rank_that_has_left_says_nothing_more(watched: tuple[Watch, Clock, Any]) -> None:
+    """The thread may wait for its turn just then; in the store's code when Python ends, it would abort the process."""
+    watch, _, _ = watched
+    with watch._lock:
+        watch.start()
+        time.sleep(0.2)  # it waits for the lock
+        watch._over = True
+        watch._publish("done")
+    watch.join(5)
+    assert not watch.is_alive()
+    assert json.loads(watch._store.get("rank0"))["state"] == "done"
+
+
 def test_a_rank_that_waits_is_not_stuck_and_one_that_does_not_move_is(watched: tuple[Watch, Clock, Any]) -> None:
     watch, clock, say = watched
     for second in range(40):  # rank 2 takes its time, but moves

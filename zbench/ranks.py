@@ -288,11 +288,13 @@ class Watch(threading.Thread):
         self._turn += 1
 
     def run(self) -> None:
-        while not self._over:
+        while True:
             try:
                 with self._lock:
+                    if self._over:  # this rank has said that it is done, and may be about to end
+                        return
                     self._publish("")
-                    found = None if self._over else self._lost()
+                    found = self._lost()
             except Exception:  # the store is gone, and with it the rank or the agent that ran it
                 if not self._over:
                     self._end({"ranks": [], "text": "the connection to the other ranks was lost"})
@@ -307,7 +309,7 @@ class Watch(threading.Thread):
             return
         with suppress(Exception):
             dist.barrier()  # all records are with rank 0
-        self._stop()
+        self._finish()
         others = [f"left {rank}" for rank in range(1, self.size)]
         if self.rank == 0:  # last: a rank whose peer closes its sockets while it still talks to it is aborted by gloo
             with suppress(Exception):
@@ -322,17 +324,17 @@ class Watch(threading.Thread):
         collective failed and end it, or that this rank was interrupted (None) and go on to the end."""
         self._interrupted = error is None
         time.sleep(12 * BEAT)
-        self._stop()
+        self._finish()
         if error is not None:
             self._end({"ranks": [], "text": f"a collective failed ({error})"})
         self._tell({"ranks": [], "text": f"rank {self.rank} was interrupted", "interrupted": True})
 
     def abandon(self) -> None:
         """This rank fails with an error of its own, which ends the others without a word."""
-        self._stop()
+        self._finish()
         self._tell({"ranks": [self.rank], "text": ""})
 
-    def _stop(self) -> None:
+    def _finish(self) -> None:
         with self._lock:
             self._over = True
             with suppress(Exception):
