@@ -161,12 +161,9 @@ def dflash(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
 
 def check_dflash_tree(tokens: int, block: int, vocab: int, draft_sampling: bool, synthetic: Any) -> None:
     """Raises UserError where no tree of `tokens` drafts can be made of a block over `vocab` tokens."""
-    if not 1 <= tokens <= vocab:
-        raise UserError(f"dflash: a tree of {tokens} tokens out of blocks of {block}; 1 to {vocab} can be")
+    _check_tree("dflash", tokens, block, vocab, synthetic)
     if draft_sampling:
         raise UserError("dflash: draft_sampling draws one draft for a place; the tree that tokens asks for has several")
-    if synthetic and tokens < block - 1:
-        raise UserError(f"dflash: synthetic acceptance of {block - 1} drafts needs a tree of as many, not {tokens}")
 
 
 def diffusion(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
@@ -234,10 +231,14 @@ def check_diffusion_tree(tokens: int, block: int, shift: int, vocab: int, synthe
     """Raises UserError where no tree of `tokens` drafts can be made of a block."""
     if block < 2 or block == shift:
         raise UserError(f"diffusion: blocks of {block} draft nothing that a tree could be made of")
+    _check_tree("diffusion", tokens, block, vocab, synthetic)
+
+
+def _check_tree(engine: str, tokens: int, block: int, vocab: int, synthetic: Any) -> None:
     if not 1 <= tokens <= vocab:
-        raise UserError(f"diffusion: a tree of {tokens} tokens out of blocks of {block}; 1 to {vocab} can be")
+        raise UserError(f"{engine}: a tree of {tokens} tokens out of blocks of {block}; 1 to {vocab} can be")
     if synthetic and tokens < block - 1:
-        raise UserError(f"diffusion: synthetic acceptance of {block - 1} drafts needs a tree of as many, not {tokens}")
+        raise UserError(f"{engine}: synthetic acceptance of {block - 1} drafts needs a tree of as many, not {tokens}")
 
 
 def prepared(drafts: int, proposals: int, choose: str = "prefix", likelihood: Sequence[float] = ()) -> tuple[int, ...]:
