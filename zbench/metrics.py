@@ -190,12 +190,16 @@ class Cell:
 
     @property
     def depth(self) -> int:
-        """The longest path of drafts a step can accept; a tree drafts more tokens than that."""
+        """The longest path of drafts a step can accept; a tree drafts more tokens than that, and what is looked up may
+        be longer: then, the longest that was accepted."""
         options, drafted = self.record.options, int(self.seen_verifies["drafted"].max())
+        accepted = int(self.seen_verifies["accepted"].max())
         if options.get("depth") or options.get("tokens") is None:
-            return int(options.get("depth") or drafted)
-        block = options.get("block") or options.get("block_size")  # null: the drafter's, which the record does not say
-        return min(drafted, block - 1 if block else int(self.seen_verifies["accepted"].max()))
+            longest = int(options.get("depth") or drafted)
+        else:
+            block = options.get("block") or options.get("block_size")  # null: the drafter's, which the record lacks
+            longest = min(drafted, block - 1 if block else accepted)
+        return max(longest, accepted)
 
     @property
     def pairs(self) -> pd.DataFrame:
@@ -560,6 +564,45 @@ def proposal_coverage(cell: Cell) -> Estimate:
         raise Unavailable("the engine prepares no proposals")
     covered, groups = zip(*found, strict=True)
     return stats.mean(covered, groups)
+
+
+@metric(
+    "lookup_share",
+    "1",
+    "decode steps of a sequence that verified what was copied from its text / all its decode steps",
+    "none",
+)
+def lookup_share(cell: Cell) -> Estimate:
+    looked_up, _, groups = _lookups(cell)
+    return stats.mean(looked_up, groups)
+
+
+@metric(
+    "lookup_acceptance_length",
+    "tokens",
+    "committed tokens / steps that verified what was copied from the text, bonus included",
+    "higher",
+)
+def lookup_acceptance_length(cell: Cell) -> Estimate:
+    looked_up, gained, groups = _lookups(cell)
+    if not any(looked_up):
+        raise Unavailable("no end of a text stood there before")
+    return stats.ratio([g * found for g, found in zip(gained, looked_up, strict=True)], looked_up, groups)
+
+
+def _lookups(cell: Cell) -> tuple[tuple[bool, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of each decode step of each sequence: whether its drafts were looked up, what it gained, and its group."""
+    found = [
+        (looked_up, gained, trial.group)
+        for trial in cell.trials
+        for step in _decode_columns(trial, "looked_up", "committed")
+        for looked_up, gained in zip(*step, strict=False)
+        if gained
+    ]
+    if not found:
+        raise Unavailable("the engine looks nothing up")
+    looked_up, gained, groups = zip(*found, strict=True)
+    return looked_up, gained, groups
 
 
 @metric(

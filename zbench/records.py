@@ -75,7 +75,8 @@ class StepRecord:
     `committed` counts the tokens each sequence gained (0 for a sequence that had finished);
     `drafted` the draft tokens each was offered, `accepted` how many of them were kept (bonus excluded), `prepared`
     the outcomes (rows kept) that next drafts were prepared for, `covered` whether each sequence's was among them
-    (engines that draft and verify in one forward).
+    (engines that draft and verify in one forward), `looked_up` whether each sequence's drafts were copied from its text
+    (engines that look there).
     """
 
     seconds: float
@@ -86,6 +87,7 @@ class StepRecord:
     accepted: tuple[int, ...] = ()
     covered: tuple[bool, ...] = ()
     prepared: tuple[int, ...] = ()
+    looked_up: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

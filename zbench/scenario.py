@@ -263,6 +263,27 @@ class DraftingSpec(EngineSpec):
         return {key: value for key, value in plain(self).items() if (key, value) != ("execution", "auto")}
 
 
+class PromptLookupSpec(DraftingSpec):
+    """Drafts copied from the text itself, where its last tokens stood before: no drafter, no training."""
+
+    name: Literal["prompt_lookup"] = Field(description="Which engine decodes.")
+    match: Annotated[int, Field(ge=1, le=32)] = Field(
+        1, description="Tokens that must have stood before, at the least; where they have not, one token is decoded."
+    )
+    tokens: Annotated[int, Field(ge=1, le=32)] = Field(
+        8, description="Tokens drafted per step: twice as many as matched, and so many at most."
+    )
+
+
+_Lookup = Annotated[
+    Annotated[int, Field(ge=1, le=32)] | None,
+    Field(
+        description="Where at least so many last tokens stood before, verify what followed then instead of drafting: up"
+        " to as many tokens as this engine verifies else, and twice as many as matched. null never looks there."
+    ),
+]
+
+
 class SpeculativeSpec(DraftingSpec):
     """What engines with a drafter have in common."""
 
@@ -296,9 +317,11 @@ class Eagle3Spec(SpeculativeSpec):
         description="End a chain where the drafter gives its drafts so far less than this chance of being right; 0 "
         "drafts depth levels in every step.",
     )
+    lookup: _Lookup = None
 
     @model_validator(mode="after")
     def _has_no_idle_option(self) -> Eagle3Spec:
+        _without_lookup(self.lookup, synthetic=self.synthetic)
         if self.confidence and (self.beam or self.top_k) > 1:
             raise ValueError("confidence ends chains; with top_k trees are drafted, unless beam is 1")
         if self.confidence and self.synthetic is not None:
@@ -327,6 +350,12 @@ class DFlashSpec(SpeculativeSpec):
         False,
         description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",
     )
+    lookup: _Lookup = None
+
+    @model_validator(mode="after")
+    def _looks_up_what_it_can_verify(self) -> DFlashSpec:
+        _without_lookup(self.lookup, synthetic=self.synthetic, draft_sampling=self.draft_sampling)
+        return self
 
 
 class AdapterRandom(_Strict):
@@ -381,6 +410,13 @@ def _acceptance(asked: BaseModel | None, drafts: int) -> None:
             raise ValueError(str(error)) from error
 
 
+def _without_lookup(lookup: int | None, **others: object) -> None:
+    """Raises ValueError where lookups and another option that is set say different things of drafts."""
+    given = [name for name, value in others.items() if value]
+    if lookup and given:
+        raise ValueError(f"lookup copies drafts from the text and verifies them: leave it or {given[0]} out")
+
+
 class DiffusionSpec(DraftingSpec):
     """Block diffusion: one model drafts and verifies in one forward (TiDAR), or denoises block after block."""
 
@@ -427,6 +463,7 @@ class DiffusionSpec(DraftingSpec):
         False,
         description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",
     )
+    lookup: _Lookup = None
     adapter: _Adapter | None = Field(
         None,
         description="Parameters of the mask rows: {zoo: NAME}, {path: FOLDER}, {hub: ORG/NAME} or {random: true}; null"
@@ -470,6 +507,8 @@ class DiffusionSpec(DraftingSpec):
             raise ValueError(f"{' and '.join(sorted(choosing))} do nothing where every outcome is prepared")
         if self.draft_sampling and self.sampler != "lossless":
             raise ValueError("draft_sampling is for sampler: lossless")
+        others = {"sampler": self.sampler != "lossless", "proposals: 0": self.proposals == 0}
+        _without_lookup(self.lookup, synthetic=self.synthetic, draft_sampling=self.draft_sampling, **others)
         _acceptance(self.synthetic, max(self.block_size - 1, 1))
         return self
 
@@ -641,6 +680,7 @@ ENGINES: dict[str, type[EngineSpec]] = {
     "eagle3": Eagle3Spec,
     "dflash": DFlashSpec,
     "diffusion": DiffusionSpec,
+    "prompt_lookup": PromptLookupSpec,
     "forward": ForwardSpec,
     "reference": ReferenceSpec,
     "endpoint": EndpointSpec,
@@ -1278,7 +1318,11 @@ def json_schema() -> dict[str, Any]:
 
 
 # Options by engine that runs kept from before them do not have: null, they change nothing.
-_LATER = (("eagle3", "beam"), ("dflash", "draft_vocab"), ("dflash", "tokens"), ("diffusion", "tokens"))
+_LATER = {
+    "eagle3": ("beam", "lookup"),
+    "dflash": ("draft_vocab", "tokens", "lookup"),
+    "diffusion": ("tokens", "lookup"),
+}
 
 
 def content_hash(scenario: Scenario) -> str:
@@ -1291,7 +1335,7 @@ def content_hash(scenario: Scenario) -> str:
     if not scenario.accuracy.execute_generated_code:  # likewise
         del content["accuracy"]
     engines = [
-        {key: value for key, value in engine.items() if value is not None or (spec.name, key) not in _LATER}
+        {key: value for key, value in engine.items() if value is not None or key not in _LATER.get(spec.name, ())}
         | {"label": spec.title}
         for engine, spec in zip(content["engines"], scenario.engines, strict=True)
     ]

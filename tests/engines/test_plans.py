@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "autoregressive": {},
     "forward": {"rows": (1, 2, 5)},
     "reference": {},
+    "prompt_lookup": {"tokens": 2},
     "eagle3": {"drafter": {"random": True, "vocab": 64}, "depth": 3, "synthetic": {"length": 4}},
     "dflash": {"drafter": {"random": True, "layers": 2}, "block": 5, "synthetic": {"length": 2.5}},
     "dflash, few tokens": {"drafter": {"random": True}, "block": 4, "draft_vocab": 90, "synthetic": {"length": 2.5}},
@@ -108,6 +109,12 @@ def test_a_plan_says_that_a_confident_chain_is_the_longest() -> None:
     chosen = options("eagle3", drafter={"random": True}, depth=3, confidence=0.4)
     planned = plans.plan("eagle3", chosen, TARGET)
     assert len(planned.forwards) == 4 and "confidence" in planned.notes[0]
+
+
+def test_a_plan_says_that_lookups_are_left_out() -> None:
+    chosen = options("eagle3", drafter={"random": True}, depth=3, lookup=2)
+    planned = plans.plan("eagle3", chosen, TARGET)
+    assert len(planned.forwards) == 4 and "in the text" in planned.notes[0]
 
 
 def test_a_plan_refuses_what_its_engine_refuses() -> None:

@@ -58,13 +58,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     running.quit()
 
 
-def open_details(browser: Any) -> None:
-    """Show what is folded. It lies over its neighbours until a frame has been drawn."""
-    browser.execute_async_script("""
-        const done = arguments[0];
-        document.querySelectorAll('details').forEach(d => d.open = true);
-        requestAnimationFrame(() => requestAnimationFrame(() => done()));
-    """)
+def show(browser: Any, page: Path) -> None:
+    """With what is folded shown from the start: opened in a shown page, it lies over its neighbours for some frames."""
+    opened = page.with_name(f"opened-{page.name}")
+    opened.write_text(page.read_text(encoding="utf-8").replace("<details", "<details open"), encoding="utf-8")
+    browser.get(opened.as_uri())
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -79,8 +77,7 @@ def page(browser: Any, report: Path, request: pytest.FixtureRequest) -> Any:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get(report.as_uri())
-    open_details(browser)
+    show(browser, report)
     browser.scheme = scheme
     return browser
 

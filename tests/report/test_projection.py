@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.hardware.test_projection import RATES, load
-from tests.report.test_browser import TEXT_BOXES, browser, open_details  # noqa: F401
+from tests.report.test_browser import TEXT_BOXES, browser, show  # noqa: F401
 from tests.report.test_figures import assert_readable
 from zbench import report
 from zbench.cache import atomic_write
@@ -157,8 +157,7 @@ def test_a_browser_shows_it_without_overlap_or_complaint(folder: Path, browser: 
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get((folder / pages.PAGE).as_uri())
-    open_details(browser)
+    show(browser, folder / pages.PAGE)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     images = browser.execute_script("return [...document.images].map(i => [i.naturalWidth, i.currentSrc === i.src])")

@@ -100,6 +100,12 @@ def _autoregressive(options: dict[str, Any], shared: Shared) -> Engine:
     return Autoregressive(shared.target(options["execution"]))
 
 
+def _prompt_lookup(options: dict[str, Any], shared: Shared) -> Engine:
+    from zbench.engines.prompt_lookup import PromptLookup
+
+    return PromptLookup(shared.target(options.get("execution", "auto")), options["match"], options["tokens"])
+
+
 def _forward(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.engines.forward import Forward
 
@@ -136,6 +142,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
         synthetic.parse(drawn, options["depth"]) if drawn else None,
         options["confidence"],
         options["beam"],
+        options["lookup"],
     )
     engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
     return engine
@@ -163,6 +170,7 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
         options["draft_sampling"],
         synthetic.parse(drawn, block - 1) if drawn else None,
         options["tokens"],
+        options["lookup"],
     )
     engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
     return engine
@@ -192,7 +200,8 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
     if options["sampler"] == "denoise":
         engine = Denoise(target, mask_id, block, threshold, adapter)
     elif options["tokens"] is not None:
-        engine = DiffusionTree(target, mask_id, block, options["tokens"], proposals, adapter, acceptance)
+        given = (options["tokens"], proposals, adapter, acceptance, options["lookup"])
+        engine = DiffusionTree(target, mask_id, block, *given)
     else:
         engine = Diffusion(
             target,
@@ -206,6 +215,7 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
             trust=threshold if options["sampler"] == "trust_diffusion" else None,
             draft_sampling=options["draft_sampling"],
             synthetic=acceptance,
+            lookup=options["lookup"],
         )
     if adapter is not None:
         engine.kernels["mask_adapter"] = checkpoint.hash or checkpoint.source
@@ -363,6 +373,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
     "eagle3": _eagle3,
     "dflash": _dflash,
     "diffusion": _diffusion,
+    "prompt_lookup": _prompt_lookup,
     "forward": _forward,
     "reference": _reference,
     "endpoint": _endpoint,

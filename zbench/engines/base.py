@@ -56,7 +56,8 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Tokens gained per sequence, in order; `drafted` and `accepted` count draft tokens where an engine drafts.
+    """Tokens gained per sequence, in order; `drafted` and `accepted` count draft tokens where an engine drafts, and
+    `looked_up` says whether each sequence's were copied from its text, where an engine looks there.
     `prepared` lists the outcomes (rows kept) that the next drafts were prepared for, and `covered` says whether each
     sequence's was among them, where an engine prepares any."""
 
@@ -65,6 +66,7 @@ class Step:
     accepted: tuple[int, ...] = ()
     covered: tuple[bool, ...] = ()
     prepared: tuple[int, ...] = ()
+    looked_up: tuple[bool, ...] = ()
 
 
 class Engine(Protocol):
@@ -121,7 +123,7 @@ def generate(engine: Stepper[S], prompts: Sequence[Sequence[int]], request: Requ
             # Drafts beyond EOS or the limit do not count as accepted; the token that ends the output counts as the
             # bonus, so that accepted + 1 is what a step gained, always.
             accepted = tuple(max(min(a, count - 1), 0) for a, count in zip(step.accepted, counts, strict=False))
-            meter.gained(counts, step.drafted, accepted, step.covered, step.prepared)
+            meter.gained(counts, step.drafted, accepted, step.covered, step.prepared, step.looked_up)
     return Generated(state.outputs, finish)
 
 
@@ -222,6 +224,7 @@ class _Step:
     accepted: tuple[int, ...] = ()
     covered: tuple[bool, ...] = ()
     prepared: tuple[int, ...] = ()
+    looked_up: tuple[bool, ...] = ()
 
 
 class Meter:
@@ -260,10 +263,11 @@ class Meter:
         accepted: tuple[int, ...] = (),
         covered: tuple[bool, ...] = (),
         prepared: tuple[int, ...] = (),
+        looked_up: tuple[bool, ...] = (),
     ) -> None:
         step = self._steps[-1]
         step.committed, step.drafted, step.accepted = committed, drafted, accepted
-        step.covered, step.prepared = covered, prepared
+        step.covered, step.prepared, step.looked_up = covered, prepared, looked_up
 
     def forward(
         self,
@@ -327,6 +331,7 @@ class Meter:
                 accepted=s.accepted,
                 covered=s.covered,
                 prepared=s.prepared,
+                looked_up=s.looked_up,
             )
             for s in self._steps
         )

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from zbench.engines.base import PREFILL_ROWS, Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.plans import check_dflash_tree
+from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import Verdict, commit_path, kernels, said, verify_chain, verify_tree
+from zbench.engines.verify import commit_path, kernels, said, verify_rows
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.cache import Cache
@@ -31,14 +32,17 @@ class DFlashState(State):
     context: Cache  # the drafter's keys and values of committed tokens
     features: list[Tensor]  # per tap [B, R, D]: hidden states of the tokens the drafter has not read yet
     unread: list[int]  # how many of the R each sequence has
+    lookup: Lookup | None
+    probs: Tensor | None = None  # [B, block - 1, V] the distribution that this step's drafts were drawn from
 
 
 class DFlash:
     """`block` tokens per block, anchor included: block - 1 are drafted. None takes the checkpoint's.
 
     Drafts are the drafter's most likely tokens, or with `tokens` the tree of so many likeliest paths through the block;
-    `draft_sampling` draws them at the request's temperature instead, for true rejection sampling. Raises UserError for
-    settings that cannot be.
+    `draft_sampling` draws them at the request's temperature instead, for true rejection sampling. Where at least the
+    last `lookup` tokens stood before, as many of what followed then are verified instead (`prompt_lookup.py`), and the
+    drafter only reads what was committed. Raises UserError for settings that cannot be.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class DFlash:
         draft_sampling: bool = False,
         synthetic: Synthetic | None = None,
         tokens: int | None = None,
+        lookup: int | None = None,
     ) -> None:
         self.model, self.drafter, self.draft_sampling, self.synthetic = model, drafter, draft_sampling, synthetic
         self.block = drafter.config.block if block is None else block
@@ -58,6 +63,8 @@ class DFlash:
         if tokens is not None:
             check_dflash_tree(tokens, self.block, drafter.config.body.vocab, draft_sampling, synthetic is not None)
             self.tree = BlockTree(self.block - 1, tokens, model.device, whole=synthetic is not None)
+        self.lookup, self._drafts = lookup, self.block - 1 if tokens is None else tokens
+        self._longest = max(self.block, 1 + self._drafts if lookup else 0)  # rows of an accepted path
         self._capture = sorted(drafter.config.taps)
         self.exact = None if synthetic or draft_sampling else True
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
@@ -66,58 +73,63 @@ class DFlash:
         return generate(self, prompts, request, meter)
 
     def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> DFlashState:
-        # The step that reaches the limit may commit a block beyond it, and later steps still write rows after that.
-        rows = 1 + self.tree.tokens if self.tree else self.block
-        state = new_state(self.model, prompts, request, headroom=self.block + max(rows, self.block))
+        # The step that reaches the limit may commit a whole path beyond it, and later ones still write rows after that.
+        rows = max(1 + self._drafts, self.block)
+        state = new_state(self.model, prompts, request, headroom=self._longest + rows)
         logits, hidden = prefill(self.model, state.cache, prompts, meter, self._capture)
         with meter.phase("accept"):
             last = state.sampler.pick(logits, [0] * len(prompts))
         context = self.drafter.new_cache(len(prompts), state.cache.capacity)
         self._prefill_drafter([hidden[tap] for tap in self.drafter.config.taps], context, state.cache.sizes, meter)
-        return DFlashState(state.cache, state.sampler, last, state.outputs, state.active, context, [], [])
+        lookup = Lookup(prompts, request.limit, self.lookup, self._drafts) if self.lookup else None
+        return DFlashState(state.cache, state.sampler, last, state.outputs, state.active, context, [], [], lookup)
 
     def step(self, state: DFlashState, meter: Meter) -> Step:
-        rows, probs = self._draft(state, meter)
+        proposal = proposed(state.lookup, state, lambda: self._draft(state, meter), lambda: self._skip(state, meter))
+        rows = proposal.rows
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
-            verdict = self._verify(out.logits, rows, probs, state)
+            verdict = verify_rows(out.logits, rows, state.sampler, state.outputs, self.synthetic, state.probs)
             gained = said(verdict).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             features = [out.hidden[tap] for tap in self.drafter.config.taps]
-            state.features = commit_path(state.cache, verdict, gained, counts, self.block, features)
+            state.features = commit_path(state.cache, verdict, gained, counts, self._longest, features)
             state.last, state.unread = verdict.bonus, counts
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
-            drafted=tuple((rows.ids.shape[1] - 1) * active for active in state.active),
+            drafted=proposal.drafted,
             accepted=tuple(max(count - 1, 0) for count in counts),
+            looked_up=proposal.looked_up,
         )
-
-    def _verify(self, logits: Tensor, rows: Rows, probs: Tensor | None, state: DFlashState) -> Verdict:
-        index = [len(output) for output in state.outputs]
-        if rows.causal:
-            return verify_chain(logits, rows.ids[:, 1:], state.sampler, index, probs, self.synthetic)
-        return verify_tree(logits, rows.ids, rows.parents, state.sampler, index, synthetic=self.synthetic)
 
     def _prefill_drafter(self, features: list[Tensor], context: Cache, sizes: list[int], meter: Meter) -> None:
         for start in range(0, max(sizes), PREFILL_ROWS):
-            begin, before = meter.device.mark(), context.sizes
             chunk = [feature[:, start : start + PREFILL_ROWS] for feature in features]
             rows = chunk[0].shape[1]
-            self.drafter.read(chunk, context, [max(0, min(size - start, rows)) for size in sizes])
-            self._record(meter, begin, before, rows, 0)
+            self._read(chunk, context, [max(0, min(size - start, rows)) for size in sizes], meter)
 
-    def _draft(self, state: DFlashState, meter: Meter) -> tuple[Rows, Tensor | None]:
-        """Read what the last step committed, then draft what is verified; with the distribution if drawn from one."""
+    def _skip(self, state: DFlashState, meter: Meter) -> None:
+        """Read what the last step committed, and draft nothing."""
+        if state.features:
+            self._read(state.features, state.context, state.unread, meter)
+
+    def _read(self, features: Sequence[Tensor], context: Cache, sizes: Sequence[int], meter: Meter) -> None:
+        begin, before = meter.device.mark(), context.sizes
+        self.drafter.read(features, context, sizes)
+        self._record(meter, begin, before, features[0].shape[1], 0)
+
+    def _draft(self, state: DFlashState, meter: Meter) -> Rows:
+        """Read what the last step committed, then draft what is verified."""
         begin = meter.device.mark()
         read = state.features[0].shape[1] if state.features else 0
         drafts = self.drafter.draft(state.last, state.context, self.block, state.features, state.unread, self.tree)
-        rows, probs = drafts.rows, None
+        rows = drafts.rows
         if rows is None:
-            chosen, probs = self._choose(drafts, state)
+            chosen, state.probs = self._choose(drafts, state)
             rows = Rows.chain(torch.cat([state.last[:, None], chosen], 1), state.cache.lengths)
         self._record(meter, begin, state.context.sizes, read, self.block)
-        return rows, probs
+        return rows
 
     def _choose(self, drafts: Drafts, state: DFlashState) -> tuple[Tensor, Tensor | None]:
         if not self.draft_sampling or state.sampler.sampling.greedy:

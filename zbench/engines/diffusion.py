@@ -15,7 +15,8 @@ Kept rows' keys and values were written by this forward and stay; the rest is fo
 The head runs on the chain first, then on the chosen block's rows alone, unless all rows are few.
 Rows per forward: n + P (B - shift), where n = B once a whole block is drafted. An outcome that no block was prepared
 for takes what the block of the nearest shorter outcome predicted for the places after t (drafted with less to go by,
-verified like any other draft), or nothing: then the next forward decodes t and drafts anew.
+verified like any other draft), or nothing: then the next forward decodes t and drafts anew. With `lookup` the text
+itself is asked first for what follows t (`prompt_lookup.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, chunks, generate, new_state
 from zbench.engines.plans import ONE_HEAD_ROWS, check_diffusion_shift, prepared
+from zbench.engines.prompt_lookup import Lookup, kept_chances
 from zbench.engines.sampling import Purpose, draw, on_device, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import Mix, Verdict, kernels, verify_chain
@@ -53,6 +56,7 @@ class DiffusionState(State):
     probs: Tensor | None  # [B, m - 1, V] the distribution that the drafts were drawn from
     confidence: Tensor | None  # [B, m - 1] what the drafter gave them, where a sampler asks
     histogram: list[int]  # [block + 1] steps with a whole block of drafts by rows kept, of this decode so far
+    lookup: Lookup | None
 
 
 class Diffusion:
@@ -62,7 +66,8 @@ class Diffusion:
     `mix` (beta) verifies with beta * own + (1 - beta) * mask logits where both exist (the paper's section 4.4.3),
     `trust` accepts drafts whose probability when drafted reached it, whatever the model's own distribution says: with
     either the output is no longer the model's own. `draft_sampling` draws drafts at the request's temperature, for true
-    rejection sampling. Raises UserError for a setting that cannot be.
+    rejection sampling. Where at least the last `lookup` tokens stood before, up to `block` - 1 of what followed then
+    are verified instead of what masks predicted. Raises UserError for a setting that cannot be.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Diffusion:
         trust: float | None = None,
         draft_sampling: bool = False,
         synthetic: Synthetic | None = None,
+        lookup: int | None = None,
     ) -> None:
         if block not in BLOCK_SIZES:
             raise UserError(f"diffusion: block_size must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, not {block}")
@@ -91,6 +97,7 @@ class Diffusion:
         self.proposals = min(block if proposals is None else proposals, block if self.masks else 0)
         self.choose, self.fallback = choose, fallback
         self.mix, self.trust, self.draft_sampling, self.synthetic = mix, trust, draft_sampling, synthetic
+        self.lookup = lookup
         lossy = mix is not None or trust is not None
         self.exact = None if lossy or synthetic or draft_sampling else True
         self.kernels = {**model.kernels, **kernels(model.device)}
@@ -111,6 +118,7 @@ class Diffusion:
         started = DiffusionState(
             state.cache, state.sampler, last, state.outputs, state.active,
             last[:, None], [0] * len(prompts), None, None, [0] * (self.block + 1),
+            Lookup(prompts, request.limit, self.lookup, self.block - 1) if self.lookup else None,
         )  # fmt: skip
         if masks and self.block > 1:
             self._draft(started, hidden[:, 1 - self.shift :], False, torch.ones_like(last), meter)
@@ -119,8 +127,10 @@ class Diffusion:
 
     def step(self, state: DiffusionState, meter: Meter) -> Step:
         model, contexts = self.model, state.cache.sizes
+        looked_up = self._look_up(state)
         count = 1 + max(n for n, active in zip(state.offered, state.active, strict=True) if active)
-        ids, outcomes = state.ids[:, :count], prepared(count, self.proposals, self.choose, state.histogram[1:])
+        likelihood = kept_chances(count) if any(looked_up) else state.histogram[1:]
+        ids, outcomes = state.ids[:, :count], prepared(count, self.proposals, self.choose, likelihood)
         rows = Rows.draft_and_verify(ids, state.cache.lengths, self.masks, outcomes, self.mask_id)
         at_once = rows.ids.numel() <= ONE_HEAD_ROWS
         asking = None if at_once else torch.arange(count, device=ids.device).expand(len(ids), count)
@@ -153,7 +163,7 @@ class Diffusion:
             state.cache.extend(counts)
             usable = _sources(count, self.block, outcomes, self.fallback, self.shift)[1]
             state.offered = [usable[row[0]] for row in gained]
-            for kept, offered in zip(counts, drafted, strict=True):
+            for kept, offered in () if any(looked_up) else zip(counts, drafted, strict=True):
                 if kept and offered == self.block - 1:  # fewer drafts would have cut the outcome short
                     state.histogram[kept] += 1
         return Step(
@@ -162,7 +172,22 @@ class Diffusion:
             accepted=tuple(max(kept - 1, 0) for kept in counts),
             covered=tuple(row[0] in outcomes for row in gained) if self.proposals else (),
             prepared=outcomes,
+            looked_up=looked_up,
         )
+
+    def _look_up(self, state: DiffusionState) -> tuple[bool, ...]:
+        """Have what stands in the text instead of the drafts of sequences whose ends stood there before; which those
+        are."""
+        found = state.lookup.drafts(state.outputs, state.active) if state.lookup else []
+        if any(found):
+            state.offered = [len(drafts) or offered for drafts, offered in zip(found, state.offered, strict=True)]
+            places = max(state.offered)
+            copied = [[*drafts, *[0] * (places - len(drafts))] for drafts in found]
+            is_copied = on_device([bool(drafts) for drafts in found], state.ids.device)[:, None]
+            drafts = F.pad(state.ids[:, 1 : 1 + places], (0, max(places + 1 - state.ids.shape[1], 0)))
+            drafts = torch.where(is_copied, on_device(copied, state.ids.device), drafts)
+            state.ids = torch.cat([state.last[:, None], drafts], 1)
+        return tuple(map(bool, found))
 
     def _verify(self, state: DiffusionState, logits: Tensor, ids: Tensor, index: Tensor, mix: Mix | None) -> Verdict:
         count = ids.shape[1]

@@ -22,6 +22,7 @@ from torch import Tensor
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state
 from zbench.engines.diffusion import prefill_and_draft, run_head
 from zbench.engines.plans import ONE_HEAD_ROWS, check_diffusion_tree
+from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, said, verify_tree
@@ -36,6 +37,7 @@ class TreeState(State):
     tree: Rows  # [B, 1 + tokens] the last committed token and what is drafted below it
     worth: Tensor  # [B, 1 + tokens] the log of the chance that each of these is kept
     drafted: bool  # whether anything of it was predicted
+    lookup: Lookup | None
 
 
 class DiffusionTree:
@@ -43,7 +45,8 @@ class DiffusionTree:
     `proposals` of its `tokens` + 1 nodes get a block of masks each (None: every one).
 
     A step that ends elsewhere takes what the block of the nearest node on its path predicted further on, or decodes
-    one token. Raises UserError for a setting that cannot be.
+    one token. Where at least the last `lookup` tokens stood before, up to `tokens` of what followed then are verified
+    instead, as a chain. Raises UserError for a setting that cannot be.
     """
 
     def __init__(
@@ -55,11 +58,13 @@ class DiffusionTree:
         proposals: int | None = None,
         adapter: MaskAdapter | None = None,
         synthetic: Synthetic | None = None,
+        lookup: int | None = None,
     ) -> None:
         self.model, self.mask_id, self.block, self.tokens, self.adapter = model, mask_id, block, tokens, adapter
         self.shift = adapter.config.shift if adapter else 0
         check_diffusion_tree(tokens, block, self.shift, model.config.vocab, synthetic is not None)
         self.masks = block - self.shift  # of a block
+        self.lookup, self._longest = lookup, max(block, 1 + tokens if lookup else 0)  # rows of an accepted path
         self.proposals = min(tokens + 1 if proposals is None else proposals, tokens + 1)
         self.synthetic, self.exact = synthetic, None if synthetic else True
         self.kernels = {**model.kernels, **kernels(model.device)}
@@ -73,9 +78,9 @@ class DiffusionTree:
         return generate(self, prompts, request, meter)
 
     def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> TreeState:
-        # The step that reaches the limit may commit a block beyond it, and the next one still writes its rows.
+        # The step that reaches the limit may commit a path beyond it, and the next one still writes its rows.
         rows = 1 + self.tokens + self.proposals * self.masks
-        state = new_state(self.model, prompts, request, headroom=self.block + rows)
+        state = new_state(self.model, prompts, request, headroom=self._longest + rows)
         logits, hidden = prefill_and_draft(
             self.model, state.cache, prompts, self.masks, self.mask_id, meter, self.adapter
         )
@@ -85,14 +90,16 @@ class DiffusionTree:
         drafts = self._predicted(masks, False, state.cache.sizes, first, meter)
         with meter.phase("accept"):
             tree, worth = self._tree.grow(last, state.cache.lengths, drafts)
-        return TreeState(state.cache, state.sampler, last, state.outputs, state.active, tree, worth, True)
+        lookup = Lookup(prompts, request.limit, self.lookup, self.tokens) if self.lookup else None
+        return TreeState(state.cache, state.sampler, last, state.outputs, state.active, tree, worth, True, lookup)
 
     def step(self, state: TreeState, meter: Meter) -> Step:
         model, contexts = self.model, state.cache.sizes
-        tree, worth, proposals = state.tree, state.worth, self.proposals
-        if not state.drafted:
-            tree, worth, proposals = Rows.chain(state.last[:, None], state.cache.lengths), worth[:, :1], 1
-        count = tree.ids.shape[1]
+        drafted = state.tree if state.drafted else Rows.chain(state.last[:, None], state.cache.lengths)
+        proposal = proposed(state.lookup, state, lambda: drafted)
+        tree, count = proposal.rows, proposal.rows.ids.shape[1]
+        worth = proposal.worth(state.worth[:, : drafted.ids.shape[1]])
+        proposals = min(self.proposals, count)
         drawn = None if self._drawn is None else self._drawn[:count]
         rows, ends = tree_and_blocks(tree, worth, drawn, proposals, self.masks, self.mask_id)
         at_once = rows.ids.numel() <= ONE_HEAD_ROWS
@@ -121,16 +128,17 @@ class DiffusionTree:
             gained = torch.cat([said(verdict), ahead[:, None], kept], 1).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
-            commit_path(state.cache, verdict, gained, counts, self.block, ())
+            commit_path(state.cache, verdict, gained, counts, self._longest, ())
             beside = 1 + 2 * count
             behind = [row[beside] for row in gained]
             state.drafted = any(n < self.block - 1 for n, active in zip(behind, state.active, strict=True) if active)
         return Step(
             tokens=[row[1 : 1 + kept] for row, kept in zip(gained, counts, strict=True)],
-            drafted=tuple((count - 1) * active for active in state.active),
+            drafted=proposal.drafted,
             accepted=tuple(max(kept - 1, 0) for kept in counts),
             covered=tuple(n == 0 for n in behind),
             prepared=tuple(gained[0][beside + 1 :]),
+            looked_up=proposal.looked_up,
         )
 
     def _chosen(self, rows: Tensor, count: int, block: Tensor, ahead: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor
 from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.plans import eagle3_tokens
+from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import Verdict, commit_path, gather_rows, kernels, said, verify_chain, verify_tree
+from zbench.engines.verify import commit_path, gather_rows, kernels, said, verify_rows
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.cost import Cost
@@ -39,6 +40,7 @@ class Eagle3State(State):
     following: Tensor  # [B, K] the token after each
     unread: Tensor  # [B] how many of the K are real
     unread_sizes: list[int]  # the same on the host; 0 for a sequence that has finished
+    lookup: Lookup | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class _Signature:
     beam: int
     tokens: int
     synthetic: bool
+    pairs: int
     span: int
 
     def __str__(self) -> str:
@@ -78,6 +81,9 @@ class Eagle3:
 
     With a beam of 1 drafting may end early: it goes on while the drafter gives the chain that it has drafted in this
     step at least the chance `confidence` of being right, in one sequence of the batch that has not finished.
+
+    Where at least the last `lookup` tokens stood before, up to `tokens` of what followed then are verified instead
+    (`prompt_lookup.py`), and the drafter only reads what was committed.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class Eagle3:
         synthetic: Synthetic | None = None,
         confidence: float = 0.0,
         beam: int | None = None,
+        lookup: int | None = None,
     ) -> None:
         """`tokens` None drafts a whole chain, or the best 4 x depth nodes of a tree; `beam` None is top_k. Raises
         UserError for a setting that cannot be."""
@@ -101,7 +108,8 @@ class Eagle3:
         if confidence and synthetic:
             raise UserError("eagle3: acceptance is synthetic, so that the drafter's confidence means nothing")
         self.depth, self.top_k, self.beam, self.tokens, self.synthetic = depth, top_k, beam, tokens, synthetic
-        self.confidence = confidence
+        self.confidence, self.lookup = confidence, lookup
+        self._longest = max(depth, tokens if lookup else 0) + 1  # rows of an accepted path
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
         self.exact = None if synthetic else True
         self._capture = tuple(sorted(drafter.config.taps))
@@ -115,8 +123,8 @@ class Eagle3:
         return generate(self, prompts, request, meter)
 
     def start(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Eagle3State:
-        # The last step may gain depth + 1 tokens beyond the limit, and the sequence stays in the batch.
-        headroom = self.depth + 1 + self.tokens
+        # The last step may gain a whole path of tokens beyond the limit, and the sequence stays in the batch.
+        headroom = self._longest + self.tokens
         state = new_state(self.model, prompts, request, headroom)
         logits, hidden = prefill(self.model, state.cache, prompts, meter, self._capture)
         with meter.phase("accept"):
@@ -137,31 +145,27 @@ class Eagle3:
             following=last[:, None],
             unread=torch.ones_like(ends),
             unread_sizes=[1] * len(prompts),
+            lookup=Lookup(prompts, request.limit, self.lookup, self.tokens) if self.lookup else None,
         )
 
     def step(self, state: Eagle3State, meter: Meter) -> Step:
-        rows = self._draft(state, meter)
-        out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
+        proposal = proposed(state.lookup, state, lambda: self._draft(state, meter), lambda: self._skip(state, meter))
+        out = meter.forward(self.model, "verify", proposal.rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
-            verdict = self._verify(out.logits, rows, state)
+            verdict = verify_rows(out.logits, proposal.rows, state.sampler, state.outputs, self.synthetic)
             gained = said(verdict).tolist()  # the step's only sync
         with meter.phase("commit"):
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             taps = [out.hidden[tap] for tap in self.drafter.config.taps]
-            state.taps = commit_path(state.cache, verdict, gained, counts, self.depth + 1, taps)
+            state.taps = commit_path(state.cache, verdict, gained, counts, self._longest, taps)
             state.last, state.unread, state.unread_sizes = verdict.bonus, verdict.counts, counts
-            state.following = verdict.tokens[:, : self.depth + 1].clamp(min=0)
+            state.following = verdict.tokens[:, : self._longest].clamp(min=0)
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],
-            drafted=tuple((rows.ids.shape[1] - 1) * active for active in state.active),
+            drafted=proposal.drafted,
             accepted=tuple(max(count - 1, 0) for count in counts),
+            looked_up=proposal.looked_up,
         )
-
-    def _verify(self, logits: Tensor, rows: Rows, state: Eagle3State) -> Verdict:
-        index = [len(output) for output in state.outputs]
-        if rows.causal:
-            return verify_chain(logits, rows.ids[:, 1:], state.sampler, index, synthetic=self.synthetic)
-        return verify_tree(logits, rows.ids, rows.parents, state.sampler, index, synthetic=self.synthetic)
 
     def _prefill_drafter(
         self, prompts: Sequence[Sequence[int]], taps: Sequence[Tensor], cache: DraftCache, meter: Meter
@@ -173,13 +177,24 @@ class Eagle3:
             following[row, : len(prompt) - 1] = torch.tensor(prompt[1:])
         following = following.to(self.model.device)
         for begin in range(0, max(sizes), base.PREFILL_ROWS):
-            mark = meter.device.mark()
             ids = following[:, begin : begin + base.PREFILL_ROWS]
             count = ids.shape[1]
-            self.drafter.extend([tap[:, begin : begin + count] for tap in taps], ids, cache)
-            pairs = count * (count + 1) // 2
-            self._record(meter, mark, meter.device.mark(), _Read(count, cache.sizes, pairs, wanted=0, fused=True))
-            cache.extend([max(0, min(size - begin, count)) for size in sizes])
+            part = [tap[:, begin : begin + count] for tap in taps]
+            self._read(part, ids, [max(0, min(size - begin, count)) for size in sizes], cache, meter)
+
+    def _skip(self, state: Eagle3State, meter: Meter) -> None:
+        """Read what was committed, and draft nothing."""
+        count = max(*state.unread_sizes, 1)
+        taps, ids = [tap[:, :count] for tap in state.taps], state.following[:, :count]
+        self._read(taps, ids, state.unread_sizes, state.draft_cache, meter)
+
+    def _read(self, taps: Sequence[Tensor], ids: Tensor, sizes: list[int], cache: DraftCache, meter: Meter) -> None:
+        """Pairs of taps, each [B, R, D], and the tokens after them [B, R], of which sizes [B] are real."""
+        mark, count = meter.device.mark(), ids.shape[1]
+        self.drafter.extend(taps, ids, cache)
+        pairs = count * (count + 1) // 2
+        self._record(meter, mark, meter.device.mark(), _Read(count, cache.sizes, pairs, wanted=0, fused=True))
+        cache.extend(sizes)
 
     def _draft(self, state: Eagle3State, meter: Meter) -> Rows:
         """The last committed token and what is drafted behind it."""
@@ -209,15 +224,15 @@ class Eagle3:
     def _replayed(self, graphs: Recorded[DraftCache], state: Eagle3State, meter: Meter) -> Rows:
         """As one graph, which reads as many pairs as a step can leave, whatever was left: pairs beyond are written
         behind those that are committed, where nothing sees them."""
-        cache, count = state.draft_cache, self.depth + 1
+        cache, count = state.draft_cache, self._longest
         start, contexts = meter.device.mark(), cache.sizes
         span = span_of(contexts, count, cache.capacity)
         fixed = (self.depth, self.top_k, self.beam, self.tokens, self.synthetic is not None)
-        signature = _Signature(len(contexts), *fixed, span)
+        signature = _Signature(len(contexts), *fixed, count, span)
 
         def work(memory: DraftCache, given: Given) -> Tensor | Rows:
             last, lengths, following, unread, counts, *taps = (tensor for tensor in given if tensor is not None)
-            seen, ends = memory.within(span), (unread - 1).clamp(max=self.depth)
+            seen, ends = memory.within(span), (unread - 1).clamp(max=count - 1)
             return self._drafted(_Start(last, lengths, taps, following, ends, counts, seen), lambda: None)[0]
 
         counts = on_device(state.unread_sizes, self.model.device)

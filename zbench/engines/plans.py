@@ -7,7 +7,7 @@ function (options as in `scenario.ENGINES`, the target's shape, the batch) -> Pl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,8 @@ def plan(engine: str, options: Mapping[str, Any], target: AnyConfig, batch: int 
     """
     if engine not in _PLANS:
         raise UserError(f"{engine}: what it feeds its model is not known, so it cannot be projected")
-    return _PLANS[engine](options, target, batch)
+    found = _PLANS[engine](options, target, batch)
+    return replace(found, notes=(*found.notes, _UNSEEN)) if options.get("lookup") else found
 
 
 def on_target(target: AnyConfig, role: Role, rows: int, pairs: int, logits: int) -> Forward:
@@ -90,6 +91,13 @@ def reference(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> 
     return Plan((verify,), rows - 1, notes=("prompt lookup is taken to find as many tokens as it may draft",))
 
 
+def prompt_lookup(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
+    """One verify of the target: what it drafts costs no forward."""
+    rows = 1 + options["tokens"]
+    verify = on_target(target, "verify", rows, causal_pairs(rows), rows)
+    return Plan((verify,), rows - 1, notes=("every step is taken to find as many tokens as it may draft",))
+
+
 def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
     """`depth` drafter forwards one after another, then one verify of a chain or a tree."""
     drafter = eagle3_drafter(options["drafter"], target)
@@ -115,6 +123,7 @@ def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     return Plan((*(level(index) for index in range(depth)), verify), depth, notes=notes)
 
 
+_UNSEEN = "no step is taken to find its drafts in the text, which is cheaper"
 _SPREAD = "the nodes of a tree are taken to be spread evenly over its levels"
 
 
@@ -342,6 +351,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 _PLANS: dict[str, Callable[[Mapping[str, Any], AnyConfig, int], Plan]] = {
     "autoregressive": autoregressive,
+    "prompt_lookup": prompt_lookup,
     "forward": forward,
     "reference": reference,
     "eagle3": eagle3,

@@ -26,6 +26,7 @@ from zbench.engines.synthetic import Synthetic
 from zbench.kernels import cpu, registry
 from zbench.kernels.verify import Drafts, Draws, Mix, Verdict
 from zbench.models.cache import Cache
+from zbench.models.rows import Rows
 
 
 def kernels(device: torch.device) -> dict[str, str]:
@@ -88,6 +89,21 @@ def verify_tree(
     first = on_device(index, ids.device)
     forced = None if synthetic is None else _synthetic_count(synthetic, sampler, first)
     return _verify(logits, Drafts(ids, parents, forced=forced), sampler, first)
+
+
+def verify_rows(
+    logits: Tensor,
+    rows: Rows,
+    sampler: Sampler,
+    outputs: Sequence[Sequence[int]],
+    synthetic: Synthetic | None = None,
+    draft_probs: Tensor | None = None,
+) -> Verdict:
+    """What follows `outputs`, by logits [B, R, V] of rows that are a chain or a tree; see `verify_chain`."""
+    index = [len(output) for output in outputs]
+    if rows.causal:
+        return verify_chain(logits, rows.ids[:, 1:], sampler, index, draft_probs, synthetic)
+    return verify_tree(logits, rows.ids, rows.parents, sampler, index, synthetic)
 
 
 def said(verdict: Verdict) -> Tensor:

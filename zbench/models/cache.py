@@ -79,6 +79,6 @@ class Cache:
             self.lengths += on_device(counts, self.lengths.device)
 
 
-def on_device(values: Sequence[float] | Tensor, device: torch.device) -> Tensor:
+def on_device(values: Sequence[float] | Sequence[Sequence[int]] | Tensor, device: torch.device) -> Tensor:
     """Host numbers as a device tensor, without waiting for the work queued there (a plain copy would)."""
     return torch.as_tensor(values).to(device, non_blocking=True)

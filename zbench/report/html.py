@@ -57,6 +57,8 @@ SPECULATION_COLUMNS = (
     ("Per weighted forward", "tokens_per_weighted_forward", ""),
     ("Switching per step", "switching_seconds", ""),
     ("Outcomes prepared", "proposal_coverage", ""),
+    ("Looked up", "lookup_share", ""),
+    ("Tokens per lookup", "lookup_acceptance_length", ""),
 )
 DIFFUSION_COLUMNS = (
     ("Forwards per canvas", "diffusion_steps_per_canvas", ""),
@@ -116,7 +118,8 @@ IN_HEADING = (
 )  # units that the headings say already
 # Shown in every row or nowhere, as they exist for some engines and devices only.
 OPTIONAL = {
-    "acceptance_length", "accuracy", "pass_at_1", "proposal_coverage", "experts_per_forward", "mbu_spec", "mfu_spec",
+    "acceptance_length", "accuracy", "pass_at_1", "proposal_coverage", "lookup_share", "lookup_acceptance_length",
+    "experts_per_forward", "mbu_spec", "mfu_spec",
 }  # fmt: skip
 
 
