@@ -64,6 +64,8 @@ def continued(text: npt.NDArray[np.int64], match: int, tokens: int) -> list[int]
     """
     ends = np.flatnonzero(text[:-1] == text[-1])
     length = min(1, len(ends))
+    if length and np.array_equal(text[-LONGEST:], text[: ends[-1] + 1][-LONGEST:]):  # text that repeats itself: all fit
+        ends, length = ends[-1:], LONGEST
     while 0 < length < LONGEST:
         longer = ends[ends >= length]
         longer = longer[text[longer - length] == text[-1 - length]]
