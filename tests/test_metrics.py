@@ -227,14 +227,20 @@ def test_a_drafter_whose_cache_lags_is_charged_at_the_context_of_the_step(measur
 
 
 def verifying(
-    accepted: Sequence[int], label: str = "spec", group: int = 0, offered: Sequence[int] = (), **changes: Any
+    accepted: Sequence[int],
+    label: str = "spec",
+    group: int = 0,
+    offered: Sequence[int] = (),
+    looked_up: Sequence[bool] = (),
+    **changes: Any,
 ) -> TrialRecord:
     """A trial at batch 1 whose steps of 2.0 s accept these of the drafts offered, of 3 unless said: 0.5 s draft, 1.0 s
-    verify, 0.5 s else."""
+    verify, 0.5 s else. Where any are looked up, those that are not take 1.0 s."""
     offered = offered or [3] * len(accepted)
+    found = [(copied,) for copied in looked_up] or [()] * len(accepted)
     steps = [
-        StepRecord(2.0, 0.1, 0.2, (kept + 1,), drafted=(drafts,), accepted=(kept,))
-        for kept, drafts in zip(accepted, offered, strict=True)
+        StepRecord(2.0 if all(copied) else 1.0, 0.1, 0.2, (kept + 1,), (drafts,), (kept,), looked_up=copied)
+        for kept, drafts, copied in zip(accepted, offered, found, strict=True)
     ]
     made = [forward(0, "prefill", seconds=0.8)]
     for step in range(1, len(steps) + 1):
@@ -356,6 +362,51 @@ def test_break_even_is_the_median_step_over_the_baselines_and_flags_what_gains_l
         "spec", "break_even_acceptance", ""
     ]
     assert (even.value, even.note) == (2.0, "")
+
+
+def test_steps_that_look_their_drafts_up_are_counted_beside_the_others(measure: Any) -> None:
+    looking = {"offered": [4, 0, 2, 0], "looked_up": [True, False, True, False]}
+    trials = [verifying([3, 0, 1, 0], group=g, **looking) for g in range(5)]
+    of_lookup = (cell(), cell("spec", "prompt_lookup", options={"match": 1, "tokens": 8}))
+    rows = measure([*(trial(group=g) for g in range(5)), *trials], of_lookup)
+    assert rows["spec", "lookup_share", ""].value == 0.5
+    assert rows["spec", "lookup_acceptance_length", ""].value == pytest.approx((4 + 2) / 2)
+    assert rows["spec", "acceptance_length", "micro"].value == pytest.approx((4 + 2) / 2)
+    # Half of the steps find nothing, take half as long and gain one token: 8 tokens in 4 steps that cost 1.5 each.
+    needed = rows["spec", "break_even_acceptance", ""]
+    assert (needed.value, needed.note) == (1.5, "")
+    poor = (verifying([1, 0, 0, 0], group=g, **looking) for g in range(5))
+    dearer = measure([*(trial(group=g) for g in range(5)), *poor], of_lookup)
+    assert dearer["spec", "acceptance_length", "micro"].value == 1.5  # of the steps that found something
+    assert dearer["spec", "break_even_acceptance", ""].note == "net-negative: a step gains less than it costs"
+
+
+def test_an_engine_that_looks_nothing_up_has_no_share_of_it(measure: Any) -> None:
+    rows = measure([trial(), verifying([1, 1])], CHAIN)
+    assert rows["spec", "lookup_share", ""].note == "unavailable: the engine looks nothing up"
+    rows = measure([trial(), verifying([0, 0], looked_up=[False, False])], CHAIN)
+    assert rows["spec", "lookup_share", ""].value == 0
+    assert rows["spec", "lookup_acceptance_length", ""].note == "unavailable: no end of a text stood there before"
+
+
+def test_the_positions_of_prompt_lookup_are_those_it_offered(measure: Any) -> None:
+    looking = {"offered": [8, 0, 4], "looked_up": [True, False, True]}
+    of_lookup = (cell(), cell("spec", "prompt_lookup", options={"match": 1, "tokens": 8}))
+    rows = measure([trial(), verifying([2, 0, 0], **looking)], of_lookup)
+    at = {part: rows["spec", name, part].value for _, name, part in rows if name == "acceptance_at" and part}
+    assert at == {"1": 0.5, "2": 0.5, **{str(i): 0.0 for i in range(3, 9)}}
+
+
+def test_a_tree_is_not_offered_what_a_longer_lookup_was(measure: Any) -> None:
+    """Nodes of a tree are not places of a path: only what was copied may go deeper than the engine drafts."""
+    looking = {"offered": [16, 16, 10, 16], "looked_up": [False, False, True, False]}
+    of_tree = (cell(), cell("spec", "eagle3", options={"depth": 4, "top_k": 4, "tokens": 16, "lookup": 2}))
+    rows = measure([trial(), verifying([4, 4, 10, 0], **looking)], of_tree)
+    found = {
+        part: rows["spec", "conditional_at", part].value for _, name, part in rows if name == "conditional_at" and part
+    }
+    assert found["1"] == 1.0  # the last step was not judged
+    assert all(found[str(i)] == 1.0 for i in range(2, 11))
 
 
 def test_without_an_autoregressive_baseline_nothing_says_what_breaks_even(measure: Any) -> None:
@@ -736,6 +787,10 @@ def test_coverage_counts_the_steps_whose_outcome_had_a_block(measure: Any) -> No
     ]
     rows = measure(trials, (cell("d", "diffusion", options=DIFFUSION),))
     assert rows["d", "proposal_coverage", ""].value == pytest.approx(3 / 4)
+    looked_up = [dataclasses.replace(step, looked_up=(True,)) for step in trials[1].steps]
+    copied = dataclasses.replace(trials[1], steps=(trials[1].steps[0], *looked_up[1:2], trials[1].steps[2]))
+    without = measure([trials[0], copied, trials[2]], (cell("d", "diffusion", options=DIFFUSION),))
+    assert without["d", "proposal_coverage", ""].value == pytest.approx(2 / 3)
     assert measure([trial()])["ar", "proposal_coverage", ""].note == "unavailable: the engine prepares no proposals"
 
 

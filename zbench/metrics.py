@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -190,16 +190,18 @@ class Cell:
 
     @property
     def depth(self) -> int:
-        """The longest path of drafts a step can accept; a tree drafts more tokens than that, and what is looked up may
-        be longer: then, the longest that was accepted."""
+        """The longest path of drafts a step can accept, or where some were looked up, the longest accepted of these if
+        that is longer."""
+        return max(self.drafted_depth, int(self.seen_verifies["accepted"].max()))
+
+    @property
+    def drafted_depth(self) -> int:
+        """The longest path that the engine drafts itself; a tree drafts more tokens than that."""
         options, drafted = self.record.options, int(self.seen_verifies["drafted"].max())
-        accepted = int(self.seen_verifies["accepted"].max())
-        if options.get("depth") or options.get("tokens") is None:
-            longest = int(options.get("depth") or drafted)
-        else:
-            block = options.get("block") or options.get("block_size")  # null: the drafter's, which the record lacks
-            longest = min(drafted, block - 1 if block else accepted)
-        return max(longest, accepted)
+        if options.get("depth") or options.get("tokens") is None or self.record.engine == "prompt_lookup":
+            return int(options.get("depth") or drafted)
+        block = options.get("block") or options.get("block_size")  # null: the drafter's, which the record does not say
+        return min(drafted, block - 1 if block else int(self.seen_verifies["accepted"].max()))
 
     @property
     def pairs(self) -> pd.DataFrame:
@@ -540,7 +542,8 @@ def acceptance_at(cell: Cell) -> dict[str, Estimate]:
 )
 def conditional_at(cell: Cell) -> dict[str, Estimate]:
     verifies = cell.seen_verifies
-    accepted, judged = verifies["accepted"], verifies["judged"]
+    accepted = verifies["accepted"]
+    judged = verifies["judged"].where(verifies["looked_up"], verifies["judged"].clip(upper=cell.drafted_depth))
     reached = {i: (accepted >= i - 1) & (judged >= i) for i in range(1, cell.depth + 1)}
     return {str(i): stats.ratio(accepted >= i, reached[i], verifies["group"]) for i in reached}
 
@@ -548,7 +551,8 @@ def conditional_at(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "proposal_coverage",
     "1",
-    "decode steps with a whole block of drafts whose outcome had a block of masks prepared for it / all such steps",
+    "decode steps with a whole block of drafts, not looked up, whose outcome had a block of masks prepared for it / "
+    "all such steps",
     "higher",
 )
 def proposal_coverage(cell: Cell) -> Estimate:
@@ -556,9 +560,9 @@ def proposal_coverage(cell: Cell) -> Estimate:
     found = [
         (covered, trial.group)
         for trial in cell.trials
-        for step in _decode_columns(trial, "covered", "committed", "drafted")
-        for covered, gained, drafts in zip(*step, strict=False)
-        if gained and drafts == whole
+        for *step, looked_up in _decode_columns(trial, "covered", "committed", "drafted", "looked_up")
+        for covered, gained, drafts, copied in zip(*step, looked_up or repeat(False), strict=False)
+        if gained and drafts == whole and not copied
     ]
     if not found:
         raise Unavailable("the engine prepares no proposals")
@@ -642,15 +646,21 @@ def diffusion_canvas_positions(cell: Cell) -> Estimate:
 @metric(
     "break_even_acceptance",
     "tokens",
-    "median decode step of this / of the autoregressive baseline, same prompts and repeat; geometric mean over pairs. "
-    "A step that gains fewer tokens makes the engine net-negative",
+    "median decode step of this (mean, where it looks drafts up and some steps find none) / of the autoregressive "
+    "baseline, same prompts and repeat; geometric mean over pairs. A step that gains fewer tokens makes the engine "
+    "net-negative",
     "lower",
 )
 def break_even_acceptance(cell: Cell) -> Estimate:
-    gained = acceptance_length(cell)["micro"]
+    some_are_looked_up = bool(cell.seen_verifies["looked_up"].any())
+    gained = tokens_per_forward(cell) if some_are_looked_up else acceptance_length(cell)["micro"]
     baseline = _autoregressive_baseline(cell)
-    medians = [c.decode_steps.groupby(["group", "repeat"])["seconds"].median() for c in (cell, baseline)]
-    pairs = pd.concat(medians, axis=1, keys=["mine", "theirs"], join="inner")
+    usual = ("mean" if some_are_looked_up else "median", "median")
+    times = [
+        c.decode_steps.groupby(["group", "repeat"])["seconds"].agg(how)
+        for c, how in zip((cell, baseline), usual, strict=True)
+    ]
+    pairs = pd.concat(times, axis=1, keys=["mine", "theirs"], join="inner")
     if pairs.empty:
         raise Unavailable("no prompts succeeded both here and in the baseline")
     estimate = stats.paired_ratio(pairs["mine"], pairs["theirs"], pairs.index.get_level_values("group"))
@@ -1485,7 +1495,7 @@ _REQUEST_COLUMNS = (
 _STEP_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live",
 )  # fmt: skip
-_VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted", "judged")
+_VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted", "judged", "looked_up")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
     *NOT_ALWAYS,
@@ -1573,6 +1583,8 @@ def _verifies(
     asked = [requests[trial][at] for trial, at in zip(of[row].tolist(), place.tolist(), strict=True)]
     most = 1 + max(place.max(initial=0), ending.place.max(initial=0))
     ends = np.isin(row * most + place, ending.row * most + ending.place)
+    looks = _ragged(steps["looked_up"])
+    found = looks.values.astype(bool)
     return _frame(_VERIFY_COLUMNS, {
         **_trial_columns(trials, of[row]),
         "step": step[row],
@@ -1581,6 +1593,7 @@ def _verifies(
         "drafted": drafted.values[offered],
         "accepted": accepted.values[offered],
         "judged": np.where(ends, accepted.values[offered], drafted.values[offered]),
+        "looked_up": np.isin(row * most + place, looks.row[found] * most + looks.place[found]),
     })  # fmt: skip
 
 

@@ -279,7 +279,8 @@ _Lookup = Annotated[
     Annotated[int, Field(ge=1, le=32)] | None,
     Field(
         description="Where at least so many last tokens stood before, verify what followed then instead of drafting: up"
-        " to as many tokens as this engine verifies else, and twice as many as matched. null never looks there."
+        " to as many tokens as this engine verifies else (32 at most), and twice as many as matched. null never looks"
+        " there."
     ),
 ]
 
@@ -507,7 +508,11 @@ class DiffusionSpec(DraftingSpec):
             raise ValueError(f"{' and '.join(sorted(choosing))} do nothing where every outcome is prepared")
         if self.draft_sampling and self.sampler != "lossless":
             raise ValueError("draft_sampling is for sampler: lossless")
-        others = {"sampler": self.sampler != "lossless", "proposals: 0": self.proposals == 0}
+        others = {
+            "sampler": self.sampler != "lossless",
+            "proposals: 0": self.proposals == 0,
+            "block_size: 1": self.block_size == 1,
+        }
         _without_lookup(self.lookup, synthetic=self.synthetic, draft_sampling=self.draft_sampling, **others)
         _acceptance(self.synthetic, max(self.block_size - 1, 1))
         return self

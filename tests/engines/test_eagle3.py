@@ -116,7 +116,7 @@ def test_the_native_drafter_proposes_what_torch_proposes(options: dict[str, Any]
         state = started(engine, ids, 2)
         meter = Meter(CPU)
         meter.begin_step()
-        rows = engine._draft(state, meter)
+        rows = engine._draft(state, meter, state.active)
         forwards = decode(engine, ids, request)[1].records()[1]
         found.append((rows.ids.tolist(), rows.parents.tolist(), [(f.rows, f.flops, f.bytes_read) for f in forwards]))
     assert found[0] == found[1]
@@ -258,7 +258,7 @@ def test_the_tree_is_the_published_one(steps: int, beam: int) -> None:
     state = started(engine, ids, steps)
     meter = Meter(CPU)
     meter.begin_step()
-    rows = engine._draft(state, meter)
+    rows = engine._draft(state, meter, state.active)
     for index, prompt in enumerate(ids):
         paths: list[tuple[int, ...]] = [()]
         for token, parent in zip(rows.ids[index, 1:].tolist(), rows.parents[index, 1:].tolist(), strict=True):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,7 @@ from tests.engines.test_diffusion import MASK, adapted
 from tests.engines.test_eagle3 import pairs, random
 from tests.tiny import FAMILIES, runtime
 from zbench import scenario
-from zbench.engines import Shared, create
+from zbench.engines import Shared, create, synthetic
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request, commit
 from zbench.engines.dflash import DFlash
@@ -36,7 +40,9 @@ from zbench.engines.diffusion_tree import DiffusionTree
 from zbench.engines.eagle3 import Eagle3
 from zbench.engines.prompt_lookup import LONGEST, PER_MATCHED, Lookup, PromptLookup, continued, kept_chances
 from zbench.engines.sampling import Sampling
-from zbench.models import loading
+from zbench.errors import UserError
+from zbench.kernels import cpu
+from zbench.models import loading, trees
 from zbench.models.rows import Rows
 
 GREEDY = Sampling()
@@ -151,6 +157,76 @@ def test_every_token_is_the_targets_own(kind: str, sizes: tuple[int, ...], execu
             assert gained == (accepted + 1 if gained else 0)
 
 
+@functools.cache
+def tiny(execution: str) -> tuple[Shared, list[list[int]]]:
+    """A real model, and texts of which it repeats much."""
+    shared = Shared(loading.load("zbench-tiny", "float32"), torch.float32, CPU)
+    texts = [
+        "Repeat this list of words three times: red, green, blue, yellow, black, white.",
+        "a a a a a a a a a a a a",
+        "The quick brown fox jumps. The quick brown fox",
+    ]
+    found = [shared.tokenizer.encode(text) for text in texts]
+    return shared, [*(list(getattr(ids, "ids", ids)) for ids in found), [5], [7] * 18]
+
+
+REAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "alone": ("prompt_lookup", {"tokens": 32}),
+    "EAGLE-3, chain": ("eagle3", {"drafter": {"zoo": "zbench-tiny-eagle3"}, "depth": 6}),
+    "EAGLE-3, tree": ("eagle3", {"drafter": {"zoo": "zbench-tiny-eagle3"}, "depth": 2, "top_k": 6, "tokens": 40}),
+    "DFlash, chain": ("dflash", {"drafter": {"zoo": "zbench-tiny-dflash"}, "block": 7}),
+    "DFlash, tree": ("dflash", {"drafter": {"zoo": "zbench-tiny-dflash"}, "block": 3, "tokens": 30}),
+    "TiDAR": ("diffusion", {"adapter": {"zoo": "zbench-tiny-tidar"}, "block_size": 8, "proposals": 2}),
+    "TiDAR, tree": (
+        "diffusion",
+        {"adapter": {"zoo": "zbench-tiny-tidar"}, "block_size": 4, "tokens": 20, "proposals": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("execution", ["auto", "eager"])
+@pytest.mark.parametrize("kind", REAL)
+def test_long_drafts_ragged_batches_and_every_limit(kind: str, execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is of any length, beside sequences that find nothing, and that have finished."""
+    if execution == "eager":  # what a GPU runs
+        without = SimpleNamespace(available=lambda: False, can_verify=lambda _: False, NEVER=cpu.NEVER)
+        monkeypatch.setattr(trees, "cpu", without)
+    seen, lookup = list[list[int]](), Lookup.drafts
+
+    def drafts(self: Lookup, outputs: Any, active: Any) -> Any:
+        found = lookup(self, outputs, active)
+        seen.append([len(each) for each in found])
+        return found
+
+    monkeypatch.setattr(Lookup, "drafts", drafts)
+    shared, texts = tiny(execution)
+    name, given = REAL[kind]
+    given = {**given, "execution": execution, **({"match": 1} if name == "prompt_lookup" else {"lookup": 1})}
+    engine = create(name, scenario.ENGINES[name](name=name, **given).options, shared)
+    plain, generator, longest = Autoregressive(shared.target(execution)), Random(3), 0
+    for _ in range(12):
+        ids = [generator.choice(texts) for _ in range(generator.choice((1, 2, 4)))]
+        ids = [row[generator.randrange(len(row)) :] for row in ids]
+        request = Request(generator.choice((1, 2, 15, 31, 47)), GREEDY, (0,) * len(ids))
+        want = decode(plain, ids, request)
+        if generator.random() < 0.7:
+            request = replace(request, eos_ids=frozenset({generator.choice(generator.choice(want.outputs))}))
+            want = decode(plain, ids, request)
+        seen.clear()
+        meter = Meter(CPU)
+        got = engine.generate(ids, request, meter)
+        assert (got.outputs, got.finish) == (want.outputs, want.finish)
+        for step, sizes in zip(meter.records()[0][1:], seen, strict=False):
+            each = zip(sizes, step.looked_up, step.drafted, step.accepted, step.committed, strict=True)
+            for size, found, drafted, accepted, gained in each:
+                assert found == bool(size)
+                assert accepted <= drafted
+                assert not size or drafted == size
+                assert gained in (0, accepted + 1)
+                longest = max(longest, accepted if found else 0)
+    assert longest >= {"TiDAR": 7, "EAGLE-3, chain": 6, "DFlash, chain": 6}.get(kind, 20)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_says_anything_else(family: str) -> None:
     model = runtime(family, "auto")
@@ -228,10 +304,7 @@ def test_drafts_that_are_accepted_unseen_are_caught(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_real_model_gains_by_looking_up_and_a_trained_drafter_by_both() -> None:
-    shared = Shared(loading.load("zbench-tiny", "float32"), torch.float32, CPU)
-    text = "Repeat this list of words three times: red, green, blue, yellow, black, white."
-    found = shared.tokenizer.encode(text)
-    ids = list(getattr(found, "ids", found))
+    shared, (ids, *_) = tiny("auto")
     lengths = {}
     for name, options in {
         "plain": ("autoregressive", {}),
@@ -256,9 +329,21 @@ def test_a_real_model_gains_by_looking_up_and_a_trained_drafter_by_both() -> Non
         ({"name": "dflash", "drafter": {"random": True}, "lookup": 2, "draft_sampling": True}, "or draft_sampling out"),
         ({"name": "diffusion", "mask_id": 3, "lookup": 2, "sampler": "trust_diffusion"}, "or sampler out"),
         ({"name": "diffusion", "mask_id": 3, "lookup": 2, "proposals": 0}, "or proposals: 0 out"),
+        ({"name": "diffusion", "mask_id": 3, "lookup": 2, "block_size": 1}, "or block_size: 1 out"),
         ({"name": "prompt_lookup", "match": 33}, "less than or equal to 32"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         scenario.ENGINES[options["name"]](**options)
+
+
+def test_engines_refuse_what_lookups_do_not_go_with() -> None:
+    model, adapter = adapted("auto", shift=1)
+    drawn = synthetic.parse({"length": 2}, 3)
+    with pytest.raises(UserError, match="none are drawn"):
+        Eagle3(model, random(model), 3, synthetic=drawn, lookup=2)
+    with pytest.raises(UserError, match="none are drawn"):
+        DFlash(model, drafting("qwen3", "auto")[1], 4, draft_sampling=True, lookup=2)
+    with pytest.raises(UserError, match="verifies them exactly"):
+        Diffusion(model, MASK, 4, adapter=adapter, trust=0.5, lookup=2)

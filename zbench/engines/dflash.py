@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zbench.engines.base import PREFILL_ROWS, Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.plans import check_dflash_tree
-from zbench.engines.prompt_lookup import Lookup, proposed
+from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, said, verify_rows
@@ -59,12 +59,14 @@ class DFlash:
         self.block = drafter.config.block if block is None else block
         if self.block not in BLOCK_SIZES:
             raise UserError(f"dflash: block must be {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]} tokens, not {self.block}")
+        if lookup and (draft_sampling or synthetic):
+            raise UserError("dflash: lookup copies drafts from the text, so that none are drawn")
         self.tree: BlockTree | None = None
         if tokens is not None:
             check_dflash_tree(tokens, self.block, drafter.config.body.vocab, draft_sampling, synthetic is not None)
             self.tree = BlockTree(self.block - 1, tokens, model.device, whole=synthetic is not None)
         self.lookup, self._drafts = lookup, self.block - 1 if tokens is None else tokens
-        self._longest = max(self.block, 1 + self._drafts if lookup else 0)  # rows of an accepted path
+        self._longest = max(self.block, 1 + min(self._drafts, LONGEST) if lookup else 0)  # rows of an accepted path
         self._capture = sorted(drafter.config.taps)
         self.exact = None if synthetic or draft_sampling else True
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
@@ -85,7 +87,7 @@ class DFlash:
         return DFlashState(state.cache, state.sampler, last, state.outputs, state.active, context, [], [], lookup)
 
     def step(self, state: DFlashState, meter: Meter) -> Step:
-        proposal = proposed(state.lookup, state, lambda: self._draft(state, meter), lambda: self._skip(state, meter))
+        proposal = proposed(state.lookup, state, lambda _: self._draft(state, meter), lambda: self._skip(state, meter))
         rows = proposal.rows
         out = meter.forward(self.model, "verify", rows, state.cache, capture=self._capture)
         with meter.phase("accept"):

@@ -97,6 +97,8 @@ class Diffusion:
         self.proposals = min(block if proposals is None else proposals, block if self.masks else 0)
         self.choose, self.fallback = choose, fallback
         self.mix, self.trust, self.draft_sampling, self.synthetic = mix, trust, draft_sampling, synthetic
+        if lookup and (mix is not None or trust is not None or draft_sampling or synthetic):
+            raise UserError("diffusion: lookup copies drafts from the text, and verifies them exactly")
         self.lookup = lookup
         lossy = mix is not None or trust is not None
         self.exact = None if lossy or synthetic or draft_sampling else True

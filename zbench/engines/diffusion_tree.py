@@ -22,7 +22,7 @@ from torch import Tensor
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state
 from zbench.engines.diffusion import prefill_and_draft, run_head
 from zbench.engines.plans import ONE_HEAD_ROWS, check_diffusion_tree
-from zbench.engines.prompt_lookup import Lookup, proposed
+from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, said, verify_tree
@@ -64,7 +64,10 @@ class DiffusionTree:
         self.shift = adapter.config.shift if adapter else 0
         check_diffusion_tree(tokens, block, self.shift, model.config.vocab, synthetic is not None)
         self.masks = block - self.shift  # of a block
-        self.lookup, self._longest = lookup, max(block, 1 + tokens if lookup else 0)  # rows of an accepted path
+        self.lookup, self._longest = (
+            lookup,
+            max(block, 1 + min(tokens, LONGEST) if lookup else 0),
+        )  # rows of an accepted path
         self.proposals = min(tokens + 1 if proposals is None else proposals, tokens + 1)
         self.synthetic, self.exact = synthetic, None if synthetic else True
         self.kernels = {**model.kernels, **kernels(model.device)}
@@ -96,7 +99,7 @@ class DiffusionTree:
     def step(self, state: TreeState, meter: Meter) -> Step:
         model, contexts = self.model, state.cache.sizes
         drafted = state.tree if state.drafted else Rows.chain(state.last[:, None], state.cache.lengths)
-        proposal = proposed(state.lookup, state, lambda: drafted)
+        proposal = proposed(state.lookup, state, lambda _: drafted)
         tree, count = proposal.rows, proposal.rows.ids.shape[1]
         worth = proposal.worth(state.worth[:, : drafted.ids.shape[1]])
         proposals = min(self.proposals, count)

@@ -17,7 +17,7 @@ from torch import Tensor
 from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
 from zbench.engines.plans import eagle3_tokens
-from zbench.engines.prompt_lookup import Lookup, proposed
+from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, gather_rows, kernels, said, verify_rows
@@ -54,7 +54,7 @@ class _Start:
     ends: Tensor  # [B] the pair that the draft follows
     counts: Sequence[int] | Tensor
     cache: DraftCache
-    active: Sequence[bool] = ()
+    wanting: Sequence[bool] = ()  # sequences that what is drafted matters to
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,11 @@ class Eagle3:
             raise UserError(f"eagle3: confidence {confidence:g} ends chains; a beam of {beam} drafts trees")
         if confidence and synthetic:
             raise UserError("eagle3: acceptance is synthetic, so that the drafter's confidence means nothing")
+        if lookup and synthetic:
+            raise UserError("eagle3: lookup copies drafts from the text, so that none are drawn")
         self.depth, self.top_k, self.beam, self.tokens, self.synthetic = depth, top_k, beam, tokens, synthetic
         self.confidence, self.lookup = confidence, lookup
-        self._longest = max(depth, tokens if lookup else 0) + 1  # rows of an accepted path
+        self._longest = max(depth, min(tokens, LONGEST) if lookup else 0) + 1  # rows of an accepted path
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
         self.exact = None if synthetic else True
         self._capture = tuple(sorted(drafter.config.taps))
@@ -149,7 +151,9 @@ class Eagle3:
         )
 
     def step(self, state: Eagle3State, meter: Meter) -> Step:
-        proposal = proposed(state.lookup, state, lambda: self._draft(state, meter), lambda: self._skip(state, meter))
+        proposal = proposed(
+            state.lookup, state, lambda wanting: self._draft(state, meter, wanting), lambda: self._skip(state, meter)
+        )
         out = meter.forward(self.model, "verify", proposal.rows, state.cache, capture=self._capture)
         with meter.phase("accept"):
             verdict = verify_rows(out.logits, proposal.rows, state.sampler, state.outputs, self.synthetic)
@@ -196,8 +200,8 @@ class Eagle3:
         self._record(meter, mark, meter.device.mark(), _Read(count, cache.sizes, pairs, wanted=0, fused=True))
         cache.extend(sizes)
 
-    def _draft(self, state: Eagle3State, meter: Meter) -> Rows:
-        """The last committed token and what is drafted behind it."""
+    def _draft(self, state: Eagle3State, meter: Meter, wanting: Sequence[bool]) -> Rows:
+        """The last committed token and what is drafted behind it, for the sequences that are `wanting` it."""
         if self.drafter.graphs and not self.confidence:
             return self._replayed(self.drafter.graphs, state, meter)
         cache, mark = state.draft_cache, meter.device.mark
@@ -212,7 +216,7 @@ class Eagle3:
                 (state.unread - 1).clamp(max=count - 1),  # of a sequence that has finished nothing is read
                 state.unread_sizes,
                 cache,
-                state.active,
+                wanting,
             ),
             mark,
         )
@@ -258,7 +262,7 @@ class Eagle3:
         these and their siblings."""
         ids, scores, ends = self.drafter.chain(
             start.taps, start.following, start.ends, start.counts, start.cache, self.depth, mark, self.top_k,
-            self.confidence, start.active,
+            self.confidence, start.wanting,
         )  # fmt: skip
         if scores is None:
             return torch.cat([start.last[:, None], ids[..., 0]], 1), ends

@@ -98,6 +98,17 @@ def prompt_lookup(options: Mapping[str, Any], target: AnyConfig, batch: int = 1)
     return Plan((verify,), rows - 1, notes=("every step is taken to find as many tokens as it may draft",))
 
 
+def looked_up(engine: str, options: Mapping[str, Any], target: AnyConfig) -> Plan | None:
+    """The cheapest step of an engine that finds in the text all that it may; None where it does not look there."""
+    if not options.get("lookup"):
+        return None
+    if engine == "diffusion":
+        tokens = options["tokens"] or options["block_size"] - 1
+    else:
+        tokens = plan(engine, options, target).forwards[-1].rows - 1
+    return prompt_lookup({"tokens": min(tokens, 32)}, target)
+
+
 def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:
     """`depth` drafter forwards one after another, then one verify of a chain or a tree."""
     drafter = eagle3_drafter(options["drafter"], target)

@@ -27,6 +27,7 @@ from zbench.models.rows import Rows
 from zbench.models.trees import tree_rows
 
 LONGEST = 32  # tokens of a match that are compared, and that are drafted at most; no option asks for a longer match
+LATEST = 1024  # places of two tokens or more, of which longer matches are looked for: bounds the time on any text
 PER_MATCHED = 2  # drafts for every token that matched; SuffixDecoding's alpha, for which 1 to 4 did well there
 KEPT = 0.75  # about how often a looked-up draft is right if the one before it was; says where blocks of masks may pay
 
@@ -60,7 +61,8 @@ def continued(text: npt.NDArray[np.int64], match: int, tokens: int) -> list[int]
     """What followed the latest of the longest earlier occurrences of the end of `text` [n], which may overlap it: up to
     `tokens` tokens and PER_MATCHED for each that matched, none where fewer than `match` did.
 
-    A match that reaches the end of the text goes on with itself, as text does that repeats.
+    A match that reaches the end of the text goes on with itself, as text does that repeats. Of the places where the
+    last two tokens stood the LATEST are looked at.
     """
     ends = np.flatnonzero(text[:-1] == text[-1])
     length = min(1, len(ends))
@@ -71,7 +73,7 @@ def continued(text: npt.NDArray[np.int64], match: int, tokens: int) -> list[int]
         longer = longer[text[longer - length] == text[-1 - length]]
         if not len(longer):
             break
-        ends, length = longer, length + 1
+        ends, length = longer[-LATEST:], length + 1
     if not length or length < match:
         return []
     return np.resize(text[ends[-1] + 1 :], min(tokens, PER_MATCHED * length)).tolist()
@@ -92,29 +94,30 @@ class Proposal:
 
     def worth(self, others: Tensor) -> Tensor:
         """The log [B, R] of about how likely each row is kept, where it is `others` [B, N] for rows that were drafted
-        otherwise."""
+        otherwise; of what is no draft, none."""
         if not any(self.looked_up):
             return others
         rows, device = self.rows.ids.shape[1], others.device
-        steps = torch.arange(rows, device=device)
-        copied = steps * math.log(KEPT)
-        copied = torch.where(steps <= on_device(self.drafted, device)[:, None], copied, cpu.NEVER)
-        others = F.pad(others, (0, rows - others.shape[1]), value=cpu.NEVER)
-        return torch.where(on_device(self.looked_up, device)[:, None], copied, others)
+        copied = torch.arange(rows, device=device) * math.log(KEPT)
+        others = F.pad(others[:, :rows], (0, max(rows - others.shape[1], 0)), value=cpu.NEVER)
+        worth = torch.where(on_device(self.looked_up, device)[:, None], copied, others)
+        idle = F.pad(self.rows.parents[:, 1:] < 0, (1, 0))  # of a sequence that has finished, all but the first
+        return worth.masked_fill(idle, cpu.NEVER)
 
 
 def proposed(
-    lookup: Lookup | None, state: State, draft: Callable[[], Rows], skip: Callable[[], None] = lambda: None
+    lookup: Lookup | None, state: State, draft: Callable[[list[bool]], Rows], skip: Callable[[], None] = lambda: None
 ) -> Proposal:
-    """What `lookup` finds, and for sequences of which it finds nothing what `draft` says. Where no sequence is left to
-    be drafted, `skip` is called instead."""
+    """What `lookup` finds, and for the sequences [B] of which it finds nothing what `draft` says, asked with those that
+    want it. Where none does, `skip` is called instead."""
     found = lookup.drafts(state.outputs, state.active) if lookup else [[]] * len(state.outputs)
+    wanting = [active and not drafts for drafts, active in zip(found, state.active, strict=True)]
     others, own = None, 0
-    if all(drafts or not active for drafts, active in zip(found, state.active, strict=True)):
-        skip()
-    else:
-        others = draft()
+    if any(wanting):
+        others = draft(wanting)
         own = others.ids.shape[1] - 1
+    else:
+        skip()
     rows = others if others and not any(found) else _chains(found, state, others)
     drafted = tuple((len(drafts) or own) * active for drafts, active in zip(found, state.active, strict=True))
     return Proposal(rows, drafted, tuple(map(bool, found)) if lookup else ())
@@ -170,7 +173,7 @@ class PromptLookup:
         return LookupState(state.cache, state.sampler, last, state.outputs, state.active, lookup)
 
     def step(self, state: LookupState, meter: Meter) -> Step:
-        proposal = proposed(state.lookup, state, lambda: Rows.chain(state.last[:, None], state.cache.lengths))
+        proposal = proposed(state.lookup, state, lambda _: Rows.chain(state.last[:, None], state.cache.lengths))
         rows = proposal.rows
         out = meter.forward(self.model, "verify" if rows.ids.shape[1] > 1 else "decode", rows, state.cache)
         with meter.phase("accept"):

@@ -1217,7 +1217,8 @@ void zb_tree_and_blocks(const int64_t* tree_ids, const int64_t* tree_positions, 
     for (int64_t b = 0; b < B; b++, ends += P, ids += R, positions += R, parents += R, masks += R, visible += R * R) {
         const int64_t at = b * N;
         for (int64_t r = 0; r < N; r++) chance[r] = drawn ? drawn[r] : expf(worth[at + r]);
-        for (int64_t r = 1; r < N && !drawn; r++) chance[tree_parents[at + r]] -= expf(worth[at + r]);
+        for (int64_t r = 1; r < N && !drawn; r++)
+            if (tree_parents[at + r] >= 0) chance[tree_parents[at + r]] -= expf(worth[at + r]);
         for (int64_t p = 0; p < P; p++) {
             int64_t best = -1;
             for (int64_t r = 0; r < N; r++)

@@ -69,7 +69,8 @@ def tree_and_blocks(
     rows [B, proposals], ascending.
 
     With w the chance that a path reaches a row (`worth` [B, N] is its log), it ends there with w(v) less the sum of w
-    over the row's children; `drawn` [N] says it outright.
+    over the row's children; `drawn` [N] says it outright. Rows but the first that have no parent are padding, of worth
+    `cpu.NEVER`.
     """
     if worth.device.type == "cpu" and cpu.available():
         fields = (tree.ids, tree.positions, tree.parents, tree.visible)
@@ -78,7 +79,11 @@ def tree_and_blocks(
         )
         return Rows(ids, positions, parents, visible, masks=masks), ends
     reached = worth.exp()
-    chances = reached.scatter_add(1, tree.parents[:, 1:], -reached[:, 1:]) if drawn is None else drawn.expand_as(worth)
+    chances = (
+        reached.scatter_add(1, tree.parents[:, 1:].clamp(min=0), -reached[:, 1:])
+        if drawn is None
+        else drawn.expand_as(worth)
+    )
     ends = chances.sort(dim=1, descending=True, stable=True).indices[:, :proposals].sort(1).values
     return Rows.tree_and_blocks(tree, ends, block, mask), ends
 

@@ -153,9 +153,11 @@ class Best:
 
 
 def proposals_of(cell: Cell) -> int | None:
-    """Blocks that single-pass diffusion proposes per forward behind a chain; None for other engines and trees."""
+    """Blocks that single-pass diffusion proposes per forward behind a chain; None for other engines, trees, and where
+    the text is asked first."""
     options = cell.record.options
-    if cell.record.engine != "diffusion" or options["sampler"] == "denoise" or options.get("tokens"):
+    of_others = options.get("tokens") or options.get("lookup")
+    if cell.record.engine != "diffusion" or options["sampler"] == "denoise" or of_others:
         return None
     return int(
         options["block_size"] if options["proposals"] == "all" else min(options["proposals"], options["block_size"])
