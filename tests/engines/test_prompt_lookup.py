@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from random import Random
@@ -38,11 +39,11 @@ from zbench.engines.dflash import DFlash
 from zbench.engines.diffusion import Diffusion
 from zbench.engines.diffusion_tree import DiffusionTree
 from zbench.engines.eagle3 import Eagle3
-from zbench.engines.prompt_lookup import LONGEST, PER_MATCHED, Lookup, PromptLookup, continued, kept_chances
+from zbench.engines.prompt_lookup import LONGEST, PER_MATCHED, Lookup, PromptLookup, continued, kept_chances, proposed
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.kernels import cpu
-from zbench.models import loading, trees
+from zbench.models import dflash, loading, trees, zoo
 from zbench.models.rows import Rows
 
 GREEDY = Sampling()
@@ -261,6 +262,71 @@ def test_a_drafter_that_was_not_asked_has_read_what_was_committed(options: dict[
         assert size > len(ids[row]) + 20
         want, got = (pairs(state.draft_cache, row, size) for state in (plain, looked_up))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("execution", ["auto", "eager"])
+def test_a_drafter_of_blocks_that_was_not_asked_has_read_paths_longer_than_its_block(execution: str) -> None:
+    shared, ids = tiny(execution)
+    target, ids = shared.target(execution), ids[:2]
+    stored = dflash.load_drafter(zoo.drafter("zbench-tiny-dflash", "dflash"), target.config)
+    drafter, request = dflash.DFlashDrafter(stored.config, stored.tensors, target), Request(60, GREEDY, (0, 0))
+    engine, meter, longest = DFlash(target, drafter, 2, tokens=8, lookup=1), Meter(CPU), 0
+    with meter.step():
+        state = engine.start(ids, request, meter)
+        commit([[token] for token in state.last.tolist()], state.outputs, state.active, request, ["length"] * 2)
+        while min(map(len, state.outputs)) < 40 and all(state.active):
+            tokens = engine.step(state, meter).tokens
+            longest = max(longest, *map(len, tokens))
+            commit(tokens, state.outputs, state.active, request, ["length"] * 2)
+    assert longest > 3  # rows of a path: more than a block
+    drafted = drafter.draft(torch.tensor([7, 7]), state.context, 4, state.features, state.unread).logits
+    for row, prompt in enumerate(ids):
+        committed = [*prompt, *state.outputs[row]][: state.cache.sizes[row]]
+        cache, context = target.new_cache(1, 256), drafter.new_cache(1, 256)
+        taps = stored.config.taps
+        fresh = target.forward(Rows.chain(torch.tensor([committed]), cache.lengths), cache, capture=sorted(taps))
+        drafter.read([fresh.hidden[tap] for tap in taps], context, [len(committed)])
+        alone = drafter.draft(torch.tensor([7]), context, 4).logits[0]
+        torch.testing.assert_close(drafted[row], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_are_what_was_found_or_drafted_and_padding_is_no_draft() -> None:
+    model, ids = runtime("smollm", "auto"), [[5, 6, 7, 8, 5, 6], [5, 6, 9], [4, 3], [8, 9, 4, 8]]
+    with (meter := Meter(CPU)).step():
+        state = PromptLookup(model).start(ids, Request(8, GREEDY, (0,) * 4), meter)
+    state.lookup = Lookup(ids, 8, 1, 3)
+    state.outputs[:], state.active[:] = [[7, 8], [5], [1], [8]], [True, True, True, False]
+    lengths = state.cache.lengths
+    tree = Rows.tree(torch.arange(20, 40).view(4, 5), lengths, torch.tensor([[-1, 0, 0, 2, 1]]).expand(4, 5))
+    asked = []
+    found = proposed(state.lookup, state, lambda wanting: asked.append(wanting) or tree)  # type: ignore[func-returns-value]
+    assert asked == [[False, False, True, False]]
+    assert found.drafted == (3, 2, 4, 0)
+    assert found.looked_up == (True, True, False, False)
+    last = state.last.tolist()
+    assert found.rows.ids[:2].tolist() == [[last[0], 5, 6, 7, 0], [last[1], 6, 9, 0, 0]]
+    assert found.rows.ids[2].tolist() == [30, 31, 32, 33, 34]
+    parents = [[-1, 0, 1, 2, -1], [-1, 0, 1, -1, -1], [-1, 0, 0, 2, 1], [-1, 0, 0, 2, 1]]
+    assert found.rows.parents.tolist() == parents
+    want = Rows.tree(found.rows.ids, lengths, torch.tensor(parents))
+    real = found.rows.parents >= 0
+    assert torch.equal(found.rows.visible[real], want.visible[real])
+    assert torch.equal(found.rows.positions[real], want.positions[real])
+    worth = found.worth(torch.linspace(-0.1, -0.5, 5).expand(4, 5))
+    copied = [0, math.log(0.75), 2 * math.log(0.75), 3 * math.log(0.75)]
+    assert worth[0].tolist() == pytest.approx([*copied, cpu.NEVER])
+    assert worth[1].tolist() == pytest.approx([*copied[:3], cpu.NEVER, cpu.NEVER])
+    assert worth[2].tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5])
+    state.active[2] = False  # all that go on find something, of different lengths: nobody is asked
+    found = proposed(state.lookup, state, lambda _: pytest.fail("asked"), lambda: asked.append([]))
+    assert asked[1:] == [[]]
+    assert found.rows.parents.tolist() == [parents[0][:4], parents[1][:4], [-1] * 4, [-1] * 4]
+    assert found.worth(torch.zeros(4, 2))[3].tolist() == pytest.approx([0, *[cpu.NEVER] * 3])
+    assert found.drafted == (3, 2, 0, 0)
+    state.active[1] = False
+    found = proposed(state.lookup, state, lambda _: pytest.fail("asked"))
+    assert found.rows.causal
+    assert found.rows.ids[0].tolist() == [last[0], 5, 6, 7]
 
 
 def test_where_all_sequences_look_up_no_drafter_drafts_and_where_one_does_not_it_drafts_for_that() -> None:

@@ -64,10 +64,8 @@ class DiffusionTree:
         self.shift = adapter.config.shift if adapter else 0
         check_diffusion_tree(tokens, block, self.shift, model.config.vocab, synthetic is not None)
         self.masks = block - self.shift  # of a block
-        self.lookup, self._longest = (
-            lookup,
-            max(block, 1 + min(tokens, LONGEST) if lookup else 0),
-        )  # rows of an accepted path
+        self.lookup = lookup
+        self._longest = max(block, 1 + min(tokens, LONGEST) if lookup else 0)  # rows of an accepted path
         self.proposals = min(tokens + 1 if proposals is None else proposals, tokens + 1)
         self.synthetic, self.exact = synthetic, None if synthetic else True
         self.kernels = {**model.kernels, **kernels(model.device)}
