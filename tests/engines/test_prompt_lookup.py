@@ -297,26 +297,27 @@ def test_rows_are_what_was_found_or_drafted_and_padding_is_no_draft() -> None:
     state.lookup = Lookup(ids, 8, 1, 3)
     state.outputs[:], state.active[:] = [[7, 8], [5], [1], [8]], [True, True, True, False]
     lengths = state.cache.lengths
-    tree = Rows.tree(torch.arange(20, 40).view(4, 5), lengths, torch.tensor([[-1, 0, 0, 2, 1]]).expand(4, 5))
+    deep = [-1, 0, 0, 2, 3, 4, 5]
+    tree = Rows.tree(torch.arange(20, 48).view(4, 7), lengths, torch.tensor([deep]).expand(4, 7))
     asked = []
     found = proposed(state.lookup, state, lambda wanting: asked.append(wanting) or tree)  # type: ignore[func-returns-value]
     assert asked == [[False, False, True, False]]
-    assert found.drafted == (3, 2, 4, 0)
+    assert found.drafted == (3, 2, 6, 0)
     assert found.looked_up == (True, True, False, False)
     last = state.last.tolist()
-    assert found.rows.ids[:2].tolist() == [[last[0], 5, 6, 7, 0], [last[1], 6, 9, 0, 0]]
-    assert found.rows.ids[2].tolist() == [30, 31, 32, 33, 34]
-    parents = [[-1, 0, 1, 2, -1], [-1, 0, 1, -1, -1], [-1, 0, 0, 2, 1], [-1, 0, 0, 2, 1]]
+    assert found.rows.ids[:2].tolist() == [[last[0], 5, 6, 7, 0, 0, 0], [last[1], 6, 9, 0, 0, 0, 0]]
+    assert found.rows.ids[2].tolist() == [*range(34, 41)]
+    parents = [[-1, 0, 1, 2, *[-1] * 3], [-1, 0, 1, *[-1] * 4], deep, deep]
     assert found.rows.parents.tolist() == parents
     want = Rows.tree(found.rows.ids, lengths, torch.tensor(parents))
     real = found.rows.parents >= 0
     assert torch.equal(found.rows.visible[real], want.visible[real])
     assert torch.equal(found.rows.positions[real], want.positions[real])
-    worth = found.worth(torch.linspace(-0.1, -0.5, 5).expand(4, 5))
+    worth = found.worth(torch.linspace(-0.1, -0.7, 7).expand(4, 7))
     copied = [0, math.log(0.75), 2 * math.log(0.75), 3 * math.log(0.75)]
-    assert worth[0].tolist() == pytest.approx([*copied, cpu.NEVER])
-    assert worth[1].tolist() == pytest.approx([*copied[:3], cpu.NEVER, cpu.NEVER])
-    assert worth[2].tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5])
+    assert worth[0].tolist() == pytest.approx([*copied, *[cpu.NEVER] * 3])
+    assert worth[1].tolist() == pytest.approx([*copied[:3], *[cpu.NEVER] * 4])
+    assert worth[2].tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7])
     state.active[2] = False  # all that go on find something, of different lengths: nobody is asked
     found = proposed(state.lookup, state, lambda _: pytest.fail("asked"), lambda: asked.append([]))
     assert asked[1:] == [[]]
