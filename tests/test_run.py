@@ -83,14 +83,36 @@ def test_engines_alternate_a_b_b_a(tmp_path: Path) -> None:
     assert "".join(order[6:]) == "raarra"
 
 
-def test_a_failing_engine_becomes_error_rows_and_the_rest_goes_on(tmp_path: Path) -> None:
-    lookup = "engines=[autoregressive, {name: reference, assisted: prompt_lookup}]"
-    outcome = run.run(wanted(tmp_path, lookup, "batch=2", "repeats=1"), tmp_path / "out", QUIET)
+def test_a_failing_engine_becomes_error_rows_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from zbench.engines.prompt_lookup import PromptLookup
+
+    def failing(*_: Any) -> Any:
+        raise UserError("this cannot be decoded here")
+
+    monkeypatch.setattr(PromptLookup, "generate", failing)
+    chosen = wanted(tmp_path, "engines=[autoregressive, prompt_lookup]", "batch=2", "repeats=1")
+    outcome = run.run(chosen, tmp_path / "out", QUIET)
     assert (outcome.planned, outcome.finished, outcome.failed) == (4, 2, 2)
     failed = [r for r in run.read_trials(outcome.folder)[0] if r.status == "error"]
-    assert {r.cell for r in failed} == {"reference-assisted-prompt_lookup"}
-    said = "transformers' prompt lookup decodes one sequence at a time: set batch to 1"
-    assert {r.error for r in failed} == {said}  # a sentence for the user, without the name of a class
+    assert {r.cell for r in failed} == {"prompt_lookup"}
+    assert {r.error for r in failed} == {"this cannot be decoded here"}  # a sentence, without the name of a class
+
+
+def test_a_peer_that_decodes_one_sequence_at_a_time_is_left_out_of_larger_batches(tmp_path: Path) -> None:
+    lookup = "engines=[autoregressive, {name: reference, assisted: prompt_lookup}]"
+    asked = wanted(tmp_path, lookup, "matrix={batch: [1, 2]}", "repeats=1")
+    outcome = run.run(asked, tmp_path / "out", QUIET)
+    assert (outcome.failed, outcome.stopped, outcome.finished) == (0, None, outcome.planned)
+    why = "decodes one sequence at a time, not 2"
+    assert why in estimate.table(estimate.estimate(asked))
+    found = {r.cell for r in run.read_trials(outcome.folder)[0]}
+    assert "reference-assisted-prompt_lookup/batch=1" in found
+    assert "reference-assisted-prompt_lookup/batch=2" not in found
+    assert f"was not measured: {why}." in " ".join(findings.warnings(findings.Results.of(load_run(outcome.folder))))
+    with pytest.raises(UserError, match=why):
+        run.prepare(wanted(tmp_path, "engines=[{name: reference, assisted: prompt_lookup}]", "batch=2"), lambda _: None)
 
 
 def test_what_is_not_installed_is_a_row_that_says_so_and_no_failure(

@@ -43,7 +43,7 @@ def check_point(
 ) -> None:
     """One point of the matrix; None is what is not known yet. `fetch` downloads drafters of the hub."""
     for cell in cells:
-        if not engines.missing(cell.engine):  # else it is left out, whatever it asks for
+        if not engines.absent(cell.engine, cell.options, at.batch):  # else it is left out, whatever it asks for
             engines.check(cell.engine, cell.options, config, allow_pickle, fetch)
     if config is not None:
         Shard(0, at.parallel.tensor).check(config)

@@ -33,7 +33,7 @@ class Estimate:
     seconds: float | None
     device: str  # whose roofs, and where they are from
     device_bytes: int | None  # its memory
-    absent: str = ""  # why it would not be measured: what is not installed
+    absent: str = ""  # why it would not be measured
     unknown: str = ""  # why there is no time, and perhaps no memory
 
     @property
@@ -68,7 +68,7 @@ def estimate(wanted: scenario.Scenario, allow_pickle: bool = True) -> list[Estim
         context = at.context or longest_prompt(chosen)
         memory = None if config is None else memory_bytes(config, at, context)
         for cell in cells:
-            if absent := engines.missing(cell.engine):
+            if absent := engines.absent(cell.engine, cell.options, at.batch):
                 found.append(Estimate(cell.id, 0, 0, None, 0.0, on.device, on.memory_bytes, absent))
                 continue
             seconds, unknown = None, checks.unseen(at) if config is None else on.unknown

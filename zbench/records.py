@@ -358,7 +358,7 @@ class CellRecord:
     baseline: bool  # the cell others at the same point are compared with
     tensor: int = 1  # ranks that hold a model between them
     replicas: int = 1  # of the model, each on so many ranks, which share the prompts
-    absent: str = ""  # why it cannot be measured here: what is not installed
+    absent: str = ""  # why it cannot be measured here, such as what is not installed
 
 
 @dataclass(frozen=True, slots=True)

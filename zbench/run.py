@@ -142,7 +142,7 @@ def prepare(
             shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle, team)
             models[key] = (shared, shared.tokenizer)
         shared, tokenizer = models[key]
-        cells = tuple(replace(cell, absent=engines.missing(cell.engine)) for cell in cells)
+        cells = tuple(replace(cell, absent=engines.absent(cell.engine, cell.options, at.batch)) for cell in cells)
         chosen = prompts.load(at.prompts)
         checks.check_point(at, cells, shared.model.config, chosen, allow_pickle, fetch=True)
         if at.accuracy.execute_generated_code:

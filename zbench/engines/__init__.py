@@ -262,6 +262,12 @@ def missing(name: str) -> str:
     return f"{package} is not installed: {install}" if package and find_spec(package) is None else ""
 
 
+def absent(name: str, options: dict[str, Any], batch: int) -> str:
+    """Why this engine would not be measured here; "" where it would."""
+    alone = name in ("llama_cpp", "dflash_reference") or (name == "reference" and options["assisted"])
+    return missing(name) or (f"decodes one sequence at a time, not {batch}" if alone and batch > 1 else "")
+
+
 _DRAFTERS: dict[str, zoo.Kind] = {"eagle3": "eagle3", "dflash": "dflash", "dflash_reference": "dflash"}
 
 
