@@ -28,7 +28,7 @@ from zbench.models.trees import tree_rows
 
 LONGEST = 32  # tokens of a match that are compared, and that are drafted at most; no option asks for a longer match
 LATEST = 1024  # places of two tokens or more, of which longer matches are looked for: bounds the time on any text
-PER_MATCHED = 2  # drafts for every token that matched; SuffixDecoding's alpha, for which 1 to 4 did well there
+PER_MATCHED = 2  # drafts for every token that matched: SuffixDecoding's alpha; 1 gained less on the sets of docs/zoo.md
 KEPT = 0.75  # about how often a looked-up draft is right if the one before it was; says where blocks of masks may pay
 
 
