@@ -109,7 +109,11 @@ def test_logits_are_those_of_one_process(tmp_path: Path, size: int) -> None:
 def test_all_engines_emit_the_tokens_of_one_process(tmp_path: Path, roofs_on_file: None) -> None:
     path = tmp_path / "spread.yaml"
     points = "matrix: {parallel.tensor: [1, 2, 3]}\ninclude: [{parallel.data: 3}]\n"
-    path.write_text(SCENARIO.replace("limit: 6", "limit: 3").replace("output_tokens: 12", "output_tokens: 8") + points)
+    text = SCENARIO.replace("limit: 6", "limit: 3").replace("output_tokens: 12", "output_tokens: 8")
+    text = text.replace("top_k: 2}", "top_k: 2, lookup: 1}").replace(
+        "autoregressive\n", "autoregressive\n  - prompt_lookup\n"
+    )
+    path.write_text(text + points)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     command = [sys.executable, "-m", *torchrun, "-m", "zbench", "run", str(path), "--out", str(tmp_path), "--no-report"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -117,7 +121,8 @@ def test_all_engines_emit_the_tokens_of_one_process(tmp_path: Path, roofs_on_fil
     [folder] = tmp_path.glob("spread-*")
     manifest, (trials, warnings) = read_manifest(folder), read_trials(folder)
     assert not warnings
-    assert len(trials) == 4 * 4 * 3
+    assert len(trials) == 5 * 4 * 3
+    assert any(any(step.looked_up) for trial in trials for step in trial.steps)
     assert [trial.error for trial in trials if trial.error] == []
     cells = {cell.id: cell for cell in manifest.cells}
     by_prompt: dict[str, set[str]] = {}
