@@ -214,6 +214,36 @@ def test_recorded_drafts_are_those_of_fresh_operators(
         assert len(drafts) == graphs and all(f"{batch} x" in what for what in drafts)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "graphs"),
+    [
+        ("eagle3", {"depth": 3, "lookup": 1}, 1),
+        ("eagle3", {"depth": 2, "top_k": 3, "tokens": 8, "lookup": 1}, 1),
+        ("dflash", {"block": 4, "lookup": 1}, 2),
+        ("dflash", {"block": 3, "tokens": 7, "lookup": 1}, 2),
+    ],
+    ids=str,
+)
+def test_lookups_beside_recorded_drafts_are_those_beside_fresh_operators(
+    name: str, options: dict[str, Any], graphs: int
+) -> None:
+    eager, recorded = (engine_on(execution, name, options) for execution in ("eager", "graph"))
+    phrase = ids_of(6, seed=1).tolist()
+    prompts = [phrase + ids_of(size, seed=size).tolist() + phrase[:3] for size in (9, 4, 17)]
+    for batch in (1, 3):
+        recorded.model.prepared.clear()
+        found = []
+        for engine in (eager, recorded):
+            meter = Seeing()
+            generated = engine.generate(prompts[:batch], Request(40, Sampling(), (3,) * batch), meter)
+            found.append((generated.outputs, meter.drafts, [step.looked_up for step in meter.records()[0]]))
+        assert found[0] == found[1]
+        copied = [any(looked_up) for looked_up in found[0][2][1:]]
+        assert any(copied)
+        drafts = [record.what for record in recorded.model.prepared if "draft" in record.what]
+        assert len(drafts) <= graphs  # whatever lengths were looked up
+
+
 @pytest.mark.parametrize(("options", "rows"), [({"depth": 3}, 4 + 2), ({"depth": 3, "top_k": 2, "tokens": 6}, 4 + 4)])
 def test_a_recorded_draft_is_one_forward_that_costs_what_its_levels_cost(options: dict[str, Any], rows: int) -> None:
     engine, meter = engine_on("graph", "eagle3", options), Meter(resolve("cpu"))

@@ -17,7 +17,7 @@ from zbench.engines.plans import check_dflash_tree
 from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import commit_path, kernels, said, verify_rows
+from zbench.engines.verify import commit_path, kernels, padded_rows, said, verify_rows
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.cache import Cache
@@ -97,6 +97,8 @@ class DFlash:
             counts = [row[0] * active for row, active in zip(gained, state.active, strict=True)]
             features = [out.hidden[tap] for tap in self.drafter.config.taps]
             state.features = commit_path(state.cache, verdict, gained, counts, self._longest, features)
+            if self.lookup and self.model.graphs:  # one graph reads what is left, however much was looked up
+                state.features = [padded_rows(feature, self._longest) for feature in state.features]
             state.last, state.unread = verdict.bonus, counts
         return Step(
             tokens=[row[1 : 1 + count] for row, count in zip(gained, counts, strict=True)],

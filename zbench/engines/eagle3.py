@@ -20,7 +20,7 @@ from zbench.engines.plans import eagle3_tokens
 from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
-from zbench.engines.verify import commit_path, gather_rows, kernels, said, verify_rows
+from zbench.engines.verify import commit_path, gather_rows, kernels, padded_rows, said, verify_rows
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.models.cost import Cost
@@ -240,7 +240,7 @@ class Eagle3:
             return self._drafted(_Start(last, lengths, taps, following, ends, counts, seen), lambda: None)[0]
 
         counts = on_device(state.unread_sizes, self.model.device)
-        pairs = [_padded(tensor, count) for tensor in (state.following, *state.taps)]
+        pairs = [padded_rows(tensor, count) for tensor in (state.following, *state.taps)]
         given = (state.last, state.cache.lengths, pairs[0], state.unread, counts, *pairs[1:])
         found = graphs.run(cache, signature, given, work).clone()
         rows = Rows.chain(found, state.cache.lengths) if isinstance(found, Tensor) else found
@@ -347,11 +347,3 @@ def _chain_first(levels: int, top_k: int, device: torch.device) -> tuple[Tensor,
     places = torch.arange(levels * top_k, device=device).view(levels, top_k)
     order = torch.cat([places[:, 0], places[:, 1:].flatten()])
     return order, torch.cat([above, above.repeat_interleave(top_k - 1)])
-
-
-def _padded(rows: Tensor, count: int) -> Tensor:
-    """[B, R, ...] -> its first `count` rows, or all and zeros behind them."""
-    missing = count - rows.shape[1]
-    if missing <= 0:
-        return rows[:, :count]
-    return torch.cat([rows, rows.new_zeros(len(rows), missing, *rows.shape[2:])], 1)

@@ -138,6 +138,14 @@ def gather_rows(features: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     return [feature[sequence, index] for feature in features]
 
 
+def padded_rows(rows: Tensor, count: int) -> Tensor:
+    """[B, R, ...] -> its first `count` rows, or all and zeros behind them."""
+    missing = count - rows.shape[1]
+    if missing <= 0:
+        return rows[:, :count]
+    return torch.cat([rows, rows.new_zeros(len(rows), missing, *rows.shape[2:])], 1)
+
+
 def _verify(logits: Tensor, drafts: Drafts, sampler: Sampler, first: Tensor, mix: Mix | None = None) -> Verdict:
     sampling, token, accept = sampler.sampling, None, None
     if not sampling.greedy and drafts.forced is None:
