@@ -364,6 +364,14 @@ def test_break_even_is_the_median_step_over_the_baselines_and_flags_what_gains_l
     assert (even.value, even.note) == (2.0, "")
 
 
+def test_what_steps_without_drafts_gain_counts_where_an_engine_breaks_even(measure: Any) -> None:
+    baseline = [trial(group=g) for g in range(5)]
+    poor = measure([*baseline, *(verifying([1, 0], group=g, offered=[3, 0]) for g in range(5))], CHAIN)
+    assert poor["spec", "acceptance_length", "micro"].value == 2.0  # of the steps that had drafts
+    needed = poor["spec", "break_even_acceptance", ""]
+    assert (needed.value, needed.note) == (2.0, "net-negative: a step gains less than it costs")
+
+
 def test_steps_that_look_their_drafts_up_are_counted_beside_the_others(measure: Any) -> None:
     looking = {"offered": [4, 0, 2, 0], "looked_up": [True, False, True, False]}
     trials = [verifying([3, 0, 1, 0], group=g, **looking) for g in range(5)]

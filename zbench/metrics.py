@@ -195,6 +195,11 @@ class Cell:
         return max(self.drafted_depth, int(self.seen_verifies["accepted"].max()))
 
     @property
+    def always_drafts(self) -> bool:
+        """Whether every decode step had drafts of every sequence."""
+        return len(self.seen_verifies) == int(self.decode_steps["live"].sum())
+
+    @property
     def drafted_depth(self) -> int:
         """The longest path that the engine drafts itself; a tree drafts more tokens than that."""
         options, drafted = self.record.options, int(self.seen_verifies["drafted"].max())
@@ -646,16 +651,14 @@ def diffusion_canvas_positions(cell: Cell) -> Estimate:
 @metric(
     "break_even_acceptance",
     "tokens",
-    "median decode step of this (mean, where it looks drafts up and some steps find none) / of the autoregressive "
-    "baseline, same prompts and repeat; geometric mean over pairs. A step that gains fewer tokens makes the engine "
-    "net-negative",
+    "median decode step of this (mean, where some steps verify no drafts) / of the autoregressive baseline, same "
+    "prompts and repeat; geometric mean over pairs. A step that gains fewer tokens makes the engine net-negative",
     "lower",
 )
 def break_even_acceptance(cell: Cell) -> Estimate:
-    some_are_looked_up = bool(cell.seen_verifies["looked_up"].any())
-    gained = tokens_per_forward(cell) if some_are_looked_up else acceptance_length(cell)["micro"]
+    gained = acceptance_length(cell)["micro"] if cell.always_drafts else tokens_per_forward(cell)
     baseline = _autoregressive_baseline(cell)
-    usual = ("mean" if some_are_looked_up else "median", "median")
+    usual = ("median" if cell.always_drafts else "mean", "median")
     times = [
         c.decode_steps.groupby(["group", "repeat"])["seconds"].agg(how)
         for c, how in zip((cell, baseline), usual, strict=True)

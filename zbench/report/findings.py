@@ -229,7 +229,7 @@ def net_negative(cell: Cell, results: Results) -> bool:
 def speculation(cell: Cell, results: Results) -> str:
     """What a step gains, what it must gain to pay, and what that makes of the speed; "" where nothing is drafted."""
     gained = results.value(cell, "acceptance_length", "micro")
-    if results.value(cell, "lookup_share"):  # steps that find nothing count too
+    if gained is not None and not cell.always_drafts:  # steps without drafts count too
         gained = results.value(cell, "tokens_per_forward")
     needed = results.value(cell, "break_even_acceptance")
     if gained is None:
