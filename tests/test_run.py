@@ -105,7 +105,7 @@ def test_a_peer_that_decodes_one_sequence_at_a_time_is_left_out_of_larger_batche
     asked = wanted(tmp_path, lookup, "matrix={batch: [1, 2]}", "repeats=1")
     outcome = run.run(asked, tmp_path / "out", QUIET)
     assert (outcome.failed, outcome.stopped, outcome.finished) == (0, None, outcome.planned)
-    why = "decodes one sequence at a time, not 2"
+    why = "decodes one sequence at a time, not 2: set batch to 1"
     assert why in estimate.table(estimate.estimate(asked))
     found = {r.cell for r in run.read_trials(outcome.folder)[0]}
     assert "reference-assisted-prompt_lookup/batch=1" in found

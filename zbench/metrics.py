@@ -202,11 +202,13 @@ class Cell:
     @property
     def drafted_depth(self) -> int:
         """The longest path that the engine drafts itself; a tree drafts more tokens than that."""
-        options, drafted = self.record.options, int(self.seen_verifies["drafted"].max())
+        options, verifies = self.record.options, self.seen_verifies
+        drafted = int(verifies["drafted"].max())
         if options.get("depth") or options.get("tokens") is None or self.record.engine == "prompt_lookup":
             return int(options.get("depth") or drafted)
         block = options.get("block") or options.get("block_size")  # null: the drafter's, which the record does not say
-        return min(drafted, block - 1 if block else int(self.seen_verifies["accepted"].max()))
+        seen = verifies["accepted"].where(~verifies["looked_up"], 0).max()
+        return min(drafted, block - 1 if block else int(seen))
 
     @property
     def pairs(self) -> pd.DataFrame:
@@ -651,18 +653,17 @@ def diffusion_canvas_positions(cell: Cell) -> Estimate:
 @metric(
     "break_even_acceptance",
     "tokens",
-    "median decode step of this (mean, where some steps verify no drafts) / of the autoregressive baseline, same "
-    "prompts and repeat; geometric mean over pairs. A step that gains fewer tokens makes the engine net-negative",
+    "median decode step of this / of the autoregressive baseline (mean / mean, where some steps have no drafts or look "
+    "them up), same prompts and repeat; geometric mean over pairs. A step that gains fewer tokens makes the engine "
+    "net-negative",
     "lower",
 )
 def break_even_acceptance(cell: Cell) -> Estimate:
     gained = acceptance_length(cell)["micro"] if cell.always_drafts else tokens_per_forward(cell)
     baseline = _autoregressive_baseline(cell)
-    usual = ("median" if cell.always_drafts else "mean", "median")
-    times = [
-        c.decode_steps.groupby(["group", "repeat"])["seconds"].agg(how)
-        for c, how in zip((cell, baseline), usual, strict=True)
-    ]
+    alike = cell.always_drafts and not cell.seen_verifies["looked_up"].any()
+    usual = "median" if alike else "mean"
+    times = [c.decode_steps.groupby(["group", "repeat"])["seconds"].agg(usual) for c in (cell, baseline)]
     pairs = pd.concat(times, axis=1, keys=["mine", "theirs"], join="inner")
     if pairs.empty:
         raise Unavailable("no prompts succeeded both here and in the baseline")

@@ -155,7 +155,8 @@ def prepare(
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
         points.append(Point(at, cells, tokenizer, device, shared, batches, warmup, member))
     if all(cell.absent for point in points for cell in point.cells):
-        raise UserError("; ".join(dict.fromkeys(cell.absent for point in points for cell in point.cells)))
+        why = (f"{cell.label}: {cell.absent}" for point in points for cell in point.cells)
+        raise UserError("; ".join(dict.fromkeys(why)))
     return tuple(points)
 
 

@@ -264,8 +264,9 @@ def missing(name: str) -> str:
 
 def absent(name: str, options: dict[str, Any], batch: int) -> str:
     """Why this engine would not be measured here; "" where it would."""
-    alone = name in ("llama_cpp", "dflash_reference") or (name == "reference" and options["assisted"])
-    return missing(name) or (f"decodes one sequence at a time, not {batch}" if alone and batch > 1 else "")
+    alone = name in ("llama_cpp", "dflash_reference") or (name == "reference" and options.get("assisted"))
+    many = f"decodes one sequence at a time, not {batch}: set batch to 1" if alone and batch > 1 else ""
+    return missing(name) or many
 
 
 _DRAFTERS: dict[str, zoo.Kind] = {"eagle3": "eagle3", "dflash": "dflash", "dflash_reference": "dflash"}

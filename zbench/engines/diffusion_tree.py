@@ -26,6 +26,7 @@ from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, said, verify_tree
+from zbench.errors import UserError
 from zbench.models.adapter import MaskAdapter
 from zbench.models.model import Model
 from zbench.models.rows import Rows
@@ -64,6 +65,8 @@ class DiffusionTree:
         self.shift = adapter.config.shift if adapter else 0
         check_diffusion_tree(tokens, block, self.shift, model.config.vocab, synthetic is not None)
         self.masks = block - self.shift  # of a block
+        if lookup and synthetic:
+            raise UserError("diffusion: lookup copies drafts from the text, and verifies them exactly")
         self.lookup = lookup
         self._longest = max(block, 1 + min(tokens, LONGEST) if lookup else 0)  # rows of an accepted path
         self.proposals = min(tokens + 1 if proposals is None else proposals, tokens + 1)

@@ -99,7 +99,8 @@ def prompt_lookup(options: Mapping[str, Any], target: AnyConfig, batch: int = 1)
 
 
 def looked_up(engine: str, options: Mapping[str, Any], target: AnyConfig) -> Plan | None:
-    """The cheapest step of an engine that finds in the text all that it may; None where it does not look there."""
+    """No more than what an engine's step feeds that finds in the text all that it may, without what a drafter reads or
+    masks besides; None where it does not look there."""
     if not options.get("lookup"):
         return None
     if engine == "diffusion":
