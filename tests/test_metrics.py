@@ -405,6 +405,14 @@ def test_the_positions_of_prompt_lookup_are_those_it_offered(measure: Any) -> No
     assert at == {"1": 0.5, "2": 0.5, **{str(i): 0.0 for i in range(3, 9)}}
 
 
+def test_the_depth_of_a_tree_of_an_unknown_block_is_not_that_of_a_lookup(measure: Any) -> None:
+    looking = {"offered": [16, 10, 16, 16], "looked_up": [False, True, False, False]}
+    of_tree = (cell(), cell("spec", "dflash", options={"block": None, "tokens": 16, "lookup": 2}))
+    rows = measure([trial(), verifying([2, 10, 2, 0], **looking)], of_tree)
+    assert rows["spec", "conditional_at", "2"].value == 1.0
+    assert rows["spec", "conditional_at", "3"].value == 1.0  # only the lookup reached so far and was offered more
+
+
 def test_a_tree_is_not_offered_what_a_longer_lookup_was(measure: Any) -> None:
     """Nodes of a tree are not places of a path: only what was copied may go deeper than the engine drafts."""
     looking = {"offered": [16, 16, 10, 16], "looked_up": [False, False, True, False]}
