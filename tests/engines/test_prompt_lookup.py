@@ -39,7 +39,15 @@ from zbench.engines.dflash import DFlash
 from zbench.engines.diffusion import Diffusion
 from zbench.engines.diffusion_tree import DiffusionTree
 from zbench.engines.eagle3 import Eagle3
-from zbench.engines.prompt_lookup import LONGEST, PER_MATCHED, Lookup, PromptLookup, continued, kept_chances, proposed
+from zbench.engines.prompt_lookup import (
+    LONGEST_LOOKUP,
+    PER_MATCHED,
+    Lookup,
+    PromptLookup,
+    continued,
+    kept_chances,
+    proposed,
+)
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.kernels import cpu
@@ -82,7 +90,7 @@ def by_hand(text: Sequence[int], match: int, tokens: int) -> list[int]:
     best, found = 0, 0
     for place in range(1, len(text)):
         length = 0
-        while length < min(place, LONGEST) and text[place - 1 - length] == text[-1 - length]:
+        while length < min(place, LONGEST_LOOKUP) and text[place - 1 - length] == text[-1 - length]:
             length += 1
         if length and length >= best:
             best, found = length, place

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zbench.engines.base import PREFILL_ROWS, Generated, Meter, Request, State, Step, generate, new_state, prefill
-from zbench.engines.plans import check_dflash_tree
-from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
+from zbench.engines.plans import LONGEST_LOOKUP, check_dflash_tree
+from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, padded_rows, said, verify_rows
@@ -66,7 +66,9 @@ class DFlash:
             check_dflash_tree(tokens, self.block, drafter.config.body.vocab, draft_sampling, synthetic is not None)
             self.tree = BlockTree(self.block - 1, tokens, model.device, whole=synthetic is not None)
         self.lookup, self._drafts = lookup, self.block - 1 if tokens is None else tokens
-        self._longest = max(self.block, 1 + min(self._drafts, LONGEST) if lookup else 0)  # rows of an accepted path
+        self._longest = max(
+            self.block, 1 + min(self._drafts, LONGEST_LOOKUP) if lookup else 0
+        )  # rows of an accepted path
         self._capture = sorted(drafter.config.taps)
         self.exact = None if synthetic or draft_sampling else True
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}

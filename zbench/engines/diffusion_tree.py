@@ -21,8 +21,8 @@ from torch import Tensor
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state
 from zbench.engines.diffusion import prefill_and_draft, run_head
-from zbench.engines.plans import ONE_HEAD_ROWS, check_diffusion_tree
-from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
+from zbench.engines.plans import LONGEST_LOOKUP, ONE_HEAD_ROWS, check_diffusion_tree
+from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, said, verify_tree
@@ -68,7 +68,7 @@ class DiffusionTree:
         if lookup and synthetic:
             raise UserError("diffusion: lookup copies drafts from the text, and verifies them exactly")
         self.lookup = lookup
-        self._longest = max(block, 1 + min(tokens, LONGEST) if lookup else 0)  # rows of an accepted path
+        self._longest = max(block, 1 + min(tokens, LONGEST_LOOKUP) if lookup else 0)  # rows of an accepted path
         self.proposals = min(tokens + 1 if proposals is None else proposals, tokens + 1)
         self.synthetic, self.exact = synthetic, None if synthetic else True
         self.kernels = {**model.kernels, **kernels(model.device)}

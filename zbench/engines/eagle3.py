@@ -16,8 +16,8 @@ from torch import Tensor
 
 from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
-from zbench.engines.plans import eagle3_tokens
-from zbench.engines.prompt_lookup import LONGEST, Lookup, proposed
+from zbench.engines.plans import LONGEST_LOOKUP, eagle3_tokens
+from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, gather_rows, kernels, padded_rows, said, verify_rows
@@ -111,7 +111,7 @@ class Eagle3:
             raise UserError("eagle3: lookup copies drafts from the text, so that none are drawn")
         self.depth, self.top_k, self.beam, self.tokens, self.synthetic = depth, top_k, beam, tokens, synthetic
         self.confidence, self.lookup = confidence, lookup
-        self._longest = max(depth, min(tokens, LONGEST) if lookup else 0) + 1  # rows of an accepted path
+        self._longest = max(depth, min(tokens, LONGEST_LOOKUP) if lookup else 0) + 1  # rows of an accepted path
         self.kernels = {**model.kernels, **drafter.kernels, **kernels(model.device)}
         self.exact = None if synthetic else True
         self._capture = tuple(sorted(drafter.config.taps))

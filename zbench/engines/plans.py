@@ -25,6 +25,7 @@ from zbench.records import Role
 # Up to so many rows of all sequences the head of a diffusion engine runs on all of them at once: else it reads its
 # weights twice to save arithmetic. On 2 CPU cores a step of 8 rows gains 15% by it, one of 20 rows 4%, one of 32 none.
 ONE_HEAD_ROWS = 16
+LONGEST_LOOKUP = 32  # tokens of a match that are compared, and that are drafted at most; options ask for no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def looked_up(engine: str, options: Mapping[str, Any], target: AnyConfig) -> Pla
         tokens = options["tokens"] or options["block_size"] - 1
     else:
         tokens = plan(engine, options, target).forwards[-1].rows - 1
-    return prompt_lookup({"tokens": min(tokens, 32)}, target)
+    return prompt_lookup({"tokens": min(tokens, LONGEST_LOOKUP)}, target)
 
 
 def eagle3(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Plan:

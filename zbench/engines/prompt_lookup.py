@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
-from zbench.engines.verify import commit_path, kernels, said, verify_rows
+from zbench.engines.plans import LONGEST_LOOKUP
+from zbench.engines.verify import commit_path, kernels, padded_rows, said, verify_rows
 from zbench.kernels import cpu
 from zbench.models.cache import on_device
 from zbench.models.model import Model
 from zbench.models.rows import Rows
 from zbench.models.trees import tree_rows
 
-LONGEST = 32  # tokens of a match that are compared, and that are drafted at most; no option asks for a longer match
 LATEST = 1024  # places of two tokens or more, of which longer matches are looked for: bounds the time on any text
 PER_MATCHED = 2  # drafts for every token that matched: SuffixDecoding's alpha; 1 gained less on the sets of docs/zoo.md
 KEPT = 0.75  # about how often a looked-up draft is right if the one before it was; says where blocks of masks may pay
@@ -35,11 +35,11 @@ KEPT = 0.75  # about how often a looked-up draft is right if the one before it w
 class Lookup:
     """What may follow in a batch of `prompts`, each continued by up to `limit` tokens.
 
-    Drafts are found where at least the last `match` tokens stood before, and are at most `tokens`, or LONGEST.
+    Drafts are found where at least the last `match` tokens stood before, and are at most `tokens`, or LONGEST_LOOKUP.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], limit: int, match: int, tokens: int) -> None:
-        self._match, self._tokens = match, min(tokens, LONGEST)
+        self._match, self._tokens = match, min(tokens, LONGEST_LOOKUP)
         self._texts = [np.empty(len(prompt) + limit, np.int64) for prompt in prompts]
         self._sizes = [len(prompt) for prompt in prompts]
         self._prompts = [len(prompt) for prompt in prompts]
@@ -66,9 +66,10 @@ def continued(text: npt.NDArray[np.int64], match: int, tokens: int) -> list[int]
     """
     ends = np.flatnonzero(text[:-1] == text[-1])
     length = min(1, len(ends))
-    if length and np.array_equal(text[-LONGEST:], text[: ends[-1] + 1][-LONGEST:]):  # text that repeats itself: all fit
-        ends, length = ends[-1:], LONGEST
-    while 0 < length < LONGEST:
+    # Text that repeats itself fits as far as is compared, and need not be asked step by step.
+    if length and np.array_equal(text[-LONGEST_LOOKUP:], text[: ends[-1] + 1][-LONGEST_LOOKUP:]):
+        ends, length = ends[-1:], LONGEST_LOOKUP
+    while 0 < length < LONGEST_LOOKUP:
         longer = ends[ends >= length]
         longer = longer[text[longer - length] == text[-1 - length]]
         if not len(longer):
@@ -136,13 +137,9 @@ def _chains(found: Sequence[Sequence[int]], state: State, others: Rows | None) -
     parents = torch.where(above < count, above, -1)
     if others is not None:
         longest = max(ids.shape[1], others.ids.shape[1])
-        ids = torch.where(count > 0, _padded(ids, longest), _padded(others.ids, longest))
-        parents = torch.where(count > 0, _padded(parents, longest, -1), _padded(others.parents, longest, -1))
+        ids = torch.where(count > 0, padded_rows(ids, longest), padded_rows(others.ids, longest))
+        parents = torch.where(count > 0, padded_rows(parents, longest, -1), padded_rows(others.parents, longest, -1))
     return tree_rows(ids, lengths, parents, ids.shape[1] - 1)
-
-
-def _padded(rows: Tensor, count: int, value: int = 0) -> Tensor:
-    return F.pad(rows, (0, count - rows.shape[1]), value=value)
 
 
 @dataclass(slots=True)

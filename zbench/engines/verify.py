@@ -138,12 +138,12 @@ def gather_rows(features: Sequence[Tensor], index: Tensor) -> list[Tensor]:
     return [feature[sequence, index] for feature in features]
 
 
-def padded_rows(rows: Tensor, count: int) -> Tensor:
-    """[B, R, ...] -> its first `count` rows, or all and zeros behind them."""
+def padded_rows(rows: Tensor, count: int, value: int = 0) -> Tensor:
+    """[B, R, ...] -> its first `count` rows, or all and `value` behind them: [B, count, ...]."""
     missing = count - rows.shape[1]
     if missing <= 0:
         return rows[:, :count]
-    return torch.cat([rows, rows.new_zeros(len(rows), missing, *rows.shape[2:])], 1)
+    return torch.cat([rows, rows.new_full((len(rows), missing, *rows.shape[2:]), value)], 1)
 
 
 def _verify(logits: Tensor, drafts: Drafts, sampler: Sampler, first: Tensor, mix: Mix | None = None) -> Verdict:
