@@ -35,7 +35,7 @@ LIGHT += [
     "models.attention",
 ]
 LIGHT += ["checks", "imported", "importers", "codejudge", "compare", "models.shard"]
-LIGHT += ["report.compare", "report.kernels", "report.scaling"]
+LIGHT += ["report.compare", "report.kernels", "report.scaling", "report.tuning"]
 LIGHT += ["telemetry", "hardware.telemetry", "report.telemetry", "trace"]
 HEAVY = ("torch", "transformers")
 

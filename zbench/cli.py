@@ -50,6 +50,7 @@ def main() -> None:
       zbench run scenarios/quickstart.yaml           measure, then write a report
       zbench run scenarios/quickstart.yaml --dry-run what would be measured, with time and memory
       zbench run scenarios/quickstart.yaml --resume  finish the newest interrupted run
+      zbench tune scenarios/quickstart.yaml          the fastest setting of each engine, on this device
       zbench serve scenarios/endpoint.yaml           only start the server that a scenario names
       zbench gate RUN --baseline last                is it worse than the run before?
       zbench history show                            where did a metric change over time?
@@ -259,6 +260,84 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
     for line in pages.headline(folder):
         click.echo(line)
     click.echo(f"projection: {page}")
+
+
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@click.option(
+    "--prompts",
+    type=click.IntRange(min=4),
+    default=16,
+    show_default=True,
+    help="Prompts in all, or as many as there are: half choose settings, half measure what was chosen.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    is_flag=False,
+    flag_value=Path("newest"),
+    help="Finish a tuning's folder; without a value, the newest of this scenario under --out.",
+)
+@click.option("--report/--no-report", default=True, show_default=True, help="Render the last run's report.html.")
+@click.option(
+    "--allow-pickle", is_flag=True, help="Read a drafter that exists as a pickle only (weights only, no code is run)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout; progress goes to stderr.")
+def tune(
+    scenario: Path,
+    overrides: tuple[str, ...],
+    prompts: int,
+    out: Path,
+    resume: Path | None,
+    report: bool,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Find the fastest setting of every engine of a scenario, on this device: depth, trees, blocks, lookups.
+
+    \b
+    Examples:
+      zbench tune scenarios/quickstart.yaml
+      zbench tune mine.yaml -o batch=8 --prompts 64
+      zbench tune mine.yaml --resume
+
+    An engine that stands in the scenario once is searched through; one with a `sweep`, or several that differ in their
+    settings, are the settings to choose from. The folder gets tuned.yaml, the scenario with what was found in it.
+
+    Exit codes: 0 found, 2 bad input, 5 some engine has no setting that works, 130 interrupted (continue with --resume).
+    """
+    import signal
+
+    from rich.console import Console
+
+    from zbench import scenario as scenarios
+    from zbench import tune as tuning
+
+    wanted = scenarios.load(scenario, overrides)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = tuning.newest(out, wanted) if resume == Path("newest") else resume
+    found = tuning.tune(wanted, out, Console(stderr=True), prompts, folder, allow_pickle)
+    pages = []
+    if report:
+        from zbench.report import render
+
+        pages = [render(found.folder / found.last.folder), render(found.folder)]
+    if as_json:
+        click.echo(found.to_json())
+    else:
+        from zbench.report.tuning import headline
+
+        for line in headline(found.folder):
+            click.echo(line)
+        click.echo(f"scenario: {found.folder / tuning.TUNED}")
+        for page in pages:
+            click.echo(f"report: {page}")
+    if any(one.chosen.error for one in found.found):
+        sys.exit(FAILED_CELLS)
 
 
 @main.command()

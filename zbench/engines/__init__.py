@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zbench.models import zoo
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from zbench.serving.process import Servers
 
 _OF_TORCH = ("eager", "compiled", "graph")
+_Drafter = TypeVar("_Drafter")
 
 
 class Shared:
@@ -42,6 +43,7 @@ class Shared:
         self.model, self.dtype, self.device, self.allow_pickle = model, dtype, device, allow_pickle
         self.team = team or ALONE
         self._targets: dict[str, Model] = {}
+        self._drafters: dict[str, Any] = {}
         self.logs: Path | None = None  # where servers that are started log; None takes a temporary folder
         self.say: Callable[[str], None] = lambda line: None
 
@@ -58,6 +60,16 @@ class Shared:
                 self._targets[execution] = build(self.model, self.dtype, self.device.torch, execution, self.team)
         return self._targets[execution]
 
+    def drafter(self, target: Model, key: Any, make: Callable[[], _Drafter]) -> _Drafter:
+        """What drafts beside `target`: one for all engines that ask with the same key, as those of a sweep do, and one
+        for each where it records graphs, which are of an engine."""
+        if target.graphs:
+            return make()
+        known = repr((target.execution, key))
+        if known not in self._drafters:
+            self._drafters[known] = make()
+        return self._drafters[known]
+
     def prepared(self) -> tuple[PreparationRecord, ...]:
         """What the targets, and drafters beside them, had to compile or record since last asked."""
         found = []
@@ -69,6 +81,7 @@ class Shared:
     def release(self) -> None:
         """Let go of what was loaded onto the device; it is loaded again when asked for."""
         self._targets.clear()
+        self._drafters.clear()
         self.__dict__.pop("transformers", None)
         if "servers" in self.__dict__:
             self.servers.stop()
@@ -124,18 +137,23 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.models import eagle3
 
     chosen, target = options["drafter"], shared.target(options.get("execution", "auto"))
-    if chosen.get("random"):
-        size = {"draft_vocab": chosen["vocab"]} if chosen["vocab"] else {}
-        checkpoint = eagle3.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
-    else:
-        checkpoint = eagle3.load_drafter(_drafter_folder(chosen, "eagle3"), target.config, shared.allow_pickle)
+
+    def load() -> tuple[eagle3.Eagle3Drafter, str]:
+        if chosen.get("random"):
+            size = {"draft_vocab": chosen["vocab"]} if chosen["vocab"] else {}
+            checkpoint = eagle3.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
+        else:
+            checkpoint = eagle3.load_drafter(_drafter_folder(chosen, "eagle3"), target.config, shared.allow_pickle)
+        # With a confidence the host is asked at every level, which no graph can.
+        graphs = target.graphs.beside() if target.graphs and not options["confidence"] else None
+        stored = (checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device)
+        return eagle3.Eagle3Drafter(*stored, graphs=graphs), checkpoint.hash or checkpoint.source
+
+    drafter, weights = shared.drafter(target, chosen, load)
     drawn = options["synthetic"]
-    # With a confidence the host is asked at every level, which no graph can.
-    graphs = target.graphs.beside() if target.graphs and not options["confidence"] else None
-    stored = (checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device)
     engine = Eagle3(
         target,
-        eagle3.Eagle3Drafter(*stored, graphs=graphs),
+        drafter,
         options["depth"],
         options["top_k"],
         options["tokens"],
@@ -144,7 +162,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
         options["beam"],
         options["lookup"],
     )
-    engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
+    engine.kernels["drafter_weights"] = weights
     return engine
 
 
@@ -154,25 +172,31 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.models import dflash
 
     chosen, target = options["drafter"], shared.target(options.get("execution", "auto"))
-    if chosen.get("random"):
-        size = {"layers": chosen["layers"]} if chosen["layers"] else {}
-        checkpoint = dflash.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
-    else:
-        checkpoint = dflash.load_drafter(_drafter_folder(chosen, "dflash"), target.config, shared.allow_pickle)
-    if options["draft_vocab"]:
-        checkpoint = dflash.reduced(checkpoint, target.config, shared.model.tensors, options["draft_vocab"])
-    block = options["block"] or checkpoint.config.block
+
+    def load() -> tuple[dflash.DFlashDrafter, str]:
+        if chosen.get("random"):
+            size = {"layers": chosen["layers"]} if chosen["layers"] else {}
+            checkpoint = dflash.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
+        else:
+            checkpoint = dflash.load_drafter(_drafter_folder(chosen, "dflash"), target.config, shared.allow_pickle)
+        if options["draft_vocab"]:
+            checkpoint = dflash.reduced(checkpoint, target.config, shared.model.tensors, options["draft_vocab"])
+        drafter = dflash.DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
+        return drafter, checkpoint.hash or checkpoint.source
+
+    drafter, weights = shared.drafter(target, (chosen, options["draft_vocab"]), load)
+    block = options["block"] or drafter.config.block
     drawn = options["synthetic"]
     engine = DFlash(
         target,
-        dflash.DFlashDrafter(checkpoint.config, checkpoint.tensors, target),
+        drafter,
         block,
         options["draft_sampling"],
         synthetic.parse(drawn, block - 1) if drawn else None,
         options["tokens"],
         options["lookup"],
     )
-    engine.kernels["drafter_weights"] = checkpoint.hash or checkpoint.source
+    engine.kernels["drafter_weights"] = weights
     return engine
 
 
@@ -185,13 +209,19 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.models.config import ModelConfig
 
     target, chosen, block = shared.target(options.get("execution", "auto")), options["adapter"], options["block_size"]
-    config, drawn, adapter = target.config, options["synthetic"], None
-    if chosen and isinstance(config, ModelConfig):
+    config, drawn, adapter, weights = target.config, options["synthetic"], None, ""
+
+    def load(config: ModelConfig) -> tuple[adapters.MaskAdapter, str]:
         if chosen.get("random"):
             checkpoint = adapters.random_adapter(config, chosen["seed"], chosen["rank"], block, shared.dtype)
         else:
             checkpoint = adapters.load_adapter(_drafter_folder(chosen, "adapter"), config)
-        adapter = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device, shared.team.shard)
+        loaded = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device, shared.team.shard)
+        return loaded, checkpoint.hash or checkpoint.source
+
+    if chosen and isinstance(config, ModelConfig):
+        key = (chosen, block if chosen.get("random") else None)  # a random one has as many masks as it is asked for
+        adapter, weights = shared.drafter(target, key, lambda: load(config))
     mask_id = _mask_id(options, config)
     threshold = 0.9 if options["threshold"] is None else options["threshold"]
     engine: Engine
@@ -218,7 +248,7 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
             lookup=options["lookup"],
         )
     if adapter is not None:
-        engine.kernels["mask_adapter"] = checkpoint.hash or checkpoint.source
+        engine.kernels["mask_adapter"] = weights
     return engine
 
 

@@ -15,17 +15,20 @@ def render(run_folder: Path) -> Path:
     """Write `report.html`, `metrics.csv`, `metrics.json` and `figures/` into the run folder; return the HTML's path.
     Where decoders of others were measured too, `peers.md` has their table.
 
-    The folder of a projection gets `projection.html` and its figures instead, that of a run of kernels `kernels.html`.
+    The folder of a projection gets `projection.html` and its figures instead, that of a run of kernels `kernels.html`,
+    that of a tuning `tune.html`.
     The HTML is self-contained. Rendering twice gives identical bytes. Raises UserError when the folder is none of
     these, or cannot be written.
     """
-    from zbench.records import KERNELS
-    from zbench.report import kernels, projection
+    from zbench.records import KERNELS, TUNE
+    from zbench.report import kernels, projection, tuning
 
     if (Path(run_folder) / projection.PROJECTION).exists():
         return projection.render(Path(run_folder))
     if (Path(run_folder) / KERNELS).exists():
         return kernels.render(Path(run_folder))
+    if (Path(run_folder) / TUNE).exists():
+        return tuning.render(Path(run_folder))
     from zbench.cache import atomic_write
     from zbench.metrics import load_run
     from zbench.report import export, figures, html, peers, scaling, sweeps, telemetry
