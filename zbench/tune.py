@@ -299,7 +299,7 @@ def _setting(engine: EngineSpec) -> str:
     """In words: the first option, and every other that is not as usual."""
     fields = type(engine).model_fields
     words = [
-        f"{key} {'as usual' if value is None else value}"
+        f"its own {key}" if value is None else f"{key} {value}"
         for place, (key, value) in enumerate(_options(engine).items())
         if place == 0 or value != fields[key].default
     ]

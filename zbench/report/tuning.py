@@ -164,9 +164,11 @@ def _figure(found: Data, settings: Sequence[tuple[str, Sequence[Data | None]]]) 
         axes.set(ylim=(len(shown) - 0.4, -0.75), yticks=[], xlabel="times as fast as plain decoding")
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
+        background = {"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85}
         for row, (setting, tried) in enumerate(shown):
-            own = " (the scenario’s)" if setting == given else ""
-            axes.text(0, row - 0.36, f"{setting}{own}", transform=axes.get_yaxis_transform(), va="center", fontsize=6.5)
+            name = f"{setting} (the scenario’s)" if setting == given else setting
+            style: dict[str, Any] = {"va": "center", "fontsize": 6.5, "bbox": background}
+            axes.text(0, row - 0.36, name, transform=axes.get_yaxis_transform(), **style)
             for index, each in enumerate(tried):
                 if not each or each["speedup"]["value"] is None:
                     continue
