@@ -282,7 +282,9 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
     flag_value=Path("newest"),
     help="Finish a tuning's folder; without a value, the newest of this scenario under --out.",
 )
-@click.option("--report/--no-report", default=True, show_default=True, help="Render the last run's report.html.")
+@click.option(
+    "--report/--no-report", default=True, show_default=True, help="Render tune.html and the last run's report.html."
+)
 @click.option(
     "--allow-pickle", is_flag=True, help="Read a drafter that exists as a pickle only (weights only, no code is run)."
 )
@@ -302,11 +304,12 @@ def tune(
     \b
     Examples:
       zbench tune scenarios/quickstart.yaml
-      zbench tune mine.yaml -o batch=8 --prompts 64
+      zbench tune mine.yaml -o 'matrix={batch: [1, 4, 16]}' --prompts 128
       zbench tune mine.yaml --resume
 
     An engine that stands in the scenario once is searched through; one with a `sweep`, or several that differ in their
-    settings, are the settings to choose from. The folder gets tuned.yaml, the scenario with what was found in it.
+    settings, are the settings to choose from. Every point of a matrix is tuned for itself. The folder gets tuned.yaml,
+    the scenario with what was found in it.
 
     Exit codes: 0 found, 2 bad input, 5 some engine has no setting that works, 130 interrupted (continue with --resume).
     """
@@ -317,15 +320,14 @@ def tune(
     from zbench import scenario as scenarios
     from zbench import tune as tuning
 
-    wanted = scenarios.load(scenario, overrides)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    folder = tuning.newest(out, wanted) if resume == Path("newest") else resume
-    found = tuning.tune(wanted, out, Console(stderr=True), prompts, folder, allow_pickle)
+    wanted = scenarios.load(scenario, overrides)
+    found = tuning.tune(wanted, out, Console(stderr=True), prompts, resume, allow_pickle)
     pages = []
     if report:
         from zbench.report import render
 
-        pages = [render(found.folder / found.last.folder), render(found.folder)]
+        pages = [render(found.folder / point.last.folder) for point in found.points] + [render(found.folder)]
     if as_json:
         click.echo(found.to_json())
     else:
@@ -333,10 +335,11 @@ def tune(
 
         for line in headline(found.folder):
             click.echo(line)
-        click.echo(f"scenario: {found.folder / tuning.TUNED}")
+        for point in found.points:
+            click.echo(f"scenario: {found.folder / point.tuned}")
         for page in pages:
             click.echo(f"report: {page}")
-    if any(one.chosen.error for one in found.found):
+    if any(one.chosen.error for point in found.points for one in point.found):
         sys.exit(FAILED_CELLS)
 
 

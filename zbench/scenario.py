@@ -1078,7 +1078,7 @@ class Scenario(_Strict):
     @classmethod
     def _have_distinct_labels(cls, engines: tuple[EngineSpec, ...]) -> tuple[EngineSpec, ...]:
         for one, other in itertools.combinations((engine.title for engine in engines), 2):
-            if _slug(one) == _slug(other):
+            if slug(one) == slug(other):
                 raise ValueError(f"labels {one!r} and {other!r} are too alike; give one of the engines another label")
         return engines
 
@@ -1219,10 +1219,24 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-5 for text; nobody who writes it means that.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """What `_Loader` reads as it was."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _kind in (_Loader, _Dumper):
+    # YAML 1.1, which PyYAML reads, takes 1e-5 for text; nobody who writes it means that.
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def to_yaml(scenario: Scenario) -> str:
+    """What `load` reads as the same scenario; defaults that were not written are left out."""
+    data = scenario.model_dump(mode="json", exclude_unset=True)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _parse(text: str, source: str) -> _Document:
@@ -1608,7 +1622,7 @@ def _cells(at: Scenario, point: dict[str, Any]) -> tuple[CellRecord, ...]:
     place = ",".join(f"{axis}={_value_slug(value)}" for axis, value in sorted(point.items()))
     return tuple(
         CellRecord(
-            id=f"{_slug(engine.title)}/{place}" if place else _slug(engine.title),
+            id=f"{slug(engine.title)}/{place}" if place else slug(engine.title),
             label=engine.title,
             engine=engine.name,
             options=engine.options,
@@ -1628,15 +1642,16 @@ def _cells(at: Scenario, point: dict[str, Any]) -> tuple[CellRecord, ...]:
     )
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A label within an id; labels that share one are too alike for one scenario."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
 def _value_slug(value: Any) -> str:
     """A value within an id. What does not survive as it is gets a piece of its hash, so that ids stay unique."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    slug = _slug(text)[:40]
-    return slug if slug == text else f"{slug}-{_digest(text)[:6]}"
+    short = slug(text)[:40]
+    return short if short == text else f"{short}-{_digest(text)[:6]}"
 
 
 def _digest(value: Any) -> str:

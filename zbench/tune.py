@@ -11,17 +11,16 @@ plain decoding. Every round is a run folder like any other.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -29,15 +28,18 @@ import zbench
 from zbench import engines, metrics, prompts, ranks, scenario
 from zbench import run as runner
 from zbench.cache import atomic_write, new_folder
+from zbench.engines import plans
 from zbench.errors import UserError
 from zbench.hardware import projection
 from zbench.metrics import Cell
+from zbench.models.families import AnyConfig
 from zbench.prompts import Prompt
-from zbench.records import TUNE, TUNE_VERSION
-from zbench.scenario import EngineSpec, PromptSpec, Scenario
+from zbench.records import MANIFEST, TUNE, TUNE_VERSION, read_manifest
+from zbench.scenario import EngineSpec, Scenario
 from zbench.stats import Estimate
 
 TUNED, _REQUEST = "tuned.yaml", "request.json"
+NEWEST = Path("newest")  # to resume: the last tuning of the same scenario, options and prompts
 PLAIN = "autoregressive"  # what every setting is compared with
 FEWEST = 4  # batches of prompts in all: no half of fewer than two can say anything
 _FIRST = 4  # batches of a round, at the least, where the half that chooses has as many
@@ -118,6 +120,7 @@ class Tried:
     options: Options  # those of `SPACES`
     speedup: Estimate  # over plain decoding
     tokens_per_forward: Estimate
+    caveats: tuple[str, ...]  # what its acceptance is not, see `metrics.caveats`
     kept: bool = False
     error: str = ""
 
@@ -140,18 +143,50 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
-    folder: Path
-    device: str
+class Point:
+    """What was found at one point of the matrix. Paths are within the tuning's folder."""
+
+    at: Options  # the axes and their values; empty where there is no matrix
+    tuned: str  # the scenario of this point with what was found
     choosing: int  # prompts
     rounds: tuple[Round, ...]
     last: Round  # on prompts that chose nothing
     found: tuple[Found, ...]
 
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    folder: Path
+    device: str
+    points: tuple[Point, ...]
+
     def to_json(self) -> str:
         facts = {"schema_version": TUNE_VERSION, "zbench_version": zbench.__version__}
-        paths = {"folder": str(self.folder), "tuned": str(self.folder / TUNED)}
-        return json.dumps(facts | asdict(self) | paths, indent=1, allow_nan=False)
+        return json.dumps(facts | asdict(self) | {"folder": str(self.folder)}, indent=1, allow_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """What measures at one point: `folder` / `place` gets its runs."""
+
+    at: Scenario  # plain decoding and the engines that are searched, nothing else
+    folder: Path
+    place: str
+    console: Console
+    allow_pickle: bool
+
+    def run(self, name: str, chosen: Sequence[EngineSpec], asked: Sequence[Prompt], **keys: Any) -> metrics.Run:
+        """Plain decoding and these settings, or what is left to measure of them."""
+        within = self.folder / self.place
+        run = _scenario(self.at, name, chosen, _written(within / f"{name}.jsonl", asked), keys)
+        where = f"{self.place}: " if self.place else ""
+        _say(self.console, f"{where}{name}, {len(chosen)} settings on {len(asked)} prompts")
+        # One that was begun is gone on with, or refused where it does not fit: never silently measured again.
+        begun = runner.latest(within, run) if any(within.glob(f"{run.name}-*/{MANIFEST}")) else None
+        outcome = runner.run(run, within, self.console, begun, self.allow_pickle)
+        if outcome.stopped:
+            raise KeyboardInterrupt("" if outcome.interrupted else f"{outcome.stopped}; ")
+        return metrics.load_run(outcome.folder)
 
 
 def tune(
@@ -162,39 +197,71 @@ def tune(
     resume: Path | None = None,
     allow_pickle: bool = False,
 ) -> Tuning:
-    """Search the settings of a scenario's engines on `count` of its prompts, into a folder under `out`.
+    """Search the settings of a scenario's engines at each point of its matrix, on `count` of its prompts, into a folder
+    under `out`, or in the one at `resume` (NEWEST: the last of this scenario and count) what it lacks.
 
     Raises UserError for what cannot be tuned, and KeyboardInterrupt with the words for it: what was measured is kept.
     """
-    at = _point(wanted)
-    searched = groups(at.engines)
+    searched = groups(wanted.engines)
     if not searched:
         raise UserError(f"no engine of {wanted.name} has settings to choose from; {', '.join(SPACES)} have")
     if why := wanted.hardware and projection.elsewhere(wanted):
         raise UserError(f"{why}; tuning measures")
-    if ranks.launched():
-        raise UserError("zbench tune runs in one process: leave torchrun out")
-    choosing, confirming = halves(prompts.load(_limited(at.prompts, count)), at.batch)
-    config = runner.prepare(at, lambda line: None, allow_pickle)[0].shared.model.config
-    folder = _opened(wanted, out, count, resume)
+    whole = [at for at, _ in scenario.points(wanted)]
+    if ranks.launched() or any(at.parallel.ranks > 1 for at in whole):
+        raise UserError("zbench tune runs in one process: leave torchrun and parallel out")
+    plain = _plain(wanted)
+    asked = wanted.model_copy(
+        update={
+            "engines": (plain, *(engine for group in searched for engine in group.given)),
+            "baseline": plain.title,
+            "prompts": wanted.prompts.model_copy(update={"limit": count}),
+        }
+    )
+    places = [(at, cells[0]) for at, cells in scenario.points(asked)]
+    parts = [halves(prompts.load(at.prompts), at.batch) for at, _ in places]
+    prepared = runner.prepare(asked, lambda line: _say(console, line), allow_pickle)  # refuses what no round could run
+    configs = [point.shared.model.config for point in prepared]
+    del prepared
+    request = {
+        "schema": TUNE_VERSION,
+        "scenario": scenario.content_hash(wanted),
+        "prompts": count,
+        "chosen": hashlib.sha256(repr(parts).encode()).hexdigest(),
+    }
+    folder = _opened(out, wanted.name, request, resume)
+    points = list[Point]()
+    try:
+        for at, (bare, cell), (choosing, confirming), config in zip(whole, places, parts, configs, strict=True):
+            bench = _Bench(bare, folder, cell.id.partition("/")[2], console, allow_pickle)
+            points.append(_point(bench, at, searched, cell.point, choosing, confirming, config))
+        device = read_manifest(folder / points[-1].last.folder).environment["device"]["name"]
+        tuning = Tuning(folder, device, tuple(points))
+        atomic_write(folder / TUNE, tuning.to_json())
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(f"{stopped}continue with --resume {folder}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; continue with --resume {folder}") from error
+    return tuning
+
+
+def _point(
+    bench: _Bench,
+    whole: Scenario,
+    searched: Sequence[Group],
+    at: Options,
+    choosing: Sequence[Prompt],
+    confirming: Sequence[Prompt],
+    config: AnyConfig,
+) -> Point:
+    searched = [replace(group, given=tuple(_explicit(e, config) for e in group.given)) for group in searched]
 
     def fits(engine: EngineSpec) -> bool:
         try:
-            engines.check(engine.name, engine.options, config, allow_pickle)
+            engines.check(engine.name, engine.options, config, bench.allow_pickle)
         except UserError:
             return False
         return True
-
-    def measured(name: str, chosen: Sequence[EngineSpec], asked: Sequence[Prompt], **keys: Any) -> metrics.Run:
-        run = _scenario(at, name, chosen, _written(folder / f"{name}.jsonl", asked), keys)
-        console.print(f"{name}: {len(chosen)} settings on {len(asked)} prompts", markup=False, highlight=False)
-        try:
-            outcome = runner.run(run, folder, console, _begun(folder, run), allow_pickle)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"continue with --resume {folder}") from None
-        if outcome.stopped:
-            raise KeyboardInterrupt(f"{outcome.stopped}; continue with --resume {folder}")
-        return metrics.load_run(outcome.folder)
 
     left = {group.title: tuple(_named(group, engine) for engine in group.given) for group in searched}
     seen: dict[str, set[str]] = {title: set() for title in left}
@@ -206,10 +273,10 @@ def tune(
             left[group.title] = _varied(group, left[group.title], changes, fits)
             seen[group.title] |= {engine.title for engine in left[group.title]}
         race = [group for group in searched if len(left[group.title]) > 1]
-        asked = choosing[: _asked(index, total, len(choosing), at.batch)]
+        asked = choosing[: _asked(index, total, len(choosing), bench.at.batch)]
         if not race:
             continue
-        run = measured(f"round-{index + 1}", [e for group in race for e in left[group.title]], asked, repeats=1)
+        run = bench.run(f"round-{index + 1}", [e for group in race for e in left[group.title]], asked, repeats=1)
         tried = list[Tried]()
         for group in race:
             ranked = _ranked(group, left[group.title], run)
@@ -217,73 +284,85 @@ def tune(
             good = [engine for engine, result in ranked if not result.error][:keep]
             left[group.title] = tuple(good) or left[group.title][:1]
             tried += [replace(result, kept=engine in good) for engine, result in ranked]
-        rounds.append(Round(run.path.name, len(asked), tuple(tried)))
+        rounds.append(Round(str(run.path.relative_to(bench.folder)), len(asked), tuple(tried)))
     chosen = {group.title: left[group.title][0] for group in searched}
-    run = measured("tuned", [e for group in searched for e in _last(group, chosen[group.title])], confirming)
+    run = bench.run("tuned", [e for group in searched for e in _last(group, chosen[group.title])], confirming)
     cells = {cell.record.label: cell for cell in run.cells}
     found = tuple(_found(group, chosen[group.title], len(seen[group.title]), cells) for group in searched)
     last = tuple(one for each in found for one in (each.chosen, each.given) if one)
-    device = run.manifest.environment["device"]["name"]
-    tuning = Tuning(folder, device, len(choosing), tuple(rounds), Round(run.path.name, len(confirming), last), found)
-    atomic_write(folder / TUNE, tuning.to_json())
-    atomic_write(folder / TUNED, _tuned(wanted, searched, tuning))
-    return tuning
+    tuned = Path(bench.place) / TUNED
+    atomic_write(bench.folder / tuned, _tuned(whole, searched, found, run.manifest.environment["device"]["name"]))
+    ended = Round(str(run.path.relative_to(bench.folder)), len(confirming), last)
+    return Point(at, str(tuned), len(choosing), tuple(rounds), ended, found)
 
 
-def groups(chosen: Iterable[EngineSpec]) -> tuple[Group, ...]:
-    """The engines that have settings, those together that differ in them alone."""
+def groups(chosen: Sequence[EngineSpec]) -> tuple[Group, ...]:
+    """The lossless engines that have settings, those together that differ in settings alone."""
     found: dict[str, list[EngineSpec]] = {}
     for engine in chosen:
-        if engine.name in SPACES:
+        if engine.name in SPACES and engine.options.get("sampler", "lossless") == "lossless":
             fixed = {key: value for key, value in engine.options.items() if key not in _keys(engine)}
             found.setdefault(json.dumps([engine.name, fixed], sort_keys=True), []).append(engine)
-    titles = [_common(members) for members in found.values()]
-    return tuple(
-        Group(title if titles.count(title) == 1 else f"{title} {titles[: index + 1].count(title)}", tuple(members))
-        for index, (title, members) in enumerate(zip(titles, found.values(), strict=True))
-    )
+    named = list[Group]()
+    for members in found.values():
+        others = [engine.title for engine in chosen if engine not in members] + [PLAIN]
+        taken = {scenario.slug(title) for group in named for title in (group.title, _as_given(group.title))}
+        taken |= {scenario.slug(title) for title in others}
+        words = _common(members)
+        titles = (words if n == 1 else f"{words} {n}" for n in itertools.count(1))
+        free = next(t for t in titles if taken.isdisjoint({scenario.slug(t), scenario.slug(_as_given(t))}))
+        named.append(Group(free, tuple(members)))
+    return tuple(named)
 
 
 def halves(chosen: Sequence[Prompt], batch: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Prompts to choose settings by, and others to measure what was chosen; whole batches, and of every category half.
+    """Prompts to choose settings by, and others to measure what was chosen: half of every category, in whole batches,
+    each category's first before any second one. Of prompts that say the same only the first counts.
 
     Raises UserError where there are too few.
     """
-    categories = list(dict.fromkeys(prompt.category for prompt in chosen))
-    seen, parts = Counter[int](), (list[Prompt](), list[Prompt]())
-    for prompt in chosen:
-        place = categories.index(prompt.category)
-        parts[(place + seen[place]) % 2].append(prompt)
-        seen[place] += 1
-    one, other = (tuple(part[: len(part) // batch * batch]) for part in parts)
+    by_category: dict[str, list[Prompt]] = {}
+    for prompt in {prompt.text: prompt for prompt in reversed(chosen)}.values():
+        by_category.setdefault(prompt.category, []).insert(0, prompt)
+    parts: tuple[list[tuple[int, Prompt]], list[tuple[int, Prompt]]] = ([], [])
+    for members in by_category.values():
+        for place, prompt in enumerate(members):
+            odd = place == len(members) - 1 and place % 2 == 0
+            part = min(parts, key=len) if odd else parts[place % 2]
+            part.append((place // 2, prompt))
+    one, other = ([prompt for _, prompt in sorted(part, key=lambda entry: entry[0])] for part in parts)
+    one, other = (part[: len(part) // batch * batch] for part in (one, other))
     if min(len(one), len(other)) < FEWEST // 2 * batch:
         raise UserError(
             f"{len(chosen)} prompts in batches of {batch} are too few to choose settings by one half and measure them"
-            f" on the other: at least {FEWEST * batch} are needed (--prompts, or another set)"
+            f" on the other: at least {FEWEST * batch} different ones are needed (--prompts, or another set)"
         )
-    return one, other
+    return tuple(one), tuple(other)
 
 
-def newest(out: Path, wanted: Scenario) -> Path:
-    """The newest tuning of this scenario under `out`. Raises UserError where there is none."""
-    found = [path.parent for path in out.glob(f"{wanted.name}-tune-*/{_REQUEST}")]
-    if not found:
-        raise UserError(f"nothing to resume: no tuning of {wanted.name} in {out}")
-    return max(found, key=lambda folder: (folder / _REQUEST).stat().st_mtime)
+def _plain(wanted: Scenario) -> EngineSpec:
+    """Plain decoding as the scenario has it, or as usual."""
+    own = [engine for engine in wanted.engines if engine.name == PLAIN]
+    return next((e for e in own if e.title == wanted.baseline_label), (*own, scenario.ENGINES[PLAIN](name=PLAIN))[0])
 
 
-def _point(wanted: Scenario) -> Scenario:
-    found = scenario.points(wanted)
-    if len(found) > 1:
-        raise UserError(
-            f"{wanted.name} has a matrix of {len(found)} points, and each may have other settings that are best: tune"
-            " them one by one, with -o 'matrix={}' and the point's own -o KEY=VALUE"
-        )
-    return found[0][0]
+def _explicit(engine: EngineSpec, config: AnyConfig) -> EngineSpec:
+    """With the number in place of a null that stands for it, so that no setting is tried under two names."""
+    options, known = engine.options, dict[str, int]()
+    try:
+        if engine.name == "dflash" and options["block"] is None:
+            known["block"] = plans.dflash_drafter(options["drafter"], config).block
+        if engine.name == "eagle3" and options["tokens"] is None and options["top_k"] > 1:
+            vocab = plans.eagle3_drafter(options["drafter"], config).draft_vocab
+            asked = (options["depth"], options["top_k"], None, vocab, options["beam"])
+            known["tokens"] = plans.eagle3_tokens(*asked)
+    except UserError:  # a drafter of the hub
+        return engine
+    return _relabelled(engine, engine.title, known) if known else engine
 
 
-def _limited(spec: PromptSpec, count: int) -> PromptSpec:
-    return spec.model_copy(update={"limit": count})
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _keys(engine: EngineSpec) -> tuple[str, ...]:
@@ -354,7 +433,7 @@ def _asked(index: int, total: int, prompts: int, batch: int) -> int:
 
 
 def _scenario(at: Scenario, name: str, chosen: Sequence[EngineSpec], file: Path, keys: Options) -> Scenario:
-    plain = next((engine for engine in at.engines if engine.name == PLAIN), scenario.ENGINES[PLAIN](name=PLAIN))
+    plain = at.engines[0]
     data = at.model_dump(exclude_unset=True) | {
         "name": f"{at.name[:60]}-{name}",
         "description": f"{at.name}: settings to choose from" if keys else f"{at.name}, tuned",
@@ -377,27 +456,33 @@ def _written(file: Path, chosen: Sequence[Prompt]) -> Path:
     return file
 
 
-def _opened(wanted: Scenario, out: Path, count: int, resume: Path | None) -> Path:
-    """The folder of a new tuning, or of the one to go on with."""
-    asked = {"schema": TUNE_VERSION, "scenario": scenario.content_hash(wanted), "prompts": count}
+def _opened(out: Path, name: str, request: Options, resume: Path | None) -> Path:
+    """The folder of a new tuning, or of the one to go on with; absolute, as the runs within name files of theirs."""
     if resume is None:
-        folder = new_folder(out, f"{wanted.name}-tune")
-        atomic_write(folder / _REQUEST, json.dumps(asked))
+        folder = new_folder(out, f"{name}-tune").resolve()
+        try:
+            atomic_write(folder / _REQUEST, json.dumps(request))
+        except OSError as error:
+            folder.rmdir()
+            raise UserError(f"cannot write {folder}: {error.strerror}; choose another folder with --out") from error
         return folder
+    if resume == NEWEST:
+        found = [path.parent for path in out.glob(f"{name}-tune-*/{_REQUEST}") if _asked_for(path.parent) == request]
+        if not found:
+            raise UserError(f"nothing to resume: no tuning of {name} with these options and prompts in {out}")
+        return max(found, key=lambda folder: (folder / _REQUEST).stat().st_mtime).resolve()
+    before = _asked_for(resume)
+    if before is None:
+        raise UserError(f"{resume} is no tuning that could be resumed")
+    if before != request:
+        raise UserError(f"{resume} tunes another scenario, or has other options or prompts; start a new one")
+    return resume.resolve()
+
+
+def _asked_for(folder: Path) -> Any:
     try:
-        before = json.loads((resume / _REQUEST).read_text(encoding="utf-8"))
+        return json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{resume} is no tuning that could be resumed") from None
-    if before != asked:
-        raise UserError(f"{resume} tunes another scenario, or the same with other options; start a new one")
-    return resume
-
-
-def _begun(folder: Path, run: Scenario) -> Path | None:
-    """The run of this round, where it was begun."""
-    try:
-        return runner.latest(folder, run)
-    except UserError:
         return None
 
 
@@ -413,18 +498,19 @@ def _tried(group: Group, engine: EngineSpec, cell: Cell) -> Tried:
     error = "" if isinstance(speedup.value, float) else speedup.note
     if cell.failed:
         error = cell.failed[0].error or "failed"
-    return Tried(group.title, _setting(engine), _options(engine), speedup, tokens, error=error)
+    caveats = metrics.caveats(cell.record)
+    return Tried(group.title, _setting(engine), _options(engine), speedup, tokens, caveats, error=error)
 
 
 def _last(group: Group, chosen: EngineSpec) -> Iterator[EngineSpec]:
     """What the last run compares of a group: what was found, and the scenario's own setting, where it has one."""
     yield _relabelled(chosen, group.title)
     if _given(group, chosen):
-        yield _relabelled(group.given[0], _as_given(group))
+        yield _relabelled(group.given[0], _as_given(group.title))
 
 
-def _as_given(group: Group) -> str:
-    return f"{group.title} as given"
+def _as_given(title: str) -> str:
+    return f"{title} as given"
 
 
 def _given(group: Group, chosen: EngineSpec) -> bool:
@@ -437,28 +523,27 @@ def _found(group: Group, chosen: EngineSpec, settings: int, cells: dict[str, Cel
     mine = replace(_tried(group, chosen, cell), kept=True)
     if not _given(group, chosen):
         return Found(mine, settings, None, None)
-    own = cells[_as_given(group)]
+    own = cells[_as_given(group.title)]
     over = metrics.evaluate(metrics.METRICS["speedup"], replace(cell, baseline=own))[""]
     return Found(mine, settings, _tried(group, group.given[0], own), over)
 
 
-def _tuned(wanted: Scenario, searched: Sequence[Group], tuning: Tuning) -> str:
+def _tuned(at: Scenario, searched: Sequence[Group], results: Sequence[Found], device: str) -> str:
     """The scenario with what was found in place of what was searched, as YAML."""
-    found = {one.chosen.engine: one.chosen for one in tuning.found}
-    of = {engine.title: group for group in searched for engine in group.given}
-    chosen: dict[str, Options] = {}
-    for engine in wanted.engines:
+    kept = list[EngineSpec]()
+    found = {one.chosen.engine: one.chosen for one in results if not one.chosen.error}
+    of = {engine.title: group for group in searched for engine in group.given if group.title in found}
+    for engine in at.engines:
         group = of.get(engine.title)
-        plain = engine.model_dump(mode="json", exclude_unset=True)
-        if group and not found[group.title].error:
+        if group is None:
+            kept.append(engine)
+        elif engine.title == group.given[0].title:
             options, fields = found[group.title].options, type(engine).model_fields
-            plain = {key: value for key, value in plain.items() if key not in options} | {"label": group.title}
-            plain |= {key: value for key, value in options.items() if value != fields[key].default}
-        chosen.setdefault(group.title if group else engine.title, plain)
-    data = wanted.model_dump(mode="json", exclude_unset=True) | {"engines": list(chosen.values())}
-    if data.get("baseline") in of:
-        data["baseline"] = of[data["baseline"]].title
-    said = (
-        f"# The settings that zbench tune found on {datetime.now():%Y-%m-%d} on {tuning.device}; {TUNE} has them all.\n"
-    )
-    return said + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+            plain = {key: value for key, value in engine.model_dump(exclude_unset=True).items() if key not in options}
+            unusual = {key: value for key, value in options.items() if value != fields[key].default}
+            kept.append(type(engine).model_validate(plain | unusual | {"label": group.title}))
+    update: dict[str, Any] = {"engines": tuple(kept)}
+    if at.baseline in of:
+        update["baseline"] = of[at.baseline].title
+    said = f"# The settings that zbench tune found on {datetime.now():%Y-%m-%d} on {device}; {TUNE} has them all.\n"
+    return said + scenario.to_yaml(at.model_copy(update=update))

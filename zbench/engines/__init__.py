@@ -61,8 +61,8 @@ class Shared:
         return self._targets[execution]
 
     def drafter(self, target: Model, key: Any, make: Callable[[], _Drafter]) -> _Drafter:
-        """What drafts beside `target`: one for all engines that ask with the same key, as those of a sweep do, and one
-        for each where it records graphs, which are of an engine."""
+        """What drafts beside `target`: one for all engines that ask with the same key, as those of a sweep do. Each has
+        its own on a target that runs as graphs, as those that are recorded beside it are of one engine."""
         if target.graphs:
             return make()
         known = repr((target.execution, key))
@@ -149,7 +149,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
         stored = (checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device)
         return eagle3.Eagle3Drafter(*stored, graphs=graphs), checkpoint.hash or checkpoint.source
 
-    drafter, weights = shared.drafter(target, chosen, load)
+    drafter, weights = shared.drafter(target, ("eagle3", chosen), load)
     drawn = options["synthetic"]
     engine = Eagle3(
         target,
@@ -184,7 +184,7 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
         drafter = dflash.DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
         return drafter, checkpoint.hash or checkpoint.source
 
-    drafter, weights = shared.drafter(target, (chosen, options["draft_vocab"]), load)
+    drafter, weights = shared.drafter(target, ("dflash", chosen, options["draft_vocab"]), load)
     block = options["block"] or drafter.config.block
     drawn = options["synthetic"]
     engine = DFlash(
@@ -220,7 +220,11 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
         return loaded, checkpoint.hash or checkpoint.source
 
     if chosen and isinstance(config, ModelConfig):
-        key = (chosen, block if chosen.get("random") else None)  # a random one has as many masks as it is asked for
+        key = (
+            "adapter",
+            chosen,
+            block if chosen.get("random") else None,
+        )  # a random one has as many masks as it is asked for
         adapter, weights = shared.drafter(target, key, lambda: load(config))
     mask_id = _mask_id(options, config)
     threshold = 0.9 if options["threshold"] is None else options["threshold"]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zbench.errors import UserError
 from zbench.records import TUNE, TUNE_VERSION
 from zbench.report import figures
-from zbench.report.figures import DARK, LIGHT, Drawn, Theme
+from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
 from zbench.report.html import Entry, Line, Notes, Table, image, templates
+from zbench.stats import FEW
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,26 +32,8 @@ def render(folder: Path) -> Path:
     """
     from zbench.cache import atomic_write
 
-    run = _read(folder)
-    parts = [(found, _of(run, found["chosen"]["engine"])) for found in run["found"]]
-    drawn = [_figure(found, settings) for found, settings in parts]
-    page = templates().get_template("tuning.html").render(
-        run=run,
-        name=Path(run["folder"]).name,
-        facts=[
-            ("Device", run["device"]),
-            ("Prompts", f"{run['choosing']} to choose by, {run['last']['prompts']} others"),
-        ],
-        answers=answers(run),
-        parts=[
-            {"name": found["chosen"]["engine"], "figure": image(figure), "table": _table(run, found, settings)}
-            for (found, settings), figure in zip(parts, drawn, strict=True)
-        ],
-        runs=[(each["folder"], each["prompts"]) for each in (*run["rounds"], run["last"])],
-    )  # fmt: skip
-    files: dict[str, str | bytes] = {PAGE: page}
-    for figure in drawn:
-        files |= {f"figures/{name}": content for name, content in figure.files().items()}
+    with _understood(folder):
+        files = _files(_read(folder))
     try:
         for name, content in files.items():
             atomic_write(folder / name, content)
@@ -58,9 +42,44 @@ def render(folder: Path) -> Path:
     return folder / PAGE
 
 
+def _files(run: Data) -> dict[str, str | bytes]:
+    across = _across(run)
+    drawn, points = list(across), list[dict[str, Any]]()
+    for point in run["points"]:
+        parts = []
+        for found in point["found"]:
+            settings = _settings(point, found)
+            drawn.append(_tried(point, found, settings, f"settings-{len(drawn)}"))
+            table = _table(point, found, settings)
+            parts.append({"name": found["chosen"]["engine"], "figure": image(drawn[-1]), "table": table})
+        points.append({"label": _label(point), "answers": _said(point), "parts": parts, "tuned": point["tuned"]})
+    page = templates().get_template("tuning.html").render(
+        run=run,
+        name=Path(run["folder"]).name,
+        facts=[("Device", run["device"]), ("Prompts", _prompts(run))],
+        answers=_gains(run),
+        across=[image(figure) for figure in across],
+        points=points,
+        runs=[(each["folder"], each["prompts"]) for p in run["points"] for each in (*p["rounds"], p["last"])],
+    )  # fmt: skip
+    figures = {f"figures/{name}": content for figure in drawn for name, content in figure.files().items()}
+    return {PAGE: page, **figures}
+
+
 def headline(folder: Path) -> list[str]:
     """What was found, one sentence per line."""
-    return answers(_read(folder))
+    with _understood(folder):
+        return answers(_read(folder))
+
+
+@contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, UndefinedError) as error:
+        raise UserError(f"{folder / TUNE}: is damaged ({type(error).__name__}: {error}); tune again") from None
 
 
 def _read(folder: Path) -> Data:
@@ -68,7 +87,6 @@ def _read(folder: Path) -> Data:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         version = found["schema_version"]
-        _ = version != TUNE_VERSION or (found["found"], found["rounds"], found["last"]["prompts"], found["folder"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is not a tuning; make one with `zbench tune`") from None
     if version != TUNE_VERSION:
@@ -77,20 +95,64 @@ def _read(folder: Path) -> Data:
 
 
 def answers(run: Data) -> list[str]:
-    """A sentence for each engine, and what the figures are of."""
-    said = [_answer(found) for found in run["found"]]
-    return [
-        *said,
-        f"Settings were chosen by {run['choosing']} prompts; the ratios are of {run['last']['prompts']} other ones,"
-        " with 95% intervals.",
+    """How each engine's gain moves over the points of a matrix; a sentence for each engine at each; and what they are
+    of."""
+    said = [
+        f"{_label(point)}: {sentence}" if point["at"] else sentence
+        for point in run["points"]
+        for sentence in _said(point)
     ]
+    sure = any(found["chosen"]["speedup"]["low"] is not None for point in run["points"] for found in point["found"])
+    intervals = "with 95% intervals" if sure else f"too few for intervals, which {FEW} batches would have"
+    of = f"Settings were chosen by {_prompts(run, ' prompts; the ratios are of ')} other ones, {intervals}."
+    return [*_gains(run), *said, of]
+
+
+def _prompts(run: Data, between: str = " to choose by, ") -> str:
+    """Of either part, "8 to choose by, 8 others"; a range where points have other numbers."""
+    parts = ([p["choosing"] for p in run["points"]], [p["last"]["prompts"] for p in run["points"]])
+    one, other = (str(min(n)) if min(n) == max(n) else f"{min(n)} to {max(n)}" for n in parts)
+    return f"{one}{between}{other}" + (" others" if between == " to choose by, " else "")
+
+
+def _label(point: Data) -> str:
+    return ", ".join(f"{axis} {value}" for axis, value in point["at"].items())
+
+
+def _gains(run: Data) -> list[str]:
+    """Of several points, one sentence for each engine."""
+    if len(run["points"]) < 2:
+        return []
+    return [
+        f"{engine} at its fastest, over plain decoding: "
+        + ", ".join(f"{_times(ratio)} at {label}" if ratio else f"nothing at {label}" for label, ratio in gains)
+        + "."
+        for engine, gains in _by_engine(run).items()
+    ]
+
+
+def _by_engine(run: Data) -> dict[str, list[tuple[str, Data | None]]]:
+    """Of each engine, what it gains at each point at the setting found there."""
+    found: dict[str, list[tuple[str, Data | None]]] = {}
+    for point in run["points"]:
+        for one in point["found"]:
+            chosen = one["chosen"]
+            ratio = None if chosen["error"] else chosen["speedup"]
+            name = ", ".join([chosen["engine"], *chosen["caveats"]])
+            found.setdefault(name, []).append((_label(point), ratio))
+    return found
+
+
+def _said(point: Data) -> list[str]:
+    return [_answer(found) for found in point["found"]]
 
 
 def _answer(found: Data) -> str:
     chosen, over = found["chosen"], found["over_given"]
     if chosen["error"]:
         return f"{chosen['engine']}: no setting could be measured ({chosen['error']})."
-    best = f"{chosen['engine']} is fastest with {chosen['setting']}, of {found['settings']} settings"
+    name = chosen["engine"] + (f" ({', '.join(chosen['caveats'])})" if chosen["caveats"] else "")
+    best = f"{name} is fastest with {chosen['setting']}, of {found['settings']} settings"
     plain = _compared(chosen["speedup"], "plain decoding")
     own = f"; {_compared(over, 'the scenario’s own setting')}" if over and over["value"] is not None else ""
     return f"{best}: {plain}{own}."
@@ -99,7 +161,7 @@ def _answer(found: Data) -> str:
 def _compared(ratio: Data, other: str) -> str:
     low, high = ratio["low"], ratio["high"]
     if low is not None and low <= 1 <= high:
-        return f"no difference from {other} is shown ({ratio['value']:.2f}×, {low:.2f}–{high:.2f})"
+        return f"no difference from {other} is shown ({_times(ratio)}, {_around(ratio)})"
     return f"{_times(ratio)} as fast as {other}{_around(ratio, ' ({})')}"
 
 
@@ -111,35 +173,41 @@ def _around(ratio: Data, shape: str = "{}") -> str:
     return "" if ratio["low"] is None else shape.format(f"{ratio['low']:.2f}–{ratio['high']:.2f}")
 
 
-def _of(run: Data, engine: str) -> list[tuple[str, list[Data | None]]]:
-    """(setting, what each round and the last run said of it), those that came furthest first, by speed."""
-    rounds = [*run["rounds"], run["last"]]
-    found: dict[str, list[Data | None]] = {}
+def _settings(point: Data, found: Data) -> list[tuple[str, list[Data | None]]]:
+    """(setting, what each round and the last run said of it), the chosen one first, then by how far they came and how
+    fast they were there."""
+    rounds = [*point["rounds"], point["last"]]
+    chosen = found["chosen"]
+    results: dict[str, list[Data | None]] = {}
     for index, each in enumerate(rounds):
         for tried in each["tried"]:
-            if tried["engine"] == engine:
-                found.setdefault(tried["setting"], [None] * len(rounds))[index] = tried
-    chosen = next(one["chosen"]["setting"] for one in run["found"] if one["chosen"]["engine"] == engine)
+            if tried["engine"] == chosen["engine"]:
+                results.setdefault(tried["setting"], [None] * len(rounds))[index] = tried
 
     def rank(entry: tuple[str, list[Data | None]]) -> tuple[bool, int, float]:
-        setting, results = entry
-        choosing = [(index, each) for index, each in enumerate(results[:-1]) if each]
-        last, tried = choosing[-1] if choosing else (-1, results[-1])
-        return setting != chosen, -last, -float((tried and tried["speedup"]["value"]) or 0)
+        setting, said = entry
+        last, tried = max(
+            ((index, each) for index, each in enumerate(said[:-1]) if each), default=(-1, None), key=_first
+        )
+        return setting != chosen["setting"], -last, -float((tried and tried["speedup"]["value"]) or 0)
 
-    return sorted(found.items(), key=rank)
+    return sorted(results.items(), key=rank)
 
 
-def _table(run: Data, found: Data, settings: Sequence[tuple[str, Sequence[Data | None]]]) -> Table:
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]
+
+
+def _table(point: Data, found: Data, settings: Sequence[tuple[str, Sequence[Data | None]]]) -> Table:
     headings = [
-        *(f"Round {index + 1}, {each['prompts']} prompts" for index, each in enumerate(run["rounds"])),
-        f"{run['last']['prompts']} other prompts",
+        *(f"Round {index + 1}, {each['prompts']} prompts" for index, each in enumerate(point["rounds"])),
+        f"{point['last']['prompts']} other prompts",
         "Tokens per forward",
     ]
-    lines = []
+    notes, lines = Notes(), []
     for setting, results in settings:
         entries = [
-            Entry(heading, _times(tried["speedup"]), _around(tried["speedup"]))
+            Entry(heading, _times(tried["speedup"]), _around(tried["speedup"]), notes.mark(tried["speedup"]["note"]))
             if tried and tried["speedup"]["value"] is not None
             else Entry(heading, "failed" if tried else "–", wrong=bool(tried))
             for heading, tried in zip(headings, results, strict=False)
@@ -150,11 +218,11 @@ def _table(run: Data, found: Data, settings: Sequence[tuple[str, Sequence[Data |
         what = "chosen" if setting == found["chosen"]["setting"] else ""
         if found["given"] and setting == found["given"]["setting"]:
             what = "the scenario’s own"
-        lines.append(Line(setting, entries, what, last["error"]))
-    return Table(headings, lines, Notes().listed())
+        lines.append(Line(setting, entries, ", ".join(filter(None, (what, *last["caveats"]))), last["error"]))
+    return Table(headings, lines, notes.listed())
 
 
-def _figure(found: Data, settings: Sequence[tuple[str, Sequence[Data | None]]]) -> Drawn:
+def _tried(point: Data, found: Data, settings: Sequence[tuple[str, Sequence[Data | None]]], file: str) -> Drawn:
     engine = found["chosen"]["engine"]
     given = found["given"]["setting"] if found["given"] else None
     shown = [entry for index, entry in enumerate(settings) if index < DRAWN or entry[0] == given]
@@ -196,6 +264,37 @@ def _figure(found: Data, settings: Sequence[tuple[str, Sequence[Data | None]]]) 
     svg, png = figures.saved(
         {theme.name: figures.painted(theme, 0.55 + 0.36 * len(shown), paint) for theme in (LIGHT, DARK)}
     )
-    return Drawn(
-        figures.file_name("settings", engine), engine, caption, f"Settings of {engine}: {words}.", "results", svg, png
-    )
+    label = _label(point)
+    where = f" at {label}" if label else ""
+    caveat = f" With {' and '.join(found['chosen']['caveats'])}." if found["chosen"]["caveats"] else ""
+    return Drawn(file, engine, caption + caveat, f"Settings of {engine}{where}: {words}.", "results", svg, png)
+
+
+def _across(run: Data) -> list[Drawn]:
+    """Of several points: what each engine gains at each, at the setting that is fastest there."""
+    gains, labels = _by_engine(run), [_label(point) for point in run["points"]]
+    if len(labels) < 2:
+        return []
+    named = {axis for point in run["points"] for axis in point["at"]}
+    names = [str(next(iter(p["at"].values()))) for p in run["points"]] if len(named) == 1 else labels
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        for index, (engine, ratios) in enumerate(gains.items()):
+            colour, marker = theme.series[index % len(theme.series)], MARKERS[index % len(MARKERS)]
+            aside = 0.06 * (index - (len(gains) - 1) / 2)
+            known = [(labels.index(label) + aside, ratio) for label, ratio in ratios if ratio]
+            for place, ratio in known:
+                if ratio["low"] is not None:
+                    axes.plot([place, place], [ratio["low"], ratio["high"]], color=colour, lw=1.2, alpha=0.6)
+            places, values = [place for place, _ in known], [ratio["value"] for _, ratio in known]
+            axes.plot(places, values, f"{marker}-", ms=5, lw=0.9, color=colour, label=figures.shortened(engine, 30))
+        axes.axhline(1, color=theme.ink, lw=1, ls=(0, (4, 3)))
+        axes.set_xticks(range(len(names)), labels=[figures.shortened(name, 16) for name in names])
+        axes.set(xlabel=", ".join(sorted(named)), ylabel="times as fast as plain decoding")
+        figures.legend_below(axes, min(2, len(gains)))
+
+    height = 3.0 + 0.2 * -(-len(gains) // 2)
+    svg, png = figures.saved({theme.name: figures.painted(theme, height, paint) for theme in (LIGHT, DARK)})
+    title = "What the fastest settings gain"
+    caption = "At each point the setting that was found there, on prompts that chose nothing. Bars: 95% intervals."
+    return [Drawn("gains", title, caption, f"{title}: {' '.join(_gains(run))}", "results", svg, png)]
