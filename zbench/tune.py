@@ -188,6 +188,9 @@ class _Bench:
             raise KeyboardInterrupt("" if outcome.interrupted else f"{outcome.stopped}; ")
         return metrics.load_run(outcome.folder)
 
+    def ended(self, run: metrics.Run, asked: Sequence[Prompt], tried: Sequence[Tried]) -> Round:
+        return Round(str(run.path.relative_to(self.folder)), len(asked), tuple(tried))
+
 
 def tune(
     wanted: Scenario,
@@ -263,6 +266,20 @@ def _point(
             return False
         return True
 
+    chosen, tried, rounds = _search(bench, searched, choosing, fits)
+    run = bench.run("tuned", [e for group in searched for e in _last(group, chosen[group.title])], confirming)
+    cells = {cell.record.label: cell for cell in run.cells}
+    found = tuple(_found(group, chosen[group.title], tried[group.title], cells) for group in searched)
+    last = tuple(one for each in found for one in (each.chosen, each.given) if one)
+    tuned = Path(bench.place) / TUNED
+    atomic_write(bench.folder / tuned, _tuned(whole, searched, found, run.manifest.environment["device"]["name"]))
+    return Point(at, str(tuned), len(choosing), tuple(rounds), bench.ended(run, confirming, last), found)
+
+
+def _search(
+    bench: _Bench, searched: Sequence[Group], choosing: Sequence[Prompt], fits: Callable[[EngineSpec], bool]
+) -> tuple[dict[str, EngineSpec], dict[str, int], list[Round]]:
+    """Of each group the setting that is left, and how many were tried; and the rounds."""
     left = {group.title: tuple(_named(group, engine) for engine in group.given) for group in searched}
     seen: dict[str, set[str]] = {title: set() for title in left}
     rounds = list[Round]()
@@ -277,23 +294,19 @@ def _point(
         if not race:
             continue
         run = bench.run(f"round-{index + 1}", [e for group in race for e in left[group.title]], asked, repeats=1)
-        tried = list[Tried]()
+        results = list[Tried]()
         for group in race:
             ranked = _ranked(group, left[group.title], run)
             keep = 1 if index == total - 1 else max(2, math.ceil(len(ranked) / 3))
             good = [engine for engine, result in ranked if not result.error][:keep]
             left[group.title] = tuple(good) or left[group.title][:1]
-            tried += [replace(result, kept=engine in good) for engine, result in ranked]
-        rounds.append(Round(str(run.path.relative_to(bench.folder)), len(asked), tuple(tried)))
-    chosen = {group.title: left[group.title][0] for group in searched}
-    run = bench.run("tuned", [e for group in searched for e in _last(group, chosen[group.title])], confirming)
-    cells = {cell.record.label: cell for cell in run.cells}
-    found = tuple(_found(group, chosen[group.title], len(seen[group.title]), cells) for group in searched)
-    last = tuple(one for each in found for one in (each.chosen, each.given) if one)
-    tuned = Path(bench.place) / TUNED
-    atomic_write(bench.folder / tuned, _tuned(whole, searched, found, run.manifest.environment["device"]["name"]))
-    ended = Round(str(run.path.relative_to(bench.folder)), len(confirming), last)
-    return Point(at, str(tuned), len(choosing), tuple(rounds), ended, found)
+            results += [replace(result, kept=engine in good) for engine, result in ranked]
+        rounds.append(bench.ended(run, asked, results))
+    return (
+        {title: settings[0] for title, settings in left.items()},
+        {title: len(settings) for title, settings in seen.items()},
+        rounds,
+    )
 
 
 def groups(chosen: Sequence[EngineSpec]) -> tuple[Group, ...]:

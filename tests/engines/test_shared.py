@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -43,15 +42,3 @@ def test_what_was_loaded_is_let_go_of_and_other_runtimes_load_their_own() -> Non
     assert eager is not kept or by.target("auto").execution == "eager"
     by.release()
     assert built(by, "eagle3", drafter={"random": True, "vocab": 64}).drafter is not kept
-
-
-def test_an_engine_that_records_graphs_has_a_drafter_of_its_own() -> None:
-    by = shared()
-
-    @dataclasses.dataclass
-    class Recording:
-        graphs: Any
-        execution: str = "graph"
-
-    made = [by.drafter(Recording(graphs), "key", object) for graphs in (True, True, None, None)]  # type: ignore[arg-type]
-    assert made[0] is not made[1] and made[2] is made[3]

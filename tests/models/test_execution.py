@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import runtime
 from zbench import run, scenario
-from zbench.engines import launches
+from zbench.engines import Shared, create, launches
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
 from zbench.engines.dflash import DFlash
@@ -21,7 +21,7 @@ from zbench.engines.sampling import Sampling
 from zbench.engines.synthetic import parse
 from zbench.hardware.device import resolve
 from zbench.kernels import cpu
-from zbench.models import dflash, eagle3, execution
+from zbench.models import dflash, eagle3, execution, loading
 from zbench.models.adapter import MaskAdapter, random_adapter
 from zbench.models.execution import ExecutionUnavailable, Graphs, Run, rounded
 from zbench.models.rows import Rows
@@ -212,6 +212,42 @@ def test_recorded_drafts_are_those_of_fresh_operators(
                 assert len({count for step in meter.records()[0][1:] for count in step.committed}) > 1
         drafts = [record.what for record in recorded.model.prepared if "draft" in record.what]
         assert len(drafts) == graphs and all(f"{batch} x" in what for what in drafts)
+
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "eagle3": [{"depth": 1}, {"depth": 4}, {"depth": 3, "top_k": 3, "beam": 1, "tokens": 5}, {"depth": 3, "top_k": 3}],
+    "dflash": [{"block": 5}, {"block": 3}, {"block": 5, "tokens": 7}, {"block": 4, "lookup": 1}],
+    "diffusion": [{"block_size": 4}, {"block_size": 4, "proposals": 2}, {"block_size": 3, "tokens": 5}],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_share_a_recorded_drafter_draft_what_each_drafts_with_its_own(name: str) -> None:
+    kind = "adapter" if name == "diffusion" else "drafter"
+    source = {kind: {"zoo": f"zbench-tiny-{'tidar' if name == 'diffusion' else name}"}, "execution": "eager"}
+
+    def recording() -> Shared:
+        shared = Shared(loading.load("zbench-tiny", "float32"), torch.float32, resolve("cpu"))
+        target = shared.target("eager")
+        target.execution, target.graphs = "graph", Graphs(target, again)  # type: ignore[misc,arg-type]
+        return shared
+
+    def engine(options: dict[str, Any], by: Shared) -> Any:
+        return create(name, scenario.ENGINES[name](name=name, **source, **options).options, by)
+
+    shared = recording()
+    alone = [engine(options, recording()) for options in SETTINGS[name]]
+    together = [engine(options, shared) for options in SETTINGS[name]]
+    assert len({id(getattr(each, kind)) for each in together}) == 1
+    prompts = [ids_of(size, seed=size).tolist() for size in (9, 4, 17, 2)]
+    pairs = list(zip(alone, together, strict=True))
+    for batch, first in ((1, 0), (2, 1), (1, 2)):
+        for pair in (*pairs, *reversed(pairs)):
+            found = []
+            for each in pair:
+                meter, request = Seeing(), Request(20, Sampling(), (3, 4)[:batch])
+                found.append((each.generate(prompts[first : first + batch], request, meter).outputs, meter.drafts))
+            assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,8 @@ class Shared:
         return self._targets[execution]
 
     def drafter(self, target: Model, key: Any, make: Callable[[], _Drafter]) -> _Drafter:
-        """What drafts beside `target`: one for all engines that ask with the same key, as those of a sweep do. Each has
-        its own on a target that runs as graphs, as those that are recorded beside it are of one engine."""
-        if target.graphs:
-            return make()
+        """What drafts beside `target`: one for all engines that ask with the same key, as those of a sweep do. Their
+        caches are their own, and what is recorded as a graph holds every setting in its signature."""
         known = repr((target.execution, key))
         if known not in self._drafters:
             self._drafters[known] = make()
@@ -137,6 +135,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
     from zbench.models import eagle3
 
     chosen, target = options["drafter"], shared.target(options.get("execution", "auto"))
+    recorded = target.graphs is not None and not options["confidence"]  # with one the host is asked at every level
 
     def load() -> tuple[eagle3.Eagle3Drafter, str]:
         if chosen.get("random"):
@@ -144,12 +143,11 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
             checkpoint = eagle3.random_drafter(target.config, chosen["seed"], dtype=shared.dtype, **size)
         else:
             checkpoint = eagle3.load_drafter(_drafter_folder(chosen, "eagle3"), target.config, shared.allow_pickle)
-        # With a confidence the host is asked at every level, which no graph can.
-        graphs = target.graphs.beside() if target.graphs and not options["confidence"] else None
+        graphs = target.graphs.beside() if target.graphs and recorded else None
         stored = (checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device)
         return eagle3.Eagle3Drafter(*stored, graphs=graphs), checkpoint.hash or checkpoint.source
 
-    drafter, weights = shared.drafter(target, ("eagle3", chosen), load)
+    drafter, weights = shared.drafter(target, ("eagle3", chosen, recorded), load)
     drawn = options["synthetic"]
     engine = Eagle3(
         target,
