@@ -175,12 +175,14 @@ class _Bench:
     console: Console
     allow_pickle: bool
 
-    def run(self, name: str, chosen: Sequence[EngineSpec], asked: Sequence[Prompt], **keys: Any) -> metrics.Run:
+    def run(
+        self, name: str, said: str, chosen: Sequence[EngineSpec], asked: Sequence[Prompt], **keys: Any
+    ) -> metrics.Run:
         """Plain decoding and these settings, or what is left to measure of them."""
         within = self.folder / self.place
         run = _scenario(self.at, name, chosen, _written(within / f"{name}.jsonl", asked), keys)
         where = f"{self.place}: " if self.place else ""
-        _say(self.console, f"{where}{name}, {len(chosen)} settings on {len(asked)} prompts")
+        _say(self.console, f"{where}{said}: {len(chosen)} settings on {len(asked)} prompts")
         # One that was begun is gone on with, or refused where it does not fit: never silently measured again.
         begun = runner.latest(within, run) if any(within.glob(f"{run.name}-*/{MANIFEST}")) else None
         outcome = runner.run(run, within, self.console, begun, self.allow_pickle)
@@ -267,7 +269,12 @@ def _point(
         return True
 
     chosen, tried, rounds = _search(bench, searched, choosing, fits)
-    run = bench.run("tuned", [e for group in searched for e in _last(group, chosen[group.title])], confirming)
+    run = bench.run(
+        "tuned",
+        "the last run, on other prompts",
+        [e for group in searched for e in _last(group, chosen[group.title])],
+        confirming,
+    )
     cells = {cell.record.label: cell for cell in run.cells}
     found = tuple(_found(group, chosen[group.title], tried[group.title], cells) for group in searched)
     last = tuple(one for each in found for one in (each.chosen, each.given) if one)
@@ -293,7 +300,8 @@ def _search(
         asked = choosing[: _asked(index, total, len(choosing), bench.at.batch)]
         if not race:
             continue
-        run = bench.run(f"round-{index + 1}", [e for group in race for e in left[group.title]], asked, repeats=1)
+        name, said = f"round-{index + 1}", f"round {index + 1} of {total}"
+        run = bench.run(name, said, [e for group in race for e in left[group.title]], asked, repeats=1)
         results = list[Tried]()
         for group in race:
             ranked = _ranked(group, left[group.title], run)

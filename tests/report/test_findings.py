@@ -323,3 +323,34 @@ def test_other_work_on_the_cores_is_warned_of(given: dict[str, Any], said: str |
     about = [w for w in loaded(tmp_path, **given) if "cores" in w or "took turns" in w]
     assert len(about) == (said is not None)
     assert not said or about[0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("device", "forward", "slower", "said"),
+    [
+        ("cuda", "torch", 9.0, True),
+        ("rocm", "torch", 9.0, True),
+        ("cuda", "torch, graph", 9.0, False),  # what a graph leaves is not the host's
+        ("cuda", "torch", 1.0, False),
+        ("cpu", "torch", 9.0, False),  # has no graphs
+    ],
+)
+def test_eager_launches_that_decide_on_a_gpu_are_warned_of(
+    device: str, forward: str, slower: float, said: bool, tmp_path: Path
+) -> None:
+    write_run(tmp_path)
+    planned = json.loads((tmp_path / "run.json").read_text())
+    planned["environment"]["device"]["backend"] = device
+    (tmp_path / "run.json").write_text(json.dumps(planned))
+    trials = [
+        replace(
+            trial,
+            kernels={"forward": forward},
+            forwards=tuple(replace(each, seconds=slower * each.seconds) for each in trial.forwards),
+        )
+        for trial in read_trials(tmp_path)[0]
+    ]
+    (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    found = [w for w in warnings(Results.of(metrics.load_run(tmp_path))) if "ran eagerly and" in w]
+    assert len(found) == said
+    assert not said or found[0].startswith("autoregressive")

@@ -18,7 +18,7 @@ from zbench.metrics import (
     lossy,
     summarise,
 )
-from zbench.records import CellRecord
+from zbench.records import PEERS, CellRecord
 from zbench.stats import FEW
 
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
@@ -118,6 +118,7 @@ def warnings(results: Results) -> list[str]:
         found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
     found += _contended(run)
     found += _read_roof(run)
+    found += _eager(results)
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
     found += [sentence for cell in run.cells if (sentence := _other_tokens(cell, results))]
@@ -188,6 +189,25 @@ def _read_roof(run: Run) -> list[str]:
     return [
         f"The read bandwidth of this device ranged from {low} to {high} beside the run ({read['n']} samples): shares"
         f" are of their median, {median}, and no surer than that."
+    ]
+
+
+def _eager(results: Results) -> list[str]:
+    """Engines whose time on a GPU is the host's, which a graph would spare them."""
+    if _on_cpu(results.run):
+        return []
+    mine = [
+        name(cell)
+        for cell in results.run.cells
+        if cell.record.engine not in PEERS
+        and any((trial.kernels or {}).get("forward") == "torch" for trial in cell.trials)
+        and results.row(cell, "bound", main_kind(cell)).value == "overhead"
+    ]
+    if not mine:
+        return []
+    return [
+        f"{listed(mine)} ran eagerly and {'is' if len(mine) == 1 else 'are'} overhead-bound: the host's launches"
+        " decide, not the device. With execution: graph on every engine the device need not wait for them."
     ]
 
 
