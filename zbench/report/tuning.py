@@ -56,7 +56,7 @@ def _files(run: Data) -> dict[str, str | bytes]:
     page = templates().get_template("tuning.html").render(
         run=run,
         name=Path(run["folder"]).name,
-        facts=[("Device", run["device"]), ("Prompts", _prompts(run))],
+        facts=[("Device", run["device"]), ("Prompts", "{} to choose by, {} others".format(*_prompts(run)))],
         answers=_gains(run),
         across=[image(figure) for figure in across],
         points=points,
@@ -104,15 +104,16 @@ def answers(run: Data) -> list[str]:
     ]
     sure = any(found["chosen"]["speedup"]["low"] is not None for point in run["points"] for found in point["found"])
     intervals = "with 95% intervals" if sure else f"too few for intervals, which {FEW} batches would have"
-    of = f"Settings were chosen by {_prompts(run, ' prompts; the ratios are of ')} other ones, {intervals}."
+    chosen, others = _prompts(run)
+    of = f"Settings were chosen by {chosen} prompts; the ratios are of {others} other ones, {intervals}."
     return [*_gains(run), *said, of]
 
 
-def _prompts(run: Data, between: str = " to choose by, ") -> str:
-    """Of either part, "8 to choose by, 8 others"; a range where points have other numbers."""
+def _prompts(run: Data) -> tuple[str, str]:
+    """How many chose settings, and how many did not; ranges where points differ."""
     parts = ([p["choosing"] for p in run["points"]], [p["last"]["prompts"] for p in run["points"]])
     one, other = (str(min(n)) if min(n) == max(n) else f"{min(n)} to {max(n)}" for n in parts)
-    return f"{one}{between}{other}" + (" others" if between == " to choose by, " else "")
+    return one, other
 
 
 def _label(point: Data) -> str:
@@ -124,11 +125,13 @@ def _gains(run: Data) -> list[str]:
     if len(run["points"]) < 2:
         return []
     return [
-        f"{engine} at its fastest, over plain decoding: "
-        + ", ".join(f"{_times(ratio)} at {label}" if ratio else f"nothing at {label}" for label, ratio in gains)
-        + "."
+        f"{engine} at its fastest, over plain decoding: " + ", ".join(_gain(*gain) for gain in gains) + "."
         for engine, gains in _by_engine(run).items()
     ]
+
+
+def _gain(label: str, ratio: Data | None) -> str:
+    return f"{_times(ratio)}{_around(ratio, ' ({})')} at {label}" if ratio else f"no setting works at {label}"
 
 
 def _by_engine(run: Data) -> dict[str, list[tuple[str, Data | None]]]:
