@@ -177,28 +177,22 @@ def _around(ratio: Data, shape: str = "{}") -> str:
 
 
 def _settings(point: Data, found: Data) -> list[tuple[str, list[Data | None]]]:
-    """(setting, what each round and the last run said of it), the chosen one first, then by how far they came and how
-    fast they were there."""
+    """(setting, what each round and the last run said of it), by how far they came and how fast they were there."""
     rounds = [*point["rounds"], point["last"]]
-    chosen = found["chosen"]
     results: dict[str, list[Data | None]] = {}
     for index, each in enumerate(rounds):
         for tried in each["tried"]:
-            if tried["engine"] == chosen["engine"]:
+            if tried["engine"] == found["chosen"]["engine"]:
                 results.setdefault(tried["setting"], [None] * len(rounds))[index] = tried
 
-    def rank(entry: tuple[str, list[Data | None]]) -> tuple[bool, int, float]:
-        setting, said = entry
-        last, tried = max(
-            ((index, each) for index, each in enumerate(said[:-1]) if each), default=(-1, None), key=_first
-        )
-        return setting != chosen["setting"], -last, -float((tried and tried["speedup"]["value"]) or 0)
+    def rank(entry: tuple[str, list[Data | None]]) -> tuple[int, float]:
+        reached = [(index, tried) for index, tried in enumerate(entry[1][:-1]) if tried]
+        if not reached:
+            return 1, 0.0
+        last, tried = reached[-1]
+        return -last, -float(tried["speedup"]["value"] or 0)
 
     return sorted(results.items(), key=rank)
-
-
-def _first(pair: tuple[int, Any]) -> int:
-    return pair[0]
 
 
 def _table(point: Data, found: Data, settings: Sequence[tuple[str, Sequence[Data | None]]]) -> Table:
