@@ -24,6 +24,14 @@ MODEL_HELP = "A name of `zbench models list`, or a model's folder."
 OVERRIDE_HELP = "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8. Repeatable."
 
 
+_out = click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
+)
+_allow_pickle = click.option(
+    "--allow-pickle", is_flag=True, help="Read a drafter that exists as a pickle only (weights only, no code is run)."
+)
+
+
 class Commands(click.Group):
     """Turns the errors a user can mend into one line and exit code 2."""
 
@@ -75,9 +83,7 @@ def main() -> None:
 )
 @click.option("--dry-run", is_flag=True, help="Print the cells and an estimate of time and memory; measure nothing.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Render report.html at the end.")
-@click.option(
-    "--allow-pickle", is_flag=True, help="Read a drafter that exists as a pickle only (weights only, no code is run)."
-)
+@_allow_pickle
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON on stdout; progress goes to stderr.")
 def run(
     scenario: Path,
@@ -199,9 +205,7 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
     help="MI300X, MI325X, MI350X, MI355X, H100 SXM, H200 SXM or B200, or as much of a name as tells it from the others;"
     " `here` takes this machine's roofs. Default: the scenario's hardware.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
-)
+@_out
 @click.option(
     "--memory-fraction", type=FRACTION, default=1.0, help="Share of the bandwidth that is reached; default 1."
 )
@@ -272,9 +276,7 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
     show_default=True,
     help="Prompts in all, or as many as there are: half choose settings, half measure what was chosen.",
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
-)
+@_out
 @click.option(
     "--resume",
     type=click.Path(path_type=Path),
@@ -285,9 +287,7 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
 @click.option(
     "--report/--no-report", default=True, show_default=True, help="Render tune.html and the last run's report.html."
 )
-@click.option(
-    "--allow-pickle", is_flag=True, help="Read a drafter that exists as a pickle only (weights only, no code is run)."
-)
+@_allow_pickle
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout; progress goes to stderr.")
 def tune(
     scenario: Path,
@@ -348,9 +348,7 @@ def tune(
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
 @click.option("--engine", help="Label or name of the engine; default: the scenario's baseline.")
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Decode steps to profile.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
-)
+@_out
 @click.option(
     "--counters",
     "files",
@@ -481,9 +479,7 @@ def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bo
 @main.command("import")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--label", default="", help="What reports call it, e.g. the device; default: the file's name.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
-)
+@_out
 def import_results(files: tuple[Path, ...], label: str, out: Path) -> None:
     """Take results of other benchmarks in, for `zbench compare`: vLLM bench, SGLang, GuideLLM, AIPerf, llama-bench.
 

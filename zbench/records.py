@@ -394,6 +394,18 @@ class Manifest:
         return cls(**data)
 
 
+def read_versioned(path: Path, version: int, what: str, command: str) -> dict[str, Any]:
+    """A JSON record that `command` wrote. Raises UserError where the file is none, or of another version."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = found["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is not {what}; make one with `{command}`") from None
+    if known != version:
+        raise UserError(f"{path}: has schema {known}, this zbench reads {version}; run `{command}` again")
+    return found
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a run folder. Raises UserError: no run folder, damaged, or another schema version."""
     path = folder / MANIFEST

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from zbench.errors import UserError
-from zbench.records import KERNELS, KERNELS_VERSION
+from zbench.records import KERNELS, KERNELS_VERSION, read_versioned
 from zbench.report.findings import quantity
 from zbench.report.html import Entry, Line, Notes, Table, flat_sections, roof_rows, templates
 
@@ -28,7 +27,7 @@ def render(folder: Path) -> Path:
     """
     from zbench.cache import atomic_write
 
-    run = _read(folder / KERNELS)
+    run = _read(folder)
     parts = [
         {"name": name, "table": _table(list(rows))}
         for name, rows in itertools.groupby(run["rows"], key=lambda row: row["operator"])
@@ -53,19 +52,12 @@ def render(folder: Path) -> Path:
 
 def headline(folder: Path) -> list[str]:
     """What ran, how close to the roof, and the warnings; one sentence per line."""
-    run = _read(folder / KERNELS)
+    run = _read(folder)
     return [*_answers(run), *(f"warning: {sentence}" for sentence in _warnings(run))]
 
 
-def _read(path: Path) -> Data:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        version = found["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not a run of kernels; make one with `zbench run`") from None
-    if version != KERNELS_VERSION:
-        raise UserError(f"{path}: has schema {version}, this zbench reads {KERNELS_VERSION}; run it again")
-    return found
+def _read(folder: Path) -> Data:
+    return read_versioned(folder / KERNELS, KERNELS_VERSION, "a run of kernels", "zbench run")
 
 
 def _answers(run: Data) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zbench.errors import UserError
+from zbench.records import read_versioned
 from zbench.report import figures
 from zbench.report.figures import DARK, HATCHES, LIGHT, MARKERS, Drawn, Theme
 from zbench.report.findings import quantity
@@ -32,7 +32,7 @@ def render(folder: Path) -> Path:
     """
     from zbench.cache import atomic_write
 
-    projection = _read(folder / PROJECTION)
+    projection = _read(folder)
     overview = _overview(projection)
     drawn = [_figures(projection, point) for point in projection["points"][:POINTS_DRAWN]]
     files: dict[str, str | bytes] = {PAGE: _page(projection, overview, drawn)}
@@ -48,19 +48,12 @@ def render(folder: Path) -> Path:
 
 def headline(folder: Path) -> list[str]:
     """The answer and the warnings of a projection, one sentence per line."""
-    projection = _read(folder / PROJECTION)
+    projection = _read(folder)
     return [*_answers(projection), *(f"warning: {sentence}" for sentence in _warnings(projection))]
 
 
-def _read(path: Path) -> Data:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        version = found["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not a projection; make one with `zbench project`") from None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path}: has schema {version}, this zbench reads {SCHEMA_VERSION}; project again")
-    return found
+def _read(folder: Path) -> Data:
+    return read_versioned(folder / PROJECTION, SCHEMA_VERSION, "a projection", "zbench project")
 
 
 # --- Words ---

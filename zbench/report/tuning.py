@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zbench.errors import UserError
-from zbench.records import TUNE, TUNE_VERSION
+from zbench.records import TUNE, TUNE_VERSION, read_versioned
 from zbench.report import figures
 from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
 from zbench.report.html import Entry, Line, Notes, Table, image, templates
@@ -83,15 +82,7 @@ def _understood(folder: Path) -> Iterator[None]:
 
 
 def _read(folder: Path) -> Data:
-    path = folder / TUNE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        version = found["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is not a tuning; make one with `zbench tune`") from None
-    if version != TUNE_VERSION:
-        raise UserError(f"{path}: has schema {version}, this zbench reads {TUNE_VERSION}; tune again")
-    return found
+    return read_versioned(folder / TUNE, TUNE_VERSION, "a tuning", "zbench tune")
 
 
 def answers(run: Data) -> list[str]:
