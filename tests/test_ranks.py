@@ -60,7 +60,7 @@ def started(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
     place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, "-m", "tests.ends_clean", *arguments],
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -115,7 +115,8 @@ def test_all_engines_emit_the_tokens_of_one_process(tmp_path: Path, roofs_on_fil
     )
     path.write_text(text + points)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    command = [sys.executable, "-m", *torchrun, "-m", "zbench", "run", str(path), "--out", str(tmp_path), "--no-report"]
+    module = ["-m", "tests.ends_clean", "zbench", "run", str(path), "--out", str(tmp_path), "--no-report"]
+    command = [sys.executable, "-m", *torchrun, *module]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     [folder] = tmp_path.glob("spread-*")

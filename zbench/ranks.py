@@ -10,6 +10,8 @@ store that torchrun runs. It ends the process with one line: all finished trials
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import socket
@@ -117,6 +119,13 @@ class World:
                 team = Team(shard, group, device.mark, 1 if device.type == "cpu" else TIMED_EVERY)
                 mine = Member(team, replica, wanted.data)
         return mine
+
+    def parted(self) -> None:
+        """Let go of the teams. A group's threads must end before the interpreter does: one that still has a tensor to
+        let go of then is aborted, and the rank with it."""
+        self._teams.clear()
+        self.follow(None)
+        gc.collect()  # engines, which have teams too
 
     def told(self, value: T) -> T:
         """What rank 0 has."""
@@ -247,22 +256,27 @@ def joined(kept: str = "what was finished is kept, continue with --resume") -> I
     local = int(os.environ.get("LOCAL_RANK", rank))
     if torch.cuda.is_available() and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
+    # Imported later, as training does, its functions have the group for a default, which then outlives its end.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo", timeout=SETUP)
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30)
     )
     watch = Watch(store, rank, size, kept)
     watch.start()
+    world = World(rank, size, local, watch)
     try:
-        yield World(rank, size, local, watch)
+        yield world
     except RankLost as error:
         watch.decide(error)
     except Agreed:
+        world.parted()
         watch.leave()  # all leave here, and so they can in their order
         raise
     except BaseException:
         watch.abandon()  # it is said here, and nowhere else
         raise
+    world.parted()
     watch.leave()
 
 
