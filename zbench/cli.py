@@ -1053,10 +1053,10 @@ def train_data(
     import torch
     from rich.console import Console
 
+    from zbench.engines import Shared
     from zbench.hardware import device as devices
     from zbench.models import loading
     from zbench.models.execution import ExecutionUnavailable
-    from zbench.models.model import build
     from zbench.progress import amounts
     from zbench.training import data
 
@@ -1064,14 +1064,15 @@ def train_data(
         raise UserError(f"--written {written:g} and --opened {opened:g} are more than all conversations")
     if threads:
         torch.set_num_threads(threads)
-    where = devices.resolve(device).torch
+    where = devices.resolve(device)
     loaded = loading.load(_model_spec(model), "bfloat16")
-    if execution == "auto" and where.type != "cpu":
-        execution = "graph"
+    console = Console(stderr=True)
     seconds = None if minutes is None else 60 * minutes
     try:
-        target = build(loaded, torch.bfloat16, where, execution)
-        with amounts(tokens, Console(stderr=True)) as advance:
+        shared = Shared(loaded, torch.bfloat16, where)
+        shared.say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+        target = shared.target(execution)
+        with amounts(tokens, console) as advance:
             data.generate(
                 target, loaded, out, tokens, data.Settings(seed, written, opened), batch, exclude, advance, seconds
             )

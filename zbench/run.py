@@ -22,7 +22,7 @@ import zbench
 from zbench import accuracy, checks, codejudge, engines, prompts, ranks, scenario
 from zbench.cache import atomic_write, new_folder
 from zbench.engines import launches, lossless
-from zbench.engines.base import Engine, Launches, Meter, Request
+from zbench.engines.base import Engine, Generated, Launches, Meter, Request
 from zbench.engines.sampling import Sampling
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs, specs
@@ -388,7 +388,8 @@ def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exce
     at = point.scenario
     built: dict[str, Engine | Exception] = {}
     for cell in cells:
-        try:
+
+        def warm(cell: CellRecord = cell) -> Engine:
             engine = engines.create(cell.engine, cell.options, point.shared)
             batch = len(point.batches[0])
             for start in range(0, len(point.warmup), batch):
@@ -397,7 +398,10 @@ def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exce
                 request = request_of(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
                 engine.generate(ids, request, Meter(point.device, point.shared.team))
             point.launches[cell.id] = _launches(point, engine)
-            built[cell.id] = engine
+            return engine
+
+        try:
+            built[cell.id] = point.shared.sparing(warm)
         except RankLost:
             raise
         except Exception as error:  # one engine that cannot run here must not end the others' run
@@ -425,7 +429,10 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
         seeds = [_seed(point.scenario.seed, prompt.id, trial.repeat) for prompt, _ in batch]
         request = request_of(point, seeds, point.scenario.output_tokens)
         prepared = point.prepared.pop(trial.cell.id, ()) + point.shared.prepared()
-        for _ in range(DECODES):
+
+        def decode() -> tuple[Meter, Generated, float, float | None]:
+            """With the seconds it took and those that other processes took beside it."""
+            nonlocal begin
             meter = Meter(point.device, point.shared.team, point.launches.get(trial.cell.id, {}))
             point.device.reset_peak()
             with watch.window(trial.key):
@@ -433,7 +440,10 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
                 begin = time.perf_counter()
                 generated = engine.generate([ids for _, ids in batch], request, meter)
                 wall = generated.wall_seconds or time.perf_counter() - begin
-                after = environment.others_seconds()
+                return meter, generated, wall, _since(before, environment.others_seconds())
+
+        for _ in range(DECODES):
+            meter, generated, wall, others = point.shared.sparing(decode)
             if not (now := point.shared.prepared()):
                 break
             prepared += now
@@ -485,7 +495,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             kernels=engine.kernels,
             server=generated.server,
             prepared=prepared,
-            others_seconds=None if _several_processes(point, trial) else _since(before, after),
+            others_seconds=None if _several_processes(point, trial) else others,
         )
     except RankLost:
         raise
@@ -521,7 +531,9 @@ def _check(
         return None
     key = (tuple(prompt), tuple(output), request.seeds[row] if not request.sampling.greedy else 0)
     if key not in point.checked:  # a repeat of the same output needs no second forward
-        point.checked[key] = lossless.check(point.shared.target("auto"), prompt, output, request, row)
+        point.checked[key] = point.shared.sparing(
+            lambda: lossless.check(point.shared.reader, prompt, output, request, row)
+        )
     return point.checked[key]
 
 

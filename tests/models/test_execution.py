@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import runtime
 from zbench import run, scenario
-from zbench.engines import Shared, create, launches
+from zbench.engines import Shared, create, launches, lossless
 from zbench.engines.autoregressive import Autoregressive
-from zbench.engines.base import Meter, Request
+from zbench.engines.base import PREFILL_ROWS, Meter, Request, prefill_width
 from zbench.engines.dflash import DFlash
 from zbench.engines.eagle3 import Eagle3
 from zbench.engines.sampling import Sampling
@@ -23,9 +24,10 @@ from zbench.hardware.device import resolve
 from zbench.kernels import cpu
 from zbench.models import dflash, eagle3, execution, loading
 from zbench.models.adapter import MaskAdapter, random_adapter
-from zbench.models.execution import ExecutionUnavailable, Graphs, Run, rounded
+from zbench.models.execution import SMALL, SMALLEST_SPAN, ExecutionUnavailable, Graphs, Run, roomy, rounded
 from zbench.models.rows import Rows
-from zbench.models.team import ALONE
+from zbench.models.shard import Shard
+from zbench.models.team import ALONE, Team
 
 
 class Recording(TorchDispatchMode):
@@ -363,6 +365,164 @@ def test_what_is_recorded_while_engines_warm_up_counts_for_the_engine_that_neede
     assert not any("DFlash" in what for what in recorded["eagle3"] + recorded["diffusion"])
 
 
+# --- What auto is on a GPU, played by the CPU ---
+
+
+def on_gpu() -> Shared:
+    shared = Shared(loading.load("zbench-tiny", "float32"), torch.float32, resolve("cpu"))
+    shared.device = SimpleNamespace(type="cuda", torch=torch.device("cpu"))  # type: ignore[assignment]
+    return shared
+
+
+def test_auto_on_a_gpu_is_graphs_on_the_weights_of_what_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
+    shared = on_gpu()
+    target = shared.target("auto")
+    assert target is shared.target("graph") and target.execution == "graph"
+    assert [record.what for record in shared.prepared()] == ["1 x 1 rows, all logits, 256 slots"]
+    assert shared.reader is shared.target("eager") and shared.reader.execution == "eager"
+    assert shared.reader.embedding.data_ptr() == target.embedding.data_ptr()
+    assert create("autoregressive", {"execution": "auto"}, shared).kernels["forward"] == "torch, graph"
+    shared.release()
+    assert shared.target("auto").execution == "graph"
+
+
+def test_where_no_graph_can_be_recorded_auto_is_eager_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(run: Run) -> Run:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(execution, "record_on", lambda device: refused)
+    shared, said = on_gpu(), list[str]()
+    shared.say = said.append
+    for _ in range(2):
+        engine = create("autoregressive", {"execution": "auto"}, shared)
+        assert (engine.kernels["forward"], shared.target("auto").execution) == ("torch", "eager")
+        assert "not permitted when stream is capturing" in engine.kernels["why_no_graphs"]
+    assert len(said) == 1 and said[0].startswith("launching operators one by one: no graph of 1 x 1 rows")
+    with pytest.raises(ExecutionUnavailable):  # asked for, it is what was asked for or nothing
+        execution.probe(shared.target("graph"))
+
+
+def test_ranks_and_profilers_run_operators_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
+    shared = on_gpu()
+    shared.graphs = False
+    assert shared.target("auto").execution == "eager"
+    shared = on_gpu()
+    shared.team = Team(Shard(0, 2), group=object())
+    monkeypatch.setattr(Team, "kernels", {})
+    assert shared.target("auto").execution == "eager"
+    assert shared.target("auto").kernels["why_no_graphs"] == "graph runs on one rank only"
+
+
+@pytest.mark.parametrize("family", ["smollm", "mistral", "qwen3", "zaya"])
+def test_prompts_of_many_lengths_are_read_in_forwards_of_few_sizes(family: str) -> None:
+    eager, recorded = runtime(family, "eager"), runtime(family, "eager")
+    recorded.graphs = Graphs(recorded, again)
+    for sizes in [(size,) for size in range(2, 40)] + [(9, 40, 3), (17, 2, 31)]:
+        prompts = [ids_of(size, seed=size).tolist() for size in sizes]
+        request = Request(4, Sampling(), (0,) * len(sizes))
+        found = []
+        for model in (eager, recorded):
+            meter = Meter(resolve("cpu"))
+            found.append(Autoregressive(model).generate(prompts, request, meter).outputs)
+        assert found[0] == found[1]
+        assert meter.records()[1][0].rows == -(-max(sizes) // 16) * 16
+    assert len(recorded.prepared) == 3 + 1 + (2 + 1)  # 16, 32 and 48 rows and a decode; of three 48, 32 and one
+
+
+def test_the_check_of_what_was_emitted_is_read_by_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
+    shared = on_gpu()
+    request, prompt = Request(6, Sampling(), (0,)), [5, 6, 7]
+    [output] = create("autoregressive", {"execution": "auto"}, shared).generate([prompt], request, Seeing()).outputs
+    assert shared.prepared()
+    assert lossless.check(shared.reader, prompt, output, request, 0).verdict == "exact"
+    assert not shared.prepared()
+    readers: list[Any] = []
+    monkeypatch.setattr(Shared, "reader", property(lambda of: readers.append(of) or of.target("eager")))
+    _, records = measured("graph", tmp_path)
+    every_engine_emits_the_same(records)
+    assert len(readers) == 2  # outputs of other engines are the same: one check of each prompt
+
+
+@given(st.integers(1, 40_000))
+def test_the_last_forward_of_a_prompt_has_one_of_sixteen_sizes(tokens: int) -> None:
+    width = prefill_width(tokens)
+    whole = (tokens - 1) // PREFILL_ROWS * PREFILL_ROWS
+    sizes = {prefill_width(size) for size in range(1, PREFILL_ROWS + 1)}
+    assert len(sizes) == 16
+    assert tokens <= width and width - whole in sizes
+    assert width - tokens < max(16, (tokens - whole) / 4)
+
+
+@given(st.integers(1, 64), st.integers(1, 40_000))
+def test_small_caches_have_few_capacities_and_large_ones_waste_an_eighth(batch: int, tokens: int) -> None:
+    capacity = roomy(batch, tokens)
+    assert capacity >= tokens
+    if batch * capacity > 2 * SMALL:
+        assert capacity == rounded(tokens)
+    elif batch * tokens <= SMALL // 2 and tokens >= SMALLEST_SPAN:
+        assert capacity.bit_count() == 1
+
+
+def test_short_memory_is_spared_what_recorded_graphs_hold_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
+    shared = on_gpu()
+    graphs = shared.target("auto").graphs
+    assert graphs is not None
+    used = graphs.new_cache(1, 600)
+    tried: list[int] = []
+
+    def hungry(wanted: int) -> str:
+        tried.append(len(graphs._arenas))
+        cache = graphs.new_cache(1, 300)
+        if len(tried) <= wanted:
+            raise torch.OutOfMemoryError(f"no {cache.capacity} left")
+        return "done"
+
+    assert shared.sparing(lambda: hungry(1)) == "done"
+    assert tried == [2, 1]  # that of the probe is gone, that in use is not, nor was the failure's own kept alive
+    assert used.keys.data_ptr() in graphs._arenas
+    del tried[:], used
+    with pytest.raises(torch.OutOfMemoryError, match="no 512 left"):
+        shared.sparing(lambda: hungry(9))
+    assert tried == [2, 0]  # once more and not for ever, though each leaves memory behind that nobody has
+
+
+@pytest.mark.parametrize("where", ["warm-up", "decode", "check"])
+def test_an_engine_short_of_memory_is_measured_without_what_others_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, where: str
+) -> None:
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
+    monkeypatch.setattr(launches, "count", lambda *_: {})
+    plain, failed = DFlash.generate, list[int]()
+
+    def failing(engine: Any, prompts: Any, request: Request, meter: Meter) -> Any:
+        if not failed and (request.limit == 8) == (where == "decode"):
+            failed.append(len(engine.model.graphs._arenas))
+            raise torch.OutOfMemoryError("short")
+        return plain(engine, prompts, request, meter)
+
+    plainly = lossless.check
+
+    def checking(*given: Any) -> Any:
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError("short")
+        return plainly(*given)
+
+    if where == "check":
+        monkeypatch.setattr(lossless, "check", checking)
+    else:
+        monkeypatch.setattr(DFlash, "generate", failing)
+    path = tmp_path / "modes.yaml"
+    path.write_text(SCENARIO.replace("prompts: 0}", "prompts: 1, output_tokens: 4}").replace("MODE", "graph"))
+    _, records = run.in_memory(scenario.load(path, ()))
+    assert failed
+    every_engine_emits_the_same(records)
+
+
 class Dispatched(TorchDispatchMode):
     """Operators below autograd that make or change a tensor: another count of what torch runs."""
 
@@ -378,7 +538,8 @@ class Dispatched(TorchDispatchMode):
 def launched(of: Any) -> int:
     request = Request(3, Sampling(), (0,))
     found = launches.count(Autoregressive(of), [[5, 6, 7]], request, resolve("cpu"), ALONE)
-    assert set(found) == {("target", "prefill", 3), ("target", "decode", 1)}
+    read = 3 if of.graphs is None else 16
+    assert set(found) == {("target", "prefill", read), ("target", "decode", 1)}
     return found["target", "decode", 1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from zbench.serving.process import Servers
 
 _OF_TORCH = ("eager", "compiled", "graph")
-_Drafter = TypeVar("_Drafter")
+T = TypeVar("T")
 
 
 class Shared:
@@ -44,14 +45,18 @@ class Shared:
         self.team = team or ALONE
         self._targets: dict[str, Model] = {}
         self._drafters: dict[str, Any] = {}
+        self.graphs = True  # whether auto may be graphs, in which no operator can be told from another
         self.logs: Path | None = None  # where servers that are started log; None takes a temporary folder
         self.say: Callable[[str], None] = lambda line: None
 
     def target(self, execution: str) -> Model:
+        """The model as `execution` runs it. On a GPU auto are graphs, or what `kernels` says why it cannot be them.
+
+        Raises NativeUnavailable and ExecutionUnavailable where what was asked for cannot be had."""
         from zbench.models.model import build
 
         if execution == "auto" and self.device.type != "cpu":
-            execution = "eager"
+            execution = self._on_gpu
         if execution not in self._targets:
             loaded = [target for target in self._targets.values() if target.execution != "native"]
             if loaded and execution in _OF_TORCH:  # the same weights, in the device's memory once
@@ -60,7 +65,42 @@ class Shared:
                 self._targets[execution] = build(self.model, self.dtype, self.device.torch, execution, self.team)
         return self._targets[execution]
 
-    def drafter(self, target: Model, key: Any, make: Callable[[], _Drafter]) -> _Drafter:
+    @property
+    def reader(self) -> Model:
+        """The target for forwards of lengths that seldom come again: auto, but no graph, of which each has its own."""
+        return self.target("auto" if self.device.type == "cpu" else "eager")
+
+    @cached_property
+    def _on_gpu(self) -> str:
+        """What auto is: graphs, if one of a single row can be recorded. One for all that is measured on this model."""
+        from zbench.models.execution import ExecutionUnavailable, probe
+
+        eager = self.target("eager")  # first, for its weights
+        if not self.graphs:
+            return "eager"
+        try:
+            probe(self.target("graph"))
+        except ExecutionUnavailable as error:
+            self._targets.pop("graph", None)
+            eager.kernels["why_no_graphs"] = str(error)
+            self.say(f"launching operators one by one: {error}")
+            return "eager"
+        return "graph"
+
+    def sparing(self, work: Callable[[], T]) -> T:
+        """What `work` gives. Where memory is short, once more without what recorded graphs hold for later."""
+        import torch
+
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            short = torch.OutOfMemoryError(str(error))  # the frames of what was raised have caches
+        gc.collect()
+        if not any(target.graphs.spare() for target in self._targets.values() if target.graphs):
+            raise short
+        return work()
+
+    def drafter(self, target: Model, key: Any, make: Callable[[], T]) -> T:
         """What drafts beside `target`: one for all engines that ask with the same key, as those of a sweep do. Their
         caches are their own, and what is recorded as a graph holds every setting in its signature."""
         known = repr((target.execution, key))
@@ -80,6 +120,7 @@ class Shared:
         """Let go of what was loaded onto the device; it is loaded again when asked for."""
         self._targets.clear()
         self._drafters.clear()
+        self.__dict__.pop("_on_gpu", None)
         self.__dict__.pop("transformers", None)
         if "servers" in self.__dict__:
             self.servers.stop()

@@ -159,14 +159,17 @@ class Chunk:
         return torch.tensor([[max(count - 1, 0)] for count in self.counts], device=self.ids.device)
 
 
-def chunks(prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[Chunk]:
-    """Ragged prompts, PREFILL_ROWS at a time."""
+def chunks(prompts: Sequence[Sequence[int]], model: Model, room: int) -> Iterator[Chunk]:
+    """Ragged prompts, PREFILL_ROWS at a time. Where forwards are recorded the last one has rows behind the longest
+    prompt too, as far as there is room for so many tokens: its sizes are few, whatever the prompts' are."""
     sizes = [len(prompt) for prompt in prompts]
-    ids = torch.zeros(len(prompts), max(sizes), dtype=torch.int64)
+    longest = max(sizes)
+    width = longest if model.graphs is None else max(longest, min(prefill_width(longest), room))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    ids = ids.to(device)
-    for start in range(0, max(sizes), PREFILL_ROWS):
+    ids = ids.to(model.device)
+    for start in range(0, longest, PREFILL_ROWS):
         part = ids[:, start : start + PREFILL_ROWS]
         rows = part.shape[1]
         yield Chunk(
@@ -174,6 +177,14 @@ def chunks(prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[C
             [max(0, min(size - start, rows)) for size in sizes],
             [0 < size - start <= rows for size in sizes],
         )
+
+
+def prefill_width(tokens: int) -> int:
+    """So many tokens and what makes the last forward one of 16 sizes: four per doubling, none below 16 rows."""
+    whole = (tokens - 1) // PREFILL_ROWS * PREFILL_ROWS
+    rest = tokens - whole
+    step = max(1 << max((rest - 1).bit_length() - 3, 0), 16)
+    return whole + -(-rest // step) * step
 
 
 def prefill(
@@ -185,7 +196,7 @@ def prefill(
     """
     final = torch.empty(len(prompts), model.config.vocab, device=model.device)
     captured: list[dict[int, Tensor]] = []
-    for chunk in chunks(prompts, model.device):
+    for chunk in chunks(prompts, model, cache.capacity):
         # Only the sequences that end in this chunk need logits; the others ask for none if nobody ends here.
         wanted = chunk.last if any(chunk.ends) else chunk.last[:, :0]
         rows = Rows.chain(chunk.ids, cache.lengths)
@@ -194,8 +205,8 @@ def prefill(
         for row in (row for row, ends in enumerate(chunk.ends) if ends):
             final[row] = out.logits[row, 0]
         captured.append(out.hidden)
-    hidden = {index: torch.cat([part[index] for part in captured], 1) for index in capture}
-    return final, hidden
+    longest = max(len(prompt) for prompt in prompts)
+    return final, {index: torch.cat([part[index] for part in captured], 1)[:, :longest] for index in capture}
 
 
 Launches = Mapping[tuple[str, str, int], int]  # model, role and rows of a forward -> what it starts

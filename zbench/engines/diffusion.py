@@ -289,7 +289,7 @@ def prefill_and_draft(
     layers = model.config.layers
     logits = torch.empty(len(prompts), model.config.vocab, device=model.device)
     hidden = torch.zeros(len(prompts), masks, model.config.width, device=model.device)
-    for chunk in chunks(prompts, model.device):
+    for chunk in chunks(prompts, model, cache.capacity - masks):
         ending = [row for row, ends in enumerate(chunk.ends) if ends]
         if masks and ending:
             counts = on_device(chunk.counts, model.device)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from zbench.models.adapter import MaskAdapter
 from zbench.models.cache import Cache
-from zbench.models.model import Output
+from zbench.models.model import Model, Output
 from zbench.models.rows import Rows
 from zbench.records import PreparationRecord
 
 SMALLEST_SPAN = 256
+SMALL = 4096  # slots of a whole batch
 GRAPH = "graph replay"  # how a replay is called in a trace
 
 
@@ -35,6 +36,13 @@ def rounded(tokens: int) -> int:
     """The next of eight sizes per doubling, so that graphs over so much of a cache are few and an eighth is wasted."""
     step = max(1 << (max(tokens, SMALLEST_SPAN) - 1).bit_length() - 4, SMALLEST_SPAN // 8)
     return max(-(-tokens // step) * step, SMALLEST_SPAN)
+
+
+def roomy(batch: int, tokens: int) -> int:
+    """The capacity of a cache for so many tokens: a power of two where it is small, as every capacity has graphs of its
+    own; else the next of eight per doubling."""
+    doubled = 1 << (max(tokens, SMALLEST_SPAN) - 1).bit_length()
+    return doubled if batch * doubled <= SMALL else rounded(tokens)
 
 
 # --- Compiled ---
@@ -151,22 +159,25 @@ class Recorded(Generic[M]):
 
     def cache(self, size: Hashable, make: Callable[[], M]) -> M:
         """An empty cache, on memory whose last user is gone where there is some of that size, else on what is made."""
-        idle = {address: arena for address, arena in self._arenas.items() if arena.user() is None}
-        arena = next((a for a in idle.values() if a.size == size), None)
+        arena = next((a for a in self._arenas.values() if a.size == size and a.user() is None), None)
         if arena is None:
             try:
                 memory = make()
             except torch.OutOfMemoryError:
-                idle.clear()
-                for arenas in self._all:
-                    for address in [address for address, a in arenas.items() if a.user() is None]:
-                        del arenas[address]
-                torch.cuda.empty_cache()
+                self.spare()
                 memory = make()
             arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, size, weakref.ref(memory))
         cache = arena.memory.emptied()
         arena.user = weakref.ref(cache)
         return cache
+
+    def spare(self) -> bool:
+        """Give up the memory, and the graphs, of caches that nobody has any more. False where there was none."""
+        idle = [(arenas, key) for arenas in self._all for key, arena in arenas.items() if arena.user() is None]
+        for arenas, key in idle:
+            del arenas[key]
+        torch.cuda.empty_cache()
+        return bool(idle)
 
     @torch.inference_mode()
     def run(self, cache: M, signature: Hashable, given: Given, work: Callable[[M, Given], Any]) -> Any:
@@ -174,7 +185,8 @@ class Recorded(Generic[M]):
 
         `work` gets buffers, and the arena's memory in place of the cache. Beside these it depends on the signature
         only: on no size that the host keeps. It may run more often than asked for, so it only writes to a cache what
-        it would write there again: no length. Raises ExecutionUnavailable where it cannot be recorded.
+        it would write there again: no length. Raises ExecutionUnavailable where it cannot be recorded, OutOfMemoryError
+        where memory is short: see `spare`.
         """
         arena = self._arenas[cache.keys.data_ptr()]
         graph = arena.graphs.get(signature)
@@ -190,6 +202,8 @@ class Recorded(Generic[M]):
         start, before = time.perf_counter(), _reserved(memory.keys.device)
         try:
             replay = self._record(lambda: work(memory, own))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             line = next(iter(str(error).splitlines()), "no message")
             raise ExecutionUnavailable(f"no graph of {signature}: {type(error).__name__}: {line}") from error
@@ -262,7 +276,7 @@ class Graphs(Recorded[Cache]):
         self._model, self._spans = model, spans
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        capacity = rounded(capacity)
+        capacity = roomy(batch, capacity)
         return self.cache((batch, capacity), lambda: self._model.empty_cache(batch, capacity))
 
     def forward(
@@ -311,6 +325,12 @@ def record_on(device: torch.device) -> Record:
         return replay
 
     return record
+
+
+def probe(model: Model) -> None:
+    """Record the forward of one row. Raises ExecutionUnavailable where the device, its driver or the model refuse."""
+    cache = model.new_cache(1, 1)
+    model.forward(Rows.chain(torch.zeros(1, 1, dtype=torch.int64, device=model.device), cache.lengths), cache)
 
 
 def graphs_on(model: Graphable, device: torch.device, spans: bool) -> Graphs:

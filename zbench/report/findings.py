@@ -205,9 +205,12 @@ def _eager(results: Results) -> list[str]:
     ]
     if not mine:
         return []
+    kernels = [trial.kernels or {} for cell in results.run.cells for trial in cell.trials]
+    reason = next((each["why_no_graphs"] for each in kernels if "why_no_graphs" in each), None)
     return [
         f"{listed(mine)} ran eagerly and {'is' if len(mine) == 1 else 'are'} overhead-bound: the host's launches"
-        " decide, not the device. With execution: graph on every engine the device need not wait for them."
+        " decide, not the device. "
+        + (f"No graph could be recorded ({reason})." if reason else "With execution: auto or graph it need not wait.")
     ]
 
 
