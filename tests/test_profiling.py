@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from tests.test_run import SHAPE
 from zbench import profiling, scenario
 from zbench.cli import main
+from zbench.engines import Shared
 from zbench.errors import UserError
 from zbench.hardware import counters as hardware
 from zbench.hardware import roofs
@@ -177,6 +178,18 @@ def test_the_sections_of_a_block_have_the_flops_and_bytes_of_reading_and_draftin
         assert sum(o.bytes or 0 for o in found) == cost.bytes_read + cost.bytes_written - 4 * left_out
     times = [time for call in calls for time in call.times]
     assert start <= times[0] and times == sorted(times) and times[-1] <= stop
+
+
+def test_what_is_profiled_by_default_is_no_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly, allowed = Shared.target, list[bool]()
+
+    def asked(shared: Shared, execution: str) -> Any:
+        allowed.append(shared.graphs)
+        return plainly(shared, execution)
+
+    monkeypatch.setattr(Shared, "target", asked)
+    profiled(tmp_path, "ours")
+    assert allowed[0] is False
 
 
 def test_torch_operators_are_counted_from_their_shapes(tmp_path: Path) -> None:

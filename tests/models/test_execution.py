@@ -15,8 +15,9 @@ from tests.tiny import runtime
 from zbench import run, scenario
 from zbench.engines import Shared, create, launches, lossless
 from zbench.engines.autoregressive import Autoregressive
-from zbench.engines.base import PREFILL_ROWS, Meter, Request, prefill_width
+from zbench.engines.base import PREFILL_ROWS, Meter, Request, prefill, prefill_width
 from zbench.engines.dflash import DFlash
+from zbench.engines.diffusion import prefill_and_draft
 from zbench.engines.eagle3 import Eagle3
 from zbench.engines.sampling import Sampling
 from zbench.engines.synthetic import parse
@@ -394,11 +395,13 @@ def test_where_no_graph_can_be_recorded_auto_is_eager_and_says_why(monkeypatch: 
     monkeypatch.setattr(execution, "record_on", lambda device: refused)
     shared, said = on_gpu(), list[str]()
     shared.say = said.append
-    for _ in range(2):
+    for released in (False, False, True):
+        if released:
+            shared.release()
         engine = create("autoregressive", {"execution": "auto"}, shared)
         assert (engine.kernels["forward"], shared.target("auto").execution) == ("torch", "eager")
         assert "not permitted when stream is capturing" in engine.kernels["why_no_graphs"]
-    assert len(said) == 1 and said[0].startswith("launching operators one by one: no graph of 1 x 1 rows")
+    assert len(said) == 2 and said[0].startswith("launching operators one by one: no graph of 1 x 1 rows")
     with pytest.raises(ExecutionUnavailable):  # asked for, it is what was asked for or nothing
         execution.probe(shared.target("graph"))
 
@@ -444,6 +447,30 @@ def test_the_check_of_what_was_emitted_is_read_by_operators(monkeypatch: pytest.
     _, records = measured("graph", tmp_path)
     every_engine_emits_the_same(records)
     assert len(readers) == 2  # outputs of other engines are the same: one check of each prompt
+
+
+@pytest.mark.parametrize("size", [250, 240, 256])
+def test_rows_behind_a_prompt_are_as_many_as_the_cache_has_room_for(size: int) -> None:
+    model = runtime("smollm", "eager")
+    model.graphs = Graphs(model, again)
+    prompt, meter = ids_of(size, seed=1).tolist(), Meter(resolve("cpu"))
+    with meter.step():
+        _, hidden = prefill(model, model.new_cache(1, size), [prompt], meter, (2,))
+        if size <= 252:
+            prefill_and_draft(model, model.new_cache(1, size + 4), [prompt], 4, 299, meter)
+        meter.gained((1,))
+    assert hidden[2].shape[1] == size
+    assert [forward.rows for forward in meter.records()[1]] == [256, min(256, size + 16)][: 1 + (size <= 252)]
+
+
+def test_short_memory_is_no_reason_to_call_graphs_unavailable() -> None:
+    def short(run: Run) -> Run:
+        raise torch.OutOfMemoryError("short")
+
+    model = runtime("smollm", "eager")
+    model.graphs = Graphs(model, short)
+    with pytest.raises(torch.OutOfMemoryError):
+        execution.probe(model)
 
 
 @given(st.integers(1, 40_000))

@@ -81,7 +81,6 @@ class Shared:
         try:
             probe(self.target("graph"))
         except ExecutionUnavailable as error:
-            self._targets.pop("graph", None)
             eager.kernels["why_no_graphs"] = str(error)
             self.say(f"launching operators one by one: {error}")
             return "eager"
