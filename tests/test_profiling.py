@@ -184,7 +184,7 @@ def test_what_is_profiled_by_default_is_no_graph(tmp_path: Path, monkeypatch: py
     plainly, allowed = Shared.target, list[bool]()
 
     def asked(shared: Shared, execution: str) -> Any:
-        allowed.append(shared.graphs)
+        allowed.append(not shared.why_no_graphs)
         return plainly(shared, execution)
 
     monkeypatch.setattr(Shared, "target", asked)

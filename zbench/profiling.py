@@ -121,7 +121,7 @@ def profile(
     at, cells = scenario.points(wanted)[0]
     cell = _chosen(cells, engine)
     (point,) = run.prepare(_with_engine(at, cell.label), say)
-    point.shared.graphs = False  # within a graph no kernel belongs to an operator
+    point.shared.why_no_graphs = "within a graph no kernel belongs to an operator"
     device, config = point.device, point.shared.model.config
     built = engines.create(cell.engine, cell.options, point.shared)
     if not (hasattr(built, "start") and hasattr(built, "step")):

@@ -130,6 +130,7 @@ def prepare(
     models: dict[str, tuple[engines.Shared, Any]] = {}
     files: dict[str, loading.LoadedModel] = {}
     points = []
+    sharded = any(at.parallel.tensor > 1 for at, _ in scenario.points(wanted))
     for at, cells in scenario.points(wanted):
         member = world.member(at.parallel)
         weights = repr((at.model_spec, at.dtype))
@@ -140,6 +141,8 @@ def prepare(
         if key not in models:
             loaded, team = files[weights], member.team if member else None
             shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle, team)
+            if sharded:
+                shared.why_no_graphs = "graphs run on one rank only, and points of a run are compared"
             models[key] = (shared, shared.tokenizer)
         shared, tokenizer = models[key]
         cells = tuple(replace(cell, absent=engines.absent(cell.engine, cell.options, at.batch)) for cell in cells)

@@ -29,6 +29,7 @@ from zbench.models.execution import SMALL, SMALLEST_SPAN, ExecutionUnavailable, 
 from zbench.models.rows import Rows
 from zbench.models.shard import Shard
 from zbench.models.team import ALONE, Team
+from zbench.ranks import Member, World
 
 
 class Recording(TorchDispatchMode):
@@ -406,16 +407,28 @@ def test_where_no_graph_can_be_recorded_auto_is_eager_and_says_why(monkeypatch: 
         execution.probe(shared.target("graph"))
 
 
-def test_ranks_and_profilers_run_operators_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_must_not_be_graphs_is_eager_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(execution, "record_on", lambda device: again)
     shared = on_gpu()
-    shared.graphs = False
+    shared.why_no_graphs = "they are not wanted"
     assert shared.target("auto").execution == "eager"
+    assert shared.target("auto").kernels["why_no_graphs"] == "they are not wanted"
     shared = on_gpu()
     shared.team = Team(Shard(0, 2), group=object())
     monkeypatch.setattr(Team, "kernels", {})
     assert shared.target("auto").execution == "eager"
     assert shared.target("auto").kernels["why_no_graphs"] == "graph runs on one rank only"
+
+
+@pytest.mark.parametrize(("spread", "alike"), [("tensor", True), ("data", False)])
+def test_points_of_a_run_with_sharded_ones_are_run_alike(spread: str, alike: bool, tmp_path: Any) -> None:
+    path = tmp_path / "modes.yaml"
+    path.write_text(
+        SCENARIO.replace("execution: MODE", "execution: eager") + f"matrix: {{parallel.{spread}: [1, 2]}}\n"
+    )
+    world = World(0, 2, _teams={(1, 1): Member(), (2, 1): Member(), (1, 2): Member()})
+    points = run.prepare(scenario.load(path, ()), lambda _: None, world=world)
+    assert [bool(point.shared.why_no_graphs) for point in points] == [alike, alike]
 
 
 @pytest.mark.parametrize("family", ["smollm", "mistral", "qwen3", "zaya"])

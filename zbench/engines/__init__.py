@@ -45,7 +45,7 @@ class Shared:
         self.team = team or ALONE
         self._targets: dict[str, Model] = {}
         self._drafters: dict[str, Any] = {}
-        self.graphs = True  # whether auto may be graphs, in which no operator can be told from another
+        self.why_no_graphs = ""  # a reason for auto not to be graphs, where there is one
         self.logs: Path | None = None  # where servers that are started log; None takes a temporary folder
         self.say: Callable[[str], None] = lambda line: None
 
@@ -75,14 +75,15 @@ class Shared:
         """What auto is: graphs, if one of a single row can be recorded. One for all that is measured on this model."""
         from zbench.models.execution import ExecutionUnavailable, probe
 
-        eager = self.target("eager")  # first, for its weights
-        if not self.graphs:
-            return "eager"
+        eager, why = self.target("eager"), self.why_no_graphs  # which has the weights of both
         try:
-            probe(self.target("graph"))
+            if not why:
+                probe(self.target("graph"))
         except ExecutionUnavailable as error:
-            eager.kernels["why_no_graphs"] = str(error)
-            self.say(f"launching operators one by one: {error}")
+            why = str(error)
+            self.say(f"launching operators one by one: {why}")
+        if why:
+            eager.kernels["why_no_graphs"] = why
             return "eager"
         return "graph"
 
