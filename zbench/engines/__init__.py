@@ -50,7 +50,7 @@ class Shared:
         self.say: Callable[[str], None] = lambda line: None
 
     def target(self, execution: str) -> Model:
-        """The model as `execution` runs it. On a GPU auto are graphs, or what `kernels` says why it cannot be them.
+        """The model as `execution` runs it. On a GPU auto is graph, or eager where `kernels` says why that cannot be.
 
         Raises NativeUnavailable and ExecutionUnavailable where what was asked for cannot be had."""
         from zbench.models.model import build
