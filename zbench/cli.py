@@ -1077,7 +1077,7 @@ def train_data(
                 target, loaded, out, tokens, data.Settings(seed, written, opened), batch, exclude, advance, seconds
             )
     except ExecutionUnavailable as error:
-        raise UserError(f"{error}; leave --execution out, or choose eager") from error
+        raise UserError(f"{error}; choose --execution eager") from error
     click.echo(out)
 
 

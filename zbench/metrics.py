@@ -1147,7 +1147,10 @@ def peak_bytes(cell: Cell) -> Estimate:
     peaks = [trial.peak_bytes for trial in cell.trials if trial.peak_bytes is not None]
     if not peaks:
         raise Unavailable("the device does not report its peak memory")
-    return Estimate(float(max(peaks)), n=len({trial.group for trial in cell.trials}), estimator="maximum")
+    n = len({trial.group for trial in cell.trials})
+    in_graphs = any((trial.kernels or {}).get("forward") == "torch, graph" for trial in cell.trials)
+    note = "without what a recorded forward needs within" if in_graphs else ""
+    return Estimate(float(max(peaks)), n=n, estimator="maximum", note=note)
 
 
 @metric(

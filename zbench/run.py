@@ -29,6 +29,7 @@ from zbench.hardware import environment, roofs, specs
 from zbench.hardware import telemetry as sensors
 from zbench.hardware.device import Device
 from zbench.models import loading, zoo
+from zbench.models.execution import ExecutionUnavailable
 from zbench.models.families import parameter_count
 from zbench.models.team import RankLost
 from zbench.models.zaya_config import ZayaConfig
@@ -388,29 +389,38 @@ def _engines(point: Point, cells: Sequence[CellRecord]) -> Iterator[dict[str, En
 
 
 def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exception]:
-    at = point.scenario
-    built: dict[str, Engine | Exception] = {}
-    for cell in cells:
-
-        def warm(cell: CellRecord = cell) -> Engine:
-            engine = engines.create(cell.engine, cell.options, point.shared)
-            batch = len(point.batches[0])
-            for start in range(0, len(point.warmup), batch):
-                ids = point.warmup[start : start + batch]
-                ids = ids + (ids[-1],) * (batch - len(ids))
-                request = request_of(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
-                engine.generate(ids, request, Meter(point.device, point.shared.team))
-            point.launches[cell.id] = _launches(point, engine)
-            return engine
-
-        try:
-            built[cell.id] = point.shared.sparing(warm)
-        except RankLost:
-            raise
-        except Exception as error:  # one engine that cannot run here must not end the others' run
-            built[cell.id] = error
-        point.prepared[cell.id] = point.shared.prepared()
+    built = {cell.id: _warmed(point, cell) for cell in cells}
+    automatic = {cell.id for cell in cells if cell.options.get("execution", "auto") == "auto"}
+    refused = [e for at, e in built.items() if at in automatic and isinstance(e, ExecutionUnavailable)]
+    if refused and point.shared.eagerly(str(refused[0])):  # all of them, so that they can be compared
+        built.clear()
+        built = {cell.id: _warmed(point, cell) for cell in cells}
     return built
+
+
+def _warmed(point: Point, cell: CellRecord) -> Engine | Exception:
+    at = point.scenario
+
+    def warm() -> Engine:
+        engine = engines.create(cell.engine, cell.options, point.shared)
+        batch = len(point.batches[0])
+        for start in range(0, len(point.warmup), batch):
+            ids = point.warmup[start : start + batch]
+            ids = ids + (ids[-1],) * (batch - len(ids))
+            request = request_of(point, [0] * len(ids), min(at.warmup.output_tokens, at.output_tokens))
+            engine.generate(ids, request, Meter(point.device, point.shared.team))
+        point.launches[cell.id] = _launches(point, engine)
+        return engine
+
+    try:
+        return point.shared.sparing(warm)
+    except RankLost:
+        raise
+    except Exception as error:  # one engine that cannot run here must not end the others' run
+        error.__context__ = error.__cause__ = None
+        return error.with_traceback(None)  # whose frames have caches
+    finally:
+        point.prepared[cell.id] = point.shared.prepared()
 
 
 def _launches(point: Point, engine: Engine) -> Launches:
@@ -453,6 +463,8 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
         else:
             raise RuntimeError(f"something was compiled or captured in each of {DECODES} decodes, none can be timed")
         peak = point.device.peak_bytes()
+        if peak is not None:
+            peak -= point.shared.unused(begin)
         steps, forwards = meter.records()
         ends = meter.step_ends()
         sent = generated.prompts or [ids for _, ids in batch]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -385,7 +387,10 @@ def test_auto_on_a_gpu_is_graphs_on_the_weights_of_what_reads_once(monkeypatch: 
     assert shared.reader is shared.target("eager") and shared.reader.execution == "eager"
     assert shared.reader.embedding.data_ptr() == target.embedding.data_ptr()
     assert create("autoregressive", {"execution": "auto"}, shared).kernels["forward"] == "torch, graph"
+    gone = weakref.ref(target)
+    del target
     shared.release()
+    assert gone() is None  # before the next model is loaded beside it
     assert shared.target("auto").execution == "graph"
 
 
@@ -528,6 +533,93 @@ def test_short_memory_is_spared_what_recorded_graphs_hold_for_later(monkeypatch:
     with pytest.raises(torch.OutOfMemoryError, match="no 512 left"):
         shared.sparing(lambda: hungry(9))
     assert tried == [2, 0]  # once more and not for ever, though each leaves memory behind that nobody has
+
+
+def test_a_recorded_cache_is_handed_on_as_new_as_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in (engine_on("graph", "eagle3", {"depth": 2, "top_k": 2}), engine_on("graph", "dflash", {"block": 3})):
+        cache = engine.model.new_cache(1, 40)
+        drafts = engine.drafter.new_cache(1, 40, 2) if isinstance(engine, Eagle3) else engine.drafter.new_cache(1, 40)
+        places = [(each.keys.data_ptr(), each.values) for each in (cache, drafts)]
+        for each in (cache, drafts):
+            each.keys.fill_(float("nan")), each.values.fill_(float("nan"))
+        del cache, drafts, each
+        [output] = engine.generate([[5, 6, 7]], Request(8, Sampling(), (0,)), Seeing()).outputs
+        assert any(output) and all(values.isfinite().all() for _, values in places)
+
+
+def test_memory_that_graphs_hold_for_others_is_no_ones_peak() -> None:
+    model = runtime("smollm", "eager")
+    graphs = model.graphs = Graphs(model, again)
+    others = graphs.new_cache(1, 256)
+    size = sum(t.nbytes for t in (others.keys, others.values, others.lengths))
+    del others
+    beside = graphs.beside()
+    beside.cache("drafts", lambda: model.empty_cache(1, 256))
+    since = time.perf_counter()
+    assert graphs.unused(since) == 2 * size
+    graphs.new_cache(1, 512)
+    assert graphs.unused(since) == 2 * size
+    graphs.new_cache(1, 256)
+    assert graphs.unused(since) == size
+
+
+def test_where_an_engine_cannot_be_recorded_all_run_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def picky(run: Run) -> Run:
+        out = run()
+        if isinstance(out, tuple) and out[0].logits.shape[1] == 5:  # of a tree of 4 tokens
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
+        return run
+
+    monkeypatch.setattr(execution, "record_on", lambda device: picky)
+    wanted = tmp_path / "modes.yaml"
+    wanted.write_text(SCENARIO.replace("prompts: 0}", "prompts: 1, output_tokens: 4}").replace("MODE", "auto"))
+    [point] = run.prepare(scenario.load(wanted, ()), lambda _: None)
+    said: list[str] = []
+    point.shared.device, point.shared.say = SimpleNamespace(type="cuda", torch=torch.device("cpu")), said.append  # type: ignore[assignment]
+    cells = [cell for cell in point.cells if cell.label in ("auto", "eagle3")]
+    assert {engine.kernels["forward"] for engine in run._ready(point, cells).values()} == {"torch, graph"}  # type: ignore[union-attr]
+    built = run._ready(point, point.cells)
+    assert not [engine for engine in built.values() if isinstance(engine, Exception)]
+    assert {engine.kernels["forward"] for engine in built.values()} == {"torch"}  # type: ignore[union-attr]
+    assert len(said) == 1 and "Cannot copy between CPU and CUDA" in said[0]
+
+
+def test_the_reason_is_what_ended_a_recording_not_how_that_ended() -> None:
+    def refused(run: Run) -> Run:
+        try:
+            raise RuntimeError("this is why")
+        finally:
+            raise ValueError("the capture could not be ended")
+
+    model = runtime("smollm", "eager")
+    model.graphs = Graphs(model, refused)
+    with pytest.raises(ExecutionUnavailable, match="RuntimeError: this is why"):
+        execution.probe(model)
+
+
+@pytest.mark.parametrize(("error", "tries"), [(torch.OutOfMemoryError, 2), (ExecutionUnavailable, 1)])
+def test_an_engine_that_failed_holds_no_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, error: type[Exception], tries: int
+) -> None:
+    monkeypatch.setattr(execution, "record_on", lambda device: again)
+
+    def failing(engine: Any, prompts: Any, request: Request, meter: Meter) -> Any:
+        with (own := Seeing()).step():
+            state = engine.start(prompts, request, own)  # in this frame, while it is known
+        kept.append(weakref.ref(state.cache))
+        try:
+            raise RuntimeError("not now")
+        except RuntimeError as cause:
+            raise error("failed") from cause
+
+    kept: list[Any] = []
+    monkeypatch.setattr(DFlash, "generate", failing)
+    path = tmp_path / "modes.yaml"
+    path.write_text(SCENARIO.replace("prompts: 0}", "prompts: 1, output_tokens: 4}").replace("MODE", "graph"))
+    [point] = run.prepare(scenario.load(path, ()), lambda _: None)
+    built = run._ready(point, point.cells)
+    assert sum(isinstance(engine, Exception) for engine in built.values()) == 2
+    assert len(kept) == 2 * tries and not any(cache() for cache in kept)
 
 
 @pytest.mark.parametrize("where", ["warm-up", "decode", "check"])

@@ -170,4 +170,4 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
     refused(zbench(*asked, "--minutes", 1), "no training data", "zbench train data")
     refused(zbench("train", "data", "--model", "nobody", "--out", tmp_path / "x"), "unknown model 'nobody'")
     here = ["train", "data", "--model", folder, "--out", tmp_path / "x", "--device", "cpu"]
-    refused(zbench(*here, "--execution", "graph"), "graph needs a GPU", "leave --execution out")
+    refused(zbench(*here, "--execution", "graph"), "graph needs a GPU", "choose --execution eager")

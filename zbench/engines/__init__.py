@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,18 +88,32 @@ class Shared:
             return "eager"
         return "graph"
 
+    def eagerly(self, why: str) -> bool:
+        """Have auto run operators from now on, where it was graphs until now: engines are to be built again."""
+        if self.__dict__.pop("_on_gpu", None) != "graph":
+            return False
+        self.why_no_graphs = why
+        self._targets.pop("graph")
+        self._drafters.clear()
+        gc.collect()
+        self.say(f"launching operators one by one: {why}")
+        return True
+
     def sparing(self, work: Callable[[], T]) -> T:
         """What `work` gives. Where memory is short, once more without what recorded graphs hold for later."""
         import torch
 
-        try:
+        with suppress(torch.OutOfMemoryError):  # its frames have caches, and must be gone
             return work()
-        except torch.OutOfMemoryError as error:
-            short = torch.OutOfMemoryError(str(error))  # the frames of what was raised have caches
         gc.collect()
-        if not any(target.graphs.spare() for target in self._targets.values() if target.graphs):
-            raise short
+        for target in self._targets.values():
+            if target.graphs:
+                target.graphs.spare()
         return work()
+
+    def unused(self, since: float) -> int:
+        """Bytes of caches that recorded graphs hold for others than had one from a time of `perf_counter` on."""
+        return sum(target.graphs.unused(since) for target in self._targets.values() if target.graphs)
 
     def drafter(self, target: Model, key: Any, make: Callable[[], T]) -> T:
         """What drafts beside `target`: one for all engines that ask with the same key, as those of a sweep do. Their
@@ -124,6 +139,7 @@ class Shared:
         self.__dict__.pop("transformers", None)
         if "servers" in self.__dict__:
             self.servers.stop()
+        gc.collect()  # a model and its graphs know each other
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -44,9 +44,11 @@ class Cache:
         self.sizes = [0] * batch
         self.pending: Any = None  # what the last forward left for `commit`, beside keys and values
 
+    @torch.inference_mode()
     def emptied(self) -> Self:
         """See `execution.Memory`."""
         cache = copy(self)
+        cache.keys.zero_(), cache.values.zero_()
         cache.truncate([0] * len(self.sizes))
         cache.pending = None
         return cache

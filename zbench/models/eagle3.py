@@ -283,11 +283,12 @@ class DraftCache:
         angles = self.slots[:, None, None].float() * drafter.inv_freq
         self.cos, self.sin = angles.cos(), angles.sin()  # [capacity, 1, d/2]
 
+    @torch.inference_mode()
     def emptied(self) -> Self:
         """See `execution.Memory`."""
         cache = copy(self)
         cache.sizes = [0] * len(self.sizes)
-        cache.lengths.zero_()
+        cache.keys.zero_(), cache.values.zero_(), cache.lengths.zero_()
         return cache
 
     def within(self, span: int) -> Self:

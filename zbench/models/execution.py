@@ -116,7 +116,7 @@ class Memory(Protocol):
     keys: Tensor
 
     def emptied(self) -> Self:
-        """A cache without a token on the same memory, lengths on the device included."""
+        """A cache without a token on the same memory, zeros as a new one: lengths on the device included."""
         ...
 
 
@@ -137,6 +137,7 @@ class _Arena(Generic[M]):
     memory: M
     size: Hashable
     user: weakref.ref[M]
+    handed: float = 0.0  # when, by `time.perf_counter`
     graphs: dict[Hashable, _Graph] = field(default_factory=dict)
 
 
@@ -168,8 +169,13 @@ class Recorded(Generic[M]):
                 memory = make()
             arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, size, weakref.ref(memory))
         cache = arena.memory.emptied()
-        arena.user = weakref.ref(cache)
+        arena.user, arena.handed = weakref.ref(cache), time.perf_counter()
         return cache
+
+    def unused(self, since: float) -> int:
+        """Bytes of the caches that nobody was handed from a time of `time.perf_counter` on."""
+        kept = [arena.memory for arenas in self._all for arena in arenas.values() if arena.handed < since]
+        return sum(t.nbytes for memory in kept for t in vars(memory).values() if isinstance(t, Tensor))
 
     def spare(self) -> bool:
         """Give up the memory, and the graphs, of caches that nobody has any more. False where there was none."""
@@ -205,8 +211,11 @@ class Recorded(Generic[M]):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            line = next(iter(str(error).splitlines()), "no message")
-            raise ExecutionUnavailable(f"no graph of {signature}: {type(error).__name__}: {line}") from error
+            first: BaseException = error
+            while first.__context__ is not None:  # what ended a recording; that it could not end well came after
+                first = first.__context__
+            line = next(iter(str(first).splitlines()), "no message")
+            raise ExecutionUnavailable(f"no graph of {signature}: {type(first).__name__}: {line}") from error
         after = _reserved(memory.keys.device)
         grown = None if before is None or after is None else after - before
         self._prepared.append(PreparationRecord("capture", str(signature), time.perf_counter() - start, grown))
@@ -305,18 +314,25 @@ def record_on(device: torch.device) -> Record:
     """Graphs of CUDA or HIP. Raises ExecutionUnavailable where the device has none."""
     if device.type != "cuda":
         raise ExecutionUnavailable(f"graph needs a GPU with CUDA or HIP, the device is {device.type}")
-    pool = torch.cuda.graph_pool_handle()  # graphs run one after another, so that they can share their scratch memory
     ahead = torch.cuda.Stream(device)  # one for all: a stream keeps a workspace of cuBLAS, tens of MB, for good
+    alive = weakref.WeakSet[torch.cuda.CUDAGraph]()
+    pool: Any = None
 
     def record(run: Run) -> Run:
-        # Handles and workspaces of libraries are made at first use, which must not be while recording.
-        ahead.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(ahead):
-            run()
-        torch.cuda.current_stream(device).wait_stream(ahead)
+        nonlocal pool
+        if not alive:  # graphs run one after another and share scratch memory; that of none is not to be used again
+            pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            out = run()
+        with torch.cuda.device(device):
+            ahead.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(ahead):  # also where recording fails, which leaves torch on its stream
+                    run()  # handles and workspaces are made at first use, which must not be while recording
+                    with torch.cuda.graph(graph, pool=pool, stream=ahead):
+                        out = run()
+            finally:
+                torch.cuda.current_stream().wait_stream(ahead)
+        alive.add(graph)
 
         def replay() -> Any:
             graph.replay()
