@@ -53,6 +53,8 @@ def check_point(
         return
     if at.accuracy.execute_generated_code and not any(prompt.problem for prompt in chosen):
         raise UserError("accuracy.execute_generated_code is set, but no prompt has tests to run code against")
+    if len(chosen) < at.batch:
+        raise UserError(f"batch {at.batch} takes as many prompts, and there are {len(chosen)}")
     if (batches := -(-len(chosen) // at.batch)) % at.parallel.data:
         raise UserError(
             f"{batches} batches of prompts cannot be shared evenly by parallel.data {at.parallel.data}:"

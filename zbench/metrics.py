@@ -402,6 +402,22 @@ def step_split(cell: Cell) -> pd.DataFrame:
     return roles.assign(switching=steps - roles.sum(axis=1))
 
 
+def missing_part(cell: Cell, name: str, part: str) -> MetricRow:
+    """The row of a part that a cell does not have."""
+    known = METRICS[name]
+    why = unavailable("nothing was decoded after the first token")
+    return MetricRow(
+        cell=cell.record.id,
+        metric=name,
+        part=part,
+        **asdict(why),
+        unit=known.unit,
+        better=known.better,
+        formula=known.formula,
+        caveat=", ".join(caveats(cell.record)),
+    )
+
+
 def summarise(run: Run) -> list[MetricRow]:
     """Every metric of every cell, in the order of the manifest and of the definitions."""
     return [

@@ -16,6 +16,7 @@ from zbench.metrics import (
     Run,
     caveats,
     lossy,
+    missing_part,
     summarise,
 )
 from zbench.records import PEERS, CellRecord
@@ -65,7 +66,8 @@ class Results:
 
     def row(self, cell: Cell, metric: str, part: str = "") -> MetricRow:
         """The row of that part, or the one that says why the metric has no parts here."""
-        return self._rows.get((cell.record.id, metric, part)) or self._rows[cell.record.id, metric, ""]
+        found = self._rows.get((cell.record.id, metric, part)) or self._rows.get((cell.record.id, metric, ""))
+        return found or missing_part(cell, metric, part)
 
     def value(self, cell: Cell, metric: str, part: str = "") -> float | None:
         row = self._rows.get((cell.record.id, metric, part))
@@ -121,6 +123,7 @@ def warnings(results: Results) -> list[str]:
     found += _eager(results)
     found += [sentence for cell in run.cells if (sentence := _trouble(cell, results))]
     found += _too_few(results)
+    found += _ragged(run)
     found += [sentence for cell in run.cells if (sentence := _other_tokens(cell, results))]
     found += [sentence for cell in run.cells if (sentence := _lossy(cell, results))]
     found += _untrained(run)
@@ -131,6 +134,20 @@ def warnings(results: Results) -> list[str]:
     found += [f"{labels[row.cell]}: {row.note}." for row in wrong if row.metric not in UTILISATION]
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
     found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
+    return list(dict.fromkeys(found))
+
+
+def _ragged(run: Run) -> list[str]:
+    """Batches that were not filled, whose sequences share the machine with fewer others."""
+    found = []
+    for cell in run.cells:
+        sizes = {len(trial.requests) for trial in cell.trials}
+        if len(sizes) > 1 and cell.record.batch in sizes:
+            rest = listed([str(size) for size in sorted(sizes - {cell.record.batch})])
+            found.append(
+                f"The prompts do not fill the last batch of {cell.record.batch}, which has {rest}: rates per sequence"
+                " are of both sizes. A limit of prompts that is a multiple of the batch avoids it."
+            )
     return list(dict.fromkeys(found))
 
 

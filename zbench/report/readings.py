@@ -35,7 +35,7 @@ def answers(results: Results) -> list[tuple[str, list[str]]]:
 
 def sweeping(cells: Sequence[Cell]) -> list[Cell]:
     """Cells that time forwards of several numbers of rows."""
-    return [cell for cell in cells if cell.record.engine == "forward" and not cell.forwards.empty]
+    return [cell for cell in cells if cell.record.engine == "forward" and not cell.decode_forwards.empty]
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -266,9 +266,13 @@ def varied(results: Results, axis: str) -> dict[tuple[tuple[str, object], ...], 
 
 
 def together(results: Results, cell: Cell) -> float | None:
-    """Tokens/s of all sequences in decode."""
-    speed = results.value(cell, "decode_tps")
-    return None if speed is None else speed * cell.record.batch
+    """Tokens/s of all sequences in decode, from the first one's first token to the last one's last; of whole batches,
+    where there is one."""
+    trials = [trial for trial in cell.trials if len(trial.requests) == cell.record.batch] or cell.trials
+    tokens = sum(request.tokens - 1 for trial in trials for request in trial.requests)
+    ends = [([r.ttft_seconds for r in trial.requests], [r.end_seconds for r in trial.requests]) for trial in trials]
+    seconds = sum(max(last) - min(first) for first, last in ends)
+    return tokens / seconds if tokens and seconds > 0 else None
 
 
 def _everywhere(results: Results) -> list[str]:

@@ -179,7 +179,8 @@ def _with_roofs(cells: Sequence[Cell]) -> bool:
 
 
 def _row_curves(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
-    shown = sweeping(cells)[:LINES]
+    swept = sweeping(cells)
+    shown = swept[:LINES]
     every: set[int] = set()
     for index, cell in enumerate(shown):
         costs = _row_costs(results, cell)
@@ -193,6 +194,7 @@ def _row_curves(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
     axes.set_ylim(0.8, max(2.2, axes.get_ylim()[1]))
     _log_ratio_ticks(axes)
     _ticks(axes, "x", sorted(every))
+    _left_out(axes, len(swept))
     legend_below(axes, 2)
 
 
@@ -264,6 +266,12 @@ def _proposals_alt(results: Results, cells: Sequence[Cell]) -> str:
 # Batch and context ---------------------------------------------------------------------------------------------------
 
 
+def _left_out(axes: Axes, lines: int) -> None:
+    """Says in the legend how many lines there was no room for."""
+    if lines > LINES:
+        axes.plot([], [], " ", label=f"and {lines - LINES} more, in the tables")
+
+
 def _line_name(results: Results, axis: str, key: tuple[tuple[str, object], ...], cell: Cell) -> str:
     rest = ", ".join(f"{name} {value}" for name, value in cell.record.point.items() if name != axis)
     label = shortened(cell.record.label, 26)
@@ -272,7 +280,8 @@ def _line_name(results: Results, axis: str, key: tuple[tuple[str, object], ...],
 
 
 def _batch(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
-    lines = list(varied(results, "batch").items())[:LINES]
+    every = list(varied(results, "batch").items())
+    lines = every[:LINES]
     batches: set[int] = set()
     for index, (key, mine) in enumerate(lines):
         colour, marker = theme.series[index], MARKERS[index % len(MARKERS)]
@@ -286,6 +295,7 @@ def _batch(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) ->
     _ticks(axes, "x", sorted(batches))
     name_log_ticks(axes.yaxis, "{:,g}".format)
     axes.plot([], [], color=theme.muted, lw=0.9, ls=DASHED, label="at the roofs (predicted)")
+    _left_out(axes, len(every))
     legend_below(axes, 1 if len(lines) > 2 else 2)
 
 
@@ -308,7 +318,8 @@ def _batch_alt(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _context(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
-    lines = list(varied(results, "context").items())[:LINES]
+    every = list(varied(results, "context").items())
+    lines = every[:LINES]
     contexts: set[float] = set()
     for index, (key, mine) in enumerate(lines):
         colour, marker = theme.series[index], MARKERS[index % len(MARKERS)]
@@ -336,6 +347,7 @@ def _context(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) 
     _ticks(axes, "x", sorted(contexts))
     name_log_ticks(axes.yaxis)
     _mark_takeover(axes, theme, [mine for _, mine in lines])
+    _left_out(axes, len(every))
     legend_below(axes, 1 if len(lines) > 2 else 2)
 
 
