@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_metrics import trial, verifying
-from zbench.records import ForwardRecord, StepRecord, Table, TrialRecord, columns
+from zbench.errors import UserError
+from zbench.records import TRIALS, ForwardRecord, StepRecord, Table, TrialRecord, columns, read_trials
 
 STEPS = st.lists(
     st.builds(
@@ -55,3 +57,27 @@ def test_a_damaged_table_is_refused_when_it_is_read(damage: Any, said: str) -> N
     damage(stored)
     with pytest.raises((TypeError, ValueError), match=said):
         Table(ForwardRecord, stored)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"status": "weird"}, "its status is 'weird'"),
+        ({"requests": []}, "without a request"),
+        ({"wall_seconds": -1}, "times that cannot be"),
+        ({"end_seconds": 0}, "times that cannot be"),
+        ({"end_seconds": float("nan")}, "times that are no numbers"),
+        ({"end_seconds": "x"}, "times that are no numbers"),
+        ({"ttft_seconds": 1e9}, "times that cannot be"),
+    ],
+    ids=str,
+)
+def test_a_trial_that_cannot_have_been_is_refused_with_its_line(
+    damage: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    content = json.loads(trial().to_json())
+    for key, value in damage.items():
+        (content if key in content else content["requests"][0])[key] = value
+    (tmp_path / TRIALS).write_text(trial().to_json() + "\n" + json.dumps(content) + "\n")
+    with pytest.raises(UserError, match=f"{TRIALS}:2: .*{said}"):
+        read_trials(tmp_path)

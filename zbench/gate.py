@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from zbench import stats
 from zbench.cache import atomic_write
@@ -343,16 +343,21 @@ def read(path: Path, policy: Policy | None = None) -> Snapshot:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("kind", None) != KIND:
             raise ValueError("it does not say that it is one")
-        if (found := content.pop("schema_version")) != BASELINE_SCHEMA:
+        if (version := content.pop("schema_version")) != BASELINE_SCHEMA:
             raise NotComparable(
-                f"{path} has schema {found}, this zbench reads {BASELINE_SCHEMA}: save the baseline again"
+                f"{path} has schema {version}, this zbench reads {BASELINE_SCHEMA}: save the baseline again"
             )
         cells = {name: _read_cell(cell) for name, cell in content.pop("cells").items()}
-        return Snapshot(**content, cells=cells)
+        found = Snapshot(**content, cells=cells)
+        TypeAdapter(Snapshot).validate_python({**content, "cells": cells})
+        return found
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a run folder or a file of `zbench gate --save`") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            said = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UserError(f"{path}: not a baseline ({said}); write one with `zbench gate RUN --save`") from None
 
 

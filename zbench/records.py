@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -310,7 +311,7 @@ class TrialRecord:
         data["ranks"] = tuple(Table(RankRecord, data.get("ranks", {})))
         data["server"] = _told(ServerRecord, data.get("server"))
         data["prepared"] = tuple(PreparationRecord(**p) for p in data.get("prepared", ()))
-        return cls(**data)
+        return _sound(cls(**data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +392,9 @@ class Manifest:
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"run has schema {data.get('schema_version')}, this zbench reads {SCHEMA_VERSION}")
         data["cells"] = tuple(CellRecord(**c) for c in data["cells"])
+        for cell in data["cells"]:
+            if not (isinstance(cell.batch, int) and cell.batch > 0):
+                raise ValueError(f"cell {cell.id} has batch {cell.batch!r}")
         return cls(**data)
 
 
@@ -483,6 +487,23 @@ def uncollected() -> Iterator[None]:
 
 def _one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _sound(trial: TrialRecord) -> TrialRecord:
+    """The trial. Raises ValueError where it succeeded in what cannot be."""
+    if trial.status == "error":
+        return trial
+    if trial.status != "ok":
+        raise ValueError(f"its status is {trial.status!r}")
+    if not trial.requests:
+        raise ValueError("it succeeded without a request")
+    for request in trial.requests:
+        times = (request.ttft_seconds, request.end_seconds, trial.wall_seconds)
+        if not all(isinstance(time, int | float) and math.isfinite(time) for time in times):
+            raise ValueError(f"request {request.prompt_id} has times that are no numbers: {times}")
+        if not (0 <= request.ttft_seconds <= request.end_seconds and request.end_seconds > 0 < trial.wall_seconds):
+            raise ValueError(f"request {request.prompt_id} has times that cannot be: {times}")
+    return trial
 
 
 def _request(data: dict[str, Any]) -> RequestRecord:

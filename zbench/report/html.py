@@ -460,7 +460,7 @@ def _roof_beside(run: Run) -> list[tuple[str, str, str]]:
     name, missed = "read, beside this run", [s.unavailable for s in run.roof_samples if s.unavailable]
     read = run.read_roof
     if read is None or not read.get("sampled"):
-        return [(name, "unavailable", missed[0])]
+        return [(name, "unavailable", missed[0] if missed else "no roof was measured that could be read again")]
     spread = f"{quantity(read['low'], 'B/s')} to {quantity(read['high'], 'B/s')}, samples: {read['n']}"
     failed = f"; {len(missed)} more could not be taken: {missed[0]}" if missed else ""
     return [(name, quantity(read["value"], "B/s"), f"{spread}; shares and floors on this page are of it{failed}")]
