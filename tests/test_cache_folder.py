@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from zbench.cache import atomic_write, cache_dir
+from zbench.cache import atomic_write, cache_dir, check_writable
+from zbench.errors import UserError
 
 
 def test_the_cache_folder_is_the_one_that_zbench_cache_names(monkeypatch, tmp_path):
@@ -49,3 +50,14 @@ def test_a_written_file_has_the_permissions_of_any_other_new_file(tmp_path):
     atomic_write(tmp_path / "atomic", "")
     modes = {Path(tmp_path / name).stat().st_mode for name in ("plain", "atomic")}
     assert len(modes) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_one_that_can_leaves_no_trace(tmp_path):
+    check_writable(tmp_path / "not" / "there" / "yet")
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(UserError, match=r"cannot write to .*choose another folder with --out"):
+            check_writable(bad)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -21,6 +21,7 @@ from tests.test_run import SCENARIO
 from tests.tiny import oracle
 from zbench.cli import main
 from zbench.hardware import roofs
+from zbench.models import loading
 from zbench.records import TRIALS, read_trials
 
 
@@ -124,9 +125,18 @@ def test_a_damaged_model_folder_is_one_line(yaml: Path, tmp_path: Path, damage, 
     refused(zbench("run", yaml, "--out", tmp_path / "out", "-o", f"model={{path: {folder}}}"), *fragments)
 
 
-def test_an_output_folder_that_is_not_writable_is_one_line(yaml: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_writable_is_one_line(
+    yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("a model was loaded first"))
     refused(zbench("run", yaml, "--out", tmp_path / "file"), "cannot write to", "--out")
+
+
+def test_a_run_that_measured_nothing_is_no_success(yaml: Path, tmp_path: Path) -> None:
+    result = zbench("run", yaml, "--out", tmp_path / "out", "-o", "budget.minutes=0.00001")
+    assert result.exit_code == 5
+    assert "0 of " in result.stderr and "Traceback" not in result.stderr
 
 
 def test_reporting_on_something_that_is_no_run_is_one_line(tmp_path: Path) -> None:
@@ -139,11 +149,11 @@ def test_nothing_to_resume_is_one_line(yaml: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_lists_cells_and_memory_and_measures_nothing(yaml: Path, tmp_path: Path) -> None:
-    result = zbench("run", yaml, "--dry-run", "--json", "--out", tmp_path / "out", "-o", "matrix.batch=[1, 4]")
+    result = zbench("run", yaml, "--dry-run", "--json", "--out", tmp_path / "out", "-o", "matrix.batch=[1, 2]")
     assert result.exit_code == 0
     cells = json.loads(result.output)
     assert [cell["cell"] for cell in cells] == [
-        f"{engine}/batch={batch}" for batch in (1, 4) for engine in ("autoregressive", "reference")
+        f"{engine}/batch={batch}" for batch in (1, 2) for engine in ("autoregressive", "reference")
     ]
     assert all(cell["memory_bytes"] > 0 for cell in cells)
     assert not (tmp_path / "out").exists()

@@ -507,4 +507,7 @@ def test_a_damaged_record_is_one_line(tmp_path: Path, key: str, value: Any) -> N
 def test_no_intervals_are_claimed_where_there_are_none() -> None:
     few = record()
     few["points"][0]["found"][0]["chosen"]["speedup"] = estimate(1.5)
-    assert tuning.answers(few)[-1].endswith("other ones, too few for intervals, which 5 batches would have.")
+    assert tuning.answers(few)[-1].endswith("other ones, too few for intervals, which 5 batches or more have.")
+    some = record()
+    some["points"].append(json.loads(json.dumps(few["points"][0])))
+    assert tuning.answers(some)[-1].endswith("other ones, with 95% intervals, which only 5 batches or more have.")

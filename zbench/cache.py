@@ -42,6 +42,21 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         raise
 
 
+def check_writable(out: Path) -> None:
+    """Raises UserError where no file could be made in a folder, which need not be there; nothing is left behind."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
 def new_folder(out: Path, name: str) -> Path:
     """A folder for a run under `out`, called after it and the time. Raises UserError where it cannot be made."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -53,7 +53,7 @@ def check_point(
         return
     if at.accuracy.execute_generated_code and not any(prompt.problem for prompt in chosen):
         raise UserError("accuracy.execute_generated_code is set, but no prompt has tests to run code against")
-    if len(chosen) < at.batch:
+    if len(chosen) < at.batch and (fetch or not at.hardware):  # what is projected feeds no prompts
         raise UserError(f"batch {at.batch} takes as many prompts, and there are {len(chosen)}")
     if (batches := -(-len(chosen) // at.batch)) % at.parallel.data:
         raise UserError(

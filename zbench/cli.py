@@ -162,7 +162,7 @@ def run(
             click.echo(f"report: {page}")
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
-    if outcome.failed:
+    if outcome.failed or not outcome.finished:
         sys.exit(FAILED_CELLS)
 
 
@@ -633,7 +633,10 @@ def gate(
         gates.save(taken, save)
     try:
         for kind, _, file in targets:
-            atomic_write(Path(file), forms.FORMATS[kind](judged))
+            try:
+                atomic_write(Path(file), forms.FORMATS[kind](judged))
+            except OSError as error:
+                raise UserError(f"cannot write {file}: {error.strerror}") from error
         if github and found:
             if page_file := os.environ.get("GITHUB_STEP_SUMMARY"):
                 with Path(page_file).open("a", encoding="utf-8") as page:

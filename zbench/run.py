@@ -20,7 +20,7 @@ from rich.console import Console
 
 import zbench
 from zbench import accuracy, checks, codejudge, engines, prompts, ranks, scenario
-from zbench.cache import atomic_write, new_folder
+from zbench.cache import atomic_write, check_writable, new_folder
 from zbench.engines import launches, lossless
 from zbench.engines.base import Engine, Generated, Launches, Meter, Request
 from zbench.engines.sampling import Sampling
@@ -229,6 +229,8 @@ def _run(
     world.meet([at.parallel for at, _ in scenario.points(wanted)], wanted.device)
     points, wrong = tuple[Point, ...](), None
     try:
+        if world.rank == 0 and resume is None:
+            check_writable(out)
         points = prepare(wanted, say, allow_pickle, world)
     except UserError as error:
         wrong = str(error)

@@ -93,8 +93,10 @@ def answers(run: Data) -> list[str]:
         for point in run["points"]
         for sentence in _said(point)
     ]
-    sure = any(found["chosen"]["speedup"]["low"] is not None for point in run["points"] for found in point["found"])
-    intervals = "with 95% intervals" if sure else f"too few for intervals, which {FEW} batches would have"
+    sure = {found["chosen"]["speedup"]["low"] is not None for point in run["points"] for found in point["found"]}
+    intervals = "with 95% intervals" if True in sure else "too few for intervals"
+    if False in sure or not sure:
+        intervals += f", which {'only ' if True in sure else ''}{FEW} batches or more have"
     chosen, others = _prompts(run)
     of = f"Settings were chosen by {chosen} prompts; the ratios are of {others} other ones, {intervals}."
     return [*_gains(run), *said, of]

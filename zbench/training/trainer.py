@@ -29,7 +29,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zbench.cache import atomic_write
+from zbench.cache import atomic_write, check_writable
 from zbench.errors import UserError
 from zbench.models.config import parameter_count
 from zbench.ranks import World
@@ -139,6 +139,8 @@ def train(
             return _restore(objective, optimizer, settings, out, world.size)
         if (out / PROGRESS).exists():
             raise UserError(f"{out} holds a run already; continue it with --resume, or choose another folder")
+        if world.rank == 0:
+            check_writable(out)
         return State()
 
     state = world.together(begin)  # a rank that does not see the folder must not leave the others waiting
