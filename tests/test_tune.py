@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from zbench.errors import UserError
 from zbench.hardware import roofs
 from zbench.prompts import Prompt
 from zbench.report import render, tuning
+from zbench.stats import Estimate
 
 SHAPE = "{family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 300, max_positions: 256}"
 SCENARIO = f"""
@@ -316,6 +318,31 @@ def test_a_tuning_goes_on_by_any_path_and_not_with_other_prompts(
     found.folder.rename(found.folder.with_name("moved"))
     with pytest.raises(UserError, match="nothing to resume"):  # what is there is of the old place
         tune.tune(asked, Path(), QUIET, 8, Path("moved"))
+
+
+@pytest.mark.parametrize(("high", "kept"), [(0.97, "given"), (1.2, "found"), (None, "found")])
+def test_a_setting_that_the_last_run_shows_to_be_slower_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, high: float | None, kept: str
+) -> None:
+    group = next(group for group in tune.groups(wanted(tmp_path).engines) if group.title == "EAGLE-3")
+    [own] = group.given
+    other = type(own).model_validate({**own.model_dump(exclude_unset=True), "depth": 6})
+
+    @dataclass(frozen=True)
+    class Measured:
+        name: str
+        baseline: Any = None
+        failed: tuple[Any, ...] = ()
+        record: Any = None
+
+    slower = Estimate(0.9, None if high is None else 0.8, high, n=8)
+    plain = Estimate(1.5, 1.4, 1.6, n=8)
+    monkeypatch.setattr(tune.metrics, "evaluate", lambda _, cell: {"": slower if cell.baseline else plain})
+    monkeypatch.setattr(tune.metrics, "caveats", lambda _: ())
+    cells: Any = {group.title: Measured("found"), tune._as_given(group.title): Measured("given")}
+    found = tune._found(group, other, 9, cells)
+    assert found.chosen.kept and found.chosen.options["depth"] == (5 if kept == "given" else 6)
+    assert (found.over_given is None) == (kept == "given")
 
 
 @pytest.mark.parametrize("name", ["_ranked", "_found", "_written", "_tuned"])

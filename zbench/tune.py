@@ -546,7 +546,10 @@ def _found(group: Group, chosen: EngineSpec, settings: int, cells: dict[str, Cel
         return Found(mine, settings, None, None)
     own = cells[_as_given(group.title)]
     over = metrics.evaluate(metrics.METRICS["speedup"], replace(cell, baseline=own))[""]
-    return Found(mine, settings, _tried(group, group.given[0], own), over)
+    theirs = _tried(group, group.given[0], own)
+    if over.high is not None and over.high < 1 and not theirs.error:  # the rounds were wrong
+        return Found(replace(theirs, kept=True), settings, None, None)
+    return Found(mine, settings, theirs, over)
 
 
 def _tuned(at: Scenario, searched: Sequence[Group], results: Sequence[Found], device: str) -> str:
