@@ -512,8 +512,8 @@ def table(result: dict[str, Any], most: int = 20) -> str:
         f"{result['engine']} on {result['device']}, {result['model']}, {result['dtype']}, batch {result['batch']}",
         f"step {quantity(step['median'], 's')} (middle half {quantity(step['quarter'], 's')} to "
         f"{quantity(step['three_quarters'], 's')}, n = {step['n']});"
-        f" under the profiler {quantity(watched['median'], 's')}, mean {quantity(watched['mean'], 's')}, of which shares"
-        " and phases are",
+        f" under the profiler {quantity(watched['median'], 's')}, mean {quantity(watched['mean'], 's')}, of which"
+        " shares and phases are",
         f"operators explain {result['explained']:.1%} of the profiled steps; the rest is Python, launches and gaps"
         if result["explained"] is not None
         else "the profiler has no times of kernels in these steps",
