@@ -547,6 +547,25 @@ def test_a_recorded_cache_is_handed_on_as_new_as_a_fresh_one(monkeypatch: pytest
         assert any(output) and all(values.isfinite().all() for _, values in places)
 
 
+def test_where_a_cache_does_not_fit_the_one_unused_for_longest_makes_room() -> None:
+    model = runtime("smollm", "eager")
+    graphs = model.graphs = Graphs(model, again)
+    for size in (256, 512, 1024, 256):  # each is idle at once, the first is handed out once more
+        graphs.new_cache(1, size)
+    kept = graphs.new_cache(1, 2048)
+
+    def make() -> Any:
+        if len(graphs._arenas) > 3:
+            raise torch.OutOfMemoryError("short")
+        return model.empty_cache(1, 300)
+
+    made = graphs.cache((1, 300), make)
+    assert sorted(size for _, size in (arena.size for arena in graphs._arenas.values())) == [256, 300, 1024, 2048]  # type: ignore[misc]
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.cache((1, 301), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
+    assert {id(arena.user()) for arena in graphs._arenas.values()} == {id(kept), id(made)}
+
+
 def test_memory_that_graphs_hold_for_others_is_no_ones_peak() -> None:
     model = runtime("smollm", "eager")
     graphs = model.graphs = Graphs(model, again)

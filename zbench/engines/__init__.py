@@ -107,8 +107,8 @@ class Shared:
             return work()
         gc.collect()
         for target in self._targets.values():
-            if target.graphs:
-                target.graphs.spare()
+            while target.graphs and target.graphs.spare():
+                pass
         return work()
 
     def unused(self, since: float) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -162,11 +162,7 @@ class Recorded(Generic[M]):
         """An empty cache, on memory whose last user is gone where there is some of that size, else on what is made."""
         arena = next((a for a in self._arenas.values() if a.size == size and a.user() is None), None)
         if arena is None:
-            try:
-                memory = make()
-            except torch.OutOfMemoryError:
-                self.spare()
-                memory = make()
+            memory = self._made(make)
             arena = self._arenas[memory.keys.data_ptr()] = _Arena(memory, size, weakref.ref(memory))
         cache = arena.memory.emptied()
         arena.user, arena.handed = weakref.ref(cache), time.perf_counter()
@@ -177,13 +173,24 @@ class Recorded(Generic[M]):
         kept = [arena.memory for arenas in self._all for arena in arenas.values() if arena.handed < since]
         return sum(t.nbytes for memory in kept for t in vars(memory).values() if isinstance(t, Tensor))
 
+    def _made(self, make: Callable[[], M]) -> M:
+        while True:
+            with suppress(torch.OutOfMemoryError):
+                return make()
+            if not self.spare():
+                return make()
+
     def spare(self) -> bool:
-        """Give up the memory, and the graphs, of caches that nobody has any more. False where there was none."""
-        idle = [(arenas, key) for arenas in self._all for key, arena in arenas.items() if arena.user() is None]
-        for arenas, key in idle:
-            del arenas[key]
+        """Of the caches that nobody has any more, give up the memory and the graphs of that which was handed out first.
+        False where there is none."""
+        every = [(arenas, key, arena) for arenas in self._all for key, arena in arenas.items()]
+        idle = [(arena.handed, key, arenas) for arenas, key, arena in every if arena.user() is None]
+        if not idle:
+            return False
+        _, key, arenas = min(idle, key=lambda one: one[0])
+        del arenas[key]
         torch.cuda.empty_cache()
-        return bool(idle)
+        return True
 
     @torch.inference_mode()
     def run(self, cache: M, signature: Hashable, given: Given, work: Callable[[M, Given], Any]) -> Any:
