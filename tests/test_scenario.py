@@ -298,13 +298,39 @@ def test_overrides_do_what_editing_the_file_does(folder, changes):
         ("sampling.temprature=1", "unknown key 'temprature' in sampling; did you mean 'temperature'?"),
         ("batch.x=1", "batch: expected a whole number, found {"),
         ("batch=0", "batch: expected greater than or equal to 1, found 0"),
-        ("engines.0=reference", "engines: expected a list, found"),
+        ("engines.eagle4.depth=2", "eagle4 is not one engine of the scenario, write its label or number: 0 "),
+        ("engines.99.depth=2", "99 is not one engine of the scenario, write its label or number: 0 "),
         ("batch", "write -o KEY=VALUE with a dotted key of the scenario"),
         ("=4", "write -o KEY=VALUE with a dotted key of the scenario"),
     ],
 )
 def test_a_wrong_override_is_named_as_it_was_given(folder, override, said):
     assert complaint(folder, TEXT, override).startswith(f"-o {override}: {said}")
+
+
+def test_an_engine_is_overridden_by_its_label_name_or_number(folder):
+    engines = [
+        "autoregressive",
+        {"name": "eagle3", "drafter": {"random": True}, "depth": 2},
+        {"name": "dflash", "label": "short", "drafter": {"random": True}, "block": 3},
+        {"name": "dflash", "label": "long", "drafter": {"random": True}, "block": 8},
+    ]
+    content = MINIMAL | {"engines": engines}
+    changes = ("engines.eagle3.depth=6", "engines.long.block=7", "engines.0.execution=eager", "engines.2=prompt_lookup")
+    changed = load(folder, content, *changes)
+    assert [engine.name for engine in changed.engines] == ["autoregressive", "eagle3", "prompt_lookup", "dflash"]
+    assert [engine.options.get("depth") or engine.options.get("block") for engine in changed.engines] == [
+        None,
+        6,
+        None,
+        7,
+    ]
+    assert changed.engines[0].options["execution"] == "eager" and changed.engines[1].options["drafter"] is not None
+    assert complaint(folder, content, "engines.long.blok=7").startswith("-o engines.long.blok=7: unknown key 'blok'")
+    said = complaint(folder, content, "engines.dflash.block=4")
+    assert said.endswith("label or number: 0 autoregressive, 1 eagle3, 2 short, 3 long")
+    swept = load(folder, content, "engines.short.sweep={tokens: [4, 5]}")
+    assert [engine.title for engine in swept.engines][2:4] == ["short, tokens 4", "short, tokens 5"]
 
 
 def test_an_override_with_malformed_yaml_is_one_line(folder):

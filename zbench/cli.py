@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 FAILED_CELLS, INTERRUPTED = 5, 130
 FRACTION = click.FloatRange(min=0, min_open=True, max=1)
 MODEL_HELP = "A name of `zbench models list`, or a model's folder."
-OVERRIDE_HELP = "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8. Repeatable."
+OVERRIDE_HELP = (
+    "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8, or an engine's by its label, name or"
+    " number: -o engines.eagle3.depth=6. Repeatable."
+)
 
 
 _out = click.option(

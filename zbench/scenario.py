@@ -1185,8 +1185,8 @@ class _Document:
         """This document with another value at `path`; what is no mapping on the way there becomes one."""
         new, inner = path, self.data
         for n, part in enumerate(path[:-1], start=1):
-            inner = inner.get(part) if isinstance(inner, dict) else None
-            if not isinstance(inner, dict):
+            inner = inner[part] if isinstance(part, int) else inner.get(part) if isinstance(inner, dict) else None
+            if not isinstance(inner, dict | list):
                 new = path[:n]
                 break
         kept = {at: where for at, where in self.origins.items() if at[: len(new)] != new}
@@ -1196,6 +1196,8 @@ class _Document:
 def _replaced(data: Any, path: _Path, value: Any) -> Any:
     if not path:
         return value
+    if isinstance(path[0], int):
+        return [*data[: path[0]], _replaced(data[path[0]], path[1:], value), *data[path[0] + 1 :]]
     inner = data if isinstance(data, dict) else {}
     return {**inner, path[0]: _replaced(inner.get(path[0]), path[1:], value)}
 
@@ -1381,8 +1383,27 @@ def _override(document: _Document, overrides: Sequence[str]) -> _Document:
         for axis in axes if isinstance(axes, dict) else ():
             if path[: len(_path(axis))] == _path(axis):
                 raise UserError(f"{origin}: {axis} is an axis of the matrix; write -o matrix.{axis}=[...] instead")
+        engines = document.data.get("engines") if isinstance(document.data, dict) else None
+        if path[0] == "engines" and len(path) > 1 and isinstance(engines, list):
+            place = _place(engines, str(path[1]), origin)
+            path = ("engines", place, *path[2:])
+            if isinstance(name := engines[place], str) and path[2:]:
+                document = document.replaced(path[:2], {"name": name}, document.origin(path[:2]))
         document = document.replaced(path, _parse(text, str(origin)).data, origin)
     return document
+
+
+def _place(engines: Sequence[Any], wanted: str, origin: _Origin) -> int:
+    """Where the engine of a label, a name or a number stands. Raises UserError where it is none, or one of several."""
+    names = [engine.get("name") if isinstance(engine, dict) else engine for engine in engines]
+    labels = [engine.get("label", engine.get("name")) if isinstance(engine, dict) else engine for engine in engines]
+    for known in (labels, names):
+        if len(places := [n for n, name in enumerate(known) if name == wanted]) == 1:
+            return places[0]
+    if wanted.isdecimal() and int(wanted) < len(engines):
+        return int(wanted)
+    there = ", ".join(f"{n} {label}" for n, label in enumerate(labels))
+    raise UserError(f"{origin}: {wanted} is not one engine of the scenario, write its label or number: {there}")
 
 
 def _path(dotted: str) -> _Path:
