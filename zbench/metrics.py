@@ -402,39 +402,32 @@ def step_split(cell: Cell) -> pd.DataFrame:
     return roles.assign(switching=steps - roles.sum(axis=1))
 
 
-def missing_part(cell: Cell, name: str, part: str) -> MetricRow:
-    """The row of a part that a cell does not have."""
-    known = METRICS[name]
-    why = unavailable("nothing was decoded after the first token")
-    return MetricRow(
-        cell=cell.record.id,
-        metric=name,
-        part=part,
-        **asdict(why),
-        unit=known.unit,
-        better=known.better,
-        formula=known.formula,
-        caveat=", ".join(caveats(cell.record)),
-    )
-
-
 def summarise(run: Run) -> list[MetricRow]:
     """Every metric of every cell, in the order of the manifest and of the definitions."""
     return [
-        MetricRow(
-            cell=cell.record.id,
-            metric=definition.name,
-            part=part,
-            **asdict(estimate),
-            unit=definition.unit,
-            better=definition.better,
-            formula=definition.formula,
-            caveat=", ".join(caveats(cell.record)),
-        )
+        _row(cell, definition, part, estimate)
         for cell in run.cells
         for definition in METRICS.values()
         for part, estimate in evaluate(definition, cell).items()
     ]
+
+
+def missing_part(cell: Cell, name: str, part: str) -> MetricRow:
+    """The row of a part that a cell does not have."""
+    return _row(cell, METRICS[name], part, unavailable("nothing was decoded after the first token"))
+
+
+def _row(cell: Cell, definition: Definition, part: str, estimate: Estimate) -> MetricRow:
+    return MetricRow(
+        cell=cell.record.id,
+        metric=definition.name,
+        part=part,
+        **asdict(estimate),
+        unit=definition.unit,
+        better=definition.better,
+        formula=definition.formula,
+        caveat=", ".join(caveats(cell.record)),
+    )
 
 
 @metric("failed_trials", "trials", "trials that ended in an error; all other metrics leave them out", "lower")

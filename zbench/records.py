@@ -501,7 +501,7 @@ def _sound(trial: TrialRecord) -> TrialRecord:
         times = (request.ttft_seconds, request.end_seconds, trial.wall_seconds)
         if not all(isinstance(time, int | float) and math.isfinite(time) for time in times):
             raise ValueError(f"request {request.prompt_id} has times that are no numbers: {times}")
-        if not (0 <= request.ttft_seconds <= request.end_seconds and request.end_seconds > 0 < trial.wall_seconds):
+        if not 0 <= request.ttft_seconds <= request.end_seconds or min(request.end_seconds, trial.wall_seconds) <= 0:
             raise ValueError(f"request {request.prompt_id} has times that cannot be: {times}")
     return trial
 

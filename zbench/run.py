@@ -385,9 +385,13 @@ def _engines(point: Point, cells: Sequence[CellRecord]) -> Iterator[dict[str, En
         ready |= _ready(point, cells)
         yield ready
     finally:
-        for engine in ready.values():
-            getattr(engine, "close", lambda: None)()
-        ready.clear()
+        _close(ready)
+
+
+def _close(ready: dict[str, Engine | Exception]) -> None:
+    for engine in ready.values():
+        getattr(engine, "close", lambda: None)()
+    ready.clear()
 
 
 def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exception]:
@@ -395,7 +399,7 @@ def _ready(point: Point, cells: Sequence[CellRecord]) -> dict[str, Engine | Exce
     automatic = {cell.id for cell in cells if cell.options.get("execution", "auto") == "auto"}
     refused = [e for at, e in built.items() if at in automatic and isinstance(e, ExecutionUnavailable)]
     if refused and point.shared.eagerly(str(refused[0])):  # all of them, so that they can be compared
-        built.clear()
+        _close(built)
         built = {cell.id: _warmed(point, cell) for cell in cells}
     return built
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -603,17 +605,91 @@ def test_where_an_engine_cannot_be_recorded_all_run_operators(monkeypatch: pytes
     assert len(said) == 1 and "Cannot copy between CPU and CUDA" in said[0]
 
 
-def test_the_reason_is_what_ended_a_recording_not_how_that_ended() -> None:
-    def refused(run: Run) -> Run:
-        try:
-            raise RuntimeError("this is why")
-        finally:
-            raise ValueError("the capture could not be ended")
+class Streams:
+    """In place of `torch.cuda`: which stream and device are current, and what is recorded on which."""
 
-    model = runtime("smollm", "eager")
-    model.graphs = Graphs(model, refused)
-    with pytest.raises(ExecutionUnavailable, match="RuntimeError: this is why"):
-        execution.probe(model)
+    def __init__(self) -> None:
+        self.current, self.device_now, self.recorded, self.pools = "usual", "0", list[Any](), 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", self._pool)
+        monkeypatch.setattr(torch.cuda, "stream", lambda other: self._within("current", "ahead"))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: self._within("device_now", str(device.index)))
+        monkeypatch.setattr(torch.cuda, "graph", self._graph)
+
+    def _pool(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    @contextmanager
+    def _within(self, name: str, value: str) -> Any:
+        before = getattr(self, name)
+        setattr(self, name, value)
+        try:
+            yield
+        finally:
+            setattr(self, name, before)
+
+    @contextmanager
+    def _graph(self, graph: Any, pool: int, stream: Any) -> Any:
+        """As torch's: where the capture cannot be ended, its stream stays the current one."""
+        self.recorded.append((self.device_now, self.current, pool))
+        self.current = "capture"
+        try:
+            yield
+        except Exception:
+            raise ValueError("operation failed due to a previous error during capture")  # noqa: B904
+        self.current = "ahead"
+
+
+class Replayed:
+    def replay(self) -> None:
+        pass
+
+
+def test_recording_is_on_the_stream_and_device_of_the_model_and_leaves_torch_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams = Streams()
+    streams.install(monkeypatch)
+    record = execution.record_on(torch.device("cuda:1"))
+    seen: list[tuple[str, str]] = []
+
+    def run() -> int:
+        seen.append((streams.device_now, streams.current))
+        return len(seen)
+
+    first = record(run)
+    assert seen == [("1", "ahead"), ("1", "capture")] and streams.recorded == [("1", "ahead", 1)]
+    assert first() == 2 and len(seen) == 2  # a replay gives what was recorded, and runs nothing
+    record(run)
+    assert streams.recorded[-1][2] == 1, "graphs that are alive share a pool"
+    del first
+    gc.collect()
+    third = record(run)
+    assert streams.recorded[-1][2] == 2, "the pool of graphs that are all gone is not used again"
+    assert (streams.device_now, streams.current) == ("0", "usual") and third() == len(seen)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("this is why"), torch.OutOfMemoryError("this is why")])
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_recording_that_fails_says_why_and_leaves_torch_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, ahead: bool
+) -> None:
+    streams = Streams()
+    streams.install(monkeypatch)
+
+    def run() -> None:
+        if ahead or streams.current == "capture":
+            raise error
+
+    with pytest.raises(type(error), match="this is why"):
+        execution.record_on(torch.device("cuda:1"))(run)
+    assert (streams.device_now, streams.current) == ("0", "usual")
 
 
 @pytest.mark.parametrize(("error", "tries"), [(torch.OutOfMemoryError, 2), (ExecutionUnavailable, 1)])

@@ -218,11 +218,8 @@ class Recorded(Generic[M]):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            first: BaseException = error
-            while first.__context__ is not None:  # what ended a recording; that it could not end well came after
-                first = first.__context__
-            line = next(iter(str(first).splitlines()), "no message")
-            raise ExecutionUnavailable(f"no graph of {signature}: {type(first).__name__}: {line}") from error
+            line = next(iter(str(error).splitlines()), "no message")
+            raise ExecutionUnavailable(f"no graph of {signature}: {type(error).__name__}: {line}") from error
         after = _reserved(memory.keys.device)
         grown = None if before is None or after is None else after - before
         self._prepared.append(PreparationRecord("capture", str(signature), time.perf_counter() - start, grown))
@@ -329,14 +326,22 @@ def record_on(device: torch.device) -> Record:
         nonlocal pool
         if not alive:  # graphs run one after another and share scratch memory; that of none is not to be used again
             pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, failed = torch.cuda.CUDAGraph(), list[Exception]()
         with torch.cuda.device(device):
             ahead.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(ahead):  # also where recording fails, which leaves torch on its stream
                     run()  # handles and workspaces are made at first use, which must not be while recording
                     with torch.cuda.graph(graph, pool=pool, stream=ahead):
-                        out = run()
+                        try:
+                            out = run()
+                        except Exception as error:
+                            failed.append(error)
+                            raise
+            except Exception:
+                if failed:  # that the recording could not be ended well came after
+                    raise failed.pop() from None
+                raise
             finally:
                 torch.cuda.current_stream().wait_stream(ahead)
         alive.add(graph)
