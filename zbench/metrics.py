@@ -904,8 +904,8 @@ def achieved_flops(cell: Cell) -> dict[str, Estimate]:
     "mbu",
     "1",
     "achieved bandwidth / read bandwidth of this device's memory, the median of samples taken between trials of the "
-    "run, or where there are none the roof measured before it; not given where traffic that fits into the last-level "
-    "cache passes it, as of a small drafter that runs again and again",
+    "run, or where there are none the roof measured before it; traffic that fits into the last-level cache, as of a "
+    "small drafter that runs again and again, may not have come from memory: not given where it passes the roof",
     "higher",
 )
 def mbu(cell: Cell) -> dict[str, Estimate]:
@@ -915,17 +915,18 @@ def mbu(cell: Cell) -> dict[str, Estimate]:
         shares = _utilisation(achieved_bandwidth(cell), peak, "read bandwidth beside the run", most=read["high"])
     else:
         shares = _utilisation(achieved_bandwidth(cell), peak, "measured read bandwidth")
-    cache, traffic = cell.last_level_cache, {kind: f["bytes"].max() for kind, f in _kinds(cell)}
-    over = {
-        kind for kind, share in shares.items() if share.value is not None and float(share.value) > 1 + ROOF_TOLERANCE
-    }
-    served = {kind for kind in over if traffic[kind] <= cache}
-    return {kind: _in_cache(traffic[kind], cache) if kind in served else share for kind, share in shares.items()}
+    traffic = {kind: f["bytes"].max() for kind, f in _kinds(cell)}
+    return {kind: _cached(share, traffic[kind], cell.last_level_cache) for kind, share in shares.items()}
 
 
-def _in_cache(traffic: float, cache: float) -> Estimate:
+def _cached(share: Estimate, traffic: float, cache: float) -> Estimate:
+    """What a share of the memory's roof is worth where a cache may have served the traffic, which nothing counts."""
+    if traffic > cache or share.value is None:
+        return share
     sizes = f"its {traffic / 1e6:.0f} MB fit into the last-level cache of {cache / 1e6:.0f} MB"
-    return unavailable(f"{sizes}, so that the memory does not bound it")
+    if float(share.value) > 1 + ROOF_TOLERANCE:
+        return unavailable(f"{sizes}, so that the memory does not bound it")
+    return replace(share, note=f"{sizes}, which may have served it")
 
 
 @metric("mfu", "1", "achieved FLOP/s / rate measured on this device for this dtype", "higher")

@@ -67,6 +67,19 @@ def test_what_the_cache_serves_is_not_called_memory_bound(results: Any) -> None:
     assert "(1 row) is faster than the measured read bandwidth would allow (its 276 MB fit" in text
 
 
+def test_a_share_that_a_cache_may_have_served_says_so(results: Any) -> None:
+    caches = {"sweep": [], "levels": {"L3": {"capacity": 1e12, "value": 4 * READ, "low": READ, "high": 5 * READ}}}
+    text = " ".join(*(sentences for _, sentences in answers(results(roofs={**ROOFS, "caches": caches}))))
+    served = "(its 276 MB fit into the last-level cache of 1000000 MB, which may have served it)."
+    assert f"memory-bound: 84.9% of the measured read bandwidth {served}" in text
+
+
+def test_rows_of_a_batch_are_those_of_each_sequence(results: Any) -> None:
+    one, two = answers(results(points=({"batch": 1}, {"batch": 2}), engines=("autoregressive",)))
+    assert "forward (1 row) is" in one[1][-1]
+    assert "forward (1 row per sequence) is" in two[1][-1]
+
+
 def test_the_answer_says_how_fast_with_its_interval_against_what_and_what_limits(results: Any) -> None:
     ((point, sentences),) = answers(results())
     assert point == ""

@@ -320,7 +320,8 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
         share = quantity(row.value, row.unit)
         if row.value > 1:
             return f"{bound.value}-bound as far as can be told: {_above(results, row, share, roof)}"
-        return f"{bound.value}-bound: {share} of the measured {roof}"
+        cached = f" ({row.note})" if metric == "mbu" and row.note else ""
+        return f"{bound.value}-bound: {share} of the measured {roof}{cached}"
     return f"faster than the measured {roof} would allow ({row.note.removeprefix('unavailable: ')})"
 
 
@@ -348,7 +349,8 @@ def _answer(results: Results, point: Point) -> list[str]:
         if kind := main_kind(cell):
             owner = "Its" if len(sentences) == 1 else f"{cell.record.label}’s"
             role, _, rows = kind.partition(", ")
-            sentences.append(f"{owner} {role} forward ({rows}) is {limit(results, cell, kind)}.")
+            each = " per sequence" if rows and cell.record.batch > 1 else ""
+            sentences.append(f"{owner} {role} forward ({rows}{each}) is {limit(results, cell, kind)}.")
     return sentences
 
 
