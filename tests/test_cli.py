@@ -146,6 +146,7 @@ def test_reporting_on_something_that_is_no_run_is_one_line(tmp_path: Path) -> No
 def test_nothing_to_resume_is_one_line(yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     refused(zbench("run", yaml, "--out", tmp_path / "out", "--resume"), "nothing to resume")
+    refused(zbench("run", yaml, "--dry-run", "--resume"), "--dry-run measures nothing")
 
 
 def test_a_dry_run_lists_cells_and_memory_and_measures_nothing(yaml: Path, tmp_path: Path) -> None:

@@ -576,10 +576,12 @@ def test_a_diffusion_setting_that_cannot_be_is_said_in_one_line(folder, options,
         ("confidence: 1", "engines[1].confidence: expected less than 1, found 1"),
         ("confidence: 0.3, top_k: 2", "engines[1]: confidence ends chains; with top_k trees are drafted"),
         ("confidence: 0.3, synthetic: {length: 2}", "engines[1]: synthetic acceptance asks no drafter"),
+        ("drafter: {random: true, layers: 3}", "engines[1]: drafter.layers is for dflash"),
     ],
 )
-def test_a_confidence_that_cannot_be_is_said_in_one_line(folder, options, said):
-    engine = f"- {{name: eagle3, drafter: {{random: true}}, {options}}}"
+def test_an_eagle3_setting_that_cannot_be_is_said_in_one_line(folder, options, said):
+    drafter = "" if "drafter" in options else "drafter: {random: true}, "
+    engine = f"- {{name: eagle3, {drafter}{options}}}"
     told = complaint(folder, TEXT.replace("- name: reference\n    assisted: prompt_lookup", engine))
     assert told.startswith(f"s.yaml:5: {said}")
     assert "\n" not in told
@@ -631,6 +633,7 @@ def test_an_engine_that_sweeps_options_stands_for_one_for_every_combination(tmp_
         (("      proposals:", "      proposal:"), "s.yaml:11: unknown key 'proposal' in engines[1]"),
         (("[2, 4]", "[]"), "s.yaml:9: engines[1].sweep.block_size: expected at least one item"),
         (("[2, 4]", "4"), "s.yaml:9: engines[1].sweep.block_size: expected a list, found 4"),
+        (("block_size: [2, 4]", "label: [a, b]"), "s.yaml:8: engines[1].sweep: a label is no option"),
     ],
 )
 def test_a_wrong_sweep_is_told_where_it_was_written(tmp_path, wrong, said):
@@ -639,6 +642,12 @@ def test_a_wrong_sweep_is_told_where_it_was_written(tmp_path, wrong, said):
     with pytest.raises(UserError) as error:
         scenario.load(path)
     assert said in str(error.value).replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize("name", ["dflash", "dflash_reference"])
+def test_a_vocabulary_of_a_drafter_that_has_none_is_refused(folder, name):
+    engine = {"name": name, "drafter": {"random": True, "vocab": 64}}
+    assert "drafter.vocab is for eagle3" in complaint(folder, MINIMAL | {"engines": [engine]})
 
 
 def test_a_swept_option_may_be_nested(folder):

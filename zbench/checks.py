@@ -1,6 +1,6 @@
 """What can be said of a scenario before anything is loaded: `zbench validate`, `run --dry-run` and `run` all ask here.
 
-No weights are read and nothing is downloaded. A model that is not on this machine yet is no mistake: what depends on
+No weights are read and no model is downloaded (`--dry-run` gets a data set of prompts, if the scenario has one). A model that is not on this machine yet is no mistake: what depends on
 its shape is left for the run, which asks again once the model is there.
 """
 

@@ -122,6 +122,8 @@ def run(
         _kernels(wanted, out, dry_run, report, as_json)
         return
     if dry_run:
+        if resume:
+            raise UserError("--dry-run measures nothing, so there is nothing to resume: leave one of the two out")
         from zbench import estimate
 
         cells = estimate.estimate(wanted, allow_pickle)
@@ -1006,7 +1008,13 @@ def train() -> None:
 @click.option(
     "--tokens", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Answer tokens wanted."
 )
-@click.option("--seed", default=0, show_default=True, help="The corpus follows from model and seed.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="The corpus follows from model and seed.",
+)
 @click.option(
     "--written",
     type=click.FloatRange(0, 1),
@@ -1102,7 +1110,9 @@ def _training(command: Any) -> Any:
         click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="How long to train."),
         click.option("--steps", type=click.IntRange(min=1), help="How long to train; repeatable bit by bit."),
         click.option("--resume", is_flag=True, help="Go on with the run in --out."),
-        click.option("--seed", default=0, show_default=True, help="Of weights, order and places."),
+        click.option(
+            "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of weights, order and places."
+        ),
         click.option(
             "--batch", default=4, show_default=True, type=click.IntRange(min=1), help="Conversations per step."
         ),

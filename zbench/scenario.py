@@ -88,6 +88,13 @@ class EngineSpec(_Strict):
         examples=[{"proposals": [1, 2, 4]}],
     )
 
+    @field_validator("sweep")
+    @classmethod
+    def _varies_options(cls, sweep: dict[str, Any]) -> dict[str, Any]:
+        if "label" in sweep:
+            raise ValueError("a label is no option: what is swept is added to it")
+        return sweep
+
     @property
     def options(self) -> dict[str, Any]:
         return self.model_dump(exclude={"name", "label"})
@@ -322,6 +329,8 @@ class Eagle3Spec(SpeculativeSpec):
 
     @model_validator(mode="after")
     def _has_no_idle_option(self) -> Eagle3Spec:
+        if isinstance(self.drafter, DrafterRandom) and self.drafter.layers is not None:
+            raise ValueError("drafter.layers is for dflash: an EAGLE-3 drafter has one")
         _without_lookup(self.lookup, synthetic=self.synthetic)
         if self.confidence and (self.beam or self.top_k) > 1:
             raise ValueError("confidence ends chains; with top_k trees are drafted, unless beam is 1")
@@ -354,7 +363,8 @@ class DFlashSpec(SpeculativeSpec):
     lookup: _Lookup = None
 
     @model_validator(mode="after")
-    def _looks_up_what_it_can_verify(self) -> DFlashSpec:
+    def _has_no_idle_option(self) -> DFlashSpec:
+        _drafts_any_token(self.drafter)
         _without_lookup(self.lookup, synthetic=self.synthetic, draft_sampling=self.draft_sampling)
         return self
 
@@ -394,6 +404,12 @@ _Adapter = Annotated[
     | Annotated[AdapterRandom, Tag(f"{_BRANCH}random")],
     _key_branch(_ADAPTERS),
 ]
+
+
+def _drafts_any_token(drafter: BaseModel) -> None:
+    """Raises ValueError where a vocabulary is asked of a drafter that reads the target's head."""
+    if isinstance(drafter, DrafterRandom) and drafter.vocab is not None:
+        raise ValueError("drafter.vocab is for eagle3: a DFlash drafter reads the target's own head")
 
 
 def _proposals(value: int | str) -> int | str:
@@ -678,6 +694,11 @@ class DFlashReferenceSpec(EngineSpec):
     block: Annotated[int, Field(ge=2, le=64)] | None = Field(
         None, description="Tokens per block, the anchor included: block - 1 are drafted. null takes the checkpoint's."
     )
+
+    @model_validator(mode="after")
+    def _has_no_idle_option(self) -> DFlashReferenceSpec:
+        _drafts_any_token(self.drafter)
+        return self
 
 
 ENGINES: dict[str, type[EngineSpec]] = {
@@ -1424,7 +1445,7 @@ def _written_out(document: _Document) -> _Document:
         inside = {path[2:]: origin for path, origin in document.origins.items() if path[:2] == here}
         sweep = engine.get("sweep") if isinstance(engine, dict) else None
         valid = isinstance(sweep, dict) and all(isinstance(values, list) and values for values in sweep.values())
-        if not valid or not isinstance(sweep, dict):
+        if not valid or not isinstance(sweep, dict) or "label" in sweep:
             origins |= {("engines", len(found), *rest): origin for rest, origin in inside.items()}
             found.append(engine)
             continue
