@@ -1,11 +1,16 @@
-"""The import rule: what reads a run folder needs no torch, and the command line starts without it."""
+"""The import rule: what reads a run folder needs no torch, the command line starts without it, and no layer knows what
+stands above it."""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import zbench
 
 LIGHT = [
     "records",
@@ -29,7 +34,9 @@ LIGHT += [
     "ab",
     "pytest_plugin",
     "engines.plans",
-    "hardware.projection",
+    "projection",
+    "estimate",
+    "hardware.peaks",
     "models.drafters",
     "report.attention",
     "models.attention",
@@ -38,6 +45,17 @@ LIGHT += ["checks", "imported", "importers", "codejudge", "compare", "models.sha
 LIGHT += ["report.compare", "report.kernels", "report.scaling", "report.tuning"]
 LIGHT += ["telemetry", "hardware.telemetry", "report.telemetry", "trace"]
 HEAVY = ("torch", "transformers")
+# What each layer may import of zbench, beside itself.
+LAYERS = {
+    "kernels": {"cache"},
+    "models": {"cache", "errors", "hardware", "kernels", "records"},
+    "hardware": {"__version__", "cache", "errors", "models", "records", "telemetry"},
+    "engines": {"errors", "hardware", "kernels", "models", "prompts", "records", "serving"},
+    "serving": {"errors", "models", "records"},
+    "records": {"errors"},
+    "stats": set(),
+    "metrics": {"errors", "hardware", "records", "serving_metrics", "stats", "telemetry"},
+}
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -56,3 +74,26 @@ def test_help_loads_nothing_but_click() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_nothing_that_stands_above_it(layer: str) -> None:
+    root = Path(zbench.__file__).parent
+    files = sorted((root / layer).rglob("*.py")) or [root / f"{layer}.py"]
+    found = {name for file in files for name in imported(ast.parse(file.read_text(encoding="utf-8")))}
+    assert found - {layer} <= LAYERS[layer]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Packages and modules of zbench that a module imports anywhere, but for types alone."""
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    ignored = {id(inner) for node in typing for inner in ast.walk(node)}
+    names = []
+    for node in ast.walk(tree):
+        if id(node) in ignored:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("zbench.")}

@@ -1,7 +1,7 @@
 """What can be said of a scenario before anything is loaded: `zbench validate`, `run --dry-run` and `run` all ask here.
 
-No weights are read and no model is downloaded (`--dry-run` gets a data set of prompts, if the scenario has one). A model that is not on this machine yet is no mistake: what depends on
-its shape is left for the run, which asks again once the model is there.
+No weights are read and no model is downloaded (a data set of prompts is, by `--dry-run`). A model that is not on this
+machine yet is no mistake: what depends on its shape is left for the run, which asks again once the model is there.
 """
 
 from __future__ import annotations
@@ -90,3 +90,23 @@ def model_config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
         if folder and not folder.is_dir():
             raise UserError(f"model folder {folder} does not exist")
     return families.from_hf(read_json(folder / "config.json")) if folder else None
+
+
+def elsewhere(wanted: scenario.Scenario) -> str | None:
+    """Why a scenario cannot be measured here, in one line; None where it can, or names no hardware."""
+    if wanted.hardware is None:
+        return None
+    from zbench.hardware import device as devices
+    from zbench.hardware import specs
+
+    try:
+        device = devices.resolve(wanted.device)
+    except UserError:
+        found = f"has no device {wanted.device}"
+    else:
+        spec = specs.of_device(device)
+        if spec and spec.name == wanted.hardware:
+            return None
+        partition = spec is None and specs.lookup(device.name) is not None
+        found = f"has {'a partition of ' * partition}{device.name}"
+    return f"{wanted.name} is about {wanted.hardware}, this machine {found}: projected, nothing is measured"

@@ -15,7 +15,7 @@ from zbench import __version__
 from zbench.errors import UserError
 
 if TYPE_CHECKING:
-    from zbench.hardware.projection import Peaks
+    from zbench.hardware.peaks import Peaks
     from zbench.scenario import KernelScenario, Scenario
 
 FAILED_CELLS, INTERRUPTED = 5, 130
@@ -130,13 +130,14 @@ def run(
         click.echo(json.dumps([c.to_dict() for c in cells], indent=1) if as_json else estimate.table(cells))
         return
     if wanted.hardware:
-        from zbench.hardware import projection
+        from zbench import checks
+        from zbench.hardware import peaks
 
-        if why := projection.elsewhere(wanted):
+        if why := checks.elsewhere(wanted):
             if resume:
                 raise UserError(f"{why}, so there is nothing to resume")
             click.echo(why, err=True)
-            _project(wanted, projection.on_paper(wanted.hardware), out, report, as_json)
+            _project(wanted, peaks.on_paper(wanted.hardware), out, report, as_json)
             return
     from rich.console import Console
 
@@ -237,31 +238,34 @@ def project(
       zbench project scenarios/speculative.yaml --device here
       zbench project mine.yaml --device mi355x --memory-fraction 0.8 --compute-fraction 0.6
     """
+    from zbench import projection
     from zbench import scenario as scenarios
-    from zbench.hardware import projection
+    from zbench.hardware import peaks
 
     wanted = scenarios.load(scenario, overrides)
     name = device or wanted.hardware
     if name is None:
         raise UserError("no device to project to: give --device NAME, or the scenario a key hardware: NAME")
-    of = projection.measured_here(wanted) if name == projection.HERE else projection.on_paper(name)
-    peaks = replace(of, memory_fraction=memory_fraction, compute_fraction=compute_fraction)
-    _project(wanted, peaks, out, report, as_json)
+    measured = name == projection.HERE
+    of = peaks.measured_here(wanted.device, wanted.threads) if measured else peaks.on_paper(name)
+    reached = replace(of, memory_fraction=memory_fraction, compute_fraction=compute_fraction)
+    _project(wanted, reached, out, report, as_json)
 
 
 def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: bool) -> None:
     """Write a projection's folder, and say what it comes to."""
+    from zbench import projection
     from zbench.cache import atomic_write, new_folder
-    from zbench.hardware import projection
+    from zbench.records import PROJECTION
     from zbench.report import projection as pages
 
     found = projection.project(wanted, peaks).to_dict()
     folder = new_folder(out, f"{wanted.name}-projected")
     try:
-        atomic_write(folder / pages.PROJECTION, json.dumps(found, indent=1, allow_nan=False))
+        atomic_write(folder / PROJECTION, json.dumps(found, indent=1, allow_nan=False))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    page = pages.render(folder) if report else folder / pages.PROJECTION
+    page = pages.render(folder) if report else folder / PROJECTION
     if as_json:
         click.echo(json.dumps(found, indent=1, allow_nan=False))
         click.echo(f"projection: {page}", err=True)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zbench import checks, engines, prompts, scenario
+from zbench import checks, engines, projection, prompts, scenario
+from zbench.engines import plans
 from zbench.errors import UserError
+from zbench.hardware import peaks, specs
 from zbench.models import families
 from zbench.models.cost import forward_cost
 from zbench.models.shard import Shard
 from zbench.records import CellRecord
-
-if TYPE_CHECKING:
-    from zbench.hardware.projection import Peaks
-
-CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only this estimate uses it
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-PREFILL_ROWS = 512  # of one prefill forward, as `engines/base.py` feeds them
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +44,7 @@ class Basis:
     """Whose roofs an estimate takes."""
 
     device: str  # in words, with where the roofs are from
-    peaks: Peaks | None  # None: not known, for which `unknown` says why
+    peaks: peaks.Peaks | None  # None: not known, for which `unknown` says why
     memory_bytes: int | None
     unknown: str = ""
 
@@ -65,8 +59,8 @@ def estimate(wanted: scenario.Scenario, allow_pickle: bool = True) -> list[Estim
         chosen = prompts.load(at.prompts)
         trials = at.repeats * -(-len(chosen) // at.batch)
         config = checks.model_config(at.model_spec)
-        context = at.context or longest_prompt(chosen)
-        memory = None if config is None else memory_bytes(config, at, context)
+        context = at.context or projection.longest_prompt(chosen)
+        memory = None if config is None else projection.memory_bytes(config, at, context)
         for cell in cells:
             if absent := engines.absent(cell.engine, cell.options, at.batch):
                 found.append(Estimate(cell.id, 0, 0, None, 0.0, on.device, on.memory_bytes, absent))
@@ -88,53 +82,47 @@ def basis(wanted: scenario.Scenario) -> Basis:
     """This machine's roofs where they were measured, else the spec sheet of the scenario's hardware or of the GPU that
     is here. Nobody else's: a time at the roofs of another device would say nothing of this one."""
     from zbench.hardware import device as devices
-    from zbench.hardware import projection, specs
 
-    if projection.elsewhere(wanted):
+    if checks.elsewhere(wanted):
         assert wanted.hardware is not None
-        peaks = projection.on_paper(wanted.hardware)
-        return Basis(f"{wanted.hardware}, which the scenario is about (spec sheet)", peaks, peaks.memory_bytes)
+        paper = peaks.on_paper(wanted.hardware)
+        return Basis(f"{wanted.hardware}, which the scenario is about (spec sheet)", paper, paper.memory_bytes)
     try:
         device = devices.resolve(wanted.device)
     except UserError as error:
         return Basis(f"{wanted.device}, which this machine has not", None, None, str(error))
     memory, here = device.memory_bytes(), f"{device.name}, this machine’s"
     try:
-        return Basis(f"{here} (measured roofs)", projection.measured_here(wanted), memory)
+        return Basis(f"{here} (measured roofs)", peaks.measured_here(wanted.device, wanted.threads), memory)
     except UserError:
         if spec := specs.of_device(device):
-            paper = f"{here} (spec sheet; zbench roofs measures it)"
-            return Basis(paper, projection.on_paper(spec.name), spec.memory_bytes)
+            said = f"{here} (spec sheet; zbench roofs measures it)"
+            return Basis(said, peaks.on_paper(spec.name), spec.memory_bytes)
     threads = f" --threads {wanted.threads}" if wanted.threads else ""
     command = f"zbench roofs --device {wanted.device} --dtype {wanted.dtype}{threads}"
     return Basis(here, None, memory, f"the roofs of {device.name} were not measured; {command} measures them")
 
 
 def _trial_seconds(
-    at: scenario.Scenario, cell: CellRecord, config: families.AnyConfig, context: int, peaks: Peaks
+    at: scenario.Scenario, cell: CellRecord, config: families.AnyConfig, context: int, given: peaks.Peaks
 ) -> float:
     """The least that a batch takes: its prefill, and as many steps as its output needs at the context in the middle.
 
     Raises UserError where that is not known."""
-    from zbench.engines import plans
-    from zbench.hardware import projection
-
-    if at.dtype not in peaks.flops:
-        known = ", ".join(peaks.flops)
-        raise UserError(f"no {at.dtype} rate of {peaks.device} is known (known: {known})")
+    given.check(at.dtype)
     plan = plans.plan(cell.engine, cell.options, config, at.batch)
-    itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
-    where = projection.Where(config, [context + at.output_tokens // 2] * at.batch, at.dtype, peaks, shard)
+    itemsize, shard = projection.ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
+    where = projection.Where(config, [context + at.output_tokens // 2] * at.batch, at.dtype, given, shard)
     steps = [(plan, projection.tokens_per_step(cell, plan) or 1.0 + plan.drafts)]
     if found := plans.looked_up(cell.engine, cell.options, config):
         steps.append((found, 1.0 + found.drafts))
     per_token = min(sum(map(where.seconds, step.forwards)) / gained for step, gained in steps)
     prefill = 0.0
-    for start in range(0, context, PREFILL_ROWS):
-        rows = min(PREFILL_ROWS, context - start)
+    for start in range(0, context, plans.PREFILL_ROWS):
+        rows = min(plans.PREFILL_ROWS, context - start)
         wanted = at.batch if start + rows == context else 0
         cost = forward_cost(config, rows, [start] * at.batch, wanted, itemsize, shard=shard)
-        prefill += peaks.seconds(cost, at.dtype)
+        prefill += given.seconds(cost, at.dtype)
     return prefill + (at.output_tokens - 1) * per_token
 
 
@@ -174,15 +162,3 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.{1 if seconds < 10 else 0}f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def longest_prompt(chosen: Sequence[prompts.Prompt]) -> int:
-    """Tokens of the longest of these prompts, by its characters."""
-    return max(sum(map(len, prompt.turns[:1])) // CHARACTERS_PER_TOKEN for prompt in chosen)
-
-
-def memory_bytes(config: families.AnyConfig, at: scenario.Scenario, context: int) -> float:
-    """Weights of the target, and the cache of a batch at its fullest; on the fullest of several devices."""
-    itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
-    full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize, shard=shard)
-    return shard.parameters(config) * itemsize + full.kv_bytes

@@ -26,7 +26,7 @@ from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.hardware import environment
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, NOT_ALWAYS, Better, Cell, Run, caveats, evaluate, load_run
-from zbench.records import MANIFEST, SCHEMA_VERSION, read_manifest
+from zbench.records import MANIFEST, SCHEMA_VERSION, read_manifest, schema_version
 from zbench.scenario import STRICT, load_other
 from zbench.stats import CONFIDENCE, FEW
 
@@ -336,7 +336,7 @@ def read(path: Path, policy: Policy | None = None) -> Snapshot:
     Raises UserError where it is neither or damaged, NotComparable where it was written in another schema.
     """
     if path.is_dir():
-        if (found := _schema(path / MANIFEST)) not in (None, SCHEMA_VERSION):
+        if (found := schema_version(path / MANIFEST)) not in (None, SCHEMA_VERSION):
             raise NotComparable(f"{path} has schema {found}, this zbench reads {SCHEMA_VERSION}: run it again")
         return snapshot(load_run(path), policy)
     try:
@@ -380,18 +380,11 @@ def _read_cell(data: dict[str, Any]) -> CellSnapshot:
     return CellSnapshot(str(data["trials"]), bool(data["stable"]), exact, timed)
 
 
-def _schema(manifest: Path) -> Any:
-    try:
-        return json.loads(manifest.read_text(encoding="utf-8")).get("schema_version")
-    except (OSError, ValueError, AttributeError):
-        return None  # reading the run says it better
-
-
 def last(run: Path) -> Path:
     """The newest run of the same scenario beside `run` that is older than it."""
     mine, found = read_manifest(run), []
     for manifest in sorted(run.resolve().parent.glob(f"*/{MANIFEST}")):
-        if manifest.parent == run.resolve() or _schema(manifest) != SCHEMA_VERSION:
+        if manifest.parent == run.resolve() or schema_version(manifest) != SCHEMA_VERSION:
             continue
         other = read_manifest(manifest.parent)
         if other.scenario_hash == mine.scenario_hash and other.created <= mine.created:

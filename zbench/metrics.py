@@ -25,6 +25,7 @@ import pandas as pd
 
 from zbench import stats
 from zbench.errors import UserError
+from zbench.hardware.peaks import SLACK
 from zbench.records import (
     CellRecord,
     ForwardRecord,
@@ -48,7 +49,6 @@ WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
 # Measured over floor, beyond which neither memory nor arithmetic explains the time: not even one after the other, whose
 # sum is at most twice the larger of them.
 OVERHEAD = 2.0
-SLACK = 1.1  # rows are free while a forward takes at most this many times that of one row
 
 SWITCHING = ("accept", "commit", "host gap")
 PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", "denoise", *SWITCHING)

@@ -30,6 +30,7 @@ MANIFEST, TRIALS, ROOFS = "run.json", "trials.jsonl", "roofs.jsonl"
 PEERS = frozenset({"reference", "endpoint", "llama_cpp", "vllm", "dflash_reference"})
 KERNELS, KERNELS_VERSION = "kernels.json", 1  # what a run of kernels writes instead (see `operators.py`)
 TUNE, TUNE_VERSION = "tune.json", 1  # what was found by several runs (see `tune.py`)
+PROJECTION, PROJECTION_VERSION = "projection.json", 1  # what was measured nowhere (see `projection.py`)
 
 T = TypeVar("T")
 Role = Literal["prefill", "decode", "draft", "verify", "draft+verify", "denoise"]

@@ -25,12 +25,11 @@ from pydantic import ValidationError
 from rich.console import Console
 
 import zbench
-from zbench import engines, metrics, prompts, ranks, scenario
+from zbench import checks, engines, metrics, prompts, ranks, scenario
 from zbench import run as runner
 from zbench.cache import atomic_write, new_folder
 from zbench.engines import plans
 from zbench.errors import UserError
-from zbench.hardware import projection
 from zbench.metrics import Cell
 from zbench.models.families import AnyConfig
 from zbench.prompts import Prompt
@@ -210,7 +209,7 @@ def tune(
     searched = groups(wanted.engines)
     if not searched:
         raise UserError(f"no engine of {wanted.name} has settings to choose from; {', '.join(SPACES)} have")
-    if why := wanted.hardware and projection.elsewhere(wanted):
+    if why := checks.elsewhere(wanted):
         raise UserError(f"{why}; tuning measures")
     whole = [at for at, _ in scenario.points(wanted)]
     if ranks.launched() or any(at.parallel.ranks > 1 for at in whole):

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hardware.test_projection import RATES, load
 from tests.report.test_browser import TEXT_BOXES, browser, show  # noqa: F401
 from tests.report.test_figures import assert_readable
-from zbench import report
+from tests.test_projection import RATES, load
+from zbench import projection, report
 from zbench.cache import atomic_write
 from zbench.errors import UserError
-from zbench.hardware import projection
+from zbench.hardware.peaks import on_paper
+from zbench.records import PROJECTION
 from zbench.report import figures
 from zbench.report import projection as pages
 
@@ -44,8 +45,8 @@ def write(folder: Path, *overrides: str, synthetic: Any = RATES, device: str = "
     tidar = {"name": "diffusion", "label": "tidar", "block_size": 16, "proposals": 3, "synthetic": synthetic}
     content["engines"].append(tidar)
     wanted = load(folder, *overrides, text=yaml.safe_dump(content))
-    found = projection.project(wanted, projection.on_paper(device))
-    atomic_write(folder / pages.PROJECTION, json.dumps(found.to_dict()))
+    found = projection.project(wanted, on_paper(device))
+    atomic_write(folder / PROJECTION, json.dumps(found.to_dict()))
     return folder
 
 
@@ -85,7 +86,7 @@ def test_an_engine_without_acceptance_has_a_cost_and_a_reason(folder: Path) -> N
 def test_the_page_needs_nothing_else_and_is_the_same_each_time(folder: Path, tmp_path: Path) -> None:
     page = (folder / pages.PAGE).read_bytes()
     assert not re.findall(rb'(?:src|href|srcset)="(?!data:)', page)
-    atomic_write(tmp_path / pages.PROJECTION, (folder / pages.PROJECTION).read_bytes())
+    atomic_write(tmp_path / PROJECTION, (folder / PROJECTION).read_bytes())
     assert report.render(tmp_path).read_bytes() == page
     files = {path.name for path in (tmp_path / "figures").iterdir()}
     assert files == {path.name for path in (folder / "figures").iterdir()}
@@ -95,10 +96,10 @@ def test_the_page_needs_nothing_else_and_is_the_same_each_time(folder: Path, tmp
 
 @pytest.mark.parametrize(("most", "said"), [(0, "Not even one proposal stays"), (3, "Up to 3 proposals stay")])
 def test_the_blocks_that_fit_are_said(folder: Path, tmp_path: Path, most: int, said: str) -> None:
-    content = json.loads((folder / pages.PROJECTION).read_text())
+    content = json.loads((folder / PROJECTION).read_text())
     for point in content["points"]:
         point["blocks"][0]["predicted_most_within_slack"] = most
-    atomic_write(tmp_path / pages.PROJECTION, json.dumps(content))
+    atomic_write(tmp_path / PROJECTION, json.dumps(content))
     page = report.render(tmp_path).read_text()
     assert page.count(f"{said} within 1.1 autoregressive steps (predicted).") == 2 * 2  # the text, and of the figure
 
@@ -111,10 +112,10 @@ def test_a_mean_length_leaves_the_speeds_by_proposals_out(tmp_path: Path) -> Non
 
 def test_measured_roofs_are_called_so(tmp_path: Path) -> None:
     made = write(tmp_path)
-    content = json.loads((made / pages.PROJECTION).read_text())
+    content = json.loads((made / PROJECTION).read_text())
     assert any("predicted from the spec sheet of MI300X and" in line for line in pages.headline(made))
     content["hardware"] |= {"kind": "measured", "device": "Invented CPU"}
-    (made / pages.PROJECTION).write_text(json.dumps(content))
+    (made / PROJECTION).write_text(json.dumps(content))
     assert any("predicted from the measured roofs of Invented CPU and" in line for line in pages.headline(made))
 
 
@@ -127,7 +128,7 @@ def test_a_model_too_large_is_warned_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 99}'])
 def test_a_damaged_projection_is_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / pages.PROJECTION).write_text(text)
+    (tmp_path / PROJECTION).write_text(text)
     with pytest.raises(UserError, match="project"):
         report.render(tmp_path)
 
@@ -141,7 +142,7 @@ def test_no_text_in_a_figure_lies_upon_another(folder: Path, monkeypatch: pytest
         return painted(*arguments)
 
     monkeypatch.setattr(figures, "painted", spy)
-    content = json.loads((folder / pages.PROJECTION).read_text())
+    content = json.loads((folder / PROJECTION).read_text())
     pages._overview(content)
     for point in content["points"]:
         pages._figures(content, point)

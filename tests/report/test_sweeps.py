@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.report.synthetic import GRID, RATE, READ, ROOFS, write_run
 from tests.report.test_figures import assert_readable
-from zbench import metrics, run, scenario
-from zbench.hardware import projection
+from zbench import metrics, projection, run, scenario
+from zbench.hardware.peaks import Peaks
 from zbench.records import CellRecord, ForwardRecord, StepRecord, read_manifest, read_trials
 from zbench.report import figures, html, readings, render, sweeps
 from zbench.report.findings import Results
@@ -243,7 +243,7 @@ def test_what_a_report_predicts_is_what_a_projection_at_the_same_roofs_predicts(
     (tmp_path / "run.json").write_text(dataclasses.replace(manifest, roofs=roofs).to_json())
     (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
     found = Results.of(metrics.load_run(tmp_path))
-    peaks = projection.Peaks("here", "measured", READ, {"float32": RATE}, {})
+    peaks = Peaks("here", "measured", READ, {"float32": RATE}, {})
     [point] = projection.project(wanted, peaks).points
     autoregressive, rows, _ = found.run.cells
     steps = {step.label: step for step in point.engines}

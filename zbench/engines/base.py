@@ -18,6 +18,7 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from zbench.engines.plans import PREFILL_ROWS
 from zbench.engines.sampling import Sampler, Sampling
 from zbench.hardware.device import Device, Mark
 from zbench.models.adapter import MaskAdapter
@@ -29,8 +30,6 @@ from zbench.models.team import ALONE, Spans, Team
 from zbench.records import ForwardRecord, Role, ServedRecord, ServerRecord, StepRecord
 
 Finish = Literal["eos", "length"]
-
-PREFILL_ROWS = 512  # rows of one prefill forward: bounds the size of the visibility matrix and the activations
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zbench.engines.base import PREFILL_ROWS, Generated, Meter, Request, State, Step, generate, new_state, prefill
-from zbench.engines.plans import LONGEST_LOOKUP, check_dflash_tree
+from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
+from zbench.engines.plans import LONGEST_LOOKUP, PREFILL_ROWS, check_dflash_tree
 from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import Purpose, draw, probabilities
 from zbench.engines.synthetic import Synthetic

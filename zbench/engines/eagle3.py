@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zbench.engines import base
 from zbench.engines.base import Generated, Meter, Request, State, Step, generate, new_state, prefill
-from zbench.engines.plans import LONGEST_LOOKUP, eagle3_tokens
+from zbench.engines.plans import LONGEST_LOOKUP, PREFILL_ROWS, eagle3_tokens
 from zbench.engines.prompt_lookup import Lookup, proposed
 from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
@@ -180,8 +179,8 @@ class Eagle3:
         for row, prompt in enumerate(prompts):
             following[row, : len(prompt) - 1] = torch.tensor(prompt[1:])
         following = following.to(self.model.device)
-        for begin in range(0, max(sizes), base.PREFILL_ROWS):
-            ids = following[:, begin : begin + base.PREFILL_ROWS]
+        for begin in range(0, max(sizes), PREFILL_ROWS):
+            ids = following[:, begin : begin + PREFILL_ROWS]
             count = ids.shape[1]
             part = [tap[:, begin : begin + count] for tap in taps]
             self._read(part, ids, [max(0, min(size - begin, count)) for size in sizes], cache, meter)

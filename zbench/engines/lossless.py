@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zbench.engines.base import PREFILL_ROWS, Request
+from zbench.engines.base import Request
+from zbench.engines.plans import PREFILL_ROWS
 from zbench.engines.sampling import Purpose, Sampler, probabilities
 from zbench.models.model import Model
 from zbench.models.rows import Rows

@@ -25,6 +25,7 @@ from zbench.records import Role
 # Up to so many rows of all sequences the head of a diffusion engine runs on all of them at once: else it reads its
 # weights twice to save arithmetic. On 2 CPU cores a step of 8 rows gains 15% by it, one of 20 rows 4%, one of 32 none.
 ONE_HEAD_ROWS = 16
+PREFILL_ROWS = 512  # of one prefill forward: bounds the size of the visibility matrix and the activations
 LONGEST_LOOKUP = 32  # tokens of a match that are compared, and that are drafted at most; options ask for no more
 
 

@@ -20,10 +20,10 @@ def render(run_folder: Path) -> Path:
     The HTML is self-contained. Rendering twice gives identical bytes. Raises UserError when the folder is none of
     these, or cannot be written.
     """
-    from zbench.records import KERNELS, TUNE
+    from zbench.records import KERNELS, PROJECTION, TUNE
     from zbench.report import kernels, projection, tuning
 
-    if (Path(run_folder) / projection.PROJECTION).exists():
+    if (Path(run_folder) / PROJECTION).exists():
         return projection.render(Path(run_folder))
     if (Path(run_folder) / KERNELS).exists():
         return kernels.render(Path(run_folder))

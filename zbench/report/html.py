@@ -286,7 +286,7 @@ def _row_table(results: Results, cell: Cell) -> Table:
     for rows in readings.row_bounds(results, cell):
         parts = {"row_cost": str(rows)}
         kind = readings.row_kind(rows)
-        entries = [_entry(h, results.row(cell, metric, parts.get(metric, kind)), notes) for h, metric in columns]
+        entries = [shown(h, results.row(cell, metric, parts.get(metric, kind)), notes) for h, metric in columns]
         lines.append(Line(kind.removeprefix("decode, "), entries))
     return Table([heading for heading, _ in columns], lines, notes.listed())
 
@@ -340,8 +340,8 @@ def peers_table(results: Results, point: Point) -> Table | None:
         if cell.trials:
             kernels = cell.trials[0].kernels or {}
             rows_of = [(name, results.row(cell, metric, part)) for name, metric, part in PEER_COLUMNS]
-            entries = [_entry(name, _place(row) if name == FIRST_OTHER else row, notes) for name, row in rows_of]
-            entries.insert(1, _entry(heading, _inverse(results.row(cell, "speedup")), notes))
+            entries = [shown(name, _place(row) if name == FIRST_OTHER else row, notes) for name, row in rows_of]
+            entries.insert(1, shown(heading, _inverse(results.row(cell, "speedup")), notes))
             version = f"zbench {results.run.manifest.zbench_version}" if cell is own else "not recorded"
             entries.insert(0, Entry("Version", kernels.get("version") or kernels.get("server") or version))
             entries.append(
@@ -372,7 +372,7 @@ def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[
     for cell in cells:
         kind = main_kind(cell)
         entries = [
-            _entry(heading, results.row(cell, metric, kind if part == "main" else part), notes)
+            shown(heading, results.row(cell, metric, kind if part == "main" else part), notes)
             for heading, metric, part in (columns if cell.trials else ())
         ]
         rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
@@ -384,7 +384,7 @@ def _forward_table(results: Results, point: Point) -> Table | None:
     columns = [c for c in FORWARD_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
     notes = Notes()
     rows = [
-        Line(f"{cell.record.label}: {kind}", [_entry(h, results.row(cell, m, kind), notes) for h, m in columns])
+        Line(f"{cell.record.label}: {kind}", [shown(h, results.row(cell, m, kind), notes) for h, m in columns])
         for cell in point.cells
         for kind in cell.forwards["kind"].unique()
     ]
@@ -397,7 +397,7 @@ def _category_table(results: Results, point: Point) -> Table | None:
     rows = [
         Line(
             f"{cell.record.label}: {category}",
-            [_entry(heading, results.row(cell, metric, category), notes) for heading, metric in CATEGORY_COLUMNS],
+            [shown(heading, results.row(cell, metric, category), notes) for heading, metric in CATEGORY_COLUMNS],
             ", ".join(caveats(cell.record)),
         )
         for cell in point.cells
@@ -412,7 +412,8 @@ def _known(results: Results, cells: Sequence[Cell], metric: str) -> bool:
     return any(row.value is not None for row in results.rows if row.metric == metric and row.cell in ids)
 
 
-def _entry(heading: str, row: MetricRow, notes: Notes) -> Entry:
+def shown(heading: str, row: MetricRow, notes: Notes) -> Entry:
+    """A metric as the tables of all pages show it."""
     reason = row.note.removeprefix("unavailable: ")
     if row.value is None:
         if reason == "this is the baseline":
@@ -432,11 +433,6 @@ def in_column(value: float, unit: str) -> str:
     for said in IN_HEADING:
         text = text.removesuffix(said)
     return text
-
-
-def shown(heading: str, row: MetricRow, notes: Notes) -> Entry:
-    """A metric as the tables of all pages show it."""
-    return _entry(heading, row, notes)
 
 
 def _failure(results: Results, cell: Cell) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zbench.errors import UserError
-from zbench.records import read_versioned
+from zbench.records import PROJECTION, PROJECTION_VERSION, read_versioned
 from zbench.report import figures
 from zbench.report.figures import DARK, HATCHES, LIGHT, MARKERS, Drawn, Theme
 from zbench.report.findings import quantity
@@ -18,8 +18,7 @@ from zbench.report.html import Entry, Line, Notes, Table, image, templates
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PROJECTION, PAGE = "projection.json", "projection.html"
-SCHEMA_VERSION = 1
+PAGE = "projection.html"
 POINTS_DRAWN = 6  # as in a report
 
 Data = Mapping[str, Any]  # a piece of projection.json
@@ -53,7 +52,7 @@ def headline(folder: Path) -> list[str]:
 
 
 def _read(folder: Path) -> Data:
-    return read_versioned(folder / PROJECTION, SCHEMA_VERSION, "a projection", "zbench project")
+    return read_versioned(folder / PROJECTION, PROJECTION_VERSION, "a projection", "zbench project")
 
 
 # --- Words ---

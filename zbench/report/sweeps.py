@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zbench.metrics import SLACK, Cell, caveats, row_floors, row_medians
+from zbench.hardware.peaks import SLACK
+from zbench.metrics import Cell, caveats, row_floors, row_medians
 from zbench.report.figures import MARKERS, Plot, Theme, legend_below, name_log_ticks, shortened
 from zbench.report.findings import Results, point_label, quantity
 from zbench.report.readings import (

@@ -13,16 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zbench import checks, scenario
+from zbench import checks, projection, scenario
 from zbench.errors import UserError
 from zbench.hardware import device as devices
-from zbench.hardware import projection, roofs, specs
+from zbench.hardware import peaks, roofs, specs
 from zbench.hardware.device import Device
-from zbench.hardware.projection import Peaks, Where
+from zbench.hardware.peaks import Peaks, on_paper
 from zbench.models.config import ModelConfig
 from zbench.models.families import AnyConfig
 from zbench.models.zaya_config import ZayaConfig
-from zbench.records import CellRecord
+from zbench.projection import Where
+from zbench.records import PROJECTION_VERSION, CellRecord
 
 TINY = ModelConfig("llama", layers=1, width=8, ffn=16, heads=2, kv_heads=1, head_dim=4, vocab=32, max_positions=64)
 DENSE = ModelConfig(
@@ -30,7 +31,7 @@ DENSE = ModelConfig(
     tied=False, qk_norm=True,
 )  # fmt: skip
 ZAYA = ZayaConfig.from_hf({"model_type": "zaya"})  # the defaults are ZAYA1-8B
-SCENARIOS = Path(__file__).parents[2] / "scenarios"
+SCENARIOS = Path(__file__).parents[1] / "scenarios"
 SLOW = Peaks("toy", "spec sheet", 1e6, {"bfloat16": 1e9}, {})
 TEXT = """
 name: tiny
@@ -117,9 +118,9 @@ def test_without_acceptance_there_is_a_cost_but_no_speed() -> None:
 
 
 def test_an_engine_whose_setting_cannot_be_says_why_and_the_others_go_on(tmp_path: Path) -> None:
-    found = projection.project(load(tmp_path, "context=20"), projection.on_paper("MI300X"))
+    found = projection.project(load(tmp_path, "context=20"), on_paper("MI300X"))
     refused = projection.project(
-        load(tmp_path, text=TEXT.replace("depth: 2}", "depth: 2, tokens: 9}")), projection.on_paper("MI300X")
+        load(tmp_path, text=TEXT.replace("depth: 2}", "depth: 2, tokens: 9}")), on_paper("MI300X")
     )
     [point] = refused.points
     assert point.engines[1].unavailable == "unavailable: eagle3: depth 2 with top_k 1 drafts 2 to 2 tokens, not 9"
@@ -134,12 +135,12 @@ def test_attention_alone_leaves_memory_at_the_ridge_over_the_queries_of_a_key(
 ) -> None:
     # 4 query heads share a key head: 4 x 2 x 2 d FLOPs for each 4 d bytes of a cached token, 4 FLOP per byte and row.
     wanted = load(tmp_path, text=TEXT.replace("heads: 2, kv_heads: 1", "heads: 4, kv_heads: 1"))
-    [point] = projection.project(wanted, projection.on_paper(device)).points
+    [point] = projection.project(wanted, on_paper(device)).points
     assert point.predicted_attention_ridge_rows == pytest.approx(rows)
 
 
 def test_zaya_in_the_limit_of_long_contexts_has_the_free_rows_of_its_attention() -> None:
-    peaks = projection.on_paper("MI300X")
+    peaks = on_paper("MI300X")
     at = where(ZAYA, batch=256, context=20_000_000, peaks=peaks)
     one = at.chain_seconds(1)
     limit = 1.1 * peaks.ridge("bfloat16") / 4
@@ -156,7 +157,7 @@ papers = st.sampled_from([spec.name for spec in specs.known()])
 def test_more_context_more_sequences_and_more_rows_never_take_less_time(
     target: AnyConfig, device: str, batch: int, context: int, more: int
 ) -> None:
-    peaks = projection.on_paper(device)
+    peaks = on_paper(device)
     before = where(target, batch, context, peaks).chain_seconds(5)
     assert where(target, batch, context + more, peaks).chain_seconds(5) >= before
     assert where(target, batch + more, context, peaks).chain_seconds(5) >= before
@@ -165,7 +166,7 @@ def test_more_context_more_sequences_and_more_rows_never_take_less_time(
 
 @given(target=shapes, batch=st.integers(1, 64), factor=st.floats(1, 10))
 def test_a_better_device_never_takes_longer(target: AnyConfig, batch: int, factor: float) -> None:
-    peaks = projection.on_paper("MI300X")
+    peaks = on_paper("MI300X")
     wider = replace(peaks, bandwidth=peaks.bandwidth * factor)
     faster = replace(peaks, flops={"bfloat16": peaks.flops["bfloat16"] * factor})
     time = where(target, batch, 500, peaks).chain_seconds(40)
@@ -175,7 +176,7 @@ def test_a_better_device_never_takes_longer(target: AnyConfig, batch: int, facto
 
 @given(batch=st.integers(1, 128), context=st.integers(1, 900), device=papers)
 def test_free_rows_and_the_ridge_are_where_they_are_said_to_be(batch: int, context: int, device: str) -> None:
-    peaks = projection.on_paper(device)
+    peaks = on_paper(device)
     at = where(TINY, batch, context, peaks)
     wanted = scenario.Scenario.model_validate(
         {
@@ -209,7 +210,7 @@ def counts(found: projection.BlockCount) -> list[float]:
 
 
 def test_a_block_count_has_a_row_for_every_number_of_proposals() -> None:
-    at = where(ZAYA, 64, 32768, projection.on_paper("MI300X"))
+    at = where(ZAYA, 64, 32768, on_paper("MI300X"))
     one = at.chain_seconds(1)
     found = table(diffusion(3, synthetic=RATES), at)
     assert [count.rows for count in found.counts] == [1, *(16 * (1 + p) for p in range(1, 17))]
@@ -228,12 +229,12 @@ def test_a_block_count_has_a_row_for_every_number_of_proposals() -> None:
 @pytest.mark.parametrize(("device", "most"), [("MI300X", 3), ("MI355X", 4), ("H200 SXM", 2)])
 def test_blocks_of_zaya_that_fit_where_the_cache_is_all_that_matters(device: str, most: int) -> None:
     # 1.1 x ridge / 4 rows: 67.8, 85.9 and 56.7, of which the drafts take 16 and every proposal 16 more.
-    found = table(diffusion("all"), where(ZAYA, 64, 20_000_000, projection.on_paper(device)))
+    found = table(diffusion("all"), where(ZAYA, 64, 20_000_000, on_paper(device)))
     assert found.predicted_most_within_slack == most
 
 
 def test_a_mixture_of_experts_has_no_free_block_at_batch_one() -> None:
-    found = table(diffusion(3), where(ZAYA, 1, 1024, projection.on_paper("MI300X")))
+    found = table(diffusion(3), where(ZAYA, 1, 1024, on_paper("MI300X")))
     assert found.predicted_most_within_slack == 0
     # 32 rows hit 16 (1 - (15/16)^32) = 14 experts where one row hits one.
     assert counts(found)[1] > 6
@@ -248,7 +249,7 @@ def test_denoising_has_no_step_of_known_cost() -> None:
 
 
 def test_a_mean_length_alone_says_nothing_about_coverage() -> None:
-    at = where(ZAYA, 64, 1024, projection.on_paper("MI300X"))
+    at = where(ZAYA, 64, 1024, on_paper("MI300X"))
     chosen = diffusion(3, synthetic={"length": 4.5})
     assert "least variance" in projection.engine_step(chosen, at, 1.0).notes[0]
     found = table(chosen, at)
@@ -262,8 +263,8 @@ def test_a_mean_length_alone_says_nothing_about_coverage() -> None:
 
 def test_a_projection_is_labelled_and_says_what_it_assumes(tmp_path: Path) -> None:
     wanted = load(tmp_path, "matrix.batch=[1, 4]", "hardware=mi300x")
-    content = json.loads(json.dumps(projection.project(wanted, projection.on_paper("mi300x")).to_dict()))
-    assert (content["label"], content["schema_version"]) == ("predicted", projection.SCHEMA_VERSION)
+    content = json.loads(json.dumps(projection.project(wanted, on_paper("mi300x")).to_dict()))
+    assert (content["label"], content["schema_version"]) == ("predicted", PROJECTION_VERSION)
     assert content["hardware"]["device"] == "MI300X"
     assert content["hardware"]["sources"]["flops.bfloat16"]
     assert len(content["points"]) == 2
@@ -282,7 +283,7 @@ def keys(nested: Any) -> list[str]:
 
 
 def test_an_assumed_fraction_is_printed_as_such(tmp_path: Path) -> None:
-    peaks = replace(projection.on_paper("MI300X"), memory_fraction=0.8)
+    peaks = replace(on_paper("MI300X"), memory_fraction=0.8)
     said = " ".join(projection.project(load(tmp_path), peaks).assumptions)
     assert "0.8 of it is reached" in said
     assert "rate of MI300X (spec sheet, dense): all of it, the roof itself" in said
@@ -290,14 +291,14 @@ def test_an_assumed_fraction_is_printed_as_such(tmp_path: Path) -> None:
 
 def test_experts_are_an_assumption_of_their_own(tmp_path: Path) -> None:
     text = TEXT.replace("family: llama, layers: 4", "family: zaya, experts: 4, router_width: 8, layers: 4")
-    found = projection.project(load(tmp_path, text=text), projection.on_paper("MI300X"))
+    found = projection.project(load(tmp_path, text=text), on_paper("MI300X"))
     assert any("equally likely" in assumption for assumption in found.assumptions)
     assert found.points[0].engines[2].predicted_speedup is not None
 
 
 def test_a_context_that_is_not_given_is_estimated_from_the_prompts(tmp_path: Path) -> None:
     given, estimated = load(tmp_path), load(tmp_path, "context=null", text=TEXT)
-    peaks = projection.on_paper("MI300X")
+    peaks = on_paper("MI300X")
     assert projection.project(given, peaks).points[0].context_from == "the scenario"
     point = projection.project(estimated, peaks).points[0]
     assert point.context > 10
@@ -306,8 +307,8 @@ def test_a_context_that_is_not_given_is_estimated_from_the_prompts(tmp_path: Pat
 
 def test_a_model_too_large_for_the_device_is_projected_and_marked(tmp_path: Path) -> None:
     for memory, fits in ((10, False), (10**9, True)):
-        peaks = replace(projection.on_paper("MI300X"), memory_bytes=memory)
-        assert projection.project(load(tmp_path), peaks).points[0].fits is fits
+        large = replace(on_paper("MI300X"), memory_bytes=memory)
+        assert projection.project(load(tmp_path), large).points[0].fits is fits
 
 
 @pytest.mark.parametrize(
@@ -320,18 +321,18 @@ def test_a_model_too_large_for_the_device_is_projected_and_marked(tmp_path: Path
 )
 def test_what_cannot_be_projected_is_refused(tmp_path: Path, override: str, fragment: str) -> None:
     with pytest.raises(UserError, match=fragment):
-        projection.project(load(tmp_path, override), projection.on_paper("MI300X"))
+        projection.project(load(tmp_path, override), on_paper("MI300X"))
 
 
 def test_this_machines_roofs_are_taken_where_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofs, "cached", lambda device: None)
     with pytest.raises(UserError, match="run: zbench roofs"):
-        projection.measured_here(load(tmp_path))
+        peaks.measured_here("auto", None)
     kept = {"bandwidth": {"read": {"value": 2e9}}, "flops": {"bfloat16": {"value": 3e9}}, "measured": "today"}
     monkeypatch.setattr(roofs, "cached", lambda device: kept)
-    peaks = projection.measured_here(load(tmp_path))
-    assert (peaks.kind, peaks.bandwidth, peaks.flops) == ("measured", 2e9, {"bfloat16": 3e9})
-    assert projection.project(load(tmp_path), peaks).points[0].fits is None
+    found = peaks.measured_here("auto", None)
+    assert (found.kind, found.bandwidth, found.flops) == ("measured", 2e9, {"bfloat16": 3e9})
+    assert projection.project(load(tmp_path), found).points[0].fits is None
 
 
 @pytest.mark.parametrize(
@@ -351,14 +352,14 @@ def test_a_scenario_is_measured_on_its_own_hardware_only(
     properties = type("Properties", (), {"multi_processor_count": units})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(devices, "resolve", lambda wanted: Device("cuda", "rocm", 0, name))
-    why = projection.elsewhere(load(tmp_path, "hardware=MI300X"))
+    why = checks.elsewhere(load(tmp_path, "hardware=MI300X"))
     assert (why is None) == (fragment is None)
     assert fragment is None or (fragment in str(why) and "about MI300X" in str(why))
-    assert projection.elsewhere(load(tmp_path)) is None
+    assert checks.elsewhere(load(tmp_path)) is None
 
 
 def test_a_device_that_is_not_there_does_not_keep_a_scenario_from_being_projected(tmp_path: Path) -> None:
-    why = projection.elsewhere(load(tmp_path, "hardware=MI300X", "device=rocm:7"))
+    why = checks.elsewhere(load(tmp_path, "hardware=MI300X", "device=rocm:7"))
     assert why is not None and "has no device rocm:7" in why
 
 
@@ -378,7 +379,7 @@ def test_projecting_to_a_named_device_needs_no_torch(tmp_path: Path) -> None:
 def test_the_zaya_scenarios_project_the_published_shape_on_their_own_device(name: str, most: int) -> None:
     wanted = scenario.load(SCENARIOS / f"zaya1_8b_{name}.yaml")
     assert checks.model_config(wanted.model_spec) == ZAYA
-    found = projection.project(wanted, projection.on_paper(str(wanted.hardware)))
+    found = projection.project(wanted, on_paper(str(wanted.hardware)))
     assert found.hardware.device == name.upper()
     assert len(found.points) == 5
     assert all(point.fits for point in found.points)

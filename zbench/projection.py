@@ -15,51 +15,24 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import zbench
-from zbench import checks, estimate, prompts, scenario
+from zbench import checks, prompts, scenario
 from zbench.engines import plans, synthetic
 from zbench.errors import UserError
-from zbench.hardware import specs
-from zbench.models.cost import Cost
+from zbench.hardware.peaks import SLACK, Peaks
+from zbench.models.cost import Cost, forward_cost
 from zbench.models.families import AnyConfig
 from zbench.models.shard import WHOLE, Shard
 from zbench.models.zaya_config import ZayaConfig
-from zbench.records import CellRecord
+from zbench.records import PROJECTION_VERSION, CellRecord
 
-SCHEMA_VERSION = 1
 HERE = "here"  # the name under which `zbench project` takes this machine's measured roofs
-SLACK = 1.1  # a row is free while the forward takes at most this many times that of one row
 NO_STEP = "unavailable: its forwards are timed one by one, they make no step"
 NO_ACCEPTANCE = "unavailable: no synthetic acceptance given"
+CHARACTERS_PER_TOKEN = 4  # English text in a byte-pair vocabulary; only predictions use it
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MOST_ROWS = 2**24
 
 Bound = Literal["memory", "compute"]
-
-
-@dataclass(frozen=True, slots=True)
-class Peaks:
-    """What a device gives at most. The fractions are one assumption for each roof: how much of it is reached."""
-
-    device: str
-    kind: Literal["spec sheet", "measured"]
-    bandwidth: float  # B/s
-    flops: Mapping[str, float]  # dtype -> FLOP/s, dense
-    sources: Mapping[str, str]
-    memory_bytes: int | None = None  # None: not known
-    memory_fraction: float = 1.0
-    compute_fraction: float = 1.0
-
-    def memory_seconds(self, cost: Cost) -> float:
-        return (cost.bytes_read + cost.bytes_written) / (self.memory_fraction * self.bandwidth)
-
-    def compute_seconds(self, cost: Cost, dtype: str) -> float:
-        return cost.flops / (self.compute_fraction * self.flops[dtype])
-
-    def seconds(self, cost: Cost, dtype: str) -> float:
-        return max(self.memory_seconds(cost), self.compute_seconds(cost, dtype))
-
-    def ridge(self, dtype: str) -> float:
-        """FLOP per byte from which on arithmetic is the slower one."""
-        return self.compute_fraction * self.flops[dtype] / (self.memory_fraction * self.bandwidth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,63 +146,6 @@ class Projection:
         return asdict(self)
 
 
-# --- Devices ---
-
-
-def on_paper(name: str) -> Peaks:
-    """The spec sheet of a device of `specs.yaml`. Raises UserError for an unknown name, with the nearest ones."""
-    spec = specs.named(name)
-    return Peaks(
-        spec.name,
-        "spec sheet",
-        spec.bandwidth,
-        dict(spec.flops),
-        dict(spec.sources),
-        spec.memory_bytes,
-    )
-
-
-def measured_here(wanted: scenario.Scenario) -> Peaks:
-    """The roofs kept for the scenario's device on this machine. Raises UserError where none are."""
-    import torch
-
-    from zbench.hardware import device as devices
-    from zbench.hardware import roofs
-
-    if wanted.threads:
-        torch.set_num_threads(wanted.threads)
-    device = devices.resolve(wanted.device)
-    kept = roofs.cached(device)
-    if kept is None:
-        raise UserError(f"the roofs of {device.name} are not measured under the present conditions; run: zbench roofs")
-    return Peaks(
-        device.name,
-        "measured",
-        kept["bandwidth"]["read"]["value"],
-        {dtype: rate["value"] for dtype, rate in kept["flops"].items()},
-        {"bandwidth": f"read, measured {kept['measured']}", "flops": f"measured {kept['measured']}"},
-    )
-
-
-def elsewhere(wanted: scenario.Scenario) -> str | None:
-    """Why a scenario cannot be measured here, in one line; None where it can, or names no hardware."""
-    if wanted.hardware is None:
-        return None
-    from zbench.hardware import device as devices
-
-    try:
-        device = devices.resolve(wanted.device)
-    except UserError:
-        found = f"has no device {wanted.device}"
-    else:
-        spec = specs.of_device(device)
-        if spec and spec.name == wanted.hardware:
-            return None
-        partition = spec is None and specs.lookup(device.name) is not None
-        found = f"has {'a partition of ' * partition}{device.name}"
-    return f"{wanted.name} is about {wanted.hardware}, this machine {found}: projected, nothing is measured"
-
-
 # --- Prediction ---
 
 
@@ -238,9 +154,7 @@ def project(wanted: scenario.Scenario, peaks: Peaks) -> Projection:
     rate in the scenario's dtype is not known, or a prompt does not fit the model."""
     points, assumptions = [], [*_assumptions(peaks)]
     for at, cells in scenario.points(wanted):
-        if at.dtype not in peaks.flops:
-            known = ", ".join(peaks.flops)
-            raise UserError(f"no {at.dtype} rate of {peaks.device} is known (known: {known}); choose another dtype")
+        peaks.check(at.dtype)
         target = checks.model_config(at.model_spec)
         if target is None:
             raise UserError(f"the shape of {at.model_name} is not on this machine; give model: {{config: SHAPE}}")
@@ -252,7 +166,7 @@ def project(wanted: scenario.Scenario, peaks: Peaks) -> Projection:
         if at.parallel.tensor > 1:
             assumptions.append(_PARALLEL)
     return Projection(
-        schema_version=SCHEMA_VERSION,
+        schema_version=PROJECTION_VERSION,
         label="predicted",
         zbench_version=zbench.__version__,
         name=wanted.name,
@@ -299,16 +213,12 @@ def _assumptions(peaks: Peaks) -> list[str]:
 
 
 def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig, peaks: Peaks) -> PointProjection:
-    context = at.context or estimate.longest_prompt(prompts.load(at.prompts))
-    if context + at.output_tokens > target.max_positions:
-        raise UserError(
-            f"prompt and output need {context + at.output_tokens} tokens, {at.model_name} takes"
-            f" {target.max_positions}: shorten context, prompts or output_tokens"
-        )
+    context = at.context or longest_prompt(prompts.load(at.prompts))
+    checks.check_room(at, target, context + at.output_tokens)
     shard = Shard(0, at.parallel.tensor)
     shard.check(target)
     where = Where(target, [context] * at.batch, at.dtype, peaks, shard)
-    memory = estimate.memory_bytes(target, at, context)
+    memory = memory_bytes(target, at, context)
     one = where.chain_seconds(1)
     steps = [_of_all_replicas(engine_step(cell, where, one), at.parallel.data) for cell in cells]
     ridge = _smallest(where.is_compute_bound)
@@ -327,7 +237,7 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
         predicted_free_token_slots=(_smallest(lambda rows: where.chain_seconds(rows) > SLACK * one) or _MOST_ROWS) - 1,
         predicted_ridge_rows=ridge,
         # A row does 4 q d FLOPs for each cached token, which has 2 kv d elements.
-        predicted_attention_ridge_rows=peaks.ridge(at.dtype) * estimate.ITEMSIZE[at.dtype] / (2 * group),
+        predicted_attention_ridge_rows=peaks.ridge(at.dtype) * ITEMSIZE[at.dtype] / (2 * group),
         predicted_row_curve=tuple((rows, where.chain_seconds(rows) / one) for rows in _CURVE),
         engines=tuple(steps),
         blocks=tuple(
@@ -357,7 +267,7 @@ class Where:
     shard: Shard = WHOLE
 
     def cost(self, forward: plans.Forward) -> Cost:
-        return forward.cost(self.contexts, estimate.ITEMSIZE[self.dtype], self.shard)
+        return forward.cost(self.contexts, ITEMSIZE[self.dtype], self.shard)
 
     def seconds(self, forward: plans.Forward) -> float:
         return self.peaks.seconds(self.cost(forward), self.dtype)
@@ -495,3 +405,15 @@ def _smallest(reached: Callable[[int], bool]) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) else (middle, high)
     return high
+
+
+def longest_prompt(chosen: Sequence[prompts.Prompt]) -> int:
+    """Tokens of the longest of these prompts, by its characters."""
+    return max(sum(map(len, prompt.turns[:1])) // CHARACTERS_PER_TOKEN for prompt in chosen)
+
+
+def memory_bytes(config: AnyConfig, at: scenario.Scenario, context: int) -> float:
+    """Weights of the target, and the cache of a batch at its fullest; on the fullest of several devices."""
+    itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
+    full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize, shard=shard)
+    return shard.parameters(config) * itemsize + full.kv_bytes
