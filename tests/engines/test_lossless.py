@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from zbench.engines import lossless
 from zbench.engines.autoregressive import Autoregressive
 from zbench.engines.base import Meter, Request
 from zbench.engines.sampling import Sampler, Sampling
+from zbench.errors import UserError
 from zbench.hardware import device
 
 PROMPT = [5, 9, 14, 200]
@@ -24,6 +28,24 @@ def test_a_prompt_of_several_chunks_is_checked_where_its_output_begins(monkeypat
         assert lossless.check(model, prompt, output, request, 0).verdict == "exact"
         found = lossless.check(model, prompt, [(output[0] + 1) % 300, *output[1:]], request, 0)
         assert (found.verdict, found.first) == ("different", 0)
+
+
+def test_logits_that_are_no_numbers_are_no_result() -> None:
+    class Broken:
+        """A target whose weights are damaged: every logit is NaN."""
+
+        def __init__(self) -> None:
+            self.model = runtime("smollm", "auto")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.model, name)
+
+        def forward(self, *given: Any, **named: Any) -> Any:
+            output = self.model.forward(*given, **named)
+            return replace(output, logits=output.logits * float("nan"))
+
+    with pytest.raises(UserError, match="logits are NaN or infinite"):
+        lossless.check(Broken(), PROMPT, [0, 0, 0], Request(3, Sampling(), (3,)), 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

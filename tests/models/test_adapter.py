@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import relative_error, runtime
 from zbench.errors import UserError
 from zbench.models.adapter import (
+    MODULES,
     AdapterCheckpoint,
     AdapterConfig,
     MaskAdapter,
@@ -133,6 +134,20 @@ def damage(folder: Path, what: str) -> None:
             del tensors["mask_embedding.weight"]
         case "shift":
             config["mask_shift"] = 2
+        case "no mask":
+            tensors["mask_embedding.weight"] = tensors["mask_embedding.weight"][:0]
+        case "half a module":
+            config["target_modules"] = [1]
+        case "expression":
+            config["target_modules"] = ".*_proj"
+        case "quantised":
+            tensors["mask_embedding.weight"] = tensors["mask_embedding.weight"].to(torch.float8_e4m3fn)
+        case "bias":
+            config["bias"] = "all"
+        case "kind":
+            config["peft_type"] = "IA3"
+        case _:
+            config[what] = {"use_dora": True, "fan_in_fan_out": True}.get(what, {"q_proj": 2})
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
 
@@ -147,6 +162,16 @@ def damage(folder: Path, what: str) -> None:
         ("unknown", "not supported"),
         ("no embedding", "mask_embedding"),
         ("shift", "mask_shift must be 0 or 1"),
+        ("no mask", "mask_embedding.weight has no mask"),
+        ("half a module", "target_modules must be a list of names"),
+        ("expression", "target_modules must be a list of names"),
+        ("quantised", "is stored as F8_E4M3"),
+        ("bias", "bias 'all' is not supported"),
+        ("kind", "peft_type 'IA3' is not supported"),
+        ("use_dora", "use_dora is not supported"),
+        ("fan_in_fan_out", "fan_in_fan_out is not supported"),
+        ("rank_pattern", "rank_pattern is not supported"),
+        ("modules_to_save", "modules_to_save is not supported"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, what: str, complaint: str) -> None:
@@ -155,6 +180,18 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, wha
     with pytest.raises(UserError, match=complaint) as caught:
         load_adapter(tmp_path, model().config)
     assert "\n" not in str(caught.value)
+
+
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_their_rank(tmp_path: Path) -> None:
+    save_adapter(tmp_path, random_adapter(model().config, rank=4))
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"lora_alpha": 8, "target_modules": "all-linear"}
+    file.write_text(json.dumps(config))
+    plain = read_config(tmp_path, model().config)
+    assert (plain.alpha / plain.rank, plain.modules) == (2, MODULES)
+    file.write_text(json.dumps(config | {"use_rslora": True}))
+    stabilised = read_config(tmp_path, model().config)
+    assert stabilised.alpha / stabilised.rank == 8 / 4**0.5
 
 
 def test_an_adapter_of_another_model_says_so_instead_of_listing_its_tensors(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from zbench.errors import UserError
-from zbench.models.checkpoint import read_checkpoint
+from zbench.models.checkpoint import read_checkpoint, read_shape
 
 TENSORS = {
     "fc.weight": torch.arange(6.0).view(2, 3),
@@ -102,6 +102,33 @@ def test_a_damaged_folder_gets_one_line(folder: Path, make: Callable[[Path], Any
     with pytest.raises(UserError, match=message) as refused:
         read_checkpoint(folder, allow_pickle=True)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("fc.weight", torch.zeros(2, 3, dtype=torch.int8), "fc.weight is stored as I8; supported: F32, F16, BF16"),
+        ("norm.weight", torch.ones(2).to(torch.float8_e4m3fn), "norm.weight is stored as F8_E4M3"),
+        ("d2t", torch.tensor([3.0, 5.0]), "d2t is stored as F32; it must hold whole numbers"),
+    ],
+)
+def test_weights_of_a_type_that_is_no_plain_float_are_refused(
+    folder: Path, name: str, tensor: torch.Tensor, said: str
+) -> None:
+    save_file({**TENSORS, name: tensor}, folder / "model.safetensors")
+    for read in (read_checkpoint, read_shape):
+        with pytest.raises(UserError, match=said):
+            read(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({**TENSORS, name: tensor}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(folder, allow_pickle=True)
+
+
+def test_weights_that_are_no_numbers_are_refused(folder: Path) -> None:
+    save_file({**TENSORS, "norm.weight": torch.tensor([1.0, float("nan")])}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"norm\.weight holds NaN or infinity"):
+        read_checkpoint(folder)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

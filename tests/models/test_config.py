@@ -168,6 +168,10 @@ def test_transformers_reads_back_what_we_write() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type llama3 needs low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "factor must be a positive number, not 'two'"),
         ({"rope_parameters": "default"}, "rope parameters must be a mapping"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling and rope_parameters say different things; keep one of the two",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported; supported: 1"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
         ({"hidden_size": 577}, "hidden_size 577 is not a multiple of num_attention_heads 9"),

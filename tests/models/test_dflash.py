@@ -499,6 +499,7 @@ def test_a_draft_vocabulary_that_cannot_be_is_refused_in_one_line() -> None:
         ({"dflash_config": {"mask_token_id": 299, "target_layer_ids": [0, 2], "use_swa": True}}, "use_swa"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding_attention"),
+        ({"num_target_layers": 36}, "made for a target of 36 layers, but this one has 3"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"attention_bias": True}, "attention_bias"),
         ({"intermediate_size": 64}, "gate_proj.weight has shape"),

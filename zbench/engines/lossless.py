@@ -17,6 +17,7 @@ from torch import Tensor
 from zbench.engines.base import Request
 from zbench.engines.plans import PREFILL_ROWS
 from zbench.engines.sampling import Purpose, Sampler, probabilities
+from zbench.errors import UserError
 from zbench.models.model import Model
 from zbench.models.rows import Rows
 from zbench.records import LosslessCheck
@@ -43,6 +44,8 @@ def check(model: Model, prompt: Sequence[int], output: Sequence[int], request: R
         cache.extend([chunk.shape[1]])
         if not wanted.numel():
             continue
+        if not logits.isfinite().all():  # the likeliest of such logits is token 0, in plain decoding too
+            raise UserError("the target's logits are NaN or infinite: its weights are damaged, or its dtype too narrow")
         index = wanted + start - first  # the output position each row decides
         emitted = torch.tensor([output], device=model.device)[:, index[0]]
         differs = (sampler.pick(logits, index) != emitted)[0].nonzero().flatten().tolist()

@@ -15,6 +15,7 @@ so the model's own distribution, which verifies the drafts, is untouched. The fo
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from torch import Tensor
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import loading
-from zbench.models.checkpoint import check_shapes, stored_shapes
+from zbench.models.checkpoint import check_finite, check_shapes, stored_shapes
 from zbench.models.config import ModelConfig, tensor_shapes
 from zbench.models.cost import Cost
 from zbench.models.families import AnyConfig
@@ -43,6 +44,11 @@ _PREFIX, _EMBEDDING = "base_model.model.", "mask_embedding.weight"
 _LAYER = re.compile(rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _RANDOM_STD = 0.02
+_VARIANTS = (
+    *("use_dora", "use_qalora", "lora_bias", "alpha_pattern", "rank_pattern", "fan_in_fan_out", "modules_to_save"),
+    *("layers_to_transform", "layers_pattern", "layer_replication", "exclude_modules", "target_parameters"),
+    "trainable_token_indices",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:
     config, file = read_config(folder, target), folder / _WEIGHTS
     with loading.opened([file]) as where:
         tensors = {name: reader.get_tensor(name) for name, reader in where.items()}
+    check_finite(tensors, folder)
     return AdapterCheckpoint(config, tensors, loading.weights_hash([file]), f"folder {folder}")
 
 
@@ -82,16 +89,18 @@ def read_config(path: str | Path, target: AnyConfig) -> AdapterConfig:
         raise UserError(f"{folder} has no {_WEIGHTS}; only safetensors are read")
     found = stored_shapes([file])
     try:
+        _refuse_variants(stored)
+        rank, alpha = _positive(stored, "r"), float(_positive(stored, "lora_alpha"))
         config = AdapterConfig(
-            rank=_positive(stored, "r"),
-            alpha=float(_positive(stored, "lora_alpha")),
+            rank=rank,
+            alpha=alpha * math.sqrt(rank) if stored.get("use_rslora") else alpha,
             block=_positive(stored, "block_size"),
             masks=(found.get(_EMBEDDING) or (0,))[0],
             shift=_shift(stored),
-            modules=tuple(stored.get("target_modules") or ()),
+            modules=_modules(stored),
         )
-        if unknown := sorted(set(config.modules) - set(MODULES)):
-            raise UserError(f"target_modules {', '.join(unknown)} are not supported; supported: {', '.join(MODULES)}")
+        if not config.masks:
+            raise UserError(f"{_EMBEDDING} has no mask" if _EMBEDDING in found else f"lacks {_EMBEDDING}")
         if not isinstance(target, ModelConfig):
             raise UserError(f"adapters fit dense transformers only, not {target.family}")
         _check_model(found, target)
@@ -251,6 +260,26 @@ def _outputs(target: ModelConfig) -> dict[str, int]:
         "q_proj": target.heads * target.head_dim, "k_proj": kv, "v_proj": kv, "o_proj": target.width,
         "gate_proj": target.ffn, "up_proj": target.ffn, "down_proj": target.width,
     }  # fmt: skip
+
+
+def _modules(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    named = stored.get("target_modules") or ()
+    if named == "all-linear":
+        return MODULES
+    if not (isinstance(named, (list, tuple)) and all(isinstance(name, str) for name in named)):
+        raise UserError(f"target_modules must be a list of names, not {named!r}")
+    if unknown := sorted(set(named) - set(MODULES)):
+        raise UserError(f"target_modules {', '.join(unknown)} are not supported; supported: {', '.join(MODULES)}")
+    return tuple(named)
+
+
+def _refuse_variants(stored: Mapping[str, Any]) -> None:
+    """Raises UserError for settings of PEFT that compute something else than this module does."""
+    for key, usual in (("peft_type", "LORA"), ("bias", "none")):
+        if (found := stored.get(key) or usual) != usual:
+            raise UserError(f"{key} {found!r} is not supported; supported: {usual}")
+    if set_ones := [key for key in _VARIANTS if stored.get(key)]:
+        raise UserError(f"{', '.join(set_ones)} is not supported")
 
 
 def _shift(stored: Mapping[str, Any]) -> int:

@@ -14,6 +14,13 @@ from torch import Tensor
 from zbench.errors import UserError
 from zbench.models import loading
 
+_FLOATS = ("F32", "F16", "BF16")
+_MAPS = ("d2t", "t2d")  # between a drafter's vocabulary and its target's
+_TYPES = {  # as safetensors call them
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32",
+    torch.int64: "I64", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -36,7 +43,13 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     if found and not allow_pickle:
         raise _only_pickles(folder, found)
     files = found or loading.weight_files(folder)
-    tensors = _read_pickles(files) if found else _read_safetensors(files)
+    if found:
+        tensors = _read_pickles(files)
+        _check_types({name: _TYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}, folder)
+    else:
+        stored_shapes(files)
+        tensors = _read_safetensors(files)
+    check_finite(tensors, folder)
     return Checkpoint(folder, config, tensors, loading.weights_hash(files))
 
 
@@ -55,9 +68,30 @@ def read_shape(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[int, .
 
 
 def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in safetensors files, from their headers."""
+    """Name -> shape of the tensors in safetensors files, from their headers. Raises UserError for types that are not
+    read."""
+    files = list(files)
     with loading.opened(files) as where:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
+        slices = {name: file.get_slice(name) for name, file in where.items()}
+        _check_types({name: one.get_dtype() for name, one in slices.items()}, files[0].parent)
+        return {name: tuple(one.get_shape()) for name, one in slices.items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises UserError where a weight is no number: what such a drafter says is token 0, at a plausible speed."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: {name} holds NaN or infinity; export it again")
+
+
+def _check_types(types: Mapping[str, str], folder: Path) -> None:
+    """Raises UserError unless weights are plain floats and maps of a vocabulary whole numbers. Names of safetensors."""
+    for name, found in types.items():
+        if name in _MAPS:
+            if found in _FLOATS:
+                raise UserError(f"{folder}: {name} is stored as {found}; it must hold whole numbers")
+        elif found not in _FLOATS:
+            raise UserError(f"{folder}: {name} is stored as {found}; supported: {', '.join(_FLOATS)}")
 
 
 def pickles(folder: Path) -> list[Path]:

@@ -250,17 +250,24 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Rotary base, and the scaling as `ModelConfig.rope_scaling` keeps it."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise UserError(f"config.json: rope parameters must be a mapping, not {rope!r}")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    new, old = (config.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    for rope in (new, old):
+        if not isinstance(rope, Mapping):
+            raise UserError(f"config.json: rope parameters must be a mapping, not {rope!r}")
+    if new and old and _scaling(new) != _scaling(old):
+        raise UserError("config.json: rope_scaling and rope_parameters say different things; keep one of the two")
+    rope = new or old
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (1, None):
         raise UserError(f"config.json: partial_rotary_factor {partial} is not supported; supported: 1")
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    return rope.get("rope_theta", config.get("rope_theta", 10000.0)), _scaling(rope)
+
+
+def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
-        return theta, None
-    return theta, {"rope_type": kind, **{key: rope[key] for key in _ROPE_KEYS.get(kind, ()) if key in rope}}
+        return None
+    return {"rope_type": kind, **{key: rope[key] for key in _ROPE_KEYS.get(kind, ()) if key in rope}}
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...] | None:

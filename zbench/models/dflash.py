@@ -164,6 +164,8 @@ def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFla
         raise UserError(f"made for a target with {body.vocab} tokens, but this one has {target.vocab}")
     if body.width != target.width:
         raise UserError(f"made for a target {body.width} wide, but this one is {target.width}")
+    if (layers := config.get("num_target_layers") or target.layers) != target.layers:
+        raise UserError(f"made for a target of {layers} layers, but this one has {target.layers}")
     if own_head and (reduced := config.get("draft_vocab_size")):
         body = replace(body, vocab=reduced)
     return DFlashConfig(

@@ -31,7 +31,7 @@ from zbench.hardware.device import Mark
 from zbench.kernels import cpu
 from zbench.models.cache import on_device
 from zbench.models.checkpoint import check_map, check_shapes, read_checkpoint, read_shape, shapes_of, target_ids
-from zbench.models.config import ModelConfig
+from zbench.models.config import ModelConfig, refuse_unsupported
 from zbench.models.cost import Cost
 from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
 from zbench.models.execution import Recorded, rounded
@@ -54,6 +54,7 @@ _RENAMES = {
 }
 # t2d says again which tokens d2t names; rotary tables follow from the config.
 _REDUNDANT = ("t2d", "midlayer.self_attn.rotary_emb.inv_freq")
+_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 _LAYER_KEYS = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
     *("max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "hidden_act"),
@@ -194,7 +195,10 @@ def _parse(config: Mapping[str, Any], tensors: Collection[str], target: AnyConfi
         {"max_position_embeddings": _MAX_POSITIONS, **layer_keys, "model_type": "llama", "num_hidden_layers": 1}
         | {"eos_token_id": None, "bos_token_id": None}
     )
-    target_width = config.get("target_hidden_size") or layer.width
+    target_width = config.get("target_hidden_size")
+    target_width = layer.width if target_width is None else target_width
+    if isinstance(target_width, bool) or not isinstance(target_width, int) or target_width < 1:
+        raise UserError(f"target_hidden_size must be a positive whole number, not {target_width!r}")
     if target_width != target.width:
         raise UserError(f"made for a target {target_width} wide, but this one is {target.width}")
     if layer.width != target.width and "embed_tokens.weight" not in tensors:
@@ -227,6 +231,15 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
         raise UserError(f"it has {layers} layers; supported: 1")
     if inner.get("attention_bias"):
         raise UserError("attention_bias is not supported")
+    if "sliding_attention" in (inner.get("layer_types") or ()) or inner.get("use_sliding_window"):
+        raise UserError("sliding windows are not supported")
+    for settings in (config, inner):
+        refuse_unsupported(settings)
+    for key in _SWITCHES:
+        if not isinstance(config.get(key) or False, bool):
+            raise UserError(f"{key} must be true or false, not {config[key]!r}")
+    if not isinstance(config.get("eagle_config") or {}, Mapping):
+        raise UserError(f"eagle_config must be a mapping, not {config['eagle_config']!r}")
     if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
         raise UserError("use_aux_hidden_state false (features of the last layer only) is not supported")
     if "norm_output" in config and not speculators:
