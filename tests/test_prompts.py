@@ -209,3 +209,26 @@ def test_prompts_differ_in_their_prose_and_a_prompt_keeps_its_own_whatever_else_
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_keeps_the_template():
     prompt = Prompt("a", "x", ("one two three four",))
     assert CHAT.decode(prompts.encode([prompt], CHAT, 26)[0]) == "<s>[user]ree four[end][me]"
+
+
+# --- What a model cannot be fed ---
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([], "prompt 7 has no tokens: the model's tokenizer or its chat template makes nothing of it"),
+        ([5, 300], "prompt 7 has token 300, the model has 300: the tokenizer is another model's"),
+    ],
+)
+def test_ids_that_no_model_can_be_fed_are_refused(ids, said):
+    with pytest.raises(UserError, match=said):
+        prompts.check_ids(ids, 300, "prompt 7")
+    prompts.check_ids([0, 299], 300, "prompt 7")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{% for m in %}"])
+def test_a_chat_template_that_fails_is_said_in_one_line(template):
+    with pytest.raises(UserError, match="the chat template of the model's tokenizer fails: ") as error:
+        prompts.encode(QUICKSTART[:1], byte_tokenizer(template), None)
+    assert "\n" not in str(error.value)

@@ -53,6 +53,26 @@ def keys(folder: Path) -> list[tuple[str, int, int]]:
     return [run.TrialRecord.from_json(line).key for line in (folder / run.TRIALS).read_text().splitlines()]
 
 
+@pytest.mark.parametrize("ids", [[], [5, 300]])
+@pytest.mark.parametrize("about", ["measured", "warm-up"])
+def test_ids_that_the_model_cannot_be_fed_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: list[int], about: str
+) -> None:
+    def encode(chosen: Any, *_: Any) -> list[list[int]]:
+        return [ids if (len(chosen) == 3) == (about == "measured") else [5] for _ in chosen]
+
+    monkeypatch.setattr(run.prompts, "encode", encode)
+    with pytest.raises(UserError, match=r"prompt [\w-]+ has (no tokens|token 300, the model has 300)"):
+        run.run(wanted(tmp_path), tmp_path / "out", QUIET)
+
+
+def test_further_turns_of_prompts_are_said_to_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "turns": ["One?", "Two?"]}\n{"id": "b", "turns": ["One more?"]}\n')
+    said: list[str] = []
+    run.prepare(wanted(tmp_path, f"prompts={{file: {tmp_path / 'p.jsonl'}}}"), said.append)
+    assert "1 of 2 prompts have further turns, which are not decoded: only first turns are" in said
+
+
 def test_a_run_measures_every_cell_on_every_prompt_and_repeat(tmp_path: Path) -> None:
     outcome = run.run(wanted(tmp_path), tmp_path / "out", QUIET)
     assert (outcome.planned, outcome.finished, outcome.failed, outcome.stopped) == (12, 12, 0, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -73,6 +73,14 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, context: int | None) -> li
     return [_fitted(prompt, tokenizer, context, prose) for prompt in prompts]
 
 
+def check_ids(ids: Sequence[int], vocab: int, whose: str) -> None:
+    """Raises UserError where a model of `vocab` tokens cannot be fed these; a forward does not ask."""
+    if not ids:
+        raise UserError(f"{whose} has no tokens: the model's tokenizer or its chat template makes nothing of it")
+    if (highest := max(ids)) >= vocab:
+        raise UserError(f"{whose} has token {highest}, the model has {vocab}: the tokenizer is another model's")
+
+
 def _natural(prompt: Prompt, tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         return tokenizer.encode(prompt.text)
@@ -103,8 +111,16 @@ def _around_the_gap(prompt: Prompt, tokenizer: Any) -> tuple[list[int], list[int
 
 
 def _chat(text: str, tokenizer: Any) -> str:
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return templated([{"role": "user", "content": text}], tokenizer, add_generation_prompt=True)
+
+
+def templated(messages: Sequence[Mapping[str, str]], tokenizer: Any, add_generation_prompt: bool = False) -> str:
+    """What the tokenizer's chat template makes of a conversation. Raises UserError where it fails."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"the chat template of the model's tokenizer fails: {said}") from error
 
 
 def user_text(ids: Sequence[int], tokenizer: Any) -> str:

@@ -153,10 +153,14 @@ def prepare(
             codejudge.confinement()
         encoded = prompts.encode(chosen, tokenizer, at.context)
         checks.check_room(at, shared.model.config, max(map(len, encoded)) + at.output_tokens)
+        if several := sum(len(prompt.turns) > 1 for prompt in chosen):
+            say(f"{several} of {len(chosen)} prompts have further turns, which are not decoded: only first turns are")
         pairs = list(zip(chosen, encoded, strict=True))
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
         warmup = tuple(prompts.encode(others, tokenizer, at.context))
+        for prompt, ids in [*pairs, *zip(others, warmup, strict=True)]:
+            prompts.check_ids(ids, shared.model.config.vocab, f"prompt {prompt.id}")
         points.append(Point(at, cells, tokenizer, device, shared, batches, warmup, member))
     if all(cell.absent for point in points for cell in point.cells):
         why = (f"{cell.label}: {cell.absent}" for point in points for cell in point.cells)

@@ -159,3 +159,13 @@ def test_corpora_of_other_seeds_are_one_without_duplicates(model: LoadedModel, t
     one = first.conversations[0]
     again = Conversation(one.ids.flip(0), one.roles, one.hash, one.held_out)
     assert joined([Corpus({}, (one,)), Corpus({}, (again,))]).conversations[0].ids.equal(one.ids)
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = loading.load_tokenizer(model)
+    monkeypatch.setattr(data, "load_tokenizer", lambda _: larger)
+    small = loading.load({"config": {**SHAPE, "vocab": 40}, "seed": 1}, "float32")
+    with pytest.raises(UserError, match="the model has 40: the tokenizer is another model's"):
+        written(small, tmp_path)

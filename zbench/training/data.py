@@ -90,7 +90,7 @@ class ChatFormat:
         first, answer, second = "\N{BLACK STAR}", "\N{WHITE STAR}", "\N{BLACK DIAMOND}"
         said = [("user", first), ("assistant", answer), ("user", second)]
         messages = [{"role": role, "content": text} for role, text in said]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = prompts.templated(messages, tokenizer)
         before, rest = text.split(first)
         to_answer, rest = rest.split(answer)
         return cls(encode(before), encode(to_answer), encode(rest.split(second)[0]), frozenset(eos_ids))
@@ -139,6 +139,7 @@ class Writer:
         """Finished conversations, dropped ones too."""
         before, model = self.format.before, self.model
         cache = model.new_cache(self.batch, self.longest + 1)
+        prompts.check_ids(before, model.config.vocab, "what stands before a user turn")
         if shared := before[:-1]:
             rows = Rows.chain(torch.tensor([shared] * self.batch, device=model.device), cache.lengths)
             model.forward(rows, cache, logits=rows.ids[:, :0])
@@ -197,8 +198,9 @@ class Writer:
         state.done = bool(state.dropped)
         self._say(state, [] if state.done else ids + self.format.to_answer)
 
-    @staticmethod
-    def _say(state: _Conversation, ids: list[int]) -> None:
+    def _say(self, state: _Conversation, ids: list[int]) -> None:
+        if ids:
+            prompts.check_ids(ids, self.model.config.vocab, "a user turn")
         state.ids += ids
         state.roles += [Role.PROMPT] * len(ids)
         state.pending.extend(ids)
