@@ -47,6 +47,7 @@ from zbench.records import (
     PreparationRecord,
     RequestRecord,
     ServedRecord,
+    StepRecord,
     TrialRecord,
     read_manifest,
     read_trials,
@@ -57,6 +58,9 @@ INTERRUPTED = "interrupted"
 SAMPLE_EVERY = 10.0  # seconds between samples of the read roof, or more:
 SAMPLE_SHARE = 0.015  # they take at most this share of the time between the first and the last
 DECODES = 4  # of a trial, at most: while something is compiled or captured in one, it is decoded again
+
+
+Batch = tuple[tuple[prompts.Prompt, list[int]], ...]  # with their token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +83,9 @@ class Point:
 
     scenario: scenario.Scenario
     cells: tuple[CellRecord, ...]
-    tokenizer: Any
     device: Device
     shared: engines.Shared
-    batches: tuple[tuple[tuple[prompts.Prompt, list[int]], ...], ...]
+    batches: tuple[Batch, ...]
     warmup: tuple[list[int], ...]
     member: Member | None  # this rank's place here; None: it has none
     checked: dict[tuple, LosslessCheck] = field(default_factory=dict)
@@ -128,7 +131,7 @@ def prepare(
         torch.set_num_threads(wanted.threads)
     world = world or World()
     device = world.device(wanted.device)
-    models: dict[str, tuple[engines.Shared, Any]] = {}
+    models: dict[str, engines.Shared] = {}
     files: dict[str, loading.LoadedModel] = {}
     points = []
     sharded = any(at.parallel.tensor > 1 for at, _ in scenario.points(wanted))
@@ -144,24 +147,24 @@ def prepare(
             shared = engines.Shared(loaded, getattr(torch, at.dtype), device, allow_pickle, team)
             if sharded:
                 shared.why_no_graphs = "graphs run on one rank only, and points of a run are compared"
-            models[key] = (shared, shared.tokenizer)
-        shared, tokenizer = models[key]
+            models[key] = shared
+        shared = models[key]
         cells = tuple(replace(cell, absent=engines.absent(cell.engine, cell.options, at.batch)) for cell in cells)
         chosen = prompts.load(at.prompts)
         checks.check_point(at, cells, shared.model.config, chosen, allow_pickle, fetch=True)
         if at.accuracy.execute_generated_code:
             codejudge.confinement()
-        encoded = prompts.encode(chosen, tokenizer, at.context)
+        encoded = prompts.encode(chosen, shared.tokenizer, at.context)
         checks.check_room(at, shared.model.config, max(map(len, encoded)) + at.output_tokens)
         if several := sum(len(prompt.turns) > 1 for prompt in chosen):
             say(f"{several} of {len(chosen)} prompts have further turns, which are not decoded: only first turns are")
         pairs = list(zip(chosen, encoded, strict=True))
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
-        warmup = tuple(prompts.encode(others, tokenizer, at.context))
+        warmup = tuple(prompts.encode(others, shared.tokenizer, at.context))
         for prompt, ids in [*pairs, *zip(others, warmup, strict=True)]:
             prompts.check_ids(ids, shared.model.config.vocab, f"prompt {prompt.id}")
-        points.append(Point(at, cells, tokenizer, device, shared, batches, warmup, member))
+        points.append(Point(at, cells, device, shared, batches, warmup, member))
     if all(cell.absent for point in points for cell in point.cells):
         why = (f"{cell.label}: {cell.absent}" for point in points for cell in point.cells)
         raise UserError("; ".join(dict.fromkeys(why)))
@@ -453,8 +456,7 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
         request = request_of(point, seeds, point.scenario.output_tokens)
         prepared = point.prepared.pop(trial.cell.id, ()) + point.shared.prepared()
 
-        def decode() -> tuple[Meter, Generated, float, float | None]:
-            """With the seconds it took and those that other processes took beside it."""
+        def decode() -> _Decoded:
             nonlocal begin
             meter = Meter(point.device, point.shared.team, point.launches.get(trial.cell.id, {}))
             point.device.reset_peak()
@@ -463,10 +465,10 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
                 begin = time.perf_counter()
                 generated = engine.generate([ids for _, ids in batch], request, meter)
                 wall = generated.wall_seconds or time.perf_counter() - begin
-                return meter, generated, wall, _since(before, environment.others_seconds())
+                return _Decoded(meter, generated, wall, _since(before, environment.others_seconds()))
 
         for _ in range(DECODES):
-            meter, generated, wall, others = point.shared.sparing(decode)
+            decoded = point.shared.sparing(decode)
             if not (now := point.shared.prepared()):
                 break
             prepared += now
@@ -475,52 +477,22 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
         peak = point.device.peak_bytes()
         if peak is not None:
             peak -= point.shared.unused(begin)
-        steps, forwards = meter.records()
-        ends = meter.step_ends()
-        sent = generated.prompts or [ids for _, ids in batch]
-        requests = []
-        for row, ((prompt, _), ids, output, finish) in enumerate(
-            zip(batch, sent, generated.outputs, generated.finish, strict=True)
-        ):
-            served = generated.served[row] if generated.served else None
-            if served:
-                first, end = served.chunk_seconds[0], served.chunk_seconds[-1]
-            else:
-                first, end = ends[0], ends[max(i for i, step in enumerate(steps) if step.committed[row])]
-            text = point.tokenizer.decode(output, skip_special_tokens=True)
-            judged = _judge(point, prompt, text)
-            record = RequestRecord(
-                prompt_id=prompt.id,
-                category=prompt.category,
-                prompt_tokens=len(ids),
-                output_ids=tuple(output),
-                output_hash=hash_ids(output),
-                text=text,
-                finish=finish,
-                ttft_seconds=first,
-                end_seconds=end,
-                seed=seeds[row],
-                check=_check(point, engine, ids, output, request, row) if _sure(served) else None,
-                correct=accuracy.correct(text, prompt.reference),
-                served=served,
-                passed=judged.outcome == "passed" if judged and judged.outcome != "not judged" else None,
-                verdict=f"{judged.outcome} {judged.why}".rstrip() if judged else None,
-            )
-            requests.append(record)
+        steps, forwards = decoded.meter.records()
+        requests = _requests(point, engine, batch, request, decoded, steps)
         wrong = [r for r in requests if engine.exact and r.check and r.check.verdict == "different"]
         return replace(
             blank,
             status="error" if wrong else "ok",
             error=_not_lossless(wrong[0]) if wrong else None,
-            wall_seconds=wall,
-            requests=tuple(requests),
+            wall_seconds=decoded.wall_seconds,
+            requests=requests,
             steps=steps,
             forwards=forwards,
             peak_bytes=peak,
             kernels=engine.kernels,
-            server=generated.server,
+            server=decoded.generated.server,
             prepared=prepared,
-            others_seconds=None if _several_processes(point, trial) else others,
+            others_seconds=None if _several_processes(point, trial) else decoded.others_seconds,
         )
     except RankLost:
         raise
@@ -530,6 +502,54 @@ def measure(point: Point, trial: Trial, engine: Engine | Exception, watch: senso
             torch.cuda.empty_cache()
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "  # such a sentence needs no name
         return replace(blank, wall_seconds=time.perf_counter() - begin, error=f"{kind}{message}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A batch decoded once, in `wall_seconds`, and the seconds of a core that other processes took meanwhile."""
+
+    meter: Meter
+    generated: Generated
+    wall_seconds: float
+    others_seconds: float | None
+
+
+def _requests(
+    point: Point, engine: Engine, batch: Batch, request: Request, decoded: _Decoded, steps: Sequence[StepRecord]
+) -> tuple[RequestRecord, ...]:
+    """What became of each prompt of a batch, checked and judged."""
+    generated, ends = decoded.generated, decoded.meter.step_ends()
+    sent = generated.prompts or [ids for _, ids in batch]
+    found = []
+    for row, ((prompt, _), ids, output, finish) in enumerate(
+        zip(batch, sent, generated.outputs, generated.finish, strict=True)
+    ):
+        served = generated.served[row] if generated.served else None
+        if served:
+            first, end = served.chunk_seconds[0], served.chunk_seconds[-1]
+        else:
+            first, end = ends[0], ends[max(i for i, step in enumerate(steps) if step.committed[row])]
+        text = point.shared.tokenizer.decode(output, skip_special_tokens=True)
+        judged = _judge(point, prompt, text)
+        record = RequestRecord(
+            prompt_id=prompt.id,
+            category=prompt.category,
+            prompt_tokens=len(ids),
+            output_ids=tuple(output),
+            output_hash=hash_ids(output),
+            text=text,
+            finish=finish,
+            ttft_seconds=first,
+            end_seconds=end,
+            seed=request.seeds[row],
+            check=_check(point, engine, ids, output, request, row) if _sure(served) else None,
+            correct=accuracy.correct(text, prompt.reference),
+            served=served,
+            passed=judged.outcome == "passed" if judged and judged.outcome != "not judged" else None,
+            verdict=f"{judged.outcome} {judged.why}".rstrip() if judged else None,
+        )
+        found.append(record)
+    return tuple(found)
 
 
 def _several_processes(point: Point, trial: Trial) -> bool:

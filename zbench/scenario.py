@@ -856,7 +856,8 @@ class PromptFile(PromptChoice):
     file: str = Field(
         min_length=1,
         description='Each line: {"turns": [...]} or {"prompt": "..."}, with optional "id", "question_id" or "task_id",'
-        ' "category" and "reference"; with "entry_point" and "test", "prompt" is code to be completed.'
+        ' "category" and "reference"; with "entry_point" and "test", "prompt" is code to be completed. Of several turns'
+        " the first is decoded."
         " Relative to where the command runs.",
         examples=["my_prompts.jsonl"],
     )
