@@ -250,12 +250,30 @@ _Drafter = Annotated[
     | Annotated[DrafterRandom, Tag(f"{_BRANCH}random")],
     _key_branch(_DRAFTERS),
 ]
-_Synthetic = Annotated[
+_WHENCE = "Where the drafter comes from: {zoo: NAME}, {path: FOLDER}, {hub: ORG/NAME} or {random: true}."
+_Acceptance = Annotated[
     Annotated[SyntheticLength, Tag(f"{_BRANCH}length")]
     | Annotated[SyntheticRate, Tag(f"{_BRANCH}rate")]
     | Annotated[SyntheticRates, Tag(f"{_BRANCH}rates")]
     | Annotated[SyntheticHistogram, Tag(f"{_BRANCH}histogram")],
     _key_branch(_SYNTHETICS),
+]
+_Synthetic = Annotated[
+    _Acceptance | None,
+    Field(
+        description="Draw how many drafts are accepted, by {length: L}, {rate: C}, {rates: [...]} or {histogram:"
+        " {...}}, instead of verifying them: the speed is real, the text is not, and every figure says so. null"
+        " verifies.",
+        examples=[{"length": 3.2}],
+    ),
+]
+_Block = Annotated[
+    Annotated[int, Field(ge=2, le=64)] | None,
+    Field(description="Tokens per block, the anchor included: block - 1 are drafted. null takes the checkpoint's."),
+]
+_DraftSampling = Annotated[
+    bool,
+    Field(description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest."),
 ]
 
 
@@ -296,16 +314,10 @@ class SpeculativeSpec(DraftingSpec):
     """What engines with a drafter have in common."""
 
     drafter: _Drafter = Field(
-        description="Where the drafter comes from: {zoo: NAME}, {path: FOLDER}, {hub: ORG/NAME} or {random: true}.",
+        description=_WHENCE,
         examples=[{"zoo": "smollm2-135m-eagle3"}, {"path": "drafters/llama-eagle3"}, {"random": True}],
     )
-    synthetic: _Synthetic | None = Field(
-        None,
-        description="Draw how many drafts are accepted, by {length: L}, {rate: C}, {rates: [...]} or {histogram:"
-        " {...}}, instead of verifying them: the speed is real, the text is not, and every figure says so. null"
-        " verifies.",
-        examples=[{"length": 3.2}],
-    )
+    synthetic: _Synthetic = None
 
 
 class Eagle3Spec(SpeculativeSpec):
@@ -343,9 +355,7 @@ class DFlashSpec(SpeculativeSpec):
     """DFlash: a block-diffusion drafter fills a block of masks in one forward."""
 
     name: Literal["dflash"] = Field(description="Which engine decodes.")
-    block: Annotated[int, Field(ge=2, le=64)] | None = Field(
-        None, description="Tokens per block, the anchor included: block - 1 are drafted. null takes the checkpoint's."
-    )
+    block: _Block = None
     draft_vocab: Count | None = Field(
         None,
         description="Draft only tokens with ids below this, in BPE vocabularies the most frequent ones, by as many rows"
@@ -356,10 +366,7 @@ class DFlashSpec(SpeculativeSpec):
         description="Verify a tree of so many tokens, the likeliest paths through the block, long and short ones. null"
         " verifies the block's likeliest tokens as a chain.",
     )
-    draft_sampling: bool = Field(
-        False,
-        description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",
-    )
+    draft_sampling: _DraftSampling = False
     lookup: _Lookup = None
 
     @model_validator(mode="after")
@@ -476,10 +483,7 @@ class DiffusionSpec(DraftingSpec):
     threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="trust_diffusion, denoise: probability from which a token is taken. null is 0.9."
     )
-    draft_sampling: bool = Field(
-        False,
-        description="Draw drafts at the request's temperature and verify by rejection; false takes the likeliest.",
-    )
+    draft_sampling: _DraftSampling = False
     lookup: _Lookup = None
     adapter: _Adapter | None = Field(
         None,
@@ -491,13 +495,7 @@ class DiffusionSpec(DraftingSpec):
         description="Token that stands for a mask; null takes the model's, or with an adapter or synthetic acceptance"
         " the last of the vocabulary.",
     )
-    synthetic: _Synthetic | None = Field(
-        None,
-        description="Draw how many drafts are accepted, by {length: L}, {rate: C}, {rates: [...]} or {histogram:"
-        " {...}}, instead of verifying them: the speed is real, the text is not, and every figure says so. null"
-        " verifies.",
-        examples=[{"length": 3.2}],
-    )
+    synthetic: _Synthetic = None
 
     @model_validator(mode="after")
     def _has_no_idle_option(self) -> DiffusionSpec:
@@ -688,12 +686,10 @@ class DFlashReferenceSpec(EngineSpec):
 
     name: Literal["dflash_reference"] = Field(description="Which engine decodes.")
     drafter: _Drafter = Field(
-        description="Where the drafter comes from: {zoo: NAME}, {path: FOLDER}, {hub: ORG/NAME} or {random: true}.",
+        description=_WHENCE,
         examples=[{"hub": "z-lab/Qwen3-8B-DFlash-b16"}],
     )
-    block: Annotated[int, Field(ge=2, le=64)] | None = Field(
-        None, description="Tokens per block, the anchor included: block - 1 are drafted. null takes the checkpoint's."
-    )
+    block: _Block = None
 
     @model_validator(mode="after")
     def _has_no_idle_option(self) -> DFlashReferenceSpec:

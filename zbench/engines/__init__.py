@@ -202,7 +202,7 @@ def _eagle3(options: dict[str, Any], shared: Shared) -> Engine:
             checkpoint = eagle3.load_drafter(_drafter_folder(chosen, "eagle3"), target.config, shared.allow_pickle)
         graphs = target.graphs.beside() if target.graphs and recorded else None
         stored = (checkpoint.config, checkpoint.tensors, target.embedding, shared.dtype, target.device)
-        return eagle3.Eagle3Drafter(*stored, graphs=graphs), checkpoint.hash or checkpoint.source
+        return eagle3.Eagle3Drafter(*stored, graphs=graphs), checkpoint.identity
 
     drafter, weights = shared.drafter(target, ("eagle3", chosen, recorded), load)
     drawn = options["synthetic"]
@@ -237,7 +237,7 @@ def _dflash(options: dict[str, Any], shared: Shared) -> Engine:
         if options["draft_vocab"]:
             checkpoint = dflash.reduced(checkpoint, target.config, shared.model.tensors, options["draft_vocab"])
         drafter = dflash.DFlashDrafter(checkpoint.config, checkpoint.tensors, target)
-        return drafter, checkpoint.hash or checkpoint.source
+        return drafter, checkpoint.identity
 
     drafter, weights = shared.drafter(target, ("dflash", chosen, options["draft_vocab"]), load)
     block = options["block"] or drafter.config.block
@@ -272,7 +272,7 @@ def _diffusion(options: dict[str, Any], shared: Shared) -> Engine:
         else:
             checkpoint = adapters.load_adapter(_drafter_folder(chosen, "adapter"), config)
         loaded = adapters.MaskAdapter(checkpoint, config, target.dtype, target.device, shared.team.shard)
-        return loaded, checkpoint.hash or checkpoint.source
+        return loaded, checkpoint.identity
 
     if chosen and isinstance(config, ModelConfig):
         key = (
@@ -398,7 +398,8 @@ def check(
             if shape and options["draft_vocab"]:
                 shape.reduced(vocab)
             if (tokens := options["tokens"]) is not None:
-                plans.check_dflash_tree(tokens, block or 2, vocab, options["draft_sampling"], options["synthetic"])
+                drawn = options["synthetic"] is not None
+                plans.check_dflash_tree(tokens, block or 2, vocab, options["draft_sampling"], drawn)
             if options["synthetic"] and block:
                 synthetic.parse(options["synthetic"], block - 1)
     if name == "diffusion":

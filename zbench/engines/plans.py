@@ -170,7 +170,8 @@ def dflash(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     block, tokens = options["block"] or drafter.block, options.get("tokens")
     rows, pairs = block, causal_pairs(block)
     if tokens is not None:
-        check_dflash_tree(tokens, block, drafter.body.vocab, options["draft_sampling"], options["synthetic"])
+        drawn = options["synthetic"] is not None
+        check_dflash_tree(tokens, block, drafter.body.vocab, options["draft_sampling"], drawn)
         rows, pairs = 1 + tokens, _tree_pairs(tokens, block - 1)
     read = min(rows, block)  # the target's features of an accepted path, at most
 
@@ -182,7 +183,7 @@ def dflash(options: Mapping[str, Any], target: AnyConfig, batch: int = 1) -> Pla
     return Plan((draft, verify), read - 1, notes=() if tokens is None else (_SPREAD,))
 
 
-def check_dflash_tree(tokens: int, block: int, vocab: int, draft_sampling: bool, synthetic: Any) -> None:
+def check_dflash_tree(tokens: int, block: int, vocab: int, draft_sampling: bool, synthetic: bool) -> None:
     """Raises UserError where no tree of `tokens` drafts can be made of a block over `vocab` tokens."""
     _check_tree("dflash", tokens, block, vocab, synthetic)
     if draft_sampling:
@@ -257,7 +258,7 @@ def check_diffusion_tree(tokens: int, block: int, shift: int, vocab: int, synthe
     _check_tree("diffusion", tokens, block, vocab, synthetic)
 
 
-def _check_tree(engine: str, tokens: int, block: int, vocab: int, synthetic: Any) -> None:
+def _check_tree(engine: str, tokens: int, block: int, vocab: int, synthetic: bool) -> None:
     if not 1 <= tokens <= vocab:
         raise UserError(f"{engine}: a tree of {tokens} tokens out of blocks of {block}; 1 to {vocab} can be")
     if synthetic and tokens < block - 1:

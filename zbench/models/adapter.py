@@ -31,7 +31,7 @@ from torch import Tensor
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import loading
-from zbench.models.checkpoint import check_finite, check_shapes, stored_shapes
+from zbench.models.checkpoint import Trained, check_finite, check_shapes, stored_shapes
 from zbench.models.config import ModelConfig, tensor_shapes
 from zbench.models.cost import Cost
 from zbench.models.families import AnyConfig
@@ -61,12 +61,7 @@ class AdapterConfig:
     modules: tuple[str, ...] = MODULES
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterCheckpoint:
-    config: AdapterConfig
-    tensors: dict[str, Tensor]  # names of the layout, on the CPU
-    hash: str  # sha256 of the weight file; "" for random weights
-    source: str  # where it came from, in words
+AdapterCheckpoint = Trained[AdapterConfig]
 
 
 def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +14,29 @@ from torch import Tensor
 from zbench.errors import UserError
 from zbench.models import loading
 
+C = TypeVar("C")
+
 _FLOATS = ("F32", "F16", "BF16")
 _MAPS = ("d2t", "t2d")  # between a drafter's vocabulary and its target's
 _TYPES = {  # as safetensors call them
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32",
     torch.int64: "I64", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)  # typing sets an attribute on what an alias makes, which slots would not let it try
+class Trained(Generic[C]):
+    """A drafter's or an adapter's weights, under the names of its layout and on the CPU."""
+
+    config: C
+    tensors: dict[str, Tensor]
+    hash: str  # sha256 of the weight files; "" for weights that no file holds
+    source: str  # where they came from, in words
+
+    @property
+    def identity(self) -> str:
+        """What two runs that used the same weights agree on."""
+        return self.hash or self.source
 
 
 @dataclass(frozen=True, slots=True)

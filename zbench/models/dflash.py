@@ -33,7 +33,15 @@ from zbench.kernels import cpu
 from zbench.models import config as model_config
 from zbench.models import loading
 from zbench.models.cache import Cache, on_device
-from zbench.models.checkpoint import check_map, check_shapes, read_checkpoint, read_shape, shapes_of, target_ids
+from zbench.models.checkpoint import (
+    Trained,
+    check_map,
+    check_shapes,
+    read_checkpoint,
+    read_shape,
+    shapes_of,
+    target_ids,
+)
 from zbench.models.config import ModelConfig
 from zbench.models.cost import Cost
 from zbench.models.drafters import DFLASH_BLOCK, DFLASH_LAYERS, DFlashConfig
@@ -58,12 +66,7 @@ _VARIANTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DFlashCheckpoint:
-    config: DFlashConfig
-    tensors: dict[str, Tensor]  # names of the released layout, on the CPU
-    hash: str  # sha256 of the weight files; "" for random weights
-    source: str  # where it came from, in words
+DFlashCheckpoint = Trained[DFlashConfig]  # tensor names of the released layout
 
 
 def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> DFlashCheckpoint:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -30,7 +29,15 @@ from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.kernels import cpu
 from zbench.models.cache import on_device
-from zbench.models.checkpoint import check_map, check_shapes, read_checkpoint, read_shape, shapes_of, target_ids
+from zbench.models.checkpoint import (
+    Trained,
+    check_map,
+    check_shapes,
+    read_checkpoint,
+    read_shape,
+    shapes_of,
+    target_ids,
+)
 from zbench.models.config import ModelConfig, refuse_unsupported
 from zbench.models.cost import Cost
 from zbench.models.drafters import EAGLE3_VOCAB, Eagle3Config, eagle3_taps
@@ -61,12 +68,7 @@ _LAYER_KEYS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Eagle3Checkpoint:
-    config: Eagle3Config
-    tensors: dict[str, Tensor]  # names of the original layout, on the CPU
-    hash: str  # sha256 of the weight files; "" for random weights
-    source: str  # where it came from, in words
+Eagle3Checkpoint = Trained[Eagle3Config]  # tensor names of the original layout
 
 
 def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False) -> Eagle3Checkpoint:
