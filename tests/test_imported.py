@@ -194,6 +194,17 @@ def test_what_was_not_measured_is_not_reported_and_never_zero(tmp_path: Path) ->
             b' "input_config": {}}',
             'request_throughput has the unit "furlongs"',
         ),
+        (
+            b'{"request_throughput": {"unit": ["s"], "avg": 1}, "request_latency": {"unit": "ms", "avg": 1},'
+            b' "input_config": {}}',
+            'request_throughput has the unit ["s"]',
+        ),
+        (b'[{"n_prompt": 1, "n_gen": 0, "avg_ts": 1' + b"0" * 400 + b"}]", "avg_ts is beyond any number"),
+        (b'[{"n_prompt": 1, "n_gen": 0, "avg_ts": 1' + b"0" * 5000 + b"}]", "a number that is too long"),
+        (
+            (FILES / "vllm_serve.json").read_bytes().replace(b'"model_id": "', b'"model_id": "\\ud800'),
+            "holds text that is not Unicode",
+        ),
     ],
 )
 def test_what_cannot_be_taken_is_one_line(tmp_path: Path, content: bytes, reason: str) -> None:

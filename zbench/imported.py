@@ -122,7 +122,7 @@ def read(path: Path, label: str = "") -> Imported:
         raise UserError(f"{path}: {reason}") from None
     if not any(result.figures for result in results):
         raise UserError(f"{path}: a result of {tool} without any figure; did its benchmark finish a request?")
-    return Imported(
+    taken = Imported(
         schema_version=SCHEMA_VERSION,
         tool=tool,
         version=version or NOT_REPORTED,
@@ -132,6 +132,11 @@ def read(path: Path, label: str = "") -> Imported:
         imported=datetime.now(UTC).isoformat(timespec="seconds"),
         results=tuple(_distinct(results)),
     )
+    try:
+        taken.to_json().encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: holds text that is not Unicode") from None
+    return taken
 
 
 def _distinct(results: Sequence[Reported]) -> Iterator[Reported]:

@@ -44,6 +44,8 @@ def objects(path: Path, content: bytes) -> list[Data]:
         found = _parsed(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno} is not JSON; the file is cut, or of another kind") from None
+    except ValueError:  # of thousands of digits
+        raise UserError(f"{path}: holds a number that is too long to be a result") from None
     except RecursionError:
         raise UserError(f"{path}: is nested too deep to be a result") from None
     if not found or not all(isinstance(one, dict) for one in found):
@@ -113,7 +115,10 @@ def _number(of: Data, key: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Refused(f"{key} is {json.dumps(value)[:40]}, not a number")
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        raise Refused(f"{key} is beyond any number that was measured") from None
 
 
 def _inner(of: Data, key: str) -> Data:
@@ -433,7 +438,7 @@ def _aiperf(found: Sequence[Data]) -> Results:
 def _aiperf_figures(one: Data, key: str) -> list[Figure]:
     summary, quantity = _inner(one, key), _AIPERF_KEYS[key]
     unit = summary.get("unit")
-    if unit not in _UNITS:
+    if not isinstance(unit, str) or unit not in _UNITS:
         raise Refused(f"{key} has the unit {json.dumps(unit)}, which zbench does not know")
     if "p50" not in summary:  # one value of the whole benchmark, which is its own average
         return _spread(summary, {"avg": ""}, quantity, _UNITS[unit], key)

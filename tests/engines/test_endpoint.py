@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from zbench import metrics, prompts, run, scenario
+from zbench.engines import endpoint
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs
 from zbench.models import families
@@ -206,6 +208,32 @@ def test_tokens_are_the_servers_count_and_a_difference_is_told(tmp_path: Path, u
     assert request.check is None  # ids that may be others than those emitted are not judged
     difference = value(cell, "token_count_difference", "output")
     assert difference.value == 1 and "6 of 6 requests are counted differently" in difference.note
+
+
+@pytest.mark.parametrize(
+    ("usage", "said"),
+    [
+        ('{"completion_tokens": "6"}', "the server's usage has completion_tokens '6', which counts nothing"),
+        ('{"completion_tokens": true}', "completion_tokens True, which counts nothing"),
+        ('{"completion_tokens": -5}', "completion_tokens -5, which counts nothing"),
+        ('{"completion_tokens": 31.5}', "completion_tokens 31.5, which counts nothing"),
+        ('{"prompt_tokens": "3"}', "prompt_tokens '3', which counts nothing"),
+        ('{"completion_tokens": 0}', "counts no completion tokens beside a text"),
+    ],
+)
+def test_a_usage_that_counts_nothing_makes_its_trial_an_error(tmp_path: Path, url: str, usage: str, said: str) -> None:
+    model = json.dumps(f"usage {usage}")
+    outcome = run.run(
+        wanted(tmp_path, f"label: S, url: {url}, served_model: {model}", repeats=1), tmp_path / "runs", QUIET
+    )
+    failed = measured(outcome, "S").failed
+    assert failed and all(said in (trial.error or "") for trial in failed)
+
+
+@pytest.mark.parametrize("listed", [b"<html>", b"[]", b'{"data": null}', b"{}"])
+def test_a_list_of_models_that_is_none_is_no_list(listed: bytes) -> None:
+    assert endpoint._models(httpx.Response(200, content=listed)) is None
+    assert endpoint._models(httpx.Response(200, content=b'{"data": [3, {"id": "m"}]}')) == [{"id": "m"}]
 
 
 def test_one_request_that_fails_makes_its_trial_an_error(tmp_path: Path, url: str) -> None:

@@ -48,6 +48,11 @@ def test_logits_that_are_no_numbers_are_no_result() -> None:
         lossless.check(Broken(), PROMPT, [0, 0, 0], Request(3, Sampling(), (3,)), 0)  # type: ignore[arg-type]
 
 
+def test_a_servers_tokens_of_another_vocabulary_are_no_output_of_the_target() -> None:
+    with pytest.raises(UserError, match="the output has token 10000000, the target 300: not the model that is served"):
+        lossless.check(runtime("smollm", "auto"), PROMPT, [5, 10**7, 6], Request(3, Sampling(), (3,)), 0)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_token_is_a_near_tie_only_within_rounding(

@@ -98,6 +98,9 @@ async def _complete(
         return
     if how == "stalls":
         await asyncio.sleep(60)
+    if how == "hangs-up":
+        writer.close()
+        return
     state.running += 1
     state.most = max(state.most, state.running)
     encoding = "Content-Encoding: gzip\r\n" if how == "compresses" else ""
@@ -125,7 +128,9 @@ async def _complete(
     if how != "errs":
         counted = limit + (1 if how == "miscounts" else 0)
         prompt = body.get("prompt", body.get("messages"))
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": counted}
+        usage: dict[str, Any] = {"prompt_tokens": len(prompt), "completion_tokens": counted}
+        if how.startswith("usage "):
+            usage |= json.loads(how.removeprefix("usage "))
         _event(writer, {"choices": [{"index": 0, "text": "", "delta": {}, "finish_reason": "length"}]})
         _event(writer, {"choices": [], "usage": usage})
         _event(writer, "[DONE]")

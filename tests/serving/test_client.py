@@ -117,6 +117,37 @@ def test_an_error_within_a_stream_and_a_stream_without_an_end_are_no_answers(cli
         read_stream([(0.0, b'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n')])
     with pytest.raises(EndpointError, match="not JSON"):
         read_stream([(0.0, b"data: <html>\n\n")])
+    for said, reason in (
+        (b"<html>log in</html>", "no stream of events came, but b'<html>log in"),
+        (b'{"choices": [{"text": "a", "finish_reason": "stop"}]}', "no stream of events came"),
+        (b"", "the server answered nothing"),
+        (b'event: error\ndata: {"object": "error", "message": "KV cache full"}\n\n', "in the stream: KV cache full"),
+        (b'data: {"choices": [{"text": 3, "finish_reason": "stop"}]}\n\n', "not what the API has"),
+        (b'data: {"choices": [{"delta": {"content": ["a"]}}]}\n\n', "not what the API has"),
+        (b'data: {"choices": [{"text": "a", "token_ids": ["7"]}]}\n\n', "not what the API has"),
+        (b'data: {"choices": "a"}\n\n', "not what the API has"),
+        (b'data: {"choices": [], "usage": [1]}\n\n', "not what the API has"),
+    ):
+        with pytest.raises(EndpointError, match=reason):
+            read_stream([(0.0, said)])
+
+
+def test_a_stream_ends_with_its_last_event_whatever_follows() -> None:
+    said = b'data: {"choices": [{"text": "a", "finish_reason": "stop"}]}\n\n'
+    pieces = [(1.0, said), (2.0, b"data: [DONE]\n\n"), (5.0, b": bye\n\n")]
+    assert read_stream(pieces).ended == 2.0
+    assert read_stream(pieces[:1]).ended == 1.0
+
+
+def test_a_request_that_a_server_has_read_is_not_sent_again(server: str) -> None:
+    client = Client(server, retries=2)
+    (exchange,), _ = client.run("/completions", bodies("hangs-up"), Load(), 0)
+    assert exchange.error and exchange.attempts == 1
+    client.close()
+    nowhere = Client(f"http://127.0.0.1:{free_port()}/v1", retries=1)
+    (exchange,), _ = nowhere.run("/completions", bodies("null"), Load(), 0)
+    assert exchange.error and exchange.attempts == 2
+    nowhere.close()
 
 
 def test_only_a_request_that_was_turned_away_at_once_is_sent_again_and_only_if_asked(server: str) -> None:

@@ -146,6 +146,33 @@ def test_sglangs_gauge_is_reported_as_the_gauge_that_it_is() -> None:
     assert said is not None and said.length == 2.8 and said.verifies is None and "gauge" in said.source
 
 
+def test_sglangs_gauges_of_several_ranks_are_no_sum_and_zero_is_no_length() -> None:
+    name = "sglang:spec_accept_length"
+    of = [
+        counters.read(f'{name}{{dp_rank="0"}} {a}\n{name}{{dp_rank="1"}} {b}\n')
+        for a, b in ((3.2, 3.0), (0, 3), (0, 0))
+    ]
+    said = [counters.told(reading, reading, [None]).speculation for reading in of]
+    assert said[0] is not None and said[0].length == pytest.approx(3.1) and "mean of 2 ranks" in said[0].source
+    assert said[1] is not None and said[1].length == 3 and said[2] is None
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "1e999"])
+def test_counters_that_are_no_numbers_are_not_there(value: str) -> None:
+    after = counters.read(f"vllm:spec_decode_num_drafts_total {value}\nvllm:request_success_total {value}\n")
+    assert counters.told(counters.NOTHING, after, [None]).speculation is None
+
+
+def test_tensorrt_llms_damaged_iterations_are_left_out() -> None:
+    after = counters.read(json.dumps(["{cut", 3, {"specDecodingStats": "none"}]))
+    assert counters.told(counters.NOTHING, after, [None]).speculation is None
+
+
+@pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens_details": "none"}])
+def test_a_usage_that_is_none_says_nothing_of_the_cache(usage: Any) -> None:
+    assert counters.cached_tokens({"usage": usage}) is None
+
+
 def test_llamacpps_timings_count_drafts_but_no_verify_steps() -> None:
     said = counters.of_response({"timings": recorded("llamacpp_timings.json")})
     assert said == Speculation("timings", None, 347, 65)

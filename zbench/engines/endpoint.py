@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zbench import prompts as prompting
 from zbench.engines import Shared
@@ -20,6 +20,9 @@ from zbench.records import ServedRecord, ServerRecord
 from zbench.serving import counters
 from zbench.serving.client import Answer, Client, EndpointError, Exchange, Load, read_stream
 from zbench.serving.process import Wanted
+
+if TYPE_CHECKING:
+    import httpx
 
 DEATH_SECONDS = 3.0  # how long after its connections a dying server may be there
 SETTLE_SECONDS = 1.0  # how long a server's counters may lag behind its answers
@@ -91,7 +94,7 @@ class Endpoint:
             finishes,
             prompts=sent,
             served=served,
-            wall_seconds=max(exchange.pieces[-1][0] for exchange in exchanges),
+            wall_seconds=max(answer.ended for answer in answers),
             server=ServerRecord(
                 kind=self.kind,
                 version=self.version,
@@ -178,7 +181,9 @@ class Endpoint:
         )
 
     def _record(self, exchange: Exchange, answer: Answer, finish: Finish) -> tuple[list[int], ServedRecord]:
-        usage, counted = answer.usage, answer.usage.get("completion_tokens")
+        counted, prompt_tokens = (_count(answer.usage, key) for key in ("completion_tokens", "prompt_tokens"))
+        if counted == 0:
+            raise EndpointError("the server's usage counts no completion tokens beside a text")
         ids = self.tokenizer.encode(answer.text, add_special_tokens=False)
         # The token that ends a text shows in no text. Most servers count it.
         ended = int(finish == "eos" and counted != len(ids))
@@ -193,7 +198,7 @@ class Endpoint:
             chunk_seconds=tuple(when - exchange.due for when in answer.chunks),
             tokenised=tokenised,
             ids_from="text" if answer.token_ids is None else "server",
-            prompt_tokens=usage.get("prompt_tokens"),
+            prompt_tokens=prompt_tokens,
             output_tokens=counted,
             cached_tokens=next((n for e in answer.extras if (n := counters.cached_tokens(e)) is not None), None),
             attempts=exchange.attempts,
@@ -211,9 +216,15 @@ class Endpoint:
             self._alive()
             said = "nothing answers" if listed is None else f"HTTP {listed.status_code}"
             raise EndpointError(f"{self.client.root}/v1/models: {said}; is the server up, and the url right?")
-        models = [model for model in listed.json().get("data", ()) if isinstance(model, dict)]
+        models = _models(listed)
+        if models is None:
+            raise EndpointError(f"{self.client.root}/v1/models lists no models; is the url that of an OpenAI API?")
         named = self.options["served_model"]
-        name = (self.server.filled(named) if self.server else named) if named else next((m["id"] for m in models), None)
+        name = (
+            (self.server.filled(named) if self.server else named)
+            if named
+            else next((m.get("id") for m in models), None)
+        )
         if name is None:
             raise EndpointError("the server lists no model; give served_model")
         kind = _OWNERS.get(str(models[0].get("owned_by")) if models else "", "")
@@ -278,6 +289,23 @@ def with_version(url: str) -> str:
     """An API's base: /v1 is added to a bare host."""
     bare = url.rstrip("/")
     return bare if "/" in bare.split("://", 1)[1] else f"{bare}/v1"
+
+
+def _models(listed: httpx.Response) -> list[dict[str, Any]] | None:
+    """What a server lists as its models; None where that is no such list."""
+    try:
+        data = listed.json()["data"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return [model for model in data if isinstance(model, dict)] if isinstance(data, list) else None
+
+
+def _count(usage: Mapping[str, Any], key: str) -> int | None:
+    """Raises EndpointError where a server counts in anything but whole numbers from 0 on."""
+    found = usage.get(key)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+        raise EndpointError(f"the server's usage has {key} {found!r}, which counts nothing")
+    return found
 
 
 def _counting(reading: counters.Reading) -> dict[tuple[str, str], float]:

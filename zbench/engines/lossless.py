@@ -31,6 +31,10 @@ MASS_ROUNDING = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 1e-
 @torch.inference_mode()
 def check(model: Model, prompt: Sequence[int], output: Sequence[int], request: Request, row: int) -> LosslessCheck:
     """`row` is the request's place in `request.seeds`. Gaps are in logits (greedy) or probability mass (sampled)."""
+    if (highest := max(output)) >= model.config.vocab:  # a server's, whose vocabulary may be another one
+        raise UserError(
+            f"the output has token {highest}, the target {model.config.vocab}: not the model that is served"
+        )
     ids = torch.tensor([[*prompt, *output[:-1]]], device=model.device)
     cache = model.new_cache(1, ids.shape[1])
     sampler = Sampler(request.sampling, request.seeds[row : row + 1], request.limit, model.device)

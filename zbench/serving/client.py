@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import operator
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,6 +65,7 @@ class Answer:
     token_ids: tuple[int, ...] | None
     finish: str
     chunks: tuple[float, ...]
+    ended: float  # when its last event came
     usage: Mapping[str, Any]
     extras: tuple[Mapping[str, Any], ...]  # chunks that say more than text: usage, timings, metrics
 
@@ -141,7 +143,7 @@ class Client:
         while True:
             exchange.attempts += 1
             exchange.error = None
-            again = True  # whether the server has done nothing for this request yet
+            again = False  # whether the server has surely done nothing for this request yet
             try:
                 async with self._http.stream("POST", url, content=body) as response:
                     again = response.status_code in _BUSY
@@ -155,9 +157,10 @@ class Client:
                             pieces.append((clock() - start, piece))
             except httpx.TimeoutException as error:
                 exchange.error = f"{_name(error)} after {clock() - start - exchange.sent:.1f} s"
-                again = again and isinstance(error, httpx.ConnectTimeout)
+                again = isinstance(error, httpx.ConnectTimeout)
             except httpx.HTTPError as error:
                 exchange.error = self._clean(f"{_name(error)}: {error}" if str(error) else _name(error))
+                again = isinstance(error, httpx.ConnectError)  # one that has read the request may have worked on it
             if exchange.error is None or not again or pieces or exchange.attempts > self.retries:
                 return
             await asyncio.sleep(0.1 * 2**exchange.attempts)
@@ -171,6 +174,8 @@ class Client:
         for key in ("error", "message", "detail"):
             body = body[key] if isinstance(body, dict) and key in body else body
         text = " ".join(str(body).split())
+        if response.has_redirect_location:
+            text = f"redirects to {response.headers['location']}"
         return self._clean(f"HTTP {response.status_code}: {text}")[:_SHOWN]
 
     def _clean(self, text: str) -> str:
@@ -190,7 +195,9 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Answer:
     extras: list[Mapping[str, Any]] = []
     finish, whole = None, True
     usage: Mapping[str, Any] = {}
+    pieces, ended = list(pieces), None
     for when, data in _events(pieces):
+        ended = when
         if data == b"[DONE]":
             break
         try:
@@ -199,27 +206,35 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Answer:
             raise EndpointError(f"a chunk is not JSON: {data[:80]!r}") from None
         if not isinstance(event, dict):
             raise EndpointError(f"a chunk is no object: {data[:80]!r}")
-        if problem := event.get("error"):
+        if problem := event.get("error") or ("choices" not in event and event.get("message")):
             message = problem.get("message", problem) if isinstance(problem, dict) else problem
             raise EndpointError(f"in the stream: {str(message)[:_SHOWN]}")
         usage = event.get("usage") or usage
         choices = event.get("choices") or ()
+        if not isinstance(usage, dict) or not isinstance(choices, list | tuple):
+            raise EndpointError(f"a chunk is not what the API has: {data[:80]!r}")
         for choice in choices:
-            said = choice.get("text") or _content(choice.get("delta") or {})
-            given = choice.get("token_ids")
-            if said or given:
-                chunks.append(when)
-                text.append(said)
-                whole = whole and given is not None
-                ids += given or ()
-            finish = choice.get("finish_reason") or finish
+            try:
+                said = choice.get("text") or _content(choice.get("delta") or {})
+                given = choice.get("token_ids")
+                if said or given:
+                    chunks.append(when)
+                    text.append("" + said)
+                    whole = whole and given is not None
+                    ids += map(operator.index, given or ())
+                finish = choice.get("finish_reason") or finish
+            except (AttributeError, TypeError):
+                raise EndpointError(f"a chunk is not what the API has: {data[:80]!r}") from None
         if not choices or event.keys() & {"usage", "timings", "metrics", "sglext", "metadata"} or finish:
             extras.append(event)
+    if ended is None:
+        begins = b"".join(piece for _, piece in pieces)[:80]
+        raise EndpointError(f"no stream of events came, but {begins!r}" if begins else "the server answered nothing")
     if finish is None:
         raise EndpointError("the stream broke off before it said why the text ends")
     if not chunks:
         raise EndpointError("the stream carried no text")
-    return Answer("".join(text), tuple(ids) if whole else None, finish, tuple(chunks), usage, tuple(extras))
+    return Answer("".join(text), tuple(ids) if whole else None, finish, tuple(chunks), ended, usage, tuple(extras))
 
 
 def _content(delta: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ Names and meanings, per server:
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from zbench.records import Speculation
 Samples = dict[tuple[str, str], float]  # (name, its position label or "") -> value, summed over all other labels
 
 KEPT_ITERATIONS = 1000  # of TensorRT-LLM; older ones are lost
+_GAUGE = "sglang:spec_accept_length"
 _COUNTING = ("vllm", "llamacpp")
 _DIFFUSION = {
     "num_denoising_steps": "steps",
@@ -39,6 +41,7 @@ class Reading:
 
     samples: Samples
     iterations: tuple[Mapping[str, Any], ...] = ()
+    lengths: tuple[float, ...] = ()  # SGLang's gauge, of each of its ranks that has drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,9 @@ def read(text: str) -> Reading:
             found = json.loads(text)
         except ValueError:
             return NOTHING
-        entries = (json.loads(entry) if isinstance(entry, str) else entry for entry in found)
-        return Reading({}, tuple(entry for entry in entries if isinstance(entry, dict)))
+        return Reading({}, tuple(entry for entry in map(_entry, found) if isinstance(entry, dict)))
     samples: Samples = {}
+    lengths = []
     for line in text.splitlines():
         if line.startswith("#") or not (match := _SAMPLE.match(line)):
             continue
@@ -71,10 +74,22 @@ def read(text: str) -> Reading:
             value = float(match[3])
         except ValueError:
             continue
+        if not math.isfinite(value):
+            continue
+        if match[1] == _GAUGE:
+            lengths += [value] if value >= 1 else []  # 0 before the first interval
+            continue
         position = _POSITION.search(match[2] or "")
         key = (match[1], position[1] if position else "")
         samples[key] = samples.get(key, 0.0) + value
-    return Reading(samples)
+    return Reading(samples, lengths=tuple(lengths))
+
+
+def _entry(given: Any) -> Any:
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        return None
 
 
 def told(before: Reading, after: Reading, responses: Sequence[Speculation | None]) -> Told:
@@ -91,9 +106,11 @@ def told(before: Reading, after: Reading, responses: Sequence[Speculation | None
     if after.iterations:
         speculation, why = _iterations(after.iterations)
         return Told(speculation, why, diffusion, notes)
-    if (length := after.samples.get(("sglang:spec_accept_length", ""))) is not None:
+    if after.lengths:
         gauge = "a gauge of the server's last interval, not of this trial"
-        return Told(Speculation(f"sglang:spec_accept_length, {gauge}", length=length), "", diffusion, notes)
+        several = f"; mean of {len(after.lengths)} ranks" if len(after.lengths) > 1 else ""
+        length = sum(after.lengths) / len(after.lengths)
+        return Told(Speculation(f"{_GAUGE}, {gauge}{several}", length=length), "", diffusion, notes)
     return Told(None, "not reported by the server", diffusion, notes)
 
 
@@ -126,10 +143,12 @@ def of_response(body: Mapping[str, Any]) -> Speculation | None:
 
 def cached_tokens(body: Mapping[str, Any]) -> int | None:
     """Prompt tokens that a response says came from the prefix cache."""
-    details = (body.get("usage") or {}).get("prompt_tokens_details") or {}
-    timings = body.get("timings") or {}
-    found = details.get("cached_tokens", timings.get("cache_n"))
-    return found if isinstance(found, int) else None
+    usage = body.get("usage")
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    for said, key in ((details, "cached_tokens"), (body.get("timings"), "cache_n")):
+        if isinstance(said, dict) and isinstance(found := said.get(key), int):
+            return found
+    return None
 
 
 def _gained(before: Reading, after: Reading, prefix: str) -> Speculation | str | None:
@@ -186,7 +205,7 @@ def _iterations(iterations: Sequence[Mapping[str, Any]]) -> tuple[Speculation | 
         return None, f"the server keeps {KEPT_ITERATIONS} iterations and this trial had more: some were lost"
     # With attention data parallelism every rank has a row, and each repeats the figures of rank 0.
     rows = (i for i in iterations if not i.get("attentionDpRank"))
-    drafting = [s for i in rows if (s := i.get("specDecodingStats")) and s.get("numDraftTokens")]
+    drafting = [s for i in rows if isinstance(s := i.get("specDecodingStats"), dict) and s.get("numDraftTokens")]
     if not drafting:
         return None, "the server's iterations say that nothing was drafted"
     total = {
