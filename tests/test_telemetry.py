@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from tests.report.synthetic import write_run
 from zbench import metrics, telemetry
 from zbench.errors import UserError
-from zbench.records import read_trials
+from zbench.records import read_manifest, read_trials
 from zbench.report import render
 from zbench.telemetry import NoEnergy, Segment, Telemetry, trial_energy
 
@@ -169,6 +170,27 @@ def test_metrics_of_energy_follow_their_formulas(tmp_path: Path) -> None:
     assert rows["temperature"].value == pytest.approx(
         max(found.samples(t.key, "temperature").max() for t in cell.trials)
     )
+
+
+@pytest.mark.parametrize(
+    ("devices", "why"),
+    [
+        ({"tensor": 4}, "only rank 0's device is sampled, and 4 hold the model"),
+        ({"replicas": 2}, "only rank 0's device is sampled, and 2 replicas share the prompts"),
+    ],
+)
+def test_energy_of_one_device_is_not_that_of_several(tmp_path: Path, devices: dict[str, int], why: str) -> None:
+    folder = with_telemetry(tmp_path)
+    manifest = read_manifest(folder)
+    (folder / "run.json").write_text(
+        replace(manifest, cells=tuple(replace(cell, **devices) for cell in manifest.cells)).to_json()
+    )
+    cell = metrics.load_run(folder).cells[0]
+    for name in ("joules_per_token", "tokens_per_joule", "energy_delay_product"):
+        found = metrics.evaluate(metrics.METRICS[name], cell)[""]
+        assert (found.value, found.note) == (None, f"unavailable: {why}")
+    assert metrics.mean_power(cell).value == pytest.approx(150)
+    assert "of several rank 0's" in metrics.METRICS["mean_power"].formula
 
 
 def test_the_report_shows_sensors_or_says_why_not(tmp_path: Path) -> None:

@@ -245,9 +245,19 @@ class Cell:
         levels = ((self.roofs or {}).get("caches") or {}).get("levels") or {}
         return max((float(level["capacity"]) for level in levels.values()), default=0.0)
 
-    @cached_property
+    @property
     def energy(self) -> pd.DataFrame:
-        """joules, seconds, tokens, group and how they are known, one row per trial (see `telemetry.trial_energy`)."""
+        """`device_energy`, where the sampled device did all of the work."""
+        if self.record.tensor > 1:
+            raise Unavailable(f"only rank 0's device is sampled, and {self.record.tensor} hold the model")
+        if self.record.replicas > 1:
+            raise Unavailable(f"only rank 0's device is sampled, and {self.record.replicas} replicas share the prompts")
+        return self.device_energy
+
+    @cached_property
+    def device_energy(self) -> pd.DataFrame:
+        """joules of rank 0's device, seconds, tokens, group and how they are known, one row per trial (see
+        `telemetry.trial_energy`)."""
         keys = [trial.key for trial in self.trials]
         try:
             joules, seconds, how = trial_energy(self._telemetry, keys)
@@ -1167,17 +1177,17 @@ def peak_bytes(cell: Cell) -> Estimate:
     "joules_per_token",
     "J/token",
     "energy of the device over the trials / all committed tokens, prefill and idle power included; by its counter, "
-    "else by the integral of power. Only from 10 s of trials on, if both agree to 5% over the run and the counter's "
-    "update interval adds at most 5%",
+    "else by the integral of power. Only of one device that does all of the work, from 10 s of trials on, if both "
+    "agree to 5% over the run and the counter's update interval adds at most 5%",
     "lower",
 )
 def joules_per_token(cell: Cell) -> Estimate:
-    return _of_energy(cell, cell.energy["joules"], cell.energy["tokens"])
+    return _of_energy(cell.energy, "joules", "tokens")
 
 
 @metric("tokens_per_joule", "token/J", "all committed tokens / energy of the device, as in joules_per_token", "higher")
 def tokens_per_joule(cell: Cell) -> Estimate:
-    return _of_energy(cell, cell.energy["tokens"], cell.energy["joules"])
+    return _of_energy(cell.energy, "tokens", "joules")
 
 
 @metric(
@@ -1187,12 +1197,19 @@ def tokens_per_joule(cell: Cell) -> Estimate:
     "lower",
 )
 def energy_delay_product(cell: Cell) -> Estimate:
-    return _of_energy(cell, cell.energy["joules"] * cell.energy["seconds"], cell.energy["tokens"] ** 2)
+    energy = cell.energy
+    products = energy.assign(delayed=energy["joules"] * energy["seconds"], squared=energy["tokens"] ** 2)
+    return _of_energy(products, "delayed", "squared")
 
 
-@metric("mean_power", "W", "energy of the device over the trials / their seconds, as in joules_per_token", "none")
+@metric(
+    "mean_power",
+    "W",
+    "energy of the device, of several rank 0's, over the trials / their seconds, believed as in joules_per_token",
+    "none",
+)
 def mean_power(cell: Cell) -> Estimate:
-    return _of_energy(cell, cell.energy["joules"], cell.energy["seconds"])
+    return _of_energy(cell.device_energy, "joules", "seconds")
 
 
 @metric("core_clock", "Hz", "mean of the samples of the core clock during trials", "none")
@@ -1241,12 +1258,23 @@ def rows_per_forward(cell: Cell) -> dict[str, Estimate]:
     return {str(role): stats.mean(forwards["rows"], forwards["group"]) for role, forwards in by_role}
 
 
-@metric("bytes_per_token", "B/token", "bytes read and written by all forwards in decode / committed tokens", "lower")
+@metric(
+    "bytes_per_token",
+    "B/token",
+    "bytes read and written by all forwards in decode, where several devices hold the model on the first of them / "
+    "committed tokens",
+    "lower",
+)
 def bytes_per_token(cell: Cell) -> Estimate:
     return _per_group(cell.decode_forwards, "bytes", cell.decode_steps, "committed")
 
 
-@metric("flops_per_token", "FLOP/token", "FLOPs of all forwards in decode / committed tokens", "lower")
+@metric(
+    "flops_per_token",
+    "FLOP/token",
+    "FLOPs of all forwards in decode, where several devices hold the model on the first of them / committed tokens",
+    "lower",
+)
 def flops_per_token(cell: Cell) -> Estimate:
     return _per_group(cell.decode_forwards, "flops", cell.decode_steps, "committed")
 
@@ -1296,9 +1324,9 @@ def _per_group(top: pd.DataFrame, numerator: str, bottom: pd.DataFrame, denomina
     return stats.ratio(sums[numerator], sums[denominator], sums.index)
 
 
-def _of_energy(cell: Cell, top: pd.Series, bottom: pd.Series) -> Estimate:
-    estimate = stats.ratio(top, bottom, cell.energy["group"])
-    return replace(estimate, estimator=f"{estimate.estimator}; {cell.energy['how'].iloc[0]}")
+def _of_energy(energy: pd.DataFrame, top: str, bottom: str) -> Estimate:
+    estimate = stats.ratio(energy[top], energy[bottom], energy["group"])
+    return replace(estimate, estimator=f"{estimate.estimator}; {energy['how'].iloc[0]}")
 
 
 def _mean_of_samples(cell: Cell, sensor: str) -> Estimate:
