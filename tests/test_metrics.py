@@ -364,6 +364,18 @@ def test_break_even_is_the_median_step_over_the_baselines_and_flags_what_gains_l
     assert (even.value, even.note) == (2.0, "")
 
 
+def test_a_step_that_may_gain_what_it_costs_is_not_net_negative(measure: Any) -> None:
+    """Steps of 1.5 to 2.5 s against 1 s gain 2 tokens: no less than the lowest that they may have to."""
+    dear = [
+        dataclasses.replace(made, steps=tuple(dataclasses.replace(s, seconds=s.seconds * factor) for s in made.steps))
+        for group, factor in enumerate((0.75, 0.85, 0.95, 1.05, 1.15, 1.25))
+        for made in [verifying([1, 1], group=group)]
+    ]
+    needed = measure([*(trial(group=g) for g in range(6)), *dear], CHAIN)["spec", "break_even_acceptance", ""]
+    assert needed.low is not None and needed.high is not None and needed.low < 2 < needed.high
+    assert needed.note == ""
+
+
 def test_what_steps_without_drafts_gain_counts_where_an_engine_breaks_even(measure: Any) -> None:
     baseline = [trial(group=g) for g in range(5)]
     poor = measure([*baseline, *(verifying([1, 0], group=g, offered=[3, 0]) for g in range(5))], CHAIN)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.report.synthetic import DEFAULT_ENGINES, DIFFUSION, READ, ROOFS, SPECULATIVE, write_run
+from tests.test_metrics import CHAIN, trial, verifying, write
 from zbench import metrics
 from zbench.records import LosslessCheck, read_trials
 from zbench.report import findings
@@ -205,6 +206,23 @@ def test_a_speedup_whose_interval_holds_1_is_no_difference(results: Any) -> None
     rows = [dataclasses.replace(row, **unsure) if row.metric == "speedup" else row for row in found.rows]
     said = spoken(dataclasses.replace(found, rows=tuple(rows)))["eagle3 chain of 4"]
     assert said.endswith(": no difference from autoregressive is shown (1.05×, 0.90–1.20).")
+
+
+def test_an_engine_that_is_faster_prompt_by_prompt_is_not_net_negative(tmp_path: Path) -> None:
+    """Steps of 2 s against 1 s: a third of the prompts gain 1 token in each of 100 steps, the others 6 in each of 2."""
+    slow, fast = {"accepted": [0] * 100}, {"accepted": [5] * 2, "offered": [5] * 2}
+    drafting = [verifying(group=group, **(slow if group % 3 == 0 else fast)) for group in range(24)]
+    folder = write(tmp_path, [*(trial(group=group) for group in range(24)), *drafting], CHAIN)
+    found = Results.of(metrics.load_run(folder))
+    said = spoken(found)["spec"]
+    assert re.fullmatch(
+        r"spec is 1\.65× as fast as ar prompt by prompt \(1\.\d\d–2\.\d\d\) and 0\.60× in total time, as the prompts "
+        r"differ: over all of them it gains 1\.19 tokens per step and breaks even at 2\.00, on single ones it gains "
+        r"1\.00 to 6\.00\.",
+        said,
+    )
+    assert said in warnings(found)
+    assert not any("net-negative" in row.note for row in found.rows)
 
 
 def test_without_a_baseline_it_is_not_known_what_pays(results: Any) -> None:

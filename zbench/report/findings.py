@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from zbench.metrics import (
+    MIXED,
+    NET_NEGATIVE,
     RANDOM_ADAPTER,
     RANDOM_DRAFTER,
     SYNTHETIC,
@@ -127,7 +129,7 @@ def warnings(results: Results) -> list[str]:
     found += [sentence for cell in run.cells if (sentence := _other_tokens(cell, results))]
     found += [sentence for cell in run.cells if (sentence := _lossy(cell, results))]
     found += _untrained(run)
-    found += [speculation(cell, results) for cell in run.cells if net_negative(cell, results)]
+    found += [speculation(cell, results) for cell in run.cells if net_negative(cell, results) or _mixed(cell, results)]
     labels = {cell.record.id: name(cell) for cell in run.cells}
     wrong = [row for row in results.rows if row.status == "error" and row.metric != "failed_trials"]
     found += _over_roofs([row for row in wrong if row.metric in UTILISATION], labels, run)
@@ -263,7 +265,11 @@ def title(cell: Cell) -> str:
 
 def net_negative(cell: Cell, results: Results) -> bool:
     """Whether a step surely gains less than it costs."""
-    return results.row(cell, "break_even_acceptance").note.startswith("net-negative")
+    return results.row(cell, "break_even_acceptance").note == NET_NEGATIVE
+
+
+def _mixed(cell: Cell, results: Results) -> bool:
+    return results.row(cell, "break_even_acceptance").note == MIXED
 
 
 def speculation(cell: Cell, results: Results) -> str:
@@ -289,8 +295,29 @@ def speculation(cell: Cell, results: Results) -> str:
     speed, theirs = quantity(row.value, row.unit), cell.baseline.record.label
     if row.low is not None and row.high is not None and row.low <= 1 <= row.high:
         return f"{sentence}: no difference from {theirs} is shown ({speed}, {interval(row)})."
+    if row.low is not None and row.low > 1 and gained < needed:
+        least, most = _gains(cell)
+        return (
+            f"{title(cell)} is {speed} as fast as {theirs} prompt by prompt ({interval(row)}) and {_in_all(cell):.2f}×"
+            f" in total time, as the prompts differ: over all of them it gains {gained:.2f} tokens per step and breaks"
+            f" even at {needed:.2f}, on single ones it gains {least:.2f} to {most:.2f}."
+        )
     around = interval(row) or _no_interval(cell, row)
     return f"{sentence}: {speed} as fast as {theirs} ({around})."
+
+
+def _gains(cell: Cell) -> tuple[float, float]:
+    """The fewest and the most tokens that a step gains, of the prompts (or batches)."""
+    sums = cell.decode_steps.groupby("group")[["committed", "live"]].sum()
+    gains = sums["committed"] / sums["live"]
+    return float(gains.min()), float(gains.max())
+
+
+def _in_all(cell: Cell) -> float:
+    """How many times as fast as the baseline all prompts together are, per token where the outputs differ."""
+    pairs = cell.timed_pairs
+    theirs = pairs["decode_seconds_baseline"].sum() / (pairs["tokens_baseline"] - 1).sum()
+    return float(theirs / (pairs["decode_seconds"].sum() / (pairs["tokens"] - 1).sum()))
 
 
 def clusters(cell: Cell, n: int) -> str:
