@@ -670,14 +670,38 @@ def test_steps_that_commit_other_tokens_than_were_emitted_are_flagged(measure: A
     assert "the steps committed 3 tokens but the requests hold 4" in row.note
 
 
+def paced(order: int, group: int, repeat: int, seconds: float, context: float) -> TrialRecord:
+    """Decode steps of so many seconds, whose forwards read 100 bytes of weights and 1 for each token of the context."""
+    steps = (StepRecord(1.0, 0, 0, (1,)), *[StepRecord(seconds, 0, 0, (1,))] * 2)
+    made = (forward(0, "prefill"), *(forward(i, context=context, bytes_read=90.0 + context) for i in (1, 2)))
+    return trial(group=group, repeat=repeat, order=order, steps=steps, forwards=made)
+
+
 def test_a_run_that_slows_down_is_not_in_a_steady_state(measure: Any) -> None:
-    slowing = [
-        trial(group=g, steps=(StepRecord(1.0, 0, 0, (1,)), *[StepRecord(1 + g / 20, 0, 0, (1,))] * 2))
-        for g in range(10)
-    ]
-    row = measure(slowing)["ar", "steady_state_slope", ""]
+    row = measure([paced(g, g, 0, 1 + g / 20, 50.0) for g in range(10)])["ar", "steady_state_slope", ""]
     assert row.value == pytest.approx(0.45, abs=0.05)
     assert row.status == "error"
+
+
+@pytest.mark.parametrize(("slowing", "status"), [(0.0, "ok"), (0.45, "error")])
+def test_prompts_whose_contexts_ascend_are_no_drift_and_hide_none(measure: Any, slowing: float, status: str) -> None:
+    trials = []
+    for order in range(20):
+        repeat, group = divmod(order, 10)
+        context = 50.0 + 20 * group
+        trials.append(paced(order, group, repeat, (100 + context) * (1 + slowing * order / 19), context))
+    row = measure(trials)["ar", "steady_state_slope", ""]
+    assert row.value == pytest.approx(slowing, abs=0.1)
+    assert row.status == status
+    once = measure(trials[:10])["ar", "steady_state_slope", ""]
+    assert (once.value, once.status) == (None, "unavailable")
+    assert "no prompt was repeated, and bytes or FLOPs of their steps differ by up to 120%" in once.note
+
+
+def test_without_forwards_other_prompts_cannot_show_a_drift(measure: Any) -> None:
+    trials = [dataclasses.replace(paced(g, g, 0, 1.0, 50.0), forwards=()) for g in range(10)]
+    row = measure(trials)["ar", "steady_state_slope", ""]
+    assert row.note.endswith(metrics.UNSEEN)
 
 
 def test_the_output_hash_ignores_order_and_number_of_repeats_but_not_a_token(measure: Any) -> None:

@@ -126,6 +126,31 @@ def test_a_drift_wholly_beyond_the_bound_is_an_error() -> None:
     assert "not a steady state" in estimate.note
 
 
+def test_the_drift_of_trials_that_are_all_alike_is_the_slope_of_theil_and_sen() -> None:
+    from scipy.stats import theilslopes
+
+    seconds = np.exp(np.linspace(0, 0.1, 17) + np.random.default_rng(8).normal(0, 0.02, 17))
+    slope, _, low, high = theilslopes(np.log(seconds), np.linspace(0, 1, 17), alpha=stats.CONFIDENCE)
+    found = stats.drift(np.arange(17), seconds)
+    assert (found.value, found.low, found.high) == pytest.approx(tuple(np.expm1([slope, low, high])))
+
+
+@pytest.mark.parametrize(("drift", "status"), [(0.0, "ok"), (0.2, "error"), (-0.2, "error")])
+def test_prompts_that_take_longer_and_longer_are_no_drift_and_hide_none(drift: float, status: str) -> None:
+    """Eight prompts, each half as long again as the one before, twice."""
+    order, prompts = np.arange(16), np.tile(np.arange(8), 2)
+    noise = np.random.default_rng(9).normal(0, 0.005, 16)
+    found = stats.drift(order, np.exp(0.5 * prompts + drift * order / 15 + noise), prompts)
+    assert found.value == pytest.approx(np.expm1(drift), abs=0.03)
+    assert (found.status, found.n) == (status, 16)
+    assert stats.drift(order[:8], np.exp(0.5 * prompts[:8]), prompts[:8]).value is None  # nothing was measured twice
+
+
+def test_four_prompts_measured_twice_cannot_show_a_drift() -> None:
+    found = stats.drift(range(8), np.exp(np.arange(8.0)), [0, 1, 2, 3] * 2)
+    assert found.note == "unavailable: too few pairs of trials that can be compared for an interval (4 of at least 5)"
+
+
 def test_noise_without_a_trend_is_no_drift_even_with_one_wild_trial() -> None:
     seconds = np.exp(np.random.default_rng(4).normal(0, 0.03, 30))
     seconds[-1] *= 20

@@ -50,6 +50,9 @@ WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
 # sum is at most twice the larger of them.
 OVERHEAD = 2.0
 
+# Of the bytes and FLOPs of a step, up to which other prompts are no other work: a small part of the drift that counts.
+ALIKE = 0.01
+
 SWITCHING = ("accept", "commit", "host gap")
 PHASES = ("prefill", "decode", "draft", "verify", "draft+verify", "denoise", *SWITCHING)
 UNSEEN = "the forwards of a foreign engine are not seen"
@@ -1089,11 +1092,23 @@ def bound(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "steady_state_slope",
     "1",
-    "relative change of the median decode step from the first to the last trial, in execution order",
+    "relative change of the median decode step from the first to the last trial, in execution order, by trials of the "
+    "same prompts; where no prompt was repeated, by all trials, if bytes and FLOPs of their steps differ by 1% at most",
     "none",
 )
 def steady_state_slope(cell: Cell) -> Estimate:
-    medians = cell.decode_steps.groupby("order")["seconds"].median()
+    trials = cell.decode_steps.groupby("order")
+    medians, groups = trials["seconds"].median(), trials["group"].first()
+    if groups.duplicated().any():
+        return stats.drift(medians.index, medians, groups)
+    if cell.forwards.empty:
+        raise Unavailable(f"no prompt was repeated, so that drift is not told from what prompts cost, and {UNSEEN}")
+    steps = cell.decode_forwards.groupby(["order", "step"])[["bytes", "flops"]].sum().groupby("order").median()
+    if (differ := float((steps.max() / steps.min() - 1).max())) > ALIKE:
+        raise Unavailable(
+            f"no prompt was repeated, and bytes or FLOPs of their steps differ by up to {differ:.0%}: drift is not told"
+            " from that"
+        )
     return stats.drift(medians.index, medians)
 
 

@@ -224,20 +224,30 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def drift(order: ArrayLike, seconds: ArrayLike) -> Estimate:
+def drift(order: ArrayLike, seconds: ArrayLike, alike: ArrayLike | None = None) -> Estimate:
     """Relative change of `seconds` from the first to the last `order`, with its interval.
 
-    Theil-Sen slope of log seconds (Sen 1968): one slow trial does not make a trend. `status` is "error" when
-    the interval lies wholly beyond `DRIFT_BOUND`, that is, when the run was surely not in a steady state.
+    Theil-Sen slope of log seconds (Sen 1968): one slow trial does not make a trend. Where `alike` labels the trials,
+    only those of one label are compared, as with seasons (Hirsch, Slack and Smith 1982; Gilbert 1987, chapter 17).
+    `status` is "error" when the interval lies wholly beyond `DRIFT_BOUND`, that is, when the run was surely not in a
+    steady state.
     """
     x, y = _vector(order), np.log(_positive(seconds))
-    if len(x) < FEW or np.ptp(x) == 0:
-        return replace(unavailable(too_few(len(x), "trials")), n=len(x))
-    from scipy.stats import theilslopes
-
-    slope, _, low, high = theilslopes(y, (x - x.min()) / np.ptp(x), alpha=CONFIDENCE)
-    value, low, high = (float(np.expm1(edge)) for edge in (slope, low, high))
-    estimate = Estimate(value, low, high, len(x), f"Theil-Sen slope of log seconds; {CONFIDENCE:.0%} interval")
+    labels = np.zeros(len(x)) if alike is None else np.asarray(alike)
+    _, counts = np.unique(labels, return_counts=True)
+    counts = counts[counts > 1]
+    first, second = np.triu_indices(len(x), 1)
+    compared = (labels[first] == labels[second]) & (x[first] != x[second])
+    first, second = first[compared], second[compared]
+    n, pairs = int(counts.sum()), len(first)
+    if min(n, pairs) < FEW:
+        what = "trials" if n < FEW else "pairs of trials"
+        return replace(unavailable(too_few(min(n, pairs), f"{what} that can be compared")), n=n)
+    slopes = np.sort((y[second] - y[first]) / (x[second] - x[first])) * np.ptp(x)
+    reach = special.ndtri(0.5 + CONFIDENCE / 2) * np.sqrt((counts * (counts - 1) * (2 * counts + 5)).sum() / 18)
+    edges = max(round((pairs - reach) / 2) - 1, 0), min(round((pairs + reach) / 2), pairs - 1)
+    value, low, high = (float(np.expm1(edge)) for edge in (np.median(slopes), *slopes[[*edges]]))
+    estimate = Estimate(value, low, high, n, f"Theil-Sen slope of log seconds; {CONFIDENCE:.0%} interval")
     if low > DRIFT_BOUND or high < -DRIFT_BOUND:
         note = f"not a steady state: step time moved by {value:+.1%} over the run, beyond {DRIFT_BOUND:.0%}"
         return replace(estimate, note=note, status="error")

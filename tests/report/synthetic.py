@@ -149,9 +149,10 @@ def write_run(
         ]  # fmt: skip
         (folder / "roofs.jsonl").write_text("".join(sample.to_json() + "\n" for sample in taken))
     rng = np.random.default_rng(0)
-    plan = [(group, repeat, cell) for group in range(prompts) for repeat in range(repeats) for cell in cells]
+    plan = [(group, repeat, at) for group in range(prompts) for repeat in range(repeats) for at in range(len(cells))]
     lines = []
-    for order, (group, repeat, cell) in enumerate(plan):
+    for group, repeat, at in plan:
+        cell, order = cells[at], (repeat * prompts + group) * len(cells) + at  # as in a run: all prompts, then again
         if cell.label in failing:
             trial = TrialRecord(cell.id, group, repeat, order, "error", _when(order), 0.1, error="out of <memory>")
         else:
