@@ -174,6 +174,28 @@ def test_a_prefill_alone_has_no_decode_step_to_split(measure: Any) -> None:
     assert measure([alone])["ar", "switching_seconds", ""].value is None
 
 
+def test_a_baseline_of_single_tokens_says_what_it_cannot_give(measure: Any) -> None:
+    alone = trial(requests=(request(ids=(7,), end=1.0),), steps=(StepRecord(1.0, 0, 0, (1,)),), forwards=(forward(0),))
+    rows = measure([alone, drafting_trial()], [cell(), cell("spec", "chain")])
+    assert rows["spec", "tokens_per_forward", ""].value == 2
+    assert rows["spec", "tokens_per_weighted_forward", ""].note == (
+        "unavailable: no request of the autoregressive baseline emitted a second token"
+    )
+
+
+def test_a_trial_without_forwards_beside_others_gives_no_figure_of_them(measure: Any) -> None:
+    rows = measure([trial(), trial(group=1, forwards=())])
+    for name in ("tokens_per_forward", "tokens_per_weighted_forward", "bytes_per_token", "predicted_step_seconds"):
+        assert rows["ar", name, ""].note == "unavailable: 1 of 2 trials have no forwards"
+    assert rows["ar", "decode_tps", ""].value == 1.0
+
+
+def test_forwards_whose_steps_gained_nothing_are_no_bytes_per_token(measure: Any) -> None:
+    nothing = (StepRecord(1.0, 0, 0, (3,)), StepRecord(1.0, 0, 0, (0,)), StepRecord(1.0, 0, 0, (0,)))
+    rows = measure([trial(), trial(group=1, steps=nothing)])
+    assert rows["ar", "bytes_per_token", ""].note == "unavailable: 1 of 2 groups of prompts have nothing to divide by"
+
+
 def test_failed_trials_are_counted_and_left_out_of_everything_else(measure: Any) -> None:
     broken = trial(group=1, status="error", error="out of memory\nTraceback", requests=(), steps=(), forwards=())
     rows = measure([trial(), broken])

@@ -180,6 +180,8 @@ class Cell:
     def seen_forwards(self) -> pd.DataFrame:
         if self.forwards.empty:
             raise Unavailable(UNSEEN)
+        if without := sum(not trial.forwards for trial in self.trials):
+            raise Unavailable(f"{without} of {len(self.trials)} trials have no forwards")
         return self.forwards
 
     @property
@@ -1340,6 +1342,8 @@ def _per_group(top: pd.DataFrame, numerator: str, bottom: pd.DataFrame, denomina
     """Ratio of two columns that live in different frames, summed within each group of prompts first."""
     sums = pd.concat([top.groupby("group")[numerator].sum(), bottom.groupby("group")[denominator].sum()], axis=1)
     sums = sums.fillna(0)
+    if wrong := int(((sums[denominator] == 0) & (sums[numerator] != 0)).sum()):
+        raise Unavailable(f"{wrong} of {len(sums)} groups of prompts have nothing to divide by")
     return stats.ratio(sums[numerator], sums[denominator], sums.index)
 
 
@@ -1411,6 +1415,8 @@ def _autoregressive_bytes(cell: Cell, forwards: pd.DataFrame) -> np.ndarray:
         return np.column_stack([np.ones(len(frame)), frame["batch"], frame["batch"] * frame["context"]])
 
     known = reference.decode_forwards
+    if known.empty:
+        raise Unavailable("no request of the autoregressive baseline emitted a second token")
     coefficients, *_ = np.linalg.lstsq(terms(known), known["bytes"].to_numpy(), rcond=None)
     # The context of a step is the target's: a drafter's own cache may lag behind it or hold nothing.
     context = forwards.groupby(["group", "repeat", "step"])["context"].transform("max")
