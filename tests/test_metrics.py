@@ -659,9 +659,20 @@ def test_traffic_that_fits_into_a_cache_may_pass_the_memorys_roof(measure: Any, 
     made = (forward(1, seconds=0.1), forward(2, seconds=0.1))
     traffic = made[0].bytes_read + made[0].bytes_written
     caches = {"levels": {"L2": {"capacity": 1}, "L3": {"capacity": cache * traffic}}}
-    row = measure([trial(forwards=made)], roofs={**ROOFS, "caches": caches})["ar", "mbu", "decode, 1 row"]
+    rows = measure([trial(forwards=made)], roofs={**ROOFS, "caches": caches})
+    row, bound = (rows["ar", name, "decode, 1 row"] for name in ("mbu", "bound"))
     assert row.status == ("error" if given else "unavailable")
     assert ("fit into the last-level cache" in row.note) != given
+    assert (bound.value, bound.note) == (("memory", "measured 0.50 × floor") if given else (None, row.note))
+
+
+def test_what_arithmetic_bounds_is_bound_by_it_whatever_served_the_traffic(measure: Any) -> None:
+    made = (forward(1, seconds=0.1, flops=1500.0), forward(2, seconds=0.1, flops=1500.0))
+    caches = {"levels": {"L3": {"capacity": 300.0}}}
+    fast = {"read": {**ROOFS["bandwidth"]["read"], "value": 1500.0}}  # memory: 0.13 s, arithmetic: 0.15 s
+    rows = measure([trial(forwards=made)], roofs={**ROOFS, "bandwidth": fast, "caches": caches})
+    assert rows["ar", "mbu", "decode, 1 row"].value is None
+    assert rows["ar", "bound", "decode, 1 row"].value == "compute"
 
 
 @pytest.mark.parametrize(

@@ -1084,11 +1084,18 @@ def collective_bytes(cell: Cell) -> dict[str, Estimate]:
     "bound",
     "",
     "overhead where forward_seconds > 2 x floor_seconds (communication, if collectives are most of what is beyond it), "
-    "else the larger term of floor_seconds: memory or compute",
+    "else the larger term of floor_seconds: memory or compute; not given where that is memory but a cache served the "
+    "traffic, as in mbu",
     "none",
 )
 def bound(cell: Cell) -> dict[str, Estimate]:
-    return {kind: _bound(cell, forwards) for kind, forwards in _kinds(cell)}
+    found = {kind: _bound(cell, forwards) for kind, forwards in _kinds(cell)}
+    with stats.values_only():
+        shares = mbu(cell)
+    return {
+        kind: shares[kind] if estimate.value == "memory" and shares[kind].value is None else estimate
+        for kind, estimate in found.items()
+    }
 
 
 @metric(

@@ -61,11 +61,11 @@ def test_a_quantity_reads_back_as_itself_to_three_digits(value: float) -> None:
 def test_what_the_cache_serves_is_not_called_memory_bound(results: Any) -> None:
     slow = {**ROOFS["bandwidth"], "read": {**ROOFS["bandwidth"]["read"], "value": READ / 4}}
     caches = {"sweep": [], "levels": {"L3": {"capacity": 1e12, "value": 4 * READ, "low": READ, "high": 5 * READ}}}
-    text = " ".join(
-        *(sentences for _, sentences in answers(results(roofs={**ROOFS, "bandwidth": slow, "caches": caches})))
-    )
+    found = results(roofs={**ROOFS, "bandwidth": slow, "caches": caches})
+    text = " ".join(*(sentences for _, sentences in answers(found)))
     assert "memory-bound" not in text and "unknown" not in text
-    assert "(1 row) is faster than the measured read bandwidth would allow (its 276 MB fit" in text
+    assert "(1 row) is not classified (its 276 MB fit into the last-level cache of 1000000 MB, so that" in text
+    assert found.row(found.run.cells[0], "bound", "decode, 1 row").note.endswith("so that the memory does not bound it")
 
 
 def test_a_share_that_a_cache_may_have_served_says_so(results: Any) -> None:

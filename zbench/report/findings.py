@@ -343,13 +343,12 @@ def limit(results: Results, cell: Cell, kind: str) -> str:
         return f"not classified ({bound.note.removeprefix('unavailable: ')})"
     metric, roof = ("mbu", "read bandwidth") if bound.value == "memory" else ("mfu", f"{cell.record.dtype} rate")
     row = results.row(cell, metric, kind)
-    if isinstance(row.value, float):
-        share = quantity(row.value, row.unit)
-        if row.value > 1:
-            return f"{bound.value}-bound as far as can be told: {_above(results, row, share, roof)}"
-        cached = f" ({row.note})" if metric == "mbu" and row.note else ""
-        return f"{bound.value}-bound: {share} of the measured {roof}{cached}"
-    return f"faster than the measured {roof} would allow ({row.note.removeprefix('unavailable: ')})"
+    value = float(row.value or 0)
+    share = quantity(value, row.unit)
+    if value > 1:
+        return f"{bound.value}-bound as far as can be told: {_above(results, row, share, roof)}"
+    cached = f" ({row.note})" if metric == "mbu" and row.note else ""
+    return f"{bound.value}-bound: {share} of the measured {roof}{cached}"
 
 
 def _above(results: Results, row: MetricRow, share: str, roof: str) -> str:
