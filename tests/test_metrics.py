@@ -23,6 +23,8 @@ from zbench.records import (
     Manifest,
     RequestRecord,
     RoofSample,
+    ServerRecord,
+    Speculation,
     StepRecord,
     TrialRecord,
 )
@@ -846,6 +848,21 @@ def test_outputs_that_vary_between_repeats_are_noted_only_where_nothing_was_draw
     again = dataclasses.replace(trial(), repeat=1, requests=(dataclasses.replace(request(), output_hash="other"),))
     note = measure([trial(), again], (cell(**changes),))[cell().id, "output_hash", ""].note
     assert ("different outputs" in note) is warned
+
+
+def served(group: int, said: Speculation) -> TrialRecord:
+    return trial("s", group, steps=(), forwards=(), server=ServerRecord("sglang", "", said, None, "", 0.1, {}))
+
+
+def test_a_servers_acceptance_is_of_its_counts_and_only_without_any_the_mean_of_what_it_states(measure: Any) -> None:
+    planned = (cell("s", "endpoint"),)
+    counts = [Speculation("counts", verifies=10, accepted=30), Speculation("counts", verifies=30, accepted=30)]
+    counted = measure([served(g, said) for g, said in enumerate(counts)], planned)["s", "server_acceptance_length", ""]
+    assert counted.value == pytest.approx((40 + 60) / (10 + 30))
+    gauges = [Speculation("a gauge", length=4.0), Speculation("a gauge", length=2.0)]
+    stated = measure([served(g, said) for g, said in enumerate(gauges)], planned)["s", "server_acceptance_length", ""]
+    assert stated.value == pytest.approx(3.0) and stated.note.startswith("a gauge")
+    assert "where it states a length and counts nothing, the mean of what it states" in stated.formula
 
 
 DIFFUSION = {"block_size": 4, "proposals": 2, "sampler": "lossless", "synthetic": None, "adapter": None}

@@ -229,7 +229,8 @@ def _with_source(estimate: Estimate, told: Sequence[_Told]) -> Estimate:
 @metric(
     "server_acceptance_length",
     "tokens",
-    "1 + accepted drafts / verify steps, as the server counts them, by difference over each trial",
+    "1 + accepted drafts / verify steps, as the server counts them, by difference over each trial; where it states a "
+    "length and counts nothing, the mean of what it states at the end of each trial, whatever their steps",
     "higher",
 )
 def server_acceptance_length(cell: Cell) -> Estimate:
