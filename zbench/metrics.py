@@ -490,7 +490,13 @@ def throughput_per_device(cell: Cell) -> Estimate:
     return replace(whole, value=value, low=low, high=high)
 
 
-@metric("tokens_per_forward", "tokens", "committed tokens / forwards of the target, in decode", "higher")
+@metric(
+    "tokens_per_forward",
+    "tokens",
+    "committed tokens / sum over forwards of the target in decode of the sequences live then, so that autoregressive "
+    "decoding has 1 at any batch",
+    "higher",
+)
 def tokens_per_forward(cell: Cell) -> Estimate:
     forwards, steps = cell.decode_forwards, cell.decode_steps
     target = forwards[forwards["model"] == "target"]
@@ -504,7 +510,8 @@ def tokens_per_forward(cell: Cell) -> Estimate:
 @metric(
     "tokens_per_weighted_forward",
     "tokens",
-    "committed tokens / sum over all forwards in decode of (its bytes / bytes of an autoregressive forward there)",
+    "committed tokens / sum over all forwards in decode of (sequences live then x its bytes / bytes of an "
+    "autoregressive forward of that batch and context)",
     "higher",
 )
 def tokens_per_weighted_forward(cell: Cell) -> Estimate:
@@ -516,8 +523,8 @@ def tokens_per_weighted_forward(cell: Cell) -> Estimate:
 @metric(
     "acceptance_length",
     "tokens",
-    "committed tokens / verify steps, i.e. 1 + accepted drafts, the token that ends a step or the output being its "
-    "bonus; micro: sum over sum, macro: mean of requests. Tokens beyond EOS or the limit do not count",
+    "committed tokens / verify steps, each sequence's own, i.e. 1 + accepted drafts, the token that ends a step or the "
+    "output being its bonus; micro: sum over sum, macro: mean of requests. Tokens beyond EOS or the limit do not count",
     "higher",
 )
 def acceptance_length(cell: Cell) -> dict[str, Estimate]:
@@ -1272,7 +1279,12 @@ def throttled(cell: Cell) -> Estimate:
     return replace(estimate, note="; ".join(filter(None, (", ".join(reasons), estimate.note))))
 
 
-@metric("forwards_per_sequence", "forwards", "forwards in decode, per sequence and model", "lower")
+@metric(
+    "forwards_per_sequence",
+    "forwards",
+    "sum over forwards in decode of the sequences live then / sequences, by model",
+    "lower",
+)
 def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
     return {
         str(model): _per_group(forwards, "live", cell.requests.assign(sequences=1), "sequences")
