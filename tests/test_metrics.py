@@ -286,6 +286,12 @@ def test_acceptance_length_counts_the_bonus_over_steps_and_over_requests(measure
     assert rows["spec", "acceptance_length", "macro"].value == pytest.approx((4 + 1) / 2)
 
 
+def test_a_request_counts_with_the_mean_of_its_steps(measure: Any) -> None:
+    rows = measure([trial(), verifying([3, 0]), verifying([1], group=1)], CHAIN)
+    assert rows["spec", "acceptance_length", "micro"].value == pytest.approx((4 + 1 + 2) / 3)
+    assert rows["spec", "acceptance_length", "macro"].value == pytest.approx((2.5 + 2) / 2)
+
+
 def test_acceptance_by_position_is_of_all_steps_and_of_those_that_came_so_far(measure: Any) -> None:
     rows = measure([trial(), verifying([0, 1, 1, 2, 0])], CHAIN)
     assert [rows["spec", "acceptance_histogram", str(i)].value for i in range(4)] == [2, 2, 1, 0]
@@ -423,6 +429,22 @@ def test_steps_that_look_their_drafts_up_are_counted_beside_the_others(measure: 
     dearer = measure([*(trial(group=g) for g in range(5)), *poor], of_lookup)
     assert dearer["spec", "acceptance_length", "micro"].value == 1.5  # of the steps that found something
     assert dearer["spec", "break_even_acceptance", ""].note == "net-negative: a step gains less than it costs"
+
+
+def test_break_even_is_of_medians_where_steps_are_alike_and_else_of_means(measure: Any) -> None:
+    baseline = [trial(group=g) for g in range(5)]
+    looking = {"offered": [4, 0, 0, 0], "looked_up": [True, False, False, False]}  # 2.0 s, then 1.0 s each
+    of_lookup = (cell(), cell("spec", "prompt_lookup", options={"match": 1, "tokens": 8}))
+    unlike = measure([*baseline, *(verifying([3, 0, 0, 0], group=g, **looking) for g in range(5))], of_lookup)
+    assert unlike["spec", "break_even_acceptance", ""].value == pytest.approx(1.25)
+    alike = [verifying([1, 1, 1], group=g) for g in range(5)]
+    late = [replace_last_step(made, seconds=9.0) for made in alike]
+    assert measure([*baseline, *late], CHAIN)["spec", "break_even_acceptance", ""].value == pytest.approx(2.0)
+
+
+def replace_last_step(made: TrialRecord, **changes: Any) -> TrialRecord:
+    *before, last = made.steps
+    return dataclasses.replace(made, steps=(*before, dataclasses.replace(last, **changes)))
 
 
 def test_an_engine_that_looks_nothing_up_has_no_share_of_it(measure: Any) -> None:
@@ -581,6 +603,16 @@ def test_a_forward_is_bound_by_the_larger_term_unless_it_takes_twice_the_floor(
 ) -> None:
     made = (forward(1, flops=flops, seconds=seconds), forward(2, flops=flops, seconds=seconds))
     assert measure([trial(forwards=made)])["ar", "bound", "decode, 1 row"].value == bound
+
+
+def test_communication_in_decode_leaves_the_prefill_out(measure: Any) -> None:
+    talking = [
+        forward(0, "prefill", rows=10, collective_bytes=90.0, collective_seconds=0.36),
+        *(forward(step, collective_bytes=10.0, collective_seconds=0.1) for step in (1, 2)),
+    ]
+    rows = measure([trial(forwards=tuple(talking))], (cell(tensor=2),))
+    parts = {part: rows["ar", name, part].value for _, name, part in rows if name == "communication_share"}
+    assert parts == pytest.approx({"decode": 0.25, "prefill": 0.9, "decode, 1 row": 0.25})
 
 
 @pytest.mark.parametrize(("seconds", "status"), [(0.2, "ok"), (0.191, "ok"), (0.19, "error"), (0.1, "error")])
@@ -981,6 +1013,14 @@ def test_rows_that_ride_along_are_timed_against_one(measure: Any) -> None:
         "overhead",
         "overhead",
     ]
+
+
+def test_floors_of_so_many_rows_are_means_of_forwards_of_other_contexts(measure: Any) -> None:
+    """Memory takes 0.5 s in one trial and 0.7 s in the other, arithmetic 0.1 s for each row."""
+    longer = swept(group=1)
+    more = tuple(dataclasses.replace(f, bytes_read=700.0) if f.step else f for f in longer.forwards)
+    rows = measure([swept(), dataclasses.replace(longer, forwards=more)], (ROWS,))
+    assert rows["rows", "ridge_rows", "roofs"].value == pytest.approx(6)
 
 
 def test_what_would_mix_forwards_of_different_rows_is_not_given(measure: Any) -> None:

@@ -1,5 +1,7 @@
 """What an interval promises, and where none is given."""
 
+from statistics import NormalDist, stdev
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -165,6 +167,38 @@ def test_more_prompts_detect_smaller_effects() -> None:
     noise = np.random.default_rng(5).lognormal(0, 0.05, 40)
     effects = [stats.minimal_detectable_effect(noise[:n], np.ones(n), range(n)).value for n in (6, 12, 40)]
     assert effects == sorted(effects, reverse=True)  # type: ignore[type-var]
+
+
+LOGS = (0.01, 0.04, -0.02, 0.03, 0.08, 0.0)  # of pairs of times
+
+
+def test_the_minimal_effect_is_that_of_a_paired_t_test() -> None:
+    """t(97.5%) = 2.5706 and t(80%) = 0.9195 with 5 degrees of freedom."""
+    effect = stats.minimal_detectable_effect(np.exp(LOGS), np.ones(6), range(6)).value
+    assert effect == pytest.approx(np.expm1((2.5706 + 0.9195) * stdev(LOGS) / 6**0.5), rel=1e-4)
+
+
+def test_a_shift_has_the_interval_of_a_paired_t_test() -> None:
+    from scipy.stats import ttest_1samp
+
+    found = stats.shift(np.ones(6), np.exp(LOGS), range(6))
+    exact = ttest_1samp(LOGS, 0).confidence_interval(stats.CONFIDENCE)
+    assert found.change == pytest.approx(np.expm1(np.mean(LOGS)))
+    assert found.interval() == pytest.approx((np.expm1(exact.low), np.expm1(exact.high)))
+    assert found.p_slower(0.0) == pytest.approx(ttest_1samp(LOGS, 0, alternative="greater").pvalue)
+
+
+def test_what_a_one_sided_test_shows_needs_its_level_and_its_power() -> None:
+    """t(95%) = 2.0150 and t(80%) = 0.9195 with 5 degrees of freedom."""
+    found = stats.shift(np.ones(6), np.exp(LOGS), range(6)).detectable(0.05)
+    assert found == pytest.approx(np.expm1((2.0150 + 0.9195) * stdev(LOGS) / 6**0.5), rel=1e-4)
+
+
+@pytest.mark.parametrize(("n", "t", "tail"), [(5, 2.7764, 0.00095), (6, 2.5706, 0.00243), (20, 2.0930, 0.01588)])
+def test_percentiles_are_expanded_for_few_clusters(n: int, t: float, tail: float) -> None:
+    """Hesterberg 2015: the normal tail beyond t sqrt(n / (n - 1)), by tables of t and of the normal."""
+    assert stats._tail(n) == pytest.approx(NormalDist().cdf(-t * (n / (n - 1)) ** 0.5), rel=1e-3)
+    assert stats._tail(n) == pytest.approx(tail, abs=1e-5)
 
 
 def test_the_minimal_effect_needs_enough_pairs() -> None:

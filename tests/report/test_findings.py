@@ -75,6 +75,13 @@ def test_a_share_that_a_cache_may_have_served_says_so(results: Any) -> None:
     assert f"memory-bound: 84.9% of the measured read bandwidth {served}" in text
 
 
+def test_overhead_is_said_in_times_of_the_floor(results: Any) -> None:
+    """Forwards reach 85% of READ, so that at four times that roof they take 4 / 0.85 of what memory needs."""
+    fast = {**ROOFS["bandwidth"], "read": {**ROOFS["bandwidth"]["read"], "value": 4 * READ}}
+    text = " ".join(*(sentences for _, sentences in answers(results(roofs={**ROOFS, "bandwidth": fast}))))
+    assert "is overhead-bound: 4.7× the time that memory or arithmetic alone would need" in text
+
+
 def test_rows_of_a_batch_are_those_of_each_sequence(results: Any) -> None:
     one, two = answers(results(points=({"batch": 1}, {"batch": 2}), engines=("autoregressive",)))
     assert "forward (1 row) is" in one[1][-1]

@@ -67,6 +67,19 @@ def test_efficiency_and_communication_are_what_was_put_in(results: Results, labe
     assert results.row(one, "communication_share").note.startswith("unavailable: one device holds the model")
 
 
+def test_replicas_have_a_speed_and_an_efficiency_of_their_own(tmp_path: Path) -> None:
+    """Four devices: two replicas, each held by two."""
+    folder = spread(tmp_path)
+    manifest = read_manifest(folder)
+    cells = tuple(replace(cell, replicas=2) if cell.tensor == 2 else cell for cell in manifest.cells)
+    (folder / "run.json").write_text(replace(manifest, cells=cells).to_json())
+    found = Results.of(load_run(folder))
+    both = cell(found, "autoregressive", 2)
+    assert both.devices == 4
+    assert found.value(both, "parallel_efficiency") == pytest.approx(0.8)
+    assert found.value(both, "throughput_per_device") == pytest.approx((found.value(both, "throughput") or 0) / 2)
+
+
 def test_an_efficiency_across_other_kernels_is_not_given(tmp_path: Path) -> None:
     mixed = Results.of(load_run(spread(tmp_path, kernels=("native", "torch"))))
     note = mixed.row(cell(mixed, "autoregressive", 2), "parallel_efficiency").note
