@@ -1108,8 +1108,9 @@ def bound(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "steady_state_slope",
     "1",
-    "relative change of the median decode step from the first to the last trial, in execution order, by trials of the "
-    "same prompts; where no prompt was repeated, by all trials, if bytes and FLOPs of their steps differ by 1% at most",
+    "relative change of the median decode step from the first to the last trial, in execution order, by the slope of "
+    "trials of the same prompts; where none was repeated, of all trials, if bytes and FLOPs of their steps differ by "
+    "1% at most",
     "none",
 )
 def steady_state_slope(cell: Cell) -> Estimate:
