@@ -108,6 +108,8 @@ class Comparison:
         pairs = pairs[(pairs["tokens"] > 1) & (pairs["tokens_first"] > 1)]
         if pairs.empty:
             return unavailable("no prompt emitted a second token in both")
+        if (pairs[["decode_seconds", "decode_seconds_first"]] <= 0).any(axis=None):
+            return unavailable("responses came in one piece: their tokens have no times")
         here, there = (pairs[f"decode_seconds{s}"] / (pairs[f"tokens{s}"] - 1) for s in ("", "_first"))
         return stats.paired_ratio(there, here, pairs["group"])
 

@@ -168,6 +168,8 @@ class Cell:
         requests = self.requests[self.requests["tokens"] > 1]
         if requests.empty:
             raise Unavailable("no request emitted a second token")
+        if whole := int((requests["decode_seconds"] <= 0).sum()):
+            raise Unavailable(f"{whole} of {len(requests)} responses came in one piece: their tokens have no times")
         return requests
 
     @property
@@ -235,6 +237,8 @@ class Cell:
         pairs = pairs[(pairs["tokens"] > 1) & (pairs["tokens_baseline"] > 1)]
         if pairs.empty:
             raise Unavailable("no pair of requests emitted a second token")
+        if whole := int((pairs[["decode_seconds", "decode_seconds_baseline"]] <= 0).any(axis=1).sum()):
+            raise Unavailable(f"{whole} of {len(pairs)} pairs have a response that came in one piece, without times")
         return pairs
 
     def roof(self, kind: Literal["bandwidth", "flops"]) -> float:
@@ -270,7 +274,7 @@ class Cell:
             joules, seconds, how = trial_energy(self._telemetry, keys)
         except NoEnergy as reason:
             raise Unavailable(str(reason)) from None
-        tokens = [sum(len(request.output_ids) for request in trial.requests) for trial in self.trials]
+        tokens = [sum(request.tokens for request in trial.requests) for trial in self.trials]
         groups = [trial.group for trial in self.trials]
         return pd.DataFrame({"joules": joules, "seconds": seconds, "tokens": tokens, "group": groups, "how": how})
 

@@ -114,12 +114,18 @@ def goodput(cell: Cell) -> Estimate:
     limits = cell.record.options.get("limits")
     if not limits:
         raise Unavailable("the scenario sets no limits")
+    if limits.get("tpot") is not None and any(_in_one_piece(r) for trial in trials for r in trial.requests):
+        raise Unavailable("responses came in one piece: whether they kept the limit of tpot is not known")
     good = [sum(_within(request, limits) for request in trial.requests) for trial in trials]
     estimate = stats.ratio(good, [t.wall_seconds for t in trials], [t.group for t in trials])
     total = sum(len(trial.requests) for trial in trials)
     asked = ", ".join(f"{name} {seconds:g} s" for name, seconds in limits.items() if seconds is not None)
     note = f"{sum(good)} of {total} requests within {asked}"
     return replace(estimate, note="; ".join(filter(None, (note, estimate.note))))
+
+
+def _in_one_piece(request: RequestRecord) -> bool:
+    return request.tokens > 1 and request.end_seconds <= request.ttft_seconds
 
 
 def _within(request: RequestRecord, limits: dict[str, float | None]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ import psutil
 import pytest
 from rich.console import Console
 
-from zbench import metrics, prompts, run, scenario
+from zbench import compare, metrics, prompts, run, scenario
 from zbench.engines import endpoint
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs
 from zbench.models import families
 from zbench.models.tokenizer import byte_tokenizer
+from zbench.report import render, vllm
 from zbench.serving.process import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -228,6 +230,24 @@ def test_a_usage_that_counts_nothing_makes_its_trial_an_error(tmp_path: Path, ur
     )
     failed = measured(outcome, "S").failed
     assert failed and all(said in (trial.error or "") for trial in failed)
+
+
+def test_responses_that_come_in_one_piece_have_no_time_per_token_and_spoil_nothing_else(
+    tmp_path: Path, url: str
+) -> None:
+    limited = f"label: S, url: {url}, served_model: whole, limits: {{tpot: 1}}"
+    outcome = run.run(wanted(tmp_path, limited), tmp_path / "runs", QUIET)
+    found = metrics.load_run(outcome.folder)
+    cell = measured(outcome, "S")
+    for name in ("tpot", "decode_tps", "speedup", "goodput"):
+        assert value(cell, name).value is None and "came in one piece" in value(cell, name).note
+    assert value(cell, "throughput").value > 0
+    assert render(outcome.folder).exists()
+    exported = [json.loads(path.read_text()) for path in vllm.export(found.path, tmp_path / "vllm", False)]
+    assert [one["request_goodput"] for one in exported if one["mean_tpot_ms"] is None] == [None]
+    again = shutil.copytree(found.path, tmp_path / "again")
+    sides = compare.compare([found.path, again])
+    assert "came in one piece" in sides.ratio(sides.sides[1], cell.record.id).note
 
 
 @pytest.mark.parametrize("listed", [b"<html>", b"[]", b'{"data": null}', b"{}"])

@@ -105,7 +105,7 @@ async def _complete(
     state.most = max(state.most, state.running)
     encoding = "Content-Encoding: gzip\r\n" if how == "compresses" else ""
     writer.write(f"HTTP/1.1 200 OK\r\n{encoding}Transfer-Encoding: chunked\r\n\r\n".encode())
-    chat, step = path.endswith("chat/completions"), 3 if how == "bundles" else 1
+    chat, step = path.endswith("chat/completions"), {"bundles": 3, "whole": limit}.get(how, 1)
     if chat:
         _event(writer, {"choices": [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
     for start in range(0, limit, step):

@@ -37,7 +37,9 @@ class _Sent:
 
     @property
     def tpot(self) -> float | None:
-        return (self.latency - self.ttft) / (self.record.tokens - 1) if self.record.tokens > 1 else None
+        """None of a single token, and where all came in one piece."""
+        several, seconds = self.record.tokens - 1, self.latency - self.ttft
+        return seconds / several if several and seconds > 0 else None
 
 
 def export(folder: Path, out: Path | None, detailed: bool) -> list[Path]:
@@ -147,6 +149,8 @@ def _statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:
 def _goodput(sent: Sequence[_Sent], limits: dict[str, float | None] | None, wall: float) -> float | None:
     if not limits:
         return None
+    if limits.get("tpot") is not None and any(one.tpot is None and one.record.tokens > 1 for one in sent):
+        return None  # not known of what came in one piece
     good = 0
     for one in sent:
         measured = {"ttft": one.ttft, "tpot": one.tpot or 0.0, "latency": one.latency}
