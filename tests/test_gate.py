@@ -19,7 +19,7 @@ from tests.test_metrics import CHAIN, forward, request, trial, verifying, write
 from zbench import gate, metrics, stats
 from zbench.cli import main
 from zbench.errors import UserError
-from zbench.records import CellRecord, TrialRecord
+from zbench.records import CellRecord, ServedRecord, TrialRecord
 
 ENVIRONMENT = {
     "device": {"backend": "cpu", "name": "Invented CPU"},
@@ -207,6 +207,18 @@ def test_a_slowdown_beyond_tolerance_and_noise_regresses_and_one_within_is_ok(tm
     assert row.change == pytest.approx(1 / 1.15 - 1, abs=0.01)
     assert row.low is not None and row.high is not None and row.low < row.change < row.high  # type: ignore[operator]
     assert row.detects is not None and 0.05 < row.detects < 0.10
+
+
+def test_tokens_that_a_server_counts_and_does_not_show_are_in_the_test_as_in_the_value(tmp_path: Path) -> None:
+    def served(times: int, folder: str) -> gate.Snapshot:
+        """As many times the tokens in as many times the seconds, of which the client sees three."""
+        told = ServedRecord(0.0, 0.0, (1.0, 3.0), 3, "text", output_tokens=3 * times)
+        requests = [(replace(request(f"p{g}"), served=told),) for g in range(6)]
+        trials = [replace(t, requests=r, wall_seconds=3.0 * times) for t, r in zip(GOOD, requests, strict=False)]
+        return taken(tmp_path / folder, trials, CHAIN[:1], gate.Policy(metrics={"throughput": gate.Rule()}))
+
+    [row] = gate.judge(served(5, "now"), served(1, "before"), gate.Policy(metrics={"throughput": gate.Rule()})).rows
+    assert (row.verdict, row.change) == ("ok", pytest.approx(0))
 
 
 def test_few_prompts_decide_nothing_about_time_and_strict_says_so(tmp_path: Path) -> None:

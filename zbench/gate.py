@@ -293,7 +293,7 @@ def stable(cell: Cell) -> bool:
 
 def _sample(metric: str, cell: Cell, value: float) -> Sample:
     if metric == "throughput":
-        tokens = {(t.group, t.repeat): sum(len(r.output_ids) for r in t.requests) for t in cell.trials}
+        tokens = {(t.group, t.repeat): sum(r.tokens for r in t.requests) for t in cell.trials}
         keys = [f"{t.group}/{t.repeat}" for t in cell.trials]
         clusters = [t.group for t in cell.trials]
         seconds = [t.wall_seconds / max(1, tokens[t.group, t.repeat]) for t in cell.trials]
