@@ -39,6 +39,21 @@ def refused(result: Result, *fragments: str) -> None:
         assert fragment in line
 
 
+def options(command: click.Command) -> Iterator[click.Parameter]:
+    yield from command.params
+    for within in command.commands.values() if isinstance(command, click.Group) else ():
+        yield from options(within)
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "-inf"])
+def test_no_option_takes_a_number_that_is_not_finite(odd: str) -> None:
+    numbers = [one for one in options(main) if one.type.name in ("float", "float range")]
+    assert len(numbers) >= 8
+    for one in numbers:
+        with pytest.raises(click.BadParameter):
+            one.type.convert(odd, one, None)
+
+
 @pytest.fixture
 def yaml(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"

@@ -406,6 +406,16 @@ def test_a_nan_in_a_baseline_is_refused(tmp_path: Path) -> None:
         gate.read(tmp_path / "b.json")
 
 
+@pytest.mark.parametrize("seconds", [0, 0.0, -1.0, float("nan"), "1.0", None])
+def test_a_time_in_a_baseline_that_cannot_be_is_refused(tmp_path: Path, seconds: Any) -> None:
+    gate.save(taken(tmp_path / "run"), tmp_path / "b.json")
+    damaged = json.loads((tmp_path / "b.json").read_text())
+    damaged["cells"]["ar"]["timed"]["ttft"]["seconds"][0] = seconds
+    (tmp_path / "b.json").write_text(json.dumps(damaged))
+    with pytest.raises(UserError, match="expected times that are positive and finite"):
+        gate.read(tmp_path / "b.json")
+
+
 def test_last_is_the_newest_earlier_run_of_the_same_scenario(tmp_path: Path) -> None:
     for name, created, scenario in [
         ("a", "2025-01-01", "s"), ("b", "2025-01-02", "s"), ("other", "2025-01-03", "t"), ("c", "2025-01-04", "s"),

@@ -10,9 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.test_metrics import trial, verifying
+from tests.test_metrics import trial, verifying, write
 from zbench.errors import UserError
-from zbench.records import TRIALS, ForwardRecord, StepRecord, Table, TrialRecord, columns, read_trials
+from zbench.records import (
+    MANIFEST,
+    TRIALS,
+    ForwardRecord,
+    StepRecord,
+    Table,
+    TrialRecord,
+    columns,
+    read_manifest,
+    read_trials,
+)
 
 STEPS = st.lists(
     st.builds(
@@ -81,3 +91,25 @@ def test_a_trial_that_cannot_have_been_is_refused_with_its_line(
     (tmp_path / TRIALS).write_text(trial().to_json() + "\n" + json.dumps(content) + "\n")
     with pytest.raises(UserError, match=f"{TRIALS}:2: .*{said}"):
         read_trials(tmp_path)
+
+
+@pytest.mark.parametrize("odd", [[], "x", 3, None])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("environment",), ("models",), ("scenario",), ("models", "m"), ("environment", "device"), ("cells", 0),
+        ("cells", 0, "options"),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_is_refused_in_one_line(tmp_path: Path, place: tuple[Any, ...], odd: Any) -> None:
+    write(tmp_path, [trial()], environment={"device": {"name": "n"}}, models={"m": {}})
+    content = json.loads((tmp_path / MANIFEST).read_text())
+    *way, last = place
+    within = content
+    for key in way:
+        within = within[key]
+    within[last] = odd
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not the manifest of a run") as refused:
+        read_manifest(tmp_path)
+    assert "\n" not in str(refused.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, replace
@@ -19,13 +20,24 @@ if TYPE_CHECKING:
     from zbench.scenario import KernelScenario, Scenario
 
 FAILED_CELLS, INTERRUPTED = 5, 130
-FRACTION = click.FloatRange(min=0, min_open=True, max=1)
 MODEL_HELP = "A name of `zbench models list`, or a model's folder."
 OVERRIDE_HELP = (
     "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8, or an engine's by its label, name or"
     " number: -o engines.eagle3.depth=6. Repeatable."
 )
 
+
+class Finite(click.FloatRange):
+    """A range without NaN, which no bound keeps out, and without infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return found
+
+
+FRACTION = Finite(min=0, min_open=True, max=1)
 
 _out = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
@@ -564,7 +576,7 @@ def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("reports"), help="Where the runs of --ab go.")
 @click.option("--max-pairs", type=click.IntRange(min=1), default=24, show_default=True, help="Pairs of runs, of --ab.")
-@click.option("--budget-minutes", type=click.FloatRange(min=0, min_open=True), help="Time for --ab; ends between runs.")
+@click.option("--budget-minutes", type=Finite(min=0, min_open=True), help="Time for --ab; ends between runs.")
 def gate(
     run: Path | None,
     baseline: Path | None,
@@ -1021,19 +1033,19 @@ def train() -> None:
 )
 @click.option(
     "--written",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.3,
     show_default=True,
     help="Share of conversations whose user turns the model writes.",
 )
 @click.option(
     "--opened",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.45,
     show_default=True,
     help="Share where it writes on from the first words of a request. The rest is templated.",
 )
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Stop after the shard under way then.")
+@click.option("--minutes", type=Finite(min=0, min_open=True), help="Stop after the shard under way then.")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Conversations at a time.")
 @click.option(
     "--exclude", multiple=True, type=click.Path(path_type=Path), help="JSONL prompts to keep out as well. Repeatable."
@@ -1111,7 +1123,7 @@ def _training(command: Any) -> Any:
             help="A corpus of `zbench train data`. Repeatable: several of different seeds are one.",
         ),
         click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of what is trained."),
-        click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="How long to train."),
+        click.option("--minutes", type=Finite(min=0, min_open=True), help="How long to train."),
         click.option("--steps", type=click.IntRange(min=1), help="How long to train; repeatable bit by bit."),
         click.option("--resume", is_flag=True, help="Go on with the run in --out."),
         click.option(
@@ -1122,7 +1134,7 @@ def _training(command: Any) -> Any:
         ),
         click.option(
             "--rate",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Finite(min=0, min_open=True),
             help="Peak learning rate; default 0.002 for tidar, 0.001 for eagle3 and dflash, 0.0001 for full.",
         ),
         click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"])),
@@ -1227,7 +1239,7 @@ def train_dflash(block: int, layers: int, start: str | None, **options: Any) -> 
     "--alpha",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     help="Weight of the autoregressive loss beside the masks'.",
 )
 @click.option("--block", default=8, show_default=True, type=click.IntRange(2, 32), help="Masks of a block.")

@@ -303,9 +303,13 @@ def _sample(metric: str, cell: Cell, value: float) -> Sample:
         clusters = rows["group"].tolist()
         times: pd.Series = rows["decode_seconds"] / (rows["tokens"] - 1) if metric == "decode_tps" else rows["ttft"]
         seconds = times.tolist()
-    if not all(math.isfinite(s) and s > 0 for s in seconds):
-        raise ValueError("expected times that are positive and finite")
+    _check_times(seconds)
     return Sample(value, tuple(keys), tuple(clusters), tuple(seconds))
+
+
+def _check_times(seconds: Iterable[Any]) -> None:
+    if not all(isinstance(s, int | float) and math.isfinite(s) and s > 0 for s in seconds):
+        raise ValueError("expected times that are positive and finite")
 
 
 def meaning(metric: str) -> str:
@@ -373,10 +377,10 @@ def _read_cell(data: dict[str, Any]) -> CellSnapshot:
         metric: {part: float(v) if isinstance(v, int) else v for part, v in parts.items()}
         for metric, parts in data["exact"].items()
     }
-    for number in [v for parts in exact.values() for v in parts.values()] + [
-        s for sample in timed.values() for s in sample.seconds
-    ]:
+    for number in [v for parts in exact.values() for v in parts.values()] + [s.value for s in timed.values()]:
         _finite(number)
+    for sample in timed.values():
+        _check_times(sample.seconds)
     return CellSnapshot(str(data["trials"]), bool(data["stable"]), exact, timed)
 
 

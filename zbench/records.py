@@ -392,11 +392,25 @@ class Manifest:
         data = json.loads(text)
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"run has schema {data.get('schema_version')}, this zbench reads {SCHEMA_VERSION}")
+        for name in ("scenario", "environment", "models"):
+            _object(name, data[name])
+        for name in ("device", "cpu", "torch", "zbench"):
+            _object(f"environment.{name}", data["environment"].get(name, {}))
+        for name, facts in data["models"].items():
+            _object(f"models.{name}", facts)
         data["cells"] = tuple(CellRecord(**c) for c in data["cells"])
         for cell in data["cells"]:
+            for name in ("options", "point", "sampling"):
+                _object(f"{name} of cell {cell.id}", getattr(cell, name))
             if not (isinstance(cell.batch, int) and cell.batch > 0):
                 raise ValueError(f"cell {cell.id} has batch {cell.batch!r}")
         return cls(**data)
+
+
+def _object(name: str, value: Any) -> None:
+    """Raises ValueError where a part of JSON is not one with keys."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r}, not an object")
 
 
 def read_versioned(path: Path, version: int, what: str, command: str) -> dict[str, Any]:
