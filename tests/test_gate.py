@@ -19,7 +19,7 @@ from tests.test_metrics import CHAIN, forward, request, trial, verifying, write
 from zbench import gate, metrics, stats
 from zbench.cli import main
 from zbench.errors import UserError
-from zbench.records import CellRecord, ServedRecord, TrialRecord
+from zbench.records import CellRecord, LosslessCheck, ServedRecord, TrialRecord
 
 ENVIRONMENT = {
     "device": {"backend": "cpu", "name": "Invented CPU"},
@@ -194,6 +194,43 @@ def test_tokens_that_differ_between_repeats_make_a_difference_inconclusive(tmp_p
     assert verdicts(judged)["ar", "output_hash", ""] == "inconclusive"
     assert verdicts(judged)["ar", "bytes_per_token", ""] == "ok"
     assert (judged.exit_code(), judged.exit_code(strict=True)) == (0, gate.INCONCLUSIVE)
+
+
+EXACT = LosslessCheck("exact")
+
+
+def repeated(folder: Path, *lasts: int, check: LosslessCheck = EXACT) -> gate.Snapshot:
+    """A run whose prompts are decoded once for each of `lasts`, the last token; `check` is of all but the first."""
+    trials = [
+        trial(group=g, repeat=i, requests=(replace(request(f"p{g}", (7, 8, last)), check=check if i else EXACT),))
+        for i, last in enumerate(lasts)
+        for g in range(6)
+    ]
+    return taken(folder, trials, CHAIN[:1])
+
+
+def test_a_decoder_that_no_longer_repeats_itself_regresses(tmp_path: Path) -> None:
+    before, now = repeated(tmp_path / "before", 9, 9), repeated(tmp_path / "now", 9, 10)
+    [row] = [row for row in gate.judge(now, before).rows if row.metric == "output_hash"]
+    assert row.verdict == "regressed"
+    assert "repeats of one greedy prompt give different tokens, in the baseline they did not" in row.note
+    assert gate.judge(now, before).exit_code() == gate.REGRESSED
+    counts = gate.Policy(metrics={"bytes_per_token": gate.Rule()})
+    assert "ar: repeats of one greedy prompt give different tokens, in the baseline they did not" in " ".join(
+        gate.judge(now, before, counts).notes
+    )
+
+
+@pytest.mark.parametrize("first", [9, 10])
+def test_what_does_not_hang_on_repeats_regresses_whether_they_agree_or_not(tmp_path: Path, first: int) -> None:
+    before = repeated(tmp_path / "before", first, 9)
+    wrong = LosslessCheck("different", 1, 2, 1.0)
+    judged = verdicts(gate.judge(repeated(tmp_path / "wrong", 11, 10, check=wrong), before))
+    assert judged["ar", "lossless", ""] == "regressed"
+    failed = [trial(group=g, repeat=r, requests=(request(f"p{g}", (7, 8, 9 + r)),)) for g in range(6) for r in (0, 1)]
+    failed[1] = replace(failed[1], status="error", error="boom", requests=(), steps=(), forwards=())
+    judged = verdicts(gate.judge(taken(tmp_path / "failed", failed, CHAIN[:1]), before))
+    assert judged["ar", "failed_trials", ""] == "regressed"
 
 
 def test_a_slowdown_beyond_tolerance_and_noise_regresses_and_one_within_is_ok(tmp_path: Path) -> None:

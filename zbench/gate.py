@@ -60,6 +60,10 @@ EXACT: dict[str, float] = {
 # Timed metrics, with the slowdown that is tolerated: two runs at different times differ by more than their own noise.
 TIMED: dict[str, float] = {"decode_tps": 0.05, "throughput": 0.05, "ttft": 0.10}
 
+# Counts that say the same whether or not repeats gave the same tokens.
+_OF_ANY_REPEAT = ("failed_trials", "lossless")
+_VARIES = "repeats of one greedy prompt give different tokens, in the baseline they did not"
+
 # What must be equal for two times to be compared; threads and the CPU's name count where the device is the CPU.
 _SAME_DEVICE = ("backend", "name", "power_cap_watts", "compute_partition", "memory_partition")
 _SAME_CPU = ("cpu.model", "cpu.usable_threads", "torch.threads")
@@ -454,6 +458,9 @@ def _notes(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Iterator[
     gained = candidate.definitions.keys() - baseline.definitions.keys()
     if new := [metric for metric in policy.metrics if metric in gained]:
         yield f"not in the baseline, so not gated: {', '.join(new)}"
+    for cell, mine in candidate.cells.items():
+        if cell in baseline.cells and baseline.cells[cell].stable and not mine.stable:
+            yield f"{cell}: {_VARIES}"
     if not candidate.portable and not baseline.portable:
         for key in sorted(candidate.environment.keys() | baseline.environment.keys()):
             now, before = (taken.environment.get(key) for taken in (candidate, baseline))
@@ -482,7 +489,7 @@ def _judge_cell(
             elif now.trials != before.trials and metric != "failed_trials":
                 yield replace(row, note="other trials succeeded than in the baseline; an unfinished run?"), None
             else:
-                yield _judge_count(row, stable=now.stable and before.stable), None
+                yield _judge_count(row, now.stable, before.stable), None
 
 
 def _values(cell: CellSnapshot | None, metric: str) -> Mapping[str, Value]:
@@ -491,7 +498,9 @@ def _values(cell: CellSnapshot | None, metric: str) -> Mapping[str, Value]:
     return {"": cell.timed[metric].value} if metric in cell.timed else cell.exact.get(metric, {})
 
 
-def _judge_count(row: Row, stable: bool) -> Row:
+def _judge_count(row: Row, stable: bool, was_stable: bool) -> Row:
+    """The verdict on a count. It is inconclusive where repeats differed in the baseline already; that they do now is no
+    excuse."""
     now, before = row.candidate, row.baseline
     verdict: Verdict = "regressed"
     if isinstance(now, float) and isinstance(before, float):
@@ -504,8 +513,10 @@ def _judge_count(row: Row, stable: bool) -> Row:
         return replace(row, verdict="ok")
     else:  # another hash, or a kind of forward that only one of the two has
         row = replace(row, note="gone" if now is None else "new" if before is None else "changed")
-    if stable:
+    if row.metric in _OF_ANY_REPEAT or (stable and was_stable):
         return replace(row, verdict=verdict)
+    if was_stable and verdict == "regressed":
+        return replace(row, verdict=verdict, note=_VARIES)
     note = "repeats of one greedy prompt gave different tokens, so nothing here is exact"
     return replace(row, verdict="inconclusive", note=note)
 

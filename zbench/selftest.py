@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 
 from zbench import ab, gate
 from zbench.metrics import Run, load_run
-from zbench.records import MANIFEST, TRIALS, Manifest, TrialRecord
+from zbench.records import MANIFEST, TRIALS, LosslessCheck, Manifest, TrialRecord
 from zbench.stats import CONFIDENCE
 
 SIMULATIONS = 200
@@ -301,10 +301,25 @@ def one_token_flipped(trial: TrialRecord) -> TrialRecord:
     return replace(trial, requests=(replace(request, output_hash="0" * len(request.output_hash)), *trial.requests[1:]))
 
 
+def one_repeat_flipped(trial: TrialRecord) -> TrialRecord:
+    return one_token_flipped(trial) if trial.repeat == 1 else trial
+
+
+def one_repeat_wrong(trial: TrialRecord) -> TrialRecord:
+    """A token of that repeat alone is another one, and not the target's."""
+    flipped = one_repeat_flipped(trial)
+    if flipped is trial:
+        return trial
+    wrong = replace(flipped.requests[0], check=LosslessCheck("different", 1, 0, 1.0))
+    return replace(flipped, requests=(wrong, *flipped.requests[1:]))
+
+
 CHANGES: dict[str, tuple[Callable[[TrialRecord], TrialRecord], str]] = {
     "one token less accepted": (one_token_less, "acceptance_length"),
     "one forward more": (one_forward_more, "forwards_per_sequence"),
     "one token flipped": (one_token_flipped, "output_hash"),
+    "one token flipped in one repeat": (one_repeat_flipped, "output_hash"),
+    "one token in one repeat that is not the target's": (one_repeat_wrong, "lossless"),
 }
 
 
