@@ -147,6 +147,19 @@ def test_what_is_not_alike_is_not_compared(tmp_path: Path, changes: dict[str, An
     assert any(said in reason for reason in judged.reasons)
 
 
+@pytest.mark.parametrize("whose", ["run", "baseline"])
+@pytest.mark.parametrize("known", [{}, {"torch": {"version": "2.13.0"}}])
+def test_times_of_an_unknown_device_are_not_compared_and_counts_are(
+    tmp_path: Path, whose: str, known: dict[str, Any]
+) -> None:
+    unknown, run = taken(tmp_path / "unknown", environment=known), taken(tmp_path / "known")
+    judged = gate.judge(*((unknown, run) if whose == "run" else (run, unknown)))
+    assert {row.verdict for row in judged.rows if row.timed} == {"not comparable"}
+    assert {row.note for row in judged.rows if row.timed} == {f"the device of the {whose} is not known"}
+    assert {row.verdict for row in judged.rows if not row.timed} == {"ok"}
+    assert judged.exit_code() == gate.NOT_COMPARABLE
+
+
 def test_another_version_of_torch_is_said_and_still_compared(tmp_path: Path) -> None:
     newer = {**ENVIRONMENT, "torch": {"threads": 2, "version": "2.14.0"}}
     judged = gate.judge(taken(tmp_path / "now", environment=newer), taken(tmp_path / "before"))
@@ -324,7 +337,7 @@ def judged_times(before: Sequence[float], now: Sequence[float], tolerance: float
         keys = tuple(f"p{i}/0" for i in range(len(seconds)))
         sample = gate.Sample(1 / float(np.mean(seconds)), keys, tuple(range(len(seconds))), tuple(seconds))
         only = gate.CellSnapshot("", True, {}, {"decode_tps": sample})
-        return gate.Snapshot("n", "", "0", "s", "p", {}, {"decode_tps": "d"}, {}, {"c": only})
+        return gate.Snapshot("n", "", "0", "s", "p", {}, {"decode_tps": "d"}, {"device.name": ""}, {"c": only})
 
     policy = gate.Policy(metrics={"decode_tps": gate.Rule(tolerance=tolerance)})
     return gate.judge(run(now), run(before), policy).rows[0]
@@ -515,7 +528,7 @@ def test_the_command_exits_as_documented(runs: tuple[Path, Path], tmp_path: Path
     write(tmp_path / "elsewhere", GOOD, CHAIN, scenario_hash="t")
     assert command(tmp_path / "elsewhere", "--baseline", before).exit_code == 3
     few = [t for t in GOOD if t.group < 3]
-    write(tmp_path / "few", few, CHAIN)
+    write(tmp_path / "few", few, CHAIN, environment=ENVIRONMENT)
     assert command(tmp_path / "few", "--baseline", tmp_path / "few").exit_code == 0
     assert command(tmp_path / "few", "--baseline", tmp_path / "few", "--strict").exit_code == 4
 

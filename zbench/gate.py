@@ -159,6 +159,10 @@ class Snapshot:
     cells: dict[str, CellSnapshot]
 
     @property
+    def of_known_device(self) -> bool:
+        return "device.name" in self.environment
+
+    @property
     def portable(self) -> bool:
         return not self.environment
 
@@ -441,8 +445,8 @@ def _obstacles(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Itera
     for name in sorted(candidate.models.keys() | baseline.models.keys()):
         if candidate.models.get(name) != baseline.models.get(name):
             yield f"model {name} has other weights or is missing on one side"
-    if policy.device == "any" or baseline.portable or candidate.portable:
-        return
+    if policy.device == "any" or not (baseline.of_known_device and candidate.of_known_device):
+        return  # counts are of no machine, and of times each row says it
     for key in same_device("cpu" in (of.environment.get("device.backend") for of in (candidate, baseline))):
         now, before = (taken.environment.get(key) for taken in (candidate, baseline))
         if now != before:
@@ -484,12 +488,21 @@ def _judge_cell(
                 yield replace(row, note="the run does not have it"), None
             elif candidate.definitions.get(metric) != baseline.definitions.get(metric):
                 yield replace(row, note="it was defined otherwise when the baseline was taken"), None
+            elif metric in TIMED and (unknown := _of_unknown_device(candidate, baseline)):
+                yield replace(row, note=f"the device of the {unknown} is not known"), None
             elif metric in TIMED:
                 yield _compare_times(row, now.timed[metric], before.timed[metric], clusters)
             elif now.trials != before.trials and metric != "failed_trials":
                 yield replace(row, note="other trials succeeded than in the baseline; an unfinished run?"), None
             else:
                 yield _judge_count(row, now.stable, before.stable), None
+
+
+def _of_unknown_device(candidate: Snapshot, baseline: Snapshot) -> str:
+    """Which of the two is; "" where neither is."""
+    if not candidate.of_known_device:
+        return "run"
+    return "" if baseline.of_known_device else "baseline"
 
 
 def _values(cell: CellSnapshot | None, metric: str) -> Mapping[str, Value]:
