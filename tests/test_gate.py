@@ -190,6 +190,18 @@ def test_a_metric_younger_than_the_baseline_is_named_and_not_gated(tmp_path: Pat
         gate.judge(run, before, gate.Policy(metrics={"accuracy": gate.Rule()}))
 
 
+def test_what_a_cell_of_the_baseline_does_not_have_is_named(tmp_path: Path) -> None:
+    run = taken(tmp_path)
+    spec = run.cells["spec"]
+    exact = {metric: parts for metric, parts in spec.exact.items() if metric != "output_hash"}
+    without = replace(run, cells={**run.cells, "spec": replace(spec, exact=exact, timed={})})
+    judged = gate.judge(run, without)
+    said = "spec: not in the baseline, so not gated: output_hash, decode_tps, throughput, ttft"
+    assert (judged.exit_code(), judged.notes) == (0, (said,))
+    judged = gate.judge(run, replace(run, cells={"ar": run.cells["ar"]}))
+    assert (judged.exit_code(), judged.notes) == (0, ("spec: not in the baseline, so not gated",))
+
+
 def test_an_unfinished_run_is_no_regression_of_its_counts(tmp_path: Path) -> None:
     judged = gate.judge(taken(tmp_path / "now", GOOD[:-1]), taken(tmp_path / "before"))
     assert {r.verdict for r in judged.rows if r.cell == "spec" and not r.timed and r.metric != "failed_trials"} == {

@@ -463,7 +463,14 @@ def _notes(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Iterator[
     if new := [metric for metric in policy.metrics if metric in gained]:
         yield f"not in the baseline, so not gated: {', '.join(new)}"
     for cell, mine in candidate.cells.items():
-        if cell in baseline.cells and baseline.cells[cell].stable and not mine.stable:
+        theirs = baseline.cells.get(cell)
+        if theirs is None:
+            yield f"{cell}: not in the baseline, so not gated"
+            continue
+        here = [metric for metric in policy.metrics if metric not in gained and _values(mine, metric)]
+        if lacking := [metric for metric in here if not _values(theirs, metric)]:
+            yield f"{cell}: not in the baseline, so not gated: {', '.join(lacking)}"
+        if theirs.stable and not mine.stable:
             yield f"{cell}: {_VARIES}"
     if not candidate.portable and not baseline.portable:
         for key in sorted(candidate.environment.keys() | baseline.environment.keys()):
