@@ -210,6 +210,36 @@ def test_an_unfinished_run_is_no_regression_of_its_counts(tmp_path: Path) -> Non
     assert {r.verdict for r in judged.rows if r.cell == "ar"} == {"ok"}
 
 
+@pytest.mark.parametrize("side", ["run", "baseline"])
+def test_times_of_other_trials_than_the_baselines_are_not_compared(tmp_path: Path, side: str) -> None:
+    policy = gate.Policy(metrics={"decode_tps": gate.Rule()})
+    whole = [*GOOD[:6], *(replace(t, repeat=1) for t in GOOD[:6])]
+    failed = [replace(t, status="error", error="boom", requests=(), steps=(), forwards=()) for t in whole[6:]]
+    for n, half in enumerate((whole[:6], whole[:6] + failed)):
+        pair = (taken(tmp_path / f"{n}{name}", trials, CHAIN[:1]) for name, trials in (("a", half), ("b", whole)))
+        now, before = pair if side == "run" else reversed([*pair])
+        judged = gate.judge(now, before, policy)
+        assert [(row.verdict, row.note) for row in judged.rows] == [
+            ("not comparable", "other trials succeeded than in the baseline; an unfinished run?")
+        ]
+        assert judged.exit_code() == gate.NOT_COMPARABLE
+
+
+def test_the_values_beside_a_time_are_of_the_pairs_that_its_change_is_of(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    now, before = (taken(tmp_path / n, slower(GOOD, rng.lognormal(0, 1, len(GOOD)).tolist())) for n in "ab")
+    less = {c: replace(cell, timed={m: trimmed(s) for m, s in cell.timed.items()}) for c, cell in now.cells.items()}
+    for row in gate.judge(replace(now, cells=less), before).rows:
+        if row.timed:
+            assert isinstance(row.candidate, float) and isinstance(row.baseline, float)
+            assert row.candidate / row.baseline - 1 == pytest.approx(row.change)
+
+
+def trimmed(sample: gate.Sample) -> gate.Sample:
+    """Without its last observation, as where an output has no second token."""
+    return replace(sample, keys=sample.keys[:-1], clusters=sample.clusters[:-1], seconds=sample.seconds[:-1])
+
+
 def test_tokens_that_differ_between_repeats_make_a_difference_inconclusive(tmp_path: Path) -> None:
     def run(last: int, folder: str) -> gate.Snapshot:
         repeats = [trial(group=g, repeat=1, requests=(request(f"p{g}", (7, 8, last)),)) for g in range(6)]
@@ -293,8 +323,10 @@ def test_few_prompts_decide_nothing_about_time_and_strict_says_so(tmp_path: Path
 def test_one_sample_and_none_are_inconclusive(tmp_path: Path) -> None:
     one = taken(tmp_path / "one", [GOOD[0]], CHAIN[:1])
     assert verdicts(gate.judge(one, one))["ar", "decode_tps", ""] == "inconclusive"
-    other = taken(tmp_path / "other", [GOOD[1]], CHAIN[:1])
-    row = next(r for r in gate.judge(other, one).rows if r.metric == "decode_tps")
+    only = gate.Policy(metrics={"decode_tps": gate.Rule()})
+    short = {"requests": (request("p0", (7,)),)}, {"requests": (request("p1", (7,)),)}
+    sides = [taken(tmp_path / f"{i}", changed(GOOD[:2], i, **cut), CHAIN[:1], only) for i, cut in enumerate(short)]
+    [row] = gate.judge(*sides, only).rows
     assert (row.verdict, row.note) == ("inconclusive", "no prompt was measured in both")
 
 

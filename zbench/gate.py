@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from zbench import stats
@@ -495,12 +496,12 @@ def _judge_cell(
                 yield replace(row, note="the run does not have it"), None
             elif candidate.definitions.get(metric) != baseline.definitions.get(metric):
                 yield replace(row, note="it was defined otherwise when the baseline was taken"), None
+            elif now.trials != before.trials and metric != "failed_trials":
+                yield replace(row, note="other trials succeeded than in the baseline; an unfinished run?"), None
             elif metric in TIMED and (unknown := _of_unknown_device(candidate, baseline)):
                 yield replace(row, note=f"the device of the {unknown} is not known"), None
             elif metric in TIMED:
                 yield _compare_times(row, now.timed[metric], before.timed[metric], clusters)
-            elif now.trials != before.trials and metric != "failed_trials":
-                yield replace(row, note="other trials succeeded than in the baseline; an unfinished run?"), None
             else:
                 yield _judge_count(row, now.stable, before.stable), None
 
@@ -553,10 +554,17 @@ def _compare_times(row: Row, now: Sample, before: Sample, of: str) -> tuple[Row,
         return replace(row, note="no prompt was measured in both"), None
     old, new, clusters = (np.array(column) for column in zip(*pairs, strict=True))
     moved = stats.shift(old, new, clusters)
+    row = replace(row, baseline=_typical(row, old, clusters), candidate=_typical(row, new, clusters))
     row = replace(row, change=_own_sense(row, moved.change), n=moved.n)
     if moved.n < FEW:
         return replace(row, note=stats.too_few(moved.n, of)), None
     return row, moved
+
+
+def _typical(row: Row, seconds: NDArray[np.float64], clusters: NDArray[Any]) -> float:
+    """The metric as the geometric mean over clusters, so that the ratio of two is the change that is judged."""
+    mean = math.exp(stats.shift(np.ones_like(seconds), seconds, clusters).log)
+    return 1 / mean if row.better == "higher" else mean
 
 
 def _own_sense(row: Row, slowdown: float) -> float:
