@@ -75,6 +75,25 @@ def test_pairs_are_added_until_the_times_are_decided_and_no_longer() -> None:
     assert (last.pairs, last.found.verdict) == (6, "improved")
 
 
+def test_a_time_that_a_planned_look_decided_stays_decided() -> None:
+    """Of two cells one is decided at once; afterwards its clock goes wild while the other is waited for."""
+    rng = np.random.default_rng(8)
+
+    def run(noise: float) -> gate.Snapshot:
+        made = one_time(1)
+        seconds = np.exp(rng.normal(0, (noise, 1.0)))
+        cells = {name: one_time(s).cells["c"] for name, s in zip(("calm", "loud"), seconds.tolist(), strict=True)}
+        return replace(made, cells=cells)
+
+    made = [(run(noise), run(noise)) for noise in [0.001] * 6 + [1.0] * 18]
+    found = [look for look in ab.decide(made, ONLY, 24) if look.planned]
+    assert [look.pairs for look in found] == [6, 8, 12, 16, 24]
+    rows = [{row.cell: row for row in look.found.rows} for look in found]
+    assert [row["calm"].verdict for row in rows] == ["ok"] * 5
+    assert {row["calm"] for row in rows} == {rows[0]["calm"]} and rows[0]["calm"].n == 6
+    assert [[row.cell for row in look.undecided] for look in found] == [["loud"]] * 5
+
+
 def test_a_count_that_changed_ends_it_after_the_first_pair() -> None:
     policy = gate.Policy(metrics={"decode_tps": gate.Rule(), "output_hash": gate.Rule()})
     fed = iter([(one_time(1, output_hash="a"), one_time(1, output_hash="b"))] * 24)

@@ -47,6 +47,7 @@ GRACE_SECONDS = 30.0  # for a run that is told to end, to write down what it has
 
 Side = Literal["baseline", "candidate"]
 SIDES: tuple[Side, Side] = ("baseline", "candidate")
+_DECIDED = ("ok", "improved", "regressed")
 _LARGEST = ("failed_trials", "peak_bytes")  # of several runs of a side: nothing a lucky run hides
 
 
@@ -219,25 +220,36 @@ def order(pair: int) -> tuple[Side, Side]:
 def decide(pairs: Iterable[tuple[Snapshot, Snapshot]], policy: Policy, most: int) -> Iterator[Look]:
     """Take (baseline, candidate) pairs until they decide, and yield each look at them.
 
-    The first pair already decides where counts changed. Where the pairs end before a planned look, what there is gets
-    the level of that look.
+    The first pair already decides where counts changed. A time that a planned look has decided stays decided, as its
+    part of the level is spent. Where the pairs end before a planned look, what there is gets the level of that look.
     """
     plan = looks(most)
     confidence = 1 - (1 - CONFIDENCE) / len(plan)
     before: list[Snapshot] = []
     now: list[Snapshot] = []
+    decided: dict[tuple[str, str], Row] = {}
     seen = 0
     for baseline, candidate in pairs:
         before.append(baseline)
         now.append(candidate)
         if len(now) == 1 or len(now) in plan:
             seen = len(now)
-            look = Look(seen, judge(now, before, policy, confidence), merged(now), seen in plan)
+            found = _standing(judge(now, before, policy, confidence), decided)
+            look = Look(seen, found, merged(now), seen in plan)
+            if look.planned:
+                decided = {(r.cell, r.metric): r for r in found.rows if r.timed and r.verdict in _DECIDED}
             yield look
             if look.decided:
                 return
     if now and seen != len(now):
-        yield Look(len(now), judge(now, before, policy, confidence), merged(now), planned=True)
+        found = _standing(judge(now, before, policy, confidence), decided)
+        yield Look(len(now), found, merged(now), planned=True)
+
+
+def _standing(found: Gate, decided: Mapping[tuple[str, str], Row]) -> Gate:
+    """With the times that were decided before, unless their trials can no longer be compared."""
+    rows = (row if row.verdict == "not comparable" else decided.get((row.cell, row.metric), row) for row in found.rows)
+    return replace(found, rows=tuple(rows))
 
 
 def judge(candidate: Sequence[Snapshot], baseline: Sequence[Snapshot], policy: Policy, confidence: float) -> Gate:
