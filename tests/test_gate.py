@@ -320,6 +320,25 @@ def test_few_prompts_decide_nothing_about_time_and_strict_says_so(tmp_path: Path
     assert (judged.exit_code(), judged.exit_code(strict=True)) == (0, gate.INCONCLUSIVE)
 
 
+def test_a_cell_with_too_few_batches_is_said_and_fails_nobody_where_others_show_the_metric(tmp_path: Path) -> None:
+    """As a matrix over batch sizes has it: eight prompts are two batches of four."""
+    whole = [*GOOD[:6], *(replace(t, cell="spec") for t in GOOD[:2])]
+    run = taken(tmp_path / "run", whole)
+    judged = gate.judge(run, run)
+    rows = [row for row in judged.rows if row.timed]
+    assert {(row.cell, row.verdict, row.required) for row in rows} == {
+        ("ar", "ok", True), ("spec", "inconclusive", False),
+    }  # fmt: skip
+    assert {row.note for row in rows if row.cell == "spec"} == {"too few prompts for an interval (2 of at least 5)"}
+    assert judged.exit_code(strict=True) == 0
+    assert judged.notes == (
+        "too few prompts for a verdict on times, which --strict does not fail on: spec; others show the same metrics",
+    )
+    more = taken(tmp_path / "more", [*GOOD[:6], *(replace(t, cell="spec") for t in GOOD[:6])])
+    less = replace(more, cells={**more.cells, "spec": replace(more.cells["spec"], timed=run.cells["spec"].timed)})
+    assert gate.judge(less, more).exit_code(strict=True) == gate.INCONCLUSIVE
+
+
 def test_one_sample_and_none_are_inconclusive(tmp_path: Path) -> None:
     one = taken(tmp_path / "one", [GOOD[0]], CHAIN[:1])
     assert verdicts(gate.judge(one, one))["ar", "decode_tps", ""] == "inconclusive"

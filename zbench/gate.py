@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -435,7 +435,25 @@ def judge(
     ]
     if not judged:
         return replace(whole, reasons=("the two have no metric in common that the policy gates",))
-    return replace(whole, rows=_decided(judged, confidence), notes=tuple(_notes(candidate, baseline, policy)))
+    notes = [*_notes(candidate, baseline, policy)]
+    if small := _too_small(judged, baseline):
+        judged = [(replace(row, required=row.required and row not in small), shift) for row, shift in judged]
+        cells = ", ".join(dict.fromkeys(row.cell for row in small))
+        said = f"too few {clusters} for a verdict on times, which --strict does not fail on: {cells}"
+        notes.append(f"{said}; others show the same metrics")
+    return replace(whole, rows=_decided(judged, confidence), notes=tuple(notes))
+
+
+def _too_small(judged: Sequence[tuple[Row, stats.Shift | None]], baseline: Snapshot) -> list[Row]:
+    """Times of cells with so few prompts, in the baseline too, that no run of the scenario could be judged there, where
+    another cell shows the same metric: --strict would fail every run for them, the baseline's own too."""
+    shown = {row.metric for row, shift in judged if shift is not None}
+    return [
+        row
+        for row, _ in judged
+        if row.timed and row.verdict == "inconclusive" and row.metric in shown
+        and len(set(baseline.cells[row.cell].timed[row.metric].clusters)) < FEW
+    ]  # fmt: skip
 
 
 def _obstacles(candidate: Snapshot, baseline: Snapshot, policy: Policy) -> Iterator[str]:
