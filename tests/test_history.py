@@ -88,6 +88,20 @@ def test_a_run_is_added_once_and_again_when_it_was_finished_since(tmp_path: Path
     assert entry.cells["spec"].trials == entry.cells["ar"].trials
 
 
+def test_a_less_complete_copy_of_a_run_does_not_replace_it(tmp_path: Path, file: Path) -> None:
+    whole = run(tmp_path, 1)
+    history.add(whole, file)
+    before = file.read_bytes()
+    fewer = run(tmp_path / "copy", 1, GOOD[:-1])
+    said = "not added: what is there already has as many trials or more"
+    assert history.add(fewer, file) == said
+    other = [*GOOD[:-1], trial("ar", group=9)]
+    assert history.add(run(tmp_path / "copy", 1, other), file) == said
+    assert file.read_bytes() == before
+    failed = [*GOOD[:-1], replace(GOOD[-1], status="error", error="boom", requests=(), steps=(), forwards=())]
+    assert history.add(run(tmp_path / "copy", 1, failed), file) == said
+
+
 def test_runs_come_by_time_whatever_the_order_they_were_added_in(tmp_path: Path, file: Path) -> None:
     for day in (5, 2, 9):
         history.add(run(tmp_path, day), file)

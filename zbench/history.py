@@ -32,7 +32,10 @@ _START = (
 )
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Added = Literal["added", "there already", "replaces what was added before it had finished"]
+Added = Literal[
+    "added", "there already", "replaces what was added before it had finished",
+    "not added: what is there already has as many trials or more",
+]  # fmt: skip
 
 
 class _Part(BaseModel):
@@ -136,7 +139,8 @@ class Series:
 
 
 def add(run: Path, file: Path, note: str = "", commit: str | None = None, url: str | None = None) -> Added:
-    """Append a run to a history, which is made if it is not there. A run that it holds is not added twice.
+    """Append a run to a history, which is made if it is not there. A run that it holds is not added twice, unless more
+    of its trials have succeeded since.
 
     `commit` is of the program under test; None takes the commit of zbench that the run recorded. Two processes may add
     at once. Raises UserError where the run has no numbers, where the file is no history, or cannot be written.
@@ -151,12 +155,20 @@ def add(run: Path, file: Path, note: str = "", commit: str | None = None, url: s
             same = next((old for old in entries if old.run == entry.run), None)
             if same and same.trials == entry.trials:
                 return "there already"
+            if same and _succeeded(same) >= _succeeded(entry):
+                return "not added: what is there already has as many trials or more"
             _append(file, entry.model_dump_json())
     except Timeout:
         raise UserError(f"another zbench has been writing to {file} for a minute; try again") from None
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
     return "replaces what was added before it had finished" if same else "added"
+
+
+def _succeeded(entry: Entry) -> float:
+    """Trials of all its cells; `n` of failed ones counts both."""
+    told = (number for cell in entry.cells.values() for number in cell.metrics.get("failed_trials", {}).values())
+    return sum(number.n - number.value for number in told)
 
 
 def _append(file: Path, line: str) -> None:
