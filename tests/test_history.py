@@ -148,6 +148,18 @@ def test_a_line_of_another_schema_is_left_out_and_reported(tmp_path: Path, file:
     assert "schema 2, this zbench reads 1" in said[0]
 
 
+@pytest.mark.parametrize("torn", [b'{"torn', b"\x00\x00\x00", b"zbench: 2026", b"\xff\xfe"])
+def test_a_torn_last_line_is_left_out_whatever_it_is(tmp_path: Path, file: Path, torn: bytes) -> None:
+    history.add(run(tmp_path, 1), file)
+    with file.open("ab") as opened:
+        opened.write(torn)
+    for days in (["01"], ["01", "02"]):
+        entries, said = history.read(file)
+        assert [entry.created[8:10] for entry in entries] == days
+        assert [line for line in said if "history.jsonl:2: the line is torn (a crash?), and was left out" in line]
+        history.add(run(tmp_path, 2), file)
+
+
 @pytest.mark.parametrize("content", ["{}\n", "hello\n", '{\n "kind": "zbench baseline"\n}\n', "[1, 2]\n", "\x00\xff\n"])
 def test_a_file_that_is_no_history_is_refused_and_never_written_to(tmp_path: Path, file: Path, content: str) -> None:
     file.write_text(content)

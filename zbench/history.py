@@ -27,9 +27,7 @@ from zbench.metrics import METRICS, Better, caveats, load_run, summarise
 from zbench.records import MANIFEST, Manifest
 
 SCHEMA_VERSION = 1
-_START = (
-    '{"kind":"zbench history"'  # of every line: tells one that a crash cut off from one that is no line of a history
-)
+_START = '{"kind":"zbench history"'  # of every line: tells the first one, cut off by a crash, from another file's
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Added = Literal[
@@ -250,7 +248,7 @@ def _relative(folder: Path, base: Path) -> str:
 def read(file: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """The runs of a history by time, the last line of each, and what is to be said about the file.
 
-    Lines cut off by a crash and lines of another schema are left out and reported. Raises UserError where the file
+    What a crash left of a line and lines of another schema are left out and reported. Raises UserError where the file
     cannot be read or holds anything else.
     """
     try:
@@ -264,22 +262,26 @@ def read(file: Path) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
         try:
             entry = Entry.model_validate_json(line)
         except ValidationError as error:
-            said.append(f"{file}:{number}: {_left_out(file, number, line, error)}, and was left out")
+            why = _left_out(file, number, line, error, ours=bool(found))
+            said.append(f"{file}:{number}: {why}, and was left out")
             continue
         found.pop(entry.run, None)
         found[entry.run] = entry
     return tuple(sorted(found.values(), key=lambda entry: entry.created)), tuple(said)
 
 
-def _left_out(file: Path, number: int, line: str, error: ValidationError) -> str:
-    """Why the line is left out. Raises UserError where that would lose something unseen."""
-    if not line.startswith(_START) and not _START.startswith(line):
-        raise UserError(f"{file}:{number}: not a line of a history; is it the file of `zbench history add`?")
+def _left_out(file: Path, number: int, line: str, error: ValidationError, ours: bool) -> str:
+    """Why the line is left out. Raises UserError where that would lose something unseen, or where the file is not known
+    to be `ours` by the lines before."""
+    begun = line.startswith(_START) or _START.startswith(line)
     try:
-        version = json.loads(line)["schema_version"]
-    except (ValueError, KeyError):
-        return "the line is torn (a crash?)"
-    if version != SCHEMA_VERSION:
+        content = json.loads(line)
+    except ValueError:
+        if begun or ours:  # what a crash leaves need not be the start of a line
+            return "the line is torn (a crash?)"
+    if not begun:
+        raise UserError(f"{file}:{number}: not a line of a history; is it the file of `zbench history add`?")
+    if (version := content.get("schema_version")) != SCHEMA_VERSION:
         return f"the line has schema {version}, this zbench reads {SCHEMA_VERSION}"
     where = ".".join(map(str, error.errors()[0]["loc"]))
     raise UserError(f"{file}:{number}: {where}: {error.errors()[0]['msg']}; the line is damaged, remove it") from None
