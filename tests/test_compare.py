@@ -237,6 +237,17 @@ def test_what_a_run_lacks_is_said_on_the_terminal_and_in_the_json(first: Path, t
     assert ("warning: There is no trials.jsonl: no trial has ended yet." in rendered.stderr) == gone
 
 
+def test_a_run_that_was_cut_off_says_how_much_of_it_there_is(first: Path, tmp_path: Path) -> None:
+    cut = other(first, "cut")
+    lines = (cut / "trials.jsonl").read_text().splitlines(keepends=True)
+    (cut / "trials.jsonl").write_text("".join(lines[:-1]))
+    said = f"{len(lines) - 1} of at least {len(lines)} planned trials have ended"
+    assert f"warning: Invented CPU (cut): {said}" in asked(first, cut, "--out", tmp_path).stderr
+    assert any(said in note for note in json.loads(asked(first, cut, "--json").stdout)["notes"])
+    [page] = tmp_path.glob("compare-*/compare.html")
+    assert said in page.read_text()
+
+
 def test_a_page_is_the_same_every_time(first: Path, tmp_path: Path) -> None:
     half = other(first, "half", pace=0.5)
     pages = []

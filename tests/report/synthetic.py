@@ -137,7 +137,7 @@ def write_run(
     """
     cells = [_cell(engine, point) for point in points for engine in engines]
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = _manifest(cells, roofs, specs, name, description)
+    manifest = _manifest(cells, roofs, specs, name, description, repeats)
     if experts:
         manifest.models[MODEL]["experts"] = experts
     (folder / "run.json").write_text(manifest.to_json())
@@ -172,7 +172,12 @@ def _routed(forward: ForwardRecord, experts: int) -> ForwardRecord:
 
 
 def _manifest(
-    cells: list[CellRecord], roofs: dict[str, Any] | None, specs: dict[str, Any] | None, name: str, description: str
+    cells: list[CellRecord],
+    roofs: dict[str, Any] | None,
+    specs: dict[str, Any] | None,
+    name: str,
+    description: str,
+    repeats: int,
 ) -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -181,7 +186,7 @@ def _manifest(
         name=name,
         description=description,
         command="zbench run scenarios/synthetic.yaml",
-        scenario={"name": name, "model": MODEL, "engines": [cell.label for cell in cells], "repeats": 2},
+        scenario={"name": name, "model": MODEL, "engines": [cell.label for cell in cells], "repeats": repeats},
         scenario_hash="5cenar10",
         cells=tuple(cells),
         environment=ENVIRONMENT,
