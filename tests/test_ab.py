@@ -136,6 +136,7 @@ def test_many_prompts_of_one_process_are_one_observation() -> None:
     judged = ab.judge([b for _, b in made], [a for a, _ in made], ONLY, CONFIDENCE)
     [row] = judged.rows
     assert row.n == 12
+    assert row.candidate / row.baseline - 1 == pytest.approx(row.change)  # type: ignore[operator]
     assert row.high - row.low == pytest.approx(2 * 2.201 * np.std(shifts, ddof=1) / 12**0.5, rel=0.1)  # type: ignore[operator]
 
 
@@ -153,6 +154,18 @@ def test_counts_that_differ_between_runs_of_one_environment_are_not_exact_whatev
     assert verdict(runs("b", "b"), runs("a", "b"))["output_hash"] == "inconclusive"
     assert verdict(runs("b", "b"), runs("a", "a"))["output_hash"] == "regressed"
     assert verdict(runs("a", "a", failed=1.0), runs("a", "a"))["failed_trials"] == "regressed"
+
+
+def test_of_several_runs_the_one_with_the_most_wrong_tokens_counts() -> None:
+    policy = gate.Policy(metrics={"lossless": gate.Rule()})
+    right, wrong = one_time(1, lossless=1.0), one_time(1, lossless=0.5)
+    for now, before, verdict in (
+        ([right, wrong], [right, right], "regressed"),
+        ([right, right], [right, wrong], "improved"),
+        ([right, wrong], [wrong, right], "ok"),
+    ):
+        [row] = ab.judge(now, before, policy, CONFIDENCE).rows
+        assert row.verdict == verdict
 
 
 def test_looking_often_keeps_the_level_and_a_slowdown_is_found() -> None:

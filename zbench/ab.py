@@ -48,7 +48,7 @@ GRACE_SECONDS = 30.0  # for a run that is told to end, to write down what it has
 Side = Literal["baseline", "candidate"]
 SIDES: tuple[Side, Side] = ("baseline", "candidate")
 _DECIDED = ("ok", "improved", "regressed")
-_LARGEST = ("failed_trials", "peak_bytes")  # of several runs of a side: nothing a lucky run hides
+_WORST = {"failed_trials": max, "peak_bytes": max, "lossless": min}  # of a side's runs: nothing a lucky one hides
 
 
 # --- Environments, and a run in one ---
@@ -285,9 +285,9 @@ def _merged_cell(numbered: Sequence[tuple[int, CellSnapshot]]) -> CellSnapshot:
     exact: dict[str, dict[str, Value]] = {}
     for cell in cells:
         for metric, parts in cell.exact.items():
-            if metric in _LARGEST:
+            if metric in _WORST:
                 known = exact.setdefault(metric, {})
-                exact[metric] = {part: _larger(value, known.get(part)) for part, value in parts.items()}
+                exact[metric] = {part: _worse(metric, value, known.get(part)) for part, value in parts.items()}
             else:
                 exact.setdefault(metric, parts)
     timed = {}
@@ -303,8 +303,8 @@ def _merged_cell(numbered: Sequence[tuple[int, CellSnapshot]]) -> CellSnapshot:
     return CellSnapshot(trials, all(cell.stable for cell in cells), exact, timed)
 
 
-def _larger(one: Value, other: Value) -> Value:
-    return max(one, other) if isinstance(one, float) and isinstance(other, float) else one
+def _worse(metric: str, one: Value, other: Value) -> Value:
+    return _WORST[metric](one, other) if isinstance(one, float) and isinstance(other, float) else one
 
 
 def _shaky(runs: Sequence[Snapshot], policy: Policy) -> set[tuple[str, str, str]]:
@@ -315,7 +315,7 @@ def _shaky(runs: Sequence[Snapshot], policy: Policy) -> set[tuple[str, str, str]
             one, two = first.cells[name], other.cells[name]
             if one.trials != two.trials:  # other trials give other counts; that is said already
                 continue
-            for metric in (one.exact.keys() & two.exact.keys()).difference(_LARGEST):
+            for metric in (one.exact.keys() & two.exact.keys()).difference(_WORST):
                 here, there = one.exact[metric], two.exact[metric]
                 for part in here.keys() | there.keys():
                     if not _same(here.get(part), there.get(part), policy.tolerance(metric)):
