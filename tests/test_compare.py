@@ -241,7 +241,7 @@ def test_a_run_that_was_cut_off_says_how_much_of_it_there_is(first: Path, tmp_pa
     cut = other(first, "cut")
     lines = (cut / "trials.jsonl").read_text().splitlines(keepends=True)
     (cut / "trials.jsonl").write_text("".join(lines[:-1]))
-    said = f"{len(lines) - 1} of at least {len(lines)} planned trials have ended"
+    said = f"{len(lines) - 1} of {len(lines)} planned trials have ended"
     assert f"warning: Invented CPU (cut): {said}" in asked(first, cut, "--out", tmp_path).stderr
     assert any(said in note for note in json.loads(asked(first, cut, "--json").stdout)["notes"])
     [page] = tmp_path.glob("compare-*/compare.html")

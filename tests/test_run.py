@@ -76,6 +76,7 @@ def test_further_turns_of_prompts_are_said_to_be_left_out(tmp_path: Path) -> Non
 def test_a_run_measures_every_cell_on_every_prompt_and_repeat(tmp_path: Path) -> None:
     outcome = run.run(wanted(tmp_path), tmp_path / "out", QUIET)
     assert (outcome.planned, outcome.finished, outcome.failed, outcome.stopped) == (12, 12, 0, None)
+    assert load_run(outcome.folder).manifest.planned == {"autoregressive": 6, "reference": 6}
     records = run.read_trials(outcome.folder)[0]
     assert {r.key for r in records} == {
         (cell, group, repeat) for cell in ("autoregressive", "reference") for group in range(3) for repeat in range(2)

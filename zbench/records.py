@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, overload
@@ -383,6 +383,7 @@ class Manifest:
     prompts_hash: str  # over the token ids of every prompt at every point
     roofs: dict[str, Any] | None
     specs: dict[str, Any] | None  # the spec-sheet row of a known device, else None
+    planned: dict[str, int] = field(default_factory=dict)  # cell -> trials; empty in runs from before it was recorded
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -398,6 +399,9 @@ class Manifest:
             _object(f"environment.{name}", data["environment"].get(name, {}))
         for name, facts in data["models"].items():
             _object(f"models.{name}", facts)
+        _object("planned", data.get("planned", {}))
+        if not all(isinstance(count, int) for count in data.get("planned", {}).values()):
+            raise ValueError("planned has counts that are no numbers")
         data["cells"] = tuple(CellRecord(**c) for c in data["cells"])
         for cell in data["cells"]:
             for name in ("options", "point", "sampling"):

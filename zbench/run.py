@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -779,6 +780,7 @@ def _manifest(
         prompts_hash=_prompts_hash(points),
         roofs=measured,
         specs=asdict(spec) if spec else None,
+        planned=dict(Counter(trial.cell.id for _, trials in plan(points) for trial in trials)),
     )
 
 

@@ -137,7 +137,7 @@ def write_run(
     """
     cells = [_cell(engine, point) for point in points for engine in engines]
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = _manifest(cells, roofs, specs, name, description, repeats)
+    manifest = _manifest(cells, roofs, specs, name, description, prompts * repeats)
     if experts:
         manifest.models[MODEL]["experts"] = experts
     (folder / "run.json").write_text(manifest.to_json())
@@ -177,7 +177,7 @@ def _manifest(
     specs: dict[str, Any] | None,
     name: str,
     description: str,
-    repeats: int,
+    trials: int,
 ) -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -186,7 +186,7 @@ def _manifest(
         name=name,
         description=description,
         command="zbench run scenarios/synthetic.yaml",
-        scenario={"name": name, "model": MODEL, "engines": [cell.label for cell in cells], "repeats": repeats},
+        scenario={"name": name, "model": MODEL, "engines": [cell.label for cell in cells], "repeats": 2},
         scenario_hash="5cenar10",
         cells=tuple(cells),
         environment=ENVIRONMENT,
@@ -195,6 +195,7 @@ def _manifest(
         prompts_hash="pr0mpt5",
         roofs=roofs,
         specs=specs,
+        planned=dict.fromkeys((cell.id for cell in cells), trials),
     )
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any
+from functools import cached_property
 
-from zbench.errors import UserError
 from zbench.metrics import (
     MIXED,
     NET_NEGATIVE,
@@ -24,9 +21,7 @@ from zbench.metrics import (
     missing_part,
     summarise,
 )
-from zbench.prompts import load as load_prompts
 from zbench.records import PEERS, CellRecord
-from zbench.scenario import PromptSet
 from zbench.stats import FEW
 
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
@@ -434,45 +429,12 @@ def _nothing(run: Run) -> str:
 
 
 def _unfinished(run: Run) -> list[str]:
-    """How many planned trials have ended, in success or failure, where that is not all. Of cells that cannot run here
-    none were planned."""
-    cells = [cell for cell in run.cells if not cell.record.absent]
-    ended, planned, sure = 0, 0, True
-    for cell in cells:
-        record, given = cell.record, run.manifest.scenario
-        beside = [c for c in cells if c.record.point == record.point]
-        trials = [trial for c in beside for trial in (*c.trials, *c.failed)]
-        prompts = _packaged(record, given, {request.prompt_id for trial in trials for request in trial.requests})
-        if prompts is None:  # of a file or a data set: as many as some cell of the point has seen
-            sure = False
-            groups = 1 + max((trial.group for trial in trials), default=-1)
-        else:
-            groups = math.ceil(prompts / record.batch)
-        repeats = record.point.get("repeats") or given.get("repeats") or 1 + max((t.repeat for t in trials), default=-1)
-        planned += groups * repeats
-        ended += len(cell.trials) + len(cell.failed)
-    if ended >= planned:
+    """How many planned trials have ended, in success or failure, where that is not all."""
+    planned = run.manifest.planned
+    ended, wanted = sum(trial.cell in planned for trial in run.trials), sum(planned.values())
+    if ended >= wanted:
         return []
-    most = planned if sure else f"at least {planned}"
-    return [f"{ended} of {most} planned trials have ended: the run was stopped or cut off, or still goes on."]
-
-
-def _packaged(record: CellRecord, scenario: Mapping[str, Any], seen: set[str]) -> int | None:
-    """How many prompts a cell was to decode, of a packaged set; None where it is another's, or has changed since."""
-    spec = record.point.get("prompts", scenario.get("prompts"))
-    if not isinstance(spec, dict):
-        return None
-    at_point = {axis.removeprefix("prompts."): v for axis, v in record.point.items() if axis.startswith("prompts.")}
-    ids = _packaged_ids(json.dumps({**spec, **at_point}, sort_keys=True))
-    return len(ids) if ids and seen <= ids else None
-
-
-@cache
-def _packaged_ids(spec: str) -> frozenset[str]:
-    try:
-        return frozenset(prompt.id for prompt in load_prompts(PromptSet.model_validate_json(spec)))
-    except (UserError, ValueError):
-        return frozenset()
+    return [f"{ended} of {wanted} planned trials have ended: the run was stopped or cut off, or still goes on."]
 
 
 def _trouble(cell: Cell, results: Results) -> str:
