@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 
 from tests.report.synthetic import GRID, RATE, READ, ROOFS, write_run
 from tests.report.test_figures import assert_readable
@@ -113,6 +114,72 @@ def test_overhead_is_said_to_be_overhead_and_its_points_are_left_out_of_the_erro
     left = [p for p in points if p.bound == "overhead"]
     assert len(left) >= 5
     assert f"{len(left)} of {len(points)} " in told
+
+
+def talking(folder: Path, share: float) -> Results:
+    """The run as if two ranks had held the model and spent this share of every forward in collectives."""
+    manifest = read_manifest(folder)
+    cells = tuple(dataclasses.replace(cell, tensor=2) for cell in manifest.cells)
+    (folder / "run.json").write_text(dataclasses.replace(manifest, cells=cells).to_json())
+    trials = [
+        dataclasses.replace(trial, forwards=tuple(
+            dataclasses.replace(f, collective_seconds=share * f.seconds, collective_bytes=1e6) for f in trial.forwards
+        ))
+        for trial in read_trials(folder)[0]
+    ]  # fmt: skip
+    (folder / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    return Results.of(metrics.load_run(folder))
+
+
+def test_what_collectives_bound_is_said_drawn_and_left_out_of_the_error_of_predictions(tmp_path: Path) -> None:
+    swept(tmp_path, lambda memory, compute: max(memory, compute) + 5 * MEMORY, engines=GRID)
+    found = talking(tmp_path, 0.8)
+    told = said(found)
+    assert "Decode is communication-bound on this device: one row takes 6." in told
+    assert "; 80% of it is in collectives." in told
+    assert f"decode would be memory-bound up to {RIDGE:.0f} rows (predicted)" in told
+    assert "Decode is memory-bound" not in told and "memory-bound rows" not in told
+    points = readings.predictions(found)
+    left = [p for p in points if p.bound == "communication"]
+    assert len(left) >= 5 and not any(p.bound == "overhead" for p in points)
+    assert f"{len(left)} of {len(points)} points are communication-bound and left out" in told
+    render(tmp_path)
+    for plot in (plot for plot in (*sweeps.PLOTS, *sweeps.OVERVIEWS) if plot.applies(found, found.run.cells)):
+        assert_readable(figures.figure(plot, figures.LIGHT, found, found.run.cells))
+
+
+def test_rows_that_memory_should_limit_and_collectives_do_are_not_said_to_be_memory_bound(tmp_path: Path) -> None:
+    swept(tmp_path, lambda memory, compute: max(memory, compute) if compute < 4 * FLOPS / RATE else 3 * MEMORY)
+    told = said(talking(tmp_path, 0.6))
+    assert (
+        "1 to 2 rows are memory-bound, 4 to 32 rows are communication-bound, 64 to 128 rows are compute-bound" in told
+    )
+    assert f"At its measured roofs decode would be memory-bound up to {RIDGE:.0f} rows (predicted)." in told
+    assert "Decode is" not in told
+
+
+def test_forwards_of_unknown_bound_are_drawn_as_such(tmp_path: Path) -> None:
+    """As a metric says where a cache may have served them."""
+    swept(tmp_path, max, engines=GRID)
+    run = metrics.load_run(tmp_path)
+    why = "unavailable: the last-level cache may have served it"
+    rows = [
+        dataclasses.replace(row, value=None, note=why)
+        if row.metric == "bound" and not row.part.startswith("decode, 128") else row
+        for row in metrics.summarise(run)
+    ]  # fmt: skip
+    found = Results(run, tuple(rows))
+    told = said(found)
+    assert "memory-bound" not in told.replace("memory- or compute-bound", "")
+    assert "forwards of 128 rows are compute-bound" in told
+    for plot in (plot for plot in (*sweeps.PLOTS, *sweeps.OVERVIEWS) if plot.applies(found, found.run.cells)):
+        drawn = figures.figure(plot, figures.LIGHT, found, found.run.cells)
+        assert_readable(drawn)
+        alt = plot.alt(found, found.run.cells)
+        assert ", -bound" not in alt
+        if plot.name == "row-roofline":
+            assert "not classified" in alt
+            assert "not classified" in [text.get_text() for text in drawn.findobj(Text)]
 
 
 def test_predictions_at_the_share_of_the_roof_that_others_reach_leave_out_the_own_time(tmp_path: Path) -> None:

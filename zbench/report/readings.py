@@ -13,6 +13,7 @@ from zbench.metrics import OVERHEAD, Cell, caveats
 from zbench.report import findings
 from zbench.report.findings import Point, Results, clusters, interval, main_kind, quantity, title
 
+ROOFS = ("memory", "compute")  # what bounds a forward that keeps to its roofs; else it is overhead or communication
 ENOUGH = 5  # points, below which an error of predictions is not summarised
 NAMED = 3  # engines that a sentence on rows names at most
 
@@ -47,7 +48,7 @@ def row_kind(rows: int) -> str:
 
 
 def row_bounds(results: Results, cell: Cell) -> dict[int, str]:
-    """What limits a forward of so many rows: memory, compute or overhead; "" where the roofs are not known."""
+    """What limits a forward of so many rows, as the metric `bound`; "" where that is not known."""
     rows = sorted(int(rows) for rows in cell.decode_forwards["rows"].unique())
     return {count: str(results.row(cell, "bound", row_kind(count)).value or "") for count in rows}
 
@@ -60,8 +61,9 @@ def row_sentences(results: Results, cell: Cell, point: Point) -> list[str]:
 
 
 def _memory_bound(results: Results, cell: Cell) -> str:
-    """Up to how many rows memory limits a forward; "" where the roofs are not known."""
-    ridge, one = results.row(cell, "ridge_rows", "roofs"), row_bounds(results, cell).get(1, "")
+    """Up to how many rows memory limits a forward; "" where it is not known what limits that of one row."""
+    ridge, bounds = results.row(cell, "ridge_rows", "roofs"), row_bounds(results, cell)
+    one = bounds.get(1, "")
     if not one:
         return ""
     most = cell.decode_forwards["rows"].max()
@@ -69,12 +71,18 @@ def _memory_bound(results: Results, cell: Cell) -> str:
         limited = f"memory-bound up to {_rows(ridge.value)}" if ridge.value > 1 else "compute-bound from the first row"
     else:
         limited = f"memory-bound at all {most} rows measured"
-    if one == "overhead":
+    would = f"At its measured roofs decode would be {limited} (predicted)."
+    if one not in ROOFS:
         measured, floor = (results.value(cell, name, row_kind(1)) or 0 for name in ("forward_seconds", "floor_seconds"))
+        talking = results.value(cell, "communication_share", row_kind(1)) or 0
+        why = findings.waiting(results) if one == "overhead" else f"; {quantity(talking, '1')} of it is in collectives"
         return (
-            f"Decode is overhead-bound on this device: one row takes {measured / floor:.1f}× what memory or arithmetic "
-            f"alone would need{findings.waiting(results)}. At its measured roofs decode would be {limited} (predicted)."
+            f"Decode is {one}-bound on this device: one row takes {measured / floor:.1f}× what memory or arithmetic "
+            f"alone would need{why}. {would}"
         )
+    below = [bound for rows, bound in bounds.items() if not isinstance(ridge.value, float) or rows <= ridge.value]
+    if any(bound not in ROOFS for bound in below):
+        return would
     return f"Decode is {limited} on this device (predicted from its measured roofs)."
 
 
@@ -112,8 +120,8 @@ def _bounds(results: Results, cell: Cell) -> str:
 
 def _users(results: Results, cell: Cell, point: Point) -> list[str]:
     """What the fastest drafting engines of the point make of the rows that memory limits, or that are free."""
-    ridge = results.value(cell, "ridge_rows", "roofs")
-    limit, what = ridge, "memory-bound rows"
+    limited = row_bounds(results, cell).get(1) == "memory"
+    limit, what = results.value(cell, "ridge_rows", "roofs") if limited else None, "memory-bound rows"
     if limit is None:
         limit, what = results.value(cell, "free_token_slots", "measured"), "free rows"
     if limit is None:
@@ -297,7 +305,7 @@ def _rows_everywhere(results: Results) -> list[str]:
 
     ridge, free = span("ridge_rows", "roofs"), span("free_token_slots", "measured")
     parts = [
-        f"Memory limits decode up to {ridge} rows, by context and batch (predicted from the measured roofs)"
+        f"At the measured roofs memory limits decode up to {ridge} rows, by context and batch (predicted)"
         if ridge
         else "",
         f"{free} rows ride in one forward within 1.1× the time of one, as measured" if free else "",
@@ -374,14 +382,14 @@ def _predicted(name: str, times: Sequence[float | None], bound: str) -> list[Pre
 
 
 def _step_bound(results: Results, cell: Cell, times: Sequence[float | None]) -> str:
-    """Of a whole step: its forwards' larger sum, or overhead as for a forward."""
+    """Of a whole step: its forwards' larger sum, or overhead or communication as for a forward; "" where unknown."""
     measured, predicted = times
     if not measured or not predicted:
         return ""
-    if measured > OVERHEAD * predicted:
-        return "overhead"
     bound = str(results.row(cell, "bound", main_kind(cell)).value or "")
-    if bound != "overhead":
+    if measured > OVERHEAD * predicted:
+        return "communication" if bound == "communication" else "overhead"
+    if bound in ("", *ROOFS):
         return bound
     intensity = results.value(cell, "intensity", main_kind(cell)) or 0
     return "compute" if intensity > cell.roof("flops") / cell.roof("bandwidth") else "memory"
@@ -392,7 +400,7 @@ def calibrated_errors(points: Sequence[Predicted]) -> tuple[dict[str, float], li
     that the other points of its bound reach: its own time plays no part)."""
     shares: dict[str, float] = {}
     errors = []
-    for bound in ("memory", "compute"):
+    for bound in ROOFS:
         reached = [point.predicted / point.measured for point in points if point.bound == bound]
         if reached:
             shares[bound] = float(np.median(reached))
@@ -406,13 +414,14 @@ def calibrated_errors(points: Sequence[Predicted]) -> tuple[dict[str, float], li
 def prediction_sentences(results: Results) -> list[str]:
     """Median absolute error of predicted against measured step time; nothing where there are few points."""
     every = predictions(results)
-    points = [point for point in every if point.bound != "overhead"]
+    points = [point for point in every if point.bound in ROOFS]
     if len(every) < ENOUGH:
         return []
     left_out = len(every) - len(points)
-    aside = f"; {left_out} of {len(every)} points are overhead-bound and left out" if left_out else ""
+    beyond = "- or ".join(sorted({point.bound for point in every} - {*ROOFS}, reverse=True))
+    aside = f"; {left_out} of {len(every)} points are {beyond}-bound and left out" if left_out else ""
     if len(points) < ENOUGH:
-        return [f"Too few points to judge predictions: {left_out} of {len(every)} are overhead-bound."]
+        return [f"Too few points to judge predictions: {left_out} of {len(every)} are {beyond}-bound."]
     error = float(np.median([point.error for point in points]))
     said = (
         f"Step times predicted from the measured roofs differ from measured ones by {quantity(error, '1')} (median"

@@ -1,6 +1,6 @@
 """Figures of sweeps: rows per forward, proposals, batch and context, and how good predictions were.
 
-A mark's shape says what limits it wherever the roofs are known: memory, compute, or overhead.
+A mark's shape says what limits it wherever that is known: memory, compute, communication, or overhead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zbench.report.readings import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BOUND_MARKERS = {"memory": "o", "compute": "s", "overhead": "^", "": "D"}
+BOUND_MARKERS = {"memory": "o", "compute": "s", "communication": "v", "overhead": "^", "": "D"}
 FAR_CONTEXT = 131_072  # tokens up to which a context sweep is continued by prediction
 DASHED = (0, (4, 3))
 LINES = 9  # that one figure can tell apart
@@ -62,11 +62,15 @@ def _log_ratio_ticks(axes: Axes) -> None:
 
 
 def _bound_legend(axes: Axes, theme: Theme, bounds: set[str]) -> int:
-    """Names the shapes; returns how many there are."""
-    named = [bound for bound in BOUND_MARKERS if bound and bound in bounds]
+    """Names the shapes, where any says something; returns how many there are."""
+    named = [bound for bound in BOUND_MARKERS if bound in bounds and any(bounds)]
     for bound in named:
-        axes.plot([], [], BOUND_MARKERS[bound], ms=6, color=theme.muted, mew=0, label=f"{bound}-bound")
+        axes.plot([], [], BOUND_MARKERS[bound], ms=6, color=theme.muted, mew=0, label=_bound_name(bound))
     return len(named)
+
+
+def _bound_name(bound: str) -> str:
+    return f"{bound}-bound" if bound else "not classified"
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -166,7 +170,8 @@ def _row_roofline(axes: Axes, theme: Theme, results: Results, cells: Sequence[Ce
 def _row_roofline_alt(results: Results, cells: Sequence[Cell]) -> str:
     [cell, *_] = sweeping(cells)
     said = [
-        f"{rows} rows {quantity(results.value(cell, 'achieved_flops', row_kind(rows)) or 0, 'FLOP/s')}, {bound}-bound"
+        f"{rows} rows {quantity(results.value(cell, 'achieved_flops', row_kind(rows)) or 0, 'FLOP/s')}, "
+        + _bound_name(bound)
         for rows, bound in row_bounds(results, cell).items()
     ]
     return "; ".join(said) + "."
@@ -403,8 +408,9 @@ def _prediction(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
     )
     edges = edges * 1e3 * np.array([0.7, 1.4])
     axes.plot(edges, edges, color=theme.ink, lw=1.2, label="as predicted")
-    axes.plot(edges, edges * 2, color=theme.muted, lw=0.9, ls=DASHED, label="twice that: overhead beyond")
-    colours = {"memory": theme.series[0], "compute": theme.series[1], "overhead": theme.series[7]}
+    axes.plot(edges, edges * 2, color=theme.muted, lw=0.9, ls=DASHED, label="twice that: no roof explains more")
+    colours = {"memory": theme.series[0], "compute": theme.series[1], "communication": theme.series[3],
+               "overhead": theme.series[7]}  # fmt: skip
     for bound in dict.fromkeys(p.bound for p in points):
         mine = [p for p in points if p.bound == bound]
         axes.plot([p.predicted * 1e3 for p in mine], [p.measured * 1e3 for p in mine], BOUND_MARKERS[bound], ms=5,
@@ -442,8 +448,8 @@ PLOTS = (
     Plot(
         "row-roofline", "The roofline in rows",
         "FLOP/s that forwards of R rows reach. Line: the most that the measured roofs allow, if traffic and arithmetic "
-        "overlap. Dashed: if they come one after the other. Marks below half of the line are overhead-bound: neither "
-        "explains their time.",
+        "overlap. Dashed: if they come one after the other. Marks below half of the line are overhead- or "
+        "communication-bound: neither explains their time.",
         lambda results, cells: bool(sweeping(cells)) and _with_roofs(cells), lambda results, cells: 3.6,
         _row_roofline, _row_roofline_alt,
     ),
@@ -482,7 +488,7 @@ OVERVIEWS = (
         "One mark per decode step of an engine at a point, or per number of rows: the time that its forwards need at "
         "the measured roofs against the time that it took. Below the line lies what "
         "memory never bounded, as a model that stays in the caches, or what ran while memory was faster than the roof; "
-        "else a roof or a count errs.",
+        "else a roof or a count errs. What is not classified is left out.",
         lambda results, cells: len(predictions(results)) >= 5, lambda results, cells: 3.7, _prediction, _prediction_alt,
     ),
 )  # fmt: skip
