@@ -205,6 +205,13 @@ def test_the_grid_has_a_field_for_every_setting_and_marks_the_fastest(
     assert [label.get_text() for label in axes.get_yticklabels()] == ["2", "4", "8"]
 
 
+def test_engines_that_stand_at_one_place_of_the_grid_leave_no_grid(tmp_path: Path) -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "grid"]
+    found = Results.of(metrics.load_run(write_run(tmp_path, engines=("autoregressive", *GRID, "tidar mixed"))))
+    assert not plot.applies(found, found.run.cells)
+    assert plot.applies(found, [cell for cell in found.run.cells if cell.record.label != "tidar mixed"])
+
+
 @pytest.mark.parametrize(("low", "high"), [(20, 80), (95, 130), (0.3, 0.7), (1, 1e6), (130, 190)])
 def test_a_logarithmic_axis_names_two_ticks_or_more_however_short_it_is(low: float, high: float) -> None:
     def paint(axes: Any, theme: figures.Theme) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.report.synthetic import ROOFS, write_run
+from tests.report.test_sweeps import mixing
 from tests.test_compare import _paced
 from zbench.metrics import Cell, load_run
 from zbench.records import TrialRecord, read_manifest, read_trials
@@ -117,6 +118,14 @@ def test_the_best_number_of_blocks_is_told_for_each_size(results: Results) -> No
     assert said[0].startswith(f"Blocks of 4 on 1 device: proposing {count} block")
     assert said[1].startswith(f"Blocks of 4 on 2 devices: proposing {count} block")
     assert best_blocks(results, [cell(results, ENGINES[1], 1)]) == [], "of one there is no best"
+
+
+def test_the_best_number_of_blocks_is_told_for_engines_that_differ_in_nothing_else(tmp_path: Path) -> None:
+    found = mixing(tmp_path)
+    said = best_blocks(found, found.run.cells)
+    assert len(said) == 2
+    assert said[0].startswith("Blocks of 4 with sampler logit_mix on 1 device: proposing 2 blocks is fastest")
+    assert said[1].startswith("Blocks of 4 with sampler lossless on 1 device: proposing 1 block is fastest")
 
 
 def test_the_page_has_it_and_a_page_of_one_device_has_not(results: Results, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 
 from tests.report.synthetic import GRID, RATE, READ, ROOFS, write_run
 from tests.report.test_figures import assert_readable
+from tests.test_compare import _paced
 from zbench import metrics, projection, run, scenario
 from zbench.hardware.peaks import Peaks
 from zbench.records import CellRecord, ForwardRecord, StepRecord, read_manifest, read_trials
@@ -22,6 +23,7 @@ from zbench.report import figures, html, readings, render, sweeps
 from zbench.report.findings import Results
 
 WEIGHTS, KV, FLOPS = 250e6, 50e3, 250e6  # bytes; bytes per cached token; FLOPs per row
+SAMPLERS = ("lossless", "logit_mix")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 MEMORY = WEIGHTS / READ  # seconds that reading the weights takes
 RIDGE = WEIGHTS / READ / (FLOPS / RATE)  # rows
@@ -208,13 +210,50 @@ def test_the_best_number_of_proposals_is_that_of_the_highest_speed_with_its_inte
     write_run(tmp_path, engines=("autoregressive", *GRID), prompts=8, repeats=1)
     found = Results.of(metrics.load_run(tmp_path))
     blocks = readings.by_block(found, found.run.cells)
-    assert {block: list(mine) for block, mine in blocks.items()} == {4: [1, 2, 4], 8: [1, 2, 8]}
-    for block, mine in blocks.items():
+    assert {key: list(mine) for key, mine in blocks.items()} == {(4, ""): [1, 2, 4], (8, ""): [1, 2, 8]}
+    for (block, _), mine in blocks.items():
         best = readings.best(block, mine)
         assert found.value(best.cell, "speedup") == max(found.value(cell, "speedup") or 0 for cell in mine.values())
         assert best.low is not None and best.high is not None
         assert best.low <= best.proposals <= best.high
         assert f"Blocks of {block} are fastest with {best.proposals} proposal" in said(found)
+
+
+MIXED = {1: 0.9, 2: 0.3, 4: 0.6}  # the time of one token over that of the lossless engine with as many proposals
+
+
+def mixing(folder: Path) -> Results:
+    """Blocks of 4 as lossless engines, and as engines that mix logits and take `MIXED` of their time."""
+    write_run(folder, engines=("autoregressive", *(f"tidar 4 by {n}" for n in MIXED)), prompts=6, repeats=1)
+    manifest, (trials, _) = read_manifest(folder), read_trials(folder)
+    cells, extra = list(manifest.cells), []
+    for own in [cell for cell in manifest.cells if cell.engine == "diffusion"]:
+        options = {**own.options, "sampler": "logit_mix"}
+        cells.append(dataclasses.replace(own, id=f"{own.id}-mixed", label=f"{own.label} mixed", options=options))
+        pace = MIXED[int(own.label[-1])]
+        mine = [trial for trial in trials if trial.cell == own.id]
+        extra += [dataclasses.replace(_paced(trial, pace), cell=cells[-1].id) for trial in mine]
+    (folder / "run.json").write_text(dataclasses.replace(manifest, cells=tuple(cells)).to_json())
+    (folder / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in [*trials, *extra]))
+    return Results.of(metrics.load_run(folder))
+
+
+def test_the_best_number_of_proposals_is_told_for_engines_that_differ_in_nothing_else(tmp_path: Path) -> None:
+    found = mixing(tmp_path)
+    lossless, mixed = ([c for c in found.run.cells if c.record.options.get("sampler") == each] for each in SAMPLERS)
+    assert readings.by_block(found, found.run.cells) == {
+        (4, f"sampler {sampler}"): {readings.proposals_of(cell): cell for cell in cells}
+        for sampler, cells in zip(SAMPLERS, (lossless, mixed), strict=True)
+    }
+    told = said(found)
+    assert "Blocks of 4 with sampler lossless are fastest with 1 proposal (" in told
+    assert "Blocks of 4 with sampler logit_mix are fastest with 2 proposals (" in told
+    [plot] = [plot for plot in sweeps.PLOTS if plot.name == "proposals"]
+    drawn = figures.figure(plot, figures.LIGHT, found, found.run.cells)
+    assert_readable(drawn)
+    names = {line.get_label() for line in drawn.axes[0].lines}
+    assert {"block 4, sampler lossless", "block 4, sampler logit_mix"} <= names
+    assert plot.alt(found, found.run.cells).count("block 4, sampler") == 2
 
 
 def test_the_cache_takes_over_where_it_is_as_large_as_the_weights(tmp_path: Path) -> None:

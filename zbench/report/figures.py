@@ -19,7 +19,7 @@ import pandas as pd
 from zbench.metrics import PHASES, Cell, caveats, step_split
 from zbench.models.cost import expected_experts
 from zbench.report.findings import Results, clusters, interval, main_kind, quantity, title
-from zbench.report.readings import proposals_of
+from zbench.report.readings import families, proposals_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -920,12 +920,14 @@ def _tokens_per_forward_alt(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _grid(results: Results, cells: Sequence[Cell]) -> dict[tuple[int, int], Cell]:
-    """Cells of single-pass diffusion by (block size, proposals), where both vary; else none."""
+    """Cells of single-pass diffusion by (block size, proposals), where both vary and nothing else sets cells of one
+    block size apart; else none."""
     found: dict[tuple[int, int], Cell] = {}
-    for cell in cells:
-        proposals = proposals_of(cell)
-        if proposals is not None and _speed(results, cell) is not None:
-            found.setdefault((cell.record.options["block_size"], proposals), cell)
+    for (block, apart), mine in families(cells).items():
+        if apart:
+            return {}
+        known = [cell for cell in mine if _speed(results, cell) is not None]
+        found |= {(block, proposals_of(cell) or 0): cell for cell in known}
     varied = all(len({key[axis] for key in found}) > 1 for axis in (0, 1))
     return found if varied and len(found) > 3 else {}
 

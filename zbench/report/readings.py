@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -172,14 +173,31 @@ def proposals_of(cell: Cell) -> int | None:
     )
 
 
-def by_block(results: Results, cells: Sequence[Cell]) -> dict[int, dict[int, Cell]]:
-    """Block size -> proposals -> cell, of block sizes that were measured with three numbers of proposals or more."""
-    found: dict[int, dict[int, Cell]] = {}
+def families(cells: Sequence[Cell]) -> dict[tuple[int, str], list[Cell]]:
+    """Cells that propose blocks, by block size and by what else sets them apart from others of that size: "sampler
+    logit_mix"; "" where nothing does. Those of one family differ in their number of proposals only."""
+    sizes: dict[int, list[Cell]] = {}
     for cell in cells:
-        count = proposals_of(cell)
-        if count is not None and results.value(cell, "speedup") is not None:
-            found.setdefault(cell.record.options["block_size"], {}).setdefault(count, cell)
-    return {block: dict(sorted(mine.items())) for block, mine in sorted(found.items()) if len(mine) > 2}
+        if proposals_of(cell) is not None:
+            sizes.setdefault(cell.record.options["block_size"], []).append(cell)
+    found: dict[tuple[int, str], list[Cell]] = {}
+    for block, mine in sorted(sizes.items()):
+        options = [{key: json.dumps(value) for key, value in cell.record.options.items()} for cell in mine]
+        apart = [key for key in options[0] if key != "proposals" and len({each[key] for each in options}) > 1]
+        for cell, each in zip(mine, options, strict=True):
+            words = ", ".join(f"{key} {each[key]}".replace('"', "") for key in apart)
+            found.setdefault((block, words), []).append(cell)
+    return found
+
+
+def by_block(results: Results, cells: Sequence[Cell]) -> dict[tuple[int, str], dict[int, Cell]]:
+    """Family -> proposals -> cell, of families that were measured with three numbers of proposals or more."""
+    found: dict[tuple[int, str], dict[int, Cell]] = {}
+    for family, mine in families(cells).items():
+        counts = {proposals_of(cell) or 0: cell for cell in mine if results.value(cell, "speedup") is not None}
+        if len(counts) > 2:
+            found[family] = dict(sorted(counts.items()))
+    return found
 
 
 def best(block: int, mine: Mapping[int, Cell]) -> Best:
@@ -207,7 +225,7 @@ def _log_speedups(cell: Cell) -> dict[int, float]:
 
 def best_sentences(results: Results, point: Point) -> list[str]:
     said = []
-    for block, mine in by_block(results, point.cells).items():
+    for (block, apart), mine in by_block(results, point.cells).items():
         found = best(block, mine)
         row = results.row(found.cell, "speedup")
         if found.low is None or found.high is None:
@@ -221,8 +239,9 @@ def best_sentences(results: Results, point: Point) -> list[str]:
         pays = f", {gained:.2f} tokens per forward where {needed:.2f} break even" if needed and gained else ""
         synthetic = f"; {', '.join(caveats(found.cell.record))}" if caveats(found.cell.record) else ""
         count = f"{found.proposals} proposal{'s' if found.proposals != 1 else ''}"
+        family = f"Blocks of {block}" + (f" with {apart}" if apart else "")
         said.append(
-            f"Blocks of {block} are fastest with {count} ({around}): {quantity(float(row.value or 0), 'ratio')} as fast"
+            f"{family} are fastest with {count} ({around}): {quantity(float(row.value or 0), 'ratio')} as fast"
             f" as the baseline{pays}{synthetic}."
         )
     return said

@@ -11,7 +11,7 @@ from zbench.report import figures
 from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
 from zbench.report.findings import Results, interval, main_kind, quantity
 from zbench.report.html import Line, Notes, Table, shown
-from zbench.report.readings import proposals_of
+from zbench.report.readings import families
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,13 +105,13 @@ def _sentences(results: Results, group: Group) -> list[str]:
 
 def best_blocks(results: Results, cells: Sequence[Cell]) -> list[str]:
     """For each number of devices, the number of proposed blocks that decodes fastest among those that were run."""
-    found: dict[tuple[int, int, int], list[Cell]] = {}
-    for cell in cells:
-        if proposals_of(cell) is not None and results.value(cell, "decode_tps") is not None:
-            key = (cell.record.options["block_size"], cell.record.tensor, cell.record.replicas)
-            found.setdefault(key, []).append(cell)
+    found: dict[tuple[int, str, int, int], list[Cell]] = {}
+    for (block, others), mine in families(cells).items():
+        for cell in mine:
+            if results.value(cell, "decode_tps") is not None:
+                found.setdefault((block, others, cell.record.tensor, cell.record.replicas), []).append(cell)
     said = []
-    for (block, tensor, replicas), mine in sorted(found.items()):
+    for (block, others, tensor, replicas), mine in sorted(found.items()):
         if len({str(cell.record.options["proposals"]) for cell in mine}) < 2:
             continue
         ranked = sorted(mine, key=lambda cell: -(results.value(cell, "decode_tps") or 0))
@@ -123,7 +123,8 @@ def best_blocks(results: Results, cells: Sequence[Cell]) -> list[str]:
         what = "all outcomes" if proposals == "all" else f"{proposals} block{'' if proposals == 1 else 's'}"
         speed = quantity(float(first.value or 0), first.unit)
         around = f" ({interval(first)})" if interval(first) else ""
-        said.append(f"Blocks of {block} on {where}: proposing {what} is fastest{near}, {speed}{around}.")
+        family = f"Blocks of {block}" + (f" with {others}" if others else "")
+        said.append(f"{family} on {where}: proposing {what} is fastest{near}, {speed}{around}.")
     return said
 
 

@@ -226,7 +226,8 @@ def _proposals(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]
     from matplotlib.ticker import MaxNLocator
 
     bounds, words = set(), dict[str, None]()
-    for index, (block, mine) in enumerate(by_block(results, cells).items()):
+    swept = by_block(results, cells)
+    for index, ((block, apart), mine) in enumerate(swept.items()):
         colour = theme.series[index % len(theme.series)]
         values = [results.row(cell, "speedup") for cell in mine.values()]
         axes.plot(
@@ -234,7 +235,7 @@ def _proposals(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]
             [1, *(float(row.value or np.nan) for row in values)],
             color=colour,
             lw=1.3,
-            label=f"block {block}",
+            label=shortened(_block_name(block, apart), 60),
         )
         for (count, cell), row in zip(mine.items(), values, strict=True):
             if row.low is not None and row.high is not None:
@@ -257,15 +258,19 @@ def _proposals(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(", ".join(words), fontsize=7, style="italic", color=theme.muted, loc="left")
-    blocks = len(by_block(results, cells))
-    legend_below(axes, min(3, blocks + _bound_legend(axes, theme, bounds)))
+    most = 2 if any(apart for _, apart in swept) else 3
+    legend_below(axes, min(most, len(swept) + _bound_legend(axes, theme, bounds)))
+
+
+def _block_name(block: int, apart: str) -> str:
+    return ", ".join(filter(None, (f"block {block}", apart)))
 
 
 def _proposals_alt(results: Results, cells: Sequence[Cell]) -> str:
     said = []
-    for block, mine in by_block(results, cells).items():
+    for (block, apart), mine in by_block(results, cells).items():
         speeds = ", ".join(f"{count}: {results.value(cell, 'speedup') or 0:.2f}×" for count, cell in mine.items())
-        said.append(f"block {block} by proposals {speeds}, best {best(block, mine).proposals}")
+        said.append(f"{_block_name(block, apart)} by proposals {speeds}, best {best(block, mine).proposals}")
     return "; ".join(said) + "."
 
 
