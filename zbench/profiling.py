@@ -31,6 +31,7 @@ from zbench.hardware import counters as hardware
 from zbench.hardware import roofs, specs
 from zbench.hardware.device import Device
 from zbench.kernels import cpu, registry
+from zbench.models.cost import attended
 from zbench.models.drafters import DFlashConfig, Eagle3Config
 from zbench.models.model import Model
 from zbench.records import ForwardRecord
@@ -276,15 +277,13 @@ def sections(call: cpu.Timed) -> list[Operator]:
         vocab, inputs = (call.config.draft_vocab, 2 * c.width) if eagle3 else (c.vocab, c.width)
         q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
         rows = m // len(call.contexts)
-        windows = c.windows or (None,) * c.layers
-        read = (
-            sum(min(n, w + rows - 1) if w else n for w in windows for n in call.contexts) / c.layers
-        )  # of a mean layer
+        each = call.pairs / len(call.contexts)
+        read, seen = (n / c.layers for n in attended(c.windows or (None,) * c.layers, rows, call.contexts, each))
         work = {
             "embed": (0.0, float(m * c.width * size)),
             "qkv": _projection(m, inputs, q + 2 * kv, size),
             "rotate and store": (0.0, float(2 * m * kv * size)),
-            "attention": (4.0 * q * (rows * read + call.pairs), float(2 * kv * size * read)),
+            "attention": (4.0 * q * seen, float(2 * kv * size * read)),  # of a mean layer
             "out": _projection(m, q, c.width, size),
             "gate_up": _projection(m, c.width, 2 * c.ffn, size),
             "down": _projection(m, c.ffn, c.width, size),

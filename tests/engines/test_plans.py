@@ -59,8 +59,20 @@ def shared() -> Shared:
     return Shared(loaded, torch.float32, device.resolve("cpu"))
 
 
+@pytest.mark.parametrize("setting", ["prompt_lookup", "diffusion", "diffusion, two outcomes", "dflash, few tokens"])
+def test_a_plan_costs_what_the_engine_records_within_a_sliding_window(setting: str) -> None:
+    shape = SHAPE | {"family": "mistral", "windows": [6] * 5}
+    loaded = loading.load({"config": shape, "weights": "random"}, "float32")
+    windowed = Shared(loaded, torch.float32, device.resolve("cpu"))
+    _assert_planned(setting, windowed, ModelConfig.from_fields(shape))
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_plan_costs_what_the_engine_records(setting: str, shared: Shared) -> None:
+    _assert_planned(setting, shared, TARGET)
+
+
+def _assert_planned(setting: str, shared: Shared, target: ModelConfig) -> None:
     engine = setting.partition(",")[0]
     chosen = options(engine, **SETTINGS[setting])
     meter = Meter(shared.device)
@@ -69,7 +81,7 @@ def test_a_plan_costs_what_the_engine_records(setting: str, shared: Shared) -> N
     create(engine, chosen, shared).generate([[5, 6, 7, 8]] * batch, request, meter)
     # The drafters' first step reads less: nothing was verified before it.
     recorded = [forward for forward in meter.records()[1] if forward.step == 2]
-    planned = plans.plan(engine, chosen, TARGET, batch).forwards
+    planned = plans.plan(engine, chosen, target, batch).forwards
     assert len(recorded) == len(planned)
     for found, forward in zip(recorded, planned, strict=True):
         cost = forward.cost([int(found.context)] * batch, 4)

@@ -303,7 +303,10 @@ class Meter:
         def cost() -> Cost:
             pairs = None if rows.causal else int(rows.visible.sum()) / len(rows.ids)
             seen = None if routed is None else routing(routed)
-            bare = model.cost(rows.ids.shape[1], contexts, wanted, pairs, seen)
+            places = None
+            if model.config.windows and not rows.causal:
+                places = (rows.positions.cpu() - torch.tensor(contexts)[:, None]).tolist()
+            bare = model.cost(rows.ids.shape[1], contexts, wanted, pairs, seen, places)
             if adapter is None or rows.masks is None:
                 return bare
             return adapter.added(bare, int((rows.masks >= 0).sum()))

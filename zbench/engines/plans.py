@@ -62,11 +62,15 @@ def plan(engine: str, options: Mapping[str, Any], target: AnyConfig, batch: int 
     return replace(found, notes=(*found.notes, _UNSEEN)) if options.get("lookup") else found
 
 
-def on_target(target: AnyConfig, role: Role, rows: int, pairs: int, logits: int) -> Forward:
-    """A forward of the target."""
+def on_target(
+    target: AnyConfig, role: Role, rows: int, pairs: int, logits: int, places: Sequence[int] | None = None
+) -> Forward:
+    """A forward of the target; `places` of the rows as in `cost.forward_cost`."""
 
     def cost(contexts: Sequence[int], itemsize: int, shard: Shard = WHOLE) -> Cost:
-        return forward_cost(target, rows, contexts, logits * len(contexts), itemsize, pairs, shard=shard)
+        each = None if places is None else [places] * len(contexts)
+        wanted = logits * len(contexts)
+        return forward_cost(target, rows, contexts, wanted, itemsize, pairs, shard=shard, places=each)
 
     return Forward(role, rows, pairs, logits, cost)
 
@@ -284,8 +288,9 @@ def diffusion_forward(
     """A whole block of drafts, and a block of block - shift masks for each of `outcomes`."""
     masks = block - shift
     pairs = causal_pairs(block) + sum(masks * (kept + masks) for kept in outcomes)
-    rows = block + masks * len(outcomes)
-    return on_target(target, "draft+verify", rows, pairs, rows if batch * rows <= ONE_HEAD_ROWS else block)
+    places = [*range(block), *(kept + mask for kept in outcomes for mask in range(masks))]
+    rows = len(places)
+    return on_target(target, "draft+verify", rows, pairs, rows if batch * rows <= ONE_HEAD_ROWS else block, places)
 
 
 def head(target: AnyConfig, rows: int) -> Forward:

@@ -9,8 +9,11 @@ sends to the others is counted apart.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from zbench.models.config import ModelConfig
 from zbench.models.shard import WHOLE, Shard, collective_bytes
@@ -63,6 +66,28 @@ def expected_experts(experts: int, rows: float) -> float:
     return experts * (1 - (1 - 1 / experts) ** rows)
 
 
+def attended(
+    windows: Sequence[int | None],
+    rows: int,
+    contexts: Sequence[int],
+    pairs: float,
+    places: Sequence[Sequence[int]] | None = None,
+) -> tuple[int, float]:
+    """(cached tokens that are read, pairs of a row and a token that it sees) of all layers, whose sliding windows these
+    are, and all sequences; see `forward_cost`.
+
+    In a window w the row at place o sees none of the first C + o + 1 - w tokens. What the rows read of the cache is
+    what the one at place 0 sees of it, w - 1 tokens.
+    """
+    behind = np.asarray(contexts)[:, None] + (np.arange(rows) if places is None else np.asarray(places)) + 1
+    tokens, seen = 0, 0.0
+    for window, layers in Counter(windows).items():
+        hidden = 0 if window is None else int(np.maximum(behind - window, 0).sum())
+        tokens += layers * sum(context if window is None else min(context, window - 1) for context in contexts)
+        seen += layers * (rows * sum(contexts) + len(contexts) * pairs - hidden)
+    return tokens, seen
+
+
 def forward_cost(
     config: ModelConfig | ZayaConfig,
     rows: int,
@@ -72,18 +97,21 @@ def forward_cost(
     pairs: float | None = None,
     routing: Routing | None = None,
     shard: Shard = WHOLE,
+    places: Sequence[Sequence[int]] | None = None,
 ) -> Cost:
     """Cost of a forward of `rows` rows for each of len(contexts) sequences with that many committed tokens.
 
     `wanted` rows over the whole batch ask for logits. `pairs` counts the (row, visible new row) pairs of one
     sequence, on average; None is the causal triangle rows (rows + 1) / 2. `routing` is what the routers of a mixture
-    of experts did; None predicts it: `expected_experts` under uniform routing, and no row that skips.
+    of experts did; None predicts it: `expected_experts` under uniform routing, and no row that skips. `places` say how
+    far behind the committed tokens each row of each sequence stands, which matters within a sliding window only; None
+    is one after another, and no more than what rows cost that stand nearer, as those of a tree do.
 
-    Per layer, with R = rows and C = context: qkv 2 R D (q + 2 kv) d, scores and values 4 q d (R C + pairs), output
-    2 R q d D, gated MLP 6 R D F; then the head 2 wanted D V. ZAYA's layers have further, with z = (q + kv) d channels,
-    W the router's width and E experts: convolutions 4 R z (1 + d), router 2 R (D W + 2 W² + W (E + 1)); the MLP
-    counts for the rows that an expert computes. With a `shard`, heads, F and V are those of that rank; each rank looks
-    up every row's embedding and ends with all logits.
+    Per layer, with R = rows and C = context: qkv 2 R D (q + 2 kv) d, scores and values 4 q d (R C + pairs), less what a
+    sliding window hides (`attended`), output 2 R q d D, gated MLP 6 R D F; then the head 2 wanted D V. ZAYA's layers
+    have further, with z = (q + kv) d channels, W the router's width and E experts: convolutions 4 R z (1 + d), router
+    2 R (D W + 2 W² + W (E + 1)); the MLP counts for the rows that an expert computes. With a `shard`, heads, F and V
+    are those of that rank; each rank looks up every row's embedding and ends with all logits.
     """
     if isinstance(config, ZayaConfig):
         return _zaya_cost(config, rows, contexts, wanted, itemsize, pairs, routing, shard)
@@ -92,11 +120,8 @@ def forward_cost(
     pairs = rows * (rows + 1) // 2 if pairs is None else pairs
     qkv_width, q_width = (c.heads + 2 * c.kv_heads) * c.head_dim, c.heads * c.head_dim
     projections = qkv_width * c.width + q_width * c.width + 3 * c.width * c.ffn
-    # A sliding-window layer reads no further back than its window.
-    windows = c.windows or (None,) * c.layers
-    tokens = sum(min(context, w + rows - 1) if w else context for w in windows for context in contexts)
-    attended = rows * tokens + c.layers * batch * pairs
-    flops = 2 * c.layers * total_rows * projections + 4 * q_width * attended + 2 * wanted * c.width * vocab
+    tokens, seen = attended(c.windows or (None,) * c.layers, rows, contexts, pairs, places)
+    flops = 2 * c.layers * total_rows * projections + 4 * q_width * seen + 2 * wanted * c.width * vocab
 
     small = 2 * c.width + (2 * c.head_dim if c.qk_norm else 0)
     small += (qkv_width if c.qkv_bias else 0) + (c.width if c.out_bias else 0)

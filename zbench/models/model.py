@@ -70,6 +70,7 @@ class Model(Protocol):
         wanted: int,
         pairs: float | None = None,
         routing: Routing | None = None,
+        places: Sequence[Sequence[int]] | None = None,
     ) -> Cost:
         """What a forward of `rows` rows per sequence after prefixes `contexts` costs; see `cost.forward_cost`."""
         ...

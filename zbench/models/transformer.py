@@ -225,9 +225,11 @@ class Transformer:
         wanted: int,
         pairs: float | None = None,
         routing: Routing | None = None,
+        places: Sequence[Sequence[int]] | None = None,
     ) -> Cost:
         """See `Model.cost`; a dense model has no routing."""
-        return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, shard=self.team.shard)
+        size, shard = self.dtype.itemsize, self.team.shard
+        return forward_cost(self.config, rows, contexts, wanted, size, pairs, shard=shard, places=places)
 
     @torch.inference_mode()
     def forward(

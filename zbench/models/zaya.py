@@ -326,8 +326,9 @@ class Zaya:
         wanted: int,
         pairs: float | None = None,
         routing: Routing | None = None,
+        places: Sequence[Sequence[int]] | None = None,
     ) -> Cost:
-        """See `Model.cost`."""
+        """See `Model.cost`; no layer has a sliding window."""
         return forward_cost(self.config, rows, contexts, wanted, self.dtype.itemsize, pairs, routing, self.team.shard)
 
     @property
