@@ -139,6 +139,39 @@ def test_attention_alone_leaves_memory_at_the_ridge_over_the_queries_of_a_key(
     assert point.predicted_attention_ridge_rows == pytest.approx(rows)
 
 
+@pytest.mark.parametrize(("tensor", "rows"), [(1, 1307.4 / 5.3 / 4), (2, 1307.4 / 5.3 / 4), (4, 1307.4 / 5.3 / 2)])
+def test_ranks_that_outnumber_key_heads_leave_memory_at_more_rows(tmp_path: Path, tensor: int, rows: float) -> None:
+    """8 query heads share 2 key heads: of four ranks each has a whole key head, and 2 queries for it."""
+    wanted = load(
+        tmp_path, f"parallel.tensor={tensor}", text=TEXT.replace("heads: 2, kv_heads: 1", "heads: 8, kv_heads: 2")
+    )
+    [point] = projection.project(wanted, on_paper("MI300X")).points
+    assert point.predicted_attention_ridge_rows == pytest.approx(rows)
+
+
+def test_replicas_decode_as_many_times_as_much(tmp_path: Path) -> None:
+    one, three = (
+        projection.project(load(tmp_path, f"parallel.data={n}", "matrix.batch=[4]"), on_paper("MI300X")) for n in (1, 3)
+    )
+    for alone, together in zip(one.points[0].engines, three.points[0].engines, strict=True):
+        assert together.predicted_step_seconds == alone.predicted_step_seconds
+        assert together.predicted_tokens_per_second == alone.predicted_tokens_per_second
+        if alone.predicted_throughput is not None:
+            assert together.predicted_throughput == pytest.approx(3 * alone.predicted_throughput)
+    assert one.points[0].engines[0].predicted_throughput
+
+
+def test_the_memory_of_a_cache_is_whole_though_its_layers_see_a_window(tmp_path: Path) -> None:
+    text = TEXT.replace("{family: llama,", "{family: mistral, windows: WINDOWS,").replace("context: 10", "context: 900")
+    sizes = [
+        projection.project(load(tmp_path, text=text.replace("WINDOWS", windows)), on_paper("MI300X"))
+        .points[0]
+        .memory_bytes
+        for windows in ("[8, 8, 8, 8]", "[null, null, null, null]")
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_zaya_in_the_limit_of_long_contexts_has_the_free_rows_of_its_attention() -> None:
     peaks = on_paper("MI300X")
     at = where(ZAYA, batch=256, context=20_000_000, peaks=peaks)

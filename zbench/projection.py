@@ -222,7 +222,7 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
     one = where.chain_seconds(1)
     steps = [_of_all_replicas(engine_step(cell, where, one), at.parallel.data) for cell in cells]
     ridge = _smallest(where.is_compute_bound)
-    group = target.heads / target.kv_heads
+    part = shard.of(target)
     return PointProjection(
         point=cells[0].point,
         model=at.model_name,
@@ -237,7 +237,7 @@ def _point(at: scenario.Scenario, cells: Sequence[CellRecord], target: AnyConfig
         predicted_free_token_slots=(_smallest(lambda rows: where.chain_seconds(rows) > SLACK * one) or _MOST_ROWS) - 1,
         predicted_ridge_rows=ridge,
         # A row does 4 q d FLOPs for each cached token, which has 2 kv d elements.
-        predicted_attention_ridge_rows=peaks.ridge(at.dtype) * ITEMSIZE[at.dtype] / (2 * group),
+        predicted_attention_ridge_rows=peaks.ridge(at.dtype) * ITEMSIZE[at.dtype] * part.kv_heads / (2 * part.heads),
         predicted_row_curve=tuple((rows, where.chain_seconds(rows) / one) for rows in _CURVE),
         engines=tuple(steps),
         blocks=tuple(
@@ -415,5 +415,6 @@ def longest_prompt(chosen: Sequence[prompts.Prompt]) -> int:
 def memory_bytes(config: AnyConfig, at: scenario.Scenario, context: int) -> float:
     """Weights of the target, and the cache of a batch at its fullest; on the fullest of several devices."""
     itemsize, shard = ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
+    config = replace(config, windows=None) if config.windows else config  # a window is read, and all tokens are kept
     full = forward_cost(config, 1, [context + at.output_tokens] * at.batch, at.batch, itemsize, shard=shard)
     return shard.parameters(config) * itemsize + full.kv_bytes
