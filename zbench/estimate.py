@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +25,8 @@ class Estimate:
     trials: int
     tokens: int  # output tokens over all trials, if none ends early
     memory_bytes: float | None  # weights and KV cache, of the fullest device
-    # Predicted floor: prefill and steps at the roofs of `device`, every draft accepted unless acceptance is synthetic.
+    # Predicted floor, if no output ends early: prefill and steps at the roofs of `device`, every draft accepted unless
+    # acceptance is synthetic.
     seconds: float | None
     device: str  # whose roofs, and where they are from
     device_bytes: int | None  # its memory
@@ -57,7 +60,9 @@ def estimate(wanted: scenario.Scenario, allow_pickle: bool = True) -> list[Estim
     found = []
     for at, cells in scenario.points(wanted):
         chosen = prompts.load(at.prompts)
-        trials = at.repeats * -(-len(chosen) // at.batch)
+        lengths = [at.context or _fewest_tokens(prompt) for prompt in chosen]
+        batches = Counter(tuple(lengths[i : i + at.batch]) for i in range(0, len(lengths), at.batch))
+        trials = at.repeats * batches.total()
         config = checks.model_config(at.model_spec)
         context = at.context or projection.longest_prompt(chosen)
         memory = None if config is None else projection.memory_bytes(config, at, context)
@@ -68,7 +73,8 @@ def estimate(wanted: scenario.Scenario, allow_pickle: bool = True) -> list[Estim
             seconds, unknown = None, checks.unseen(at) if config is None else on.unknown
             if config is not None and on.peaks is not None:
                 try:
-                    seconds = _trial_seconds(at, cell, config, context, on.peaks) * trials / at.parallel.data
+                    each = ((_trial_seconds(at, cell, config, batch, on.peaks), n) for batch, n in batches.items())
+                    seconds = sum(trial * n for trial, n in each) * at.repeats / at.parallel.data
                 except UserError as error:
                     unknown = str(error)
             tokens = at.repeats * len(chosen) * at.output_tokens
@@ -103,27 +109,40 @@ def basis(wanted: scenario.Scenario) -> Basis:
     return Basis(here, None, memory, f"the roofs of {device.name} were not measured; {command} measures them")
 
 
+def _fewest_tokens(prompt: prompts.Prompt) -> int:
+    """No tokenizer is loaded, and none makes one token of several words."""
+    return max(len(prompt.text.split()), 1)
+
+
 def _trial_seconds(
-    at: scenario.Scenario, cell: CellRecord, config: families.AnyConfig, context: int, given: peaks.Peaks
+    at: scenario.Scenario, cell: CellRecord, config: families.AnyConfig, lengths: Sequence[int], given: peaks.Peaks
 ) -> float:
-    """The least that a batch takes: its prefill, and as many steps as its output needs at the context in the middle.
+    """The least that a batch of prompts of these lengths takes: its prefill, padded to the longest, and as many steps
+    as its output needs.
 
     Raises UserError where that is not known."""
     given.check(at.dtype)
-    plan = plans.plan(cell.engine, cell.options, config, at.batch)
-    itemsize, shard = projection.ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor)
-    where = projection.Where(config, [context + at.output_tokens // 2] * at.batch, at.dtype, given, shard)
+    plan = plans.plan(cell.engine, cell.options, config, len(lengths))
+    itemsize, shard, longest = projection.ITEMSIZE[at.dtype], Shard(0, at.parallel.tensor), max(lengths)
     steps = [(plan, projection.tokens_per_step(cell, plan) or 1.0 + plan.drafts)]
     if found := plans.looked_up(cell.engine, cell.options, config):
         steps.append((found, 1.0 + found.drafts))
-    per_token = min(sum(map(where.seconds, step.forwards)) / gained for step, gained in steps)
-    prefill = 0.0
-    for start in range(0, context, plans.PREFILL_ROWS):
-        rows = min(plans.PREFILL_ROWS, context - start)
-        wanted = at.batch if start + rows == context else 0
-        cost = forward_cost(config, rows, [start] * at.batch, wanted, itemsize, shard=shard)
+
+    def per_token(step: plans.Plan, gained: float) -> float:
+        # At the mean context of all steps; a step's time bends upwards with context, so that this is no more than
+        # their mean. Where a sliding window bends it downwards, at the first one's.
+        grown = 0 if config.windows else max(int(at.output_tokens - 1 - gained), 0) // 2
+        where = projection.Where(config, [length + grown for length in lengths], at.dtype, given, shard)
+        return sum(map(where.seconds, step.forwards)) / gained
+
+    prefill, most = 0.0, longest if cell.engine == "reference" else plans.PREFILL_ROWS
+    for start in range(0, longest, most):
+        rows = min(most, longest - start)
+        wanted = len(lengths) if any(start < length <= start + rows for length in lengths) else 0
+        contexts = [min(start, length) for length in lengths]
+        cost = forward_cost(config, rows, contexts, wanted, itemsize, shard=shard)
         prefill += given.seconds(cost, at.dtype)
-    return prefill + (at.output_tokens - 1) * per_token
+    return prefill + (at.output_tokens - 1) * min(per_token(*step) for step in steps)
 
 
 def table(cells: list[Estimate]) -> str:
@@ -141,8 +160,9 @@ def table(cells: list[Estimate]) -> str:
     if known:
         some = "all cells" if len(known) == len(cells) else f"{len(known)} of {len(cells)} cells"
         lines.append(
-            f"predicted, {some}: at least {duration(sum(known))} (prefill and decode at these roofs; no overhead, no"
-            " warm-up, no checks; every draft accepted where acceptance is not synthetic)"
+            f"predicted, {some}: at least {duration(sum(known))} (prefill and decode at these roofs; a token for each"
+            " word of a prompt, outputs of full length; no overhead, no warm-up, no checks; every draft accepted where"
+            " acceptance is not synthetic)"
         )
     if too_large := [cell for cell in cells if cell.fits is False]:
         most = max(cell.memory_bytes or 0 for cell in too_large)
