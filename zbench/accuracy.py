@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_NUMBER = re.compile(r"(?:(?<![\d.])-)?\d[\d,]*(?:\.\d+)?")
+_WRITTEN = re.compile(r"(?:(?<![\d.])[-−])?\d+(?:[.,]\d+)*(?:[eE][-−+]?\d+)?")
+_BELIEVED = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 
 
 def correct(output: str, reference: str | None) -> bool | None:
@@ -16,5 +17,6 @@ def correct(output: str, reference: str | None) -> bool | None:
 
 
 def _number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    """The last number; None where there is none, or it may be read as another: its comma groups no three digits."""
+    found = [written.replace("−", "-") for written in _WRITTEN.findall(text)]
+    return float(found[-1].replace(",", "")) if found and _BELIEVED.fullmatch(found[-1]) else None
