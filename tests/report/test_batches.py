@@ -49,6 +49,17 @@ def test_what_sequences_decode_together_is_of_those_that_ran(tmp_path: Path) -> 
     assert speeds(none)[4] == pytest.approx(whole[4] / 4, rel=0.1)  # not four times what one did
 
 
+def test_what_sequences_decode_together_lasts_from_the_first_token_of_any_to_the_last_of_all(tmp_path: Path) -> None:
+    """As from a server, which answers them one after another: 2 s to 6 s and 3 s to 5 s are 4 s of decode."""
+    write_run(tmp_path, points=[{"batch": 2}], engines=["autoregressive"], prompts=1, repeats=1)
+    [trial], _ = read_trials(tmp_path)
+    one, other = trial.requests
+    requests = (replace(one, ttft_seconds=2.0, end_seconds=6.0), replace(other, ttft_seconds=3.0, end_seconds=5.0))
+    (tmp_path / "trials.jsonl").write_text(replace(trial, requests=requests).to_json() + "\n")
+    results = Results.of(metrics.load_run(tmp_path))
+    assert readings.together(results, results.run.cells[0]) == pytest.approx((one.tokens + other.tokens - 2) / 4)
+
+
 def test_a_batch_takes_as_many_prompts(tmp_path: Path) -> None:
     path = tmp_path / "few.yaml"
     path.write_text(

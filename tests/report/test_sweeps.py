@@ -86,7 +86,7 @@ def said(results: Results) -> str:
 
 
 def test_on_a_device_at_its_roofs_the_reading_gives_the_ridge_and_who_uses_its_rows(tmp_path: Path) -> None:
-    found = swept(tmp_path, max, engines=GRID)
+    found = swept(tmp_path, max, engines=("tidar 4 by 1", "tidar 8 by 8"))
     told = said(found)
     assert f"Decode is memory-bound up to {RIDGE:.0f} rows on this device (predicted" in told
     assert f"is at {RIDGE:.0f} rows" in told  # the knee: past it each row costs its arithmetic
@@ -99,10 +99,9 @@ def test_on_a_device_at_its_roofs_the_reading_gives_the_ridge_and_who_uses_its_r
         f"{memory[0]} to {memory[-1]} rows are memory-bound, {compute[0]} to {compute[-1]} rows are compute-bound"
         in told
     )
-    fastest = max((c for c in found.run.cells if c.record.label in GRID), key=lambda c: found.value(c, "speedup") or 0)
-    fed = readings.fed_rows(found, fastest)
-    assert fed is not None
-    assert any(f"{fastest.record.label} {verb} {fed:.1f}".removesuffix(".0") in told for verb in ("uses", "feeds"))
+    # A forward of B drafts and P blocks of B masks has B (1 + P) rows.
+    assert f"tidar 4 by 1 uses 8 of the {RIDGE:.0f} memory-bound rows." in told
+    assert f"tidar 8 by 8 feeds 72 rows, {72 - RIDGE:.0f} more than the {RIDGE:.0f} memory-bound rows." in told
 
 
 def test_overhead_is_said_to_be_overhead_and_its_points_are_left_out_of_the_error_of_predictions(
@@ -150,6 +149,16 @@ def test_what_collectives_bound_is_said_drawn_and_left_out_of_the_error_of_predi
         assert_readable(figures.figure(plot, figures.LIGHT, found, found.run.cells))
 
 
+@pytest.mark.parametrize(("share", "bound"), [(0.8, "communication"), (0.05, "overhead")])
+def test_a_step_beyond_its_roofs_is_bound_by_what_takes_most_of_the_rest(
+    tmp_path: Path, share: float, bound: str
+) -> None:
+    write_run(tmp_path, engines=("autoregressive",), points=({"batch": 1}, {"batch": 2}), prompts=2, repeats=1)
+    trials = [_paced(trial, 5.0) for trial in read_trials(tmp_path)[0]]
+    (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    assert {point.bound for point in readings.predictions(talking(tmp_path, share))} == {bound}
+
+
 def test_rows_that_memory_should_limit_and_collectives_do_are_not_said_to_be_memory_bound(tmp_path: Path) -> None:
     swept(tmp_path, lambda memory, compute: max(memory, compute) if compute < 4 * FLOPS / RATE else 3 * MEMORY)
     told = said(talking(tmp_path, 0.6))
@@ -182,6 +191,30 @@ def test_forwards_of_unknown_bound_are_drawn_as_such(tmp_path: Path) -> None:
         if plot.name == "row-roofline":
             assert "not classified" in alt
             assert "not classified" in [text.get_text() for text in drawn.findobj(Text)]
+
+
+@pytest.mark.parametrize(("rows", "bound"), [(4, "memory"), (64, "compute")])
+def test_a_step_within_its_roofs_is_bound_by_them_though_its_main_forward_is_not(
+    tmp_path: Path, rows: int, bound: str
+) -> None:
+    """A drafter at its roof makes up for a target at 2.2 times its own."""
+    write_run(tmp_path, engines=("autoregressive", "chain drafter"), points=({}, {"batch": 2}), prompts=2, repeats=1)
+    floor = max(WEIGHTS / READ, rows * FLOPS / RATE)
+    trials = []
+    for trial in read_trials(tmp_path)[0]:
+        forwards = []
+        for step in range(len(trial.steps)):
+            target = dataclasses.replace(forward(step, rows, 2.2 * floor, 0), role="verify" if step else "prefill")
+            drafts = dataclasses.replace(target, model="drafter", role="draft", seconds=floor)
+            forwards += [target, drafts] if trial.cell.startswith("chain") else [target]
+        steps = [dataclasses.replace(step, seconds=3.2 * floor) for step in trial.steps]
+        trials.append(dataclasses.replace(trial, forwards=tuple(forwards), steps=tuple(steps)))
+    (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    found = Results.of(metrics.load_run(tmp_path))
+    [drafting, *_] = [cell for cell in found.run.cells if cell.record.label == "chain drafter"]
+    assert found.row(drafting, "bound", f"verify, {rows} rows").value == "overhead"
+    assert {p.bound for p in readings.predictions(found) if "chain drafter" in p.name} == {bound}
+    assert {p.bound for p in readings.predictions(found) if "autoregressive" in p.name} == {"overhead"}
 
 
 def test_predictions_at_the_share_of_the_roof_that_others_reach_leave_out_the_own_time(tmp_path: Path) -> None:
