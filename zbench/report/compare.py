@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from zbench.importers import definition
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, caveats, definitions_hash
 from zbench.records import CellRecord
 from zbench.report import figures, html
-from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
+from zbench.report.figures import MARKERS, Drawn, Theme
 from zbench.report.findings import point_label, quantity, warnings
 from zbench.report.html import Entry, Line, Notes, Table, shown
 from zbench.report.scaling import best_blocks
@@ -374,10 +374,11 @@ def _speeds(comparison: Comparison, label: str, records: Sequence[CellRecord]) -
         )
         for record in records
     )
-    return _drawn(
+    return figures.drawn(
         "speeds", label, "Decode speed of every engine on every run",
         "Tokens per second of one sequence; line: 95% interval. An engine without a mark has no result in that run.",
         f"{said}.", figures.row_height(len(records), legend_lines=count), paint,
+        added=f" at {label}" if label else "",
     )  # fmt: skip
 
 
@@ -400,21 +401,12 @@ def _pareto(comparison: Comparison) -> Drawn | None:
         f"{side.name}: " + ", ".join(f"{label} at {x:.3g} and {y:.3g}" for x, y, label in frontier(dots))
         for _, side, dots in sides
     )
-    return _drawn(
+    return figures.drawn(
         "pareto", "", "Speed of one user against use of the device",
         "One mark for each engine at each point. Filled and joined: those that no other of the same run beats in both. "
         "A user sees decode only; per device, prefill counts too.",
         f"{said}.", 3.2 + 0.2 * len(sides), paint,
     )  # fmt: skip
-
-
-def _drawn(
-    name: str, label: str, title: str, caption: str, alt: str, height: float, paint: Callable[[Axes, Theme], None]
-) -> Drawn:
-    svg, png = figures.saved({theme.name: figures.painted(theme, height, paint) for theme in (LIGHT, DARK)})
-    where = f" at {label}" if label else ""
-    heading = f"{title}{where}"
-    return Drawn(figures.file_name(name, label), heading, caption, f"{heading}: {alt}", "results", svg, png)
 
 
 # --- Page ---

@@ -134,11 +134,29 @@ def file_name(name: str, label: str) -> str:
     return f"{name}-{slug}" if slug else name
 
 
-def _drawn(plot: Plot, results: Results, cells: Sequence[Cell], label: str) -> Drawn:
-    svg, png = saved({theme.name: figure(plot, theme, results, cells) for theme in (LIGHT, DARK)})
+def drawn(
+    name: str,
+    label: str,
+    title: str,
+    caption: str,
+    alt: str,
+    height: float,
+    paint: Callable[[Axes, Theme], None],
+    *,
+    added: str = "",
+    section: str = "results",
+) -> Drawn:
+    """A figure of the point `label`, in both themes. `added` stands behind the title above it."""
+    svg, png = saved({theme.name: painted(theme, height, paint) for theme in (LIGHT, DARK)})
     where = f" at {label}" if label else ""
-    alt = f"{plot.title}{where}: {plot.alt(results, cells)}"
-    return Drawn(file_name(plot.name, label), plot.title, plot.caption, alt, plot.section, svg, png)
+    return Drawn(file_name(name, label), f"{title}{added}", caption, f"{title}{where}: {alt}", section, svg, png)
+
+
+def _drawn(plot: Plot, results: Results, cells: Sequence[Cell], label: str) -> Drawn:
+    return drawn(
+        plot.name, label, plot.title, plot.caption, plot.alt(results, cells), plot.height(results, cells),
+        lambda axes, theme: plot.draw(axes, theme, results, cells), section=plot.section,
+    )  # fmt: skip
 
 
 def _saved(drawn: Figure, kind: str, **options: Any) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import yaml
 from zbench.errors import UserError
 from zbench.records import PROJECTION, PROJECTION_VERSION, read_versioned
 from zbench.report import figures
-from zbench.report.figures import DARK, HATCHES, LIGHT, MARKERS, Drawn, Theme
+from zbench.report.figures import HATCHES, MARKERS, Drawn, Theme
 from zbench.report.findings import quantity
 from zbench.report.html import Entry, Line, Notes, Table, image, templates
 
@@ -292,16 +292,6 @@ def _hardware(hardware: Data) -> list[tuple[str, list[tuple[str, str]]]]:
 # --- Figures ---
 
 
-def _drawn(
-    name: str, label: str, title: str, caption: str, alt: str, height: float, paint: Callable[[Axes, Theme], None]
-) -> Drawn:
-    svg, png = figures.saved({theme.name: figures.painted(theme, height, paint) for theme in (LIGHT, DARK)})
-    where = f" at {label}" if label else ""
-    return Drawn(
-        figures.file_name(name, label), f"{title} (predicted)", caption, f"{title}{where}: {alt}", "results", svg, png
-    )
-
-
 def _figures(projection: Data, point: Data) -> list[Drawn]:
     found = [_row_curve(point)]
     if any(step["predicted_step_seconds"] is not None for step in point["engines"]):
@@ -322,10 +312,11 @@ def _row_curve(point: Data) -> Drawn:
         _plain_y(axes)
 
     said = f"{free} rows are free" + (f", arithmetic is the slower one from {ridge} rows on." if ridge else ".")
-    return _drawn(
+    return figures.drawn(
         "rows", _label(point), "What more rows cost",
         "One forward of the target with logits for every row, over one of a single row. Dashed: 1.1 times, up to where "
         "rows count as free.", said, 2.6, paint,
+        added=" (predicted)",
     )  # fmt: skip
 
 
@@ -355,11 +346,12 @@ def _steps(point: Data) -> Drawn:
         figures.legend_below(axes, len(roles) + bool(gains))
 
     alt = "; ".join(f"{step['label']} {words(step)}" for step in steps) + "."
-    return _drawn(
+    return figures.drawn(
         "steps", _label(point), "What a step costs and gains",
         "Bar: time of a step in autoregressive steps, which is its break-even acceptance. Mark: tokens per step under "
         "the synthetic acceptance given. It pays where the mark is right of the bar.",
         alt, figures.row_height(len(steps), legend_lines=-(-(len(roles) + 1) // 4)), paint,
+        added=" (predicted)",
     )  # fmt: skip
 
 
@@ -381,10 +373,11 @@ def _block_curve(point: Data, blocks: Data) -> Drawn:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figures.legend_below(axes, 2)
 
-    return _drawn(
+    return figures.drawn(
         "blocks", ", ".join(filter(None, [blocks["label"], _label(point)])), "How many blocks to propose",
         "Time of a step over an autoregressive one, and what it decodes over autoregressive decoding, for every number "
         "of proposed blocks. Dashed: 1.1 times.", " ".join(_block_sentences(blocks)), 3.2, paint,
+        added=" (predicted)",
     )  # fmt: skip
 
 
@@ -413,10 +406,11 @@ def _overview(projection: Data) -> Drawn | None:
         figures.legend_below(axes, min(2, len(labels)))
 
     said = "; ".join(f"{_label(points[row])}: {labels[engine]} {speedup:.2f}×" for row, engine, speedup in found)
-    return _drawn(
+    return figures.drawn(
         "overview", "", "What it would gain at every point",
         "Tokens/s over autoregressive decoding, under the synthetic acceptance given. Left of the dashed line: a loss.",
         f"{said}.", figures.row_height(len(points), legend_lines=-(-len(labels) // 2)), paint,
+        added=" (predicted)",
     )  # fmt: skip
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zbench.metrics import Cell, caveats
 from zbench.report import figures
-from zbench.report.figures import DARK, LIGHT, MARKERS, Drawn, Theme
+from zbench.report.figures import MARKERS, Drawn, Theme
 from zbench.report.findings import Results, interval, main_kind, quantity
 from zbench.report.html import Line, Notes, Table, shown
 from zbench.report.readings import families
@@ -179,7 +179,7 @@ def _curve(results: Results, group: Group, metric: str, part: str, title: str, c
         f"{engine} " + ", ".join(f"{value:.3g} on {devices}" for devices, value, *_ in dots)
         for engine, dots in lines.items()
     )
-    return _drawn(metric, group.label, title, caption, f"{said}.", 2.6 + 0.2 * -(-len(lines) // 2), paint)
+    return figures.drawn(metric, group.label, title, caption, f"{said}.", 2.6 + 0.2 * -(-len(lines) // 2), paint)
 
 
 def _roofline(results: Results, group: Group) -> Drawn | None:
@@ -229,18 +229,10 @@ def _roofline(results: Results, group: Group) -> Drawn | None:
         + ", ".join(f"{x:.3g} FLOP per byte and {quantity(y, 'FLOP/s')} on {n}" for n, x, y in sorted(dots))
         for engine, dots in lines.items()
     )
-    return _drawn(
+    return figures.drawn(
         "device_roofline", group.label, "One device’s share under its roofs",
         "The forward that takes most of decode, as rank 0 runs its part of it; numbers: devices that hold the model. "
         "More devices read fewer weights each and take the same rows: dots move little to the side, and down where "
         "communication and overhead take over.",
         f"{said}.", 3.3 + 0.2 * -(-len(lines) // 2), paint,
     )  # fmt: skip
-
-
-def _drawn(
-    name: str, label: str, title: str, caption: str, alt: str, height: float, paint: Callable[[Axes, Theme], None]
-) -> Drawn:
-    svg, png = figures.saved({theme.name: figures.painted(theme, height, paint) for theme in (LIGHT, DARK)})
-    where = f" at {label}" if label else ""
-    return Drawn(figures.file_name(name, label), title, caption, f"{title}{where}: {alt}", "results", svg, png)
