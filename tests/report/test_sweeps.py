@@ -255,13 +255,13 @@ def test_the_best_number_of_proposals_is_that_of_the_highest_speed_with_its_inte
 MIXED = {1: 0.9, 2: 0.3, 4: 0.6}  # the time of one token over that of the lossless engine with as many proposals
 
 
-def mixing(folder: Path) -> Results:
-    """Blocks of 4 as lossless engines, and as engines that mix logits and take `MIXED` of their time."""
+def mixing(folder: Path, **changes: Any) -> Results:
+    """Blocks of 4 as lossless engines, and as engines with other options that take `MIXED` of their time."""
     write_run(folder, engines=("autoregressive", *(f"tidar 4 by {n}" for n in MIXED)), prompts=6, repeats=1)
     manifest, (trials, _) = read_manifest(folder), read_trials(folder)
     cells, extra = list(manifest.cells), []
     for own in [cell for cell in manifest.cells if cell.engine == "diffusion"]:
-        options = {**own.options, "sampler": "logit_mix"}
+        options = {**own.options, **changes}
         cells.append(dataclasses.replace(own, id=f"{own.id}-mixed", label=f"{own.label} mixed", options=options))
         pace = MIXED[int(own.label[-1])]
         mine = [trial for trial in trials if trial.cell == own.id]
@@ -272,7 +272,7 @@ def mixing(folder: Path) -> Results:
 
 
 def test_the_best_number_of_proposals_is_told_for_engines_that_differ_in_nothing_else(tmp_path: Path) -> None:
-    found = mixing(tmp_path)
+    found = mixing(tmp_path, sampler="logit_mix")
     lossless, mixed = ([c for c in found.run.cells if c.record.options.get("sampler") == each] for each in SAMPLERS)
     assert readings.by_block(found, found.run.cells) == {
         (4, f"sampler {sampler}"): {readings.proposals_of(cell): cell for cell in cells}
@@ -287,6 +287,11 @@ def test_the_best_number_of_proposals_is_told_for_engines_that_differ_in_nothing
     names = {line.get_label() for line in drawn.axes[0].lines}
     assert {"block 4, sampler lossless", "block 4, sampler logit_mix"} <= names
     assert plot.alt(found, found.run.cells).count("block 4, sampler") == 2
+
+
+def test_an_execution_that_only_some_cells_name_sets_them_apart(tmp_path: Path) -> None:
+    found = mixing(tmp_path, execution="graph")
+    assert list(readings.by_block(found, found.run.cells)) == [(4, "execution auto"), (4, "execution graph")]
 
 
 def test_the_cache_takes_over_where_it_is_as_large_as_the_weights(tmp_path: Path) -> None:

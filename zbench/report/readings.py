@@ -183,9 +183,10 @@ def families(cells: Sequence[Cell]) -> dict[tuple[int, str], list[Cell]]:
     found: dict[tuple[int, str], list[Cell]] = {}
     for block, mine in sorted(sizes.items()):
         options = [{key: json.dumps(value) for key, value in cell.record.options.items()} for cell in mine]
-        apart = [key for key in options[0] if key != "proposals" and len({each[key] for each in options}) > 1]
+        keys = dict.fromkeys(key for each in options for key in each if key != "proposals")
+        apart = [key for key in keys if len({each.get(key) for each in options}) > 1]  # a usual execution is left out
         for cell, each in zip(mine, options, strict=True):
-            words = ", ".join(f"{key} {each[key]}".replace('"', "") for key in apart)
+            words = ", ".join(f"{key} {each.get(key, 'auto')}".replace('"', "") for key in apart)
             found.setdefault((block, words), []).append(cell)
     return found
 
