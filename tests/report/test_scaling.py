@@ -121,7 +121,7 @@ def test_the_best_number_of_blocks_is_told_for_each_size(results: Results) -> No
 
 
 def test_the_best_number_of_blocks_is_told_for_engines_that_differ_in_nothing_else(tmp_path: Path) -> None:
-    found = mixing(tmp_path)
+    found = mixing(tmp_path, sampler="logit_mix")
     said = best_blocks(found, found.run.cells)
     assert len(said) == 2
     assert said[0].startswith("Blocks of 4 with sampler logit_mix on 1 device: proposing 2 blocks is fastest")
