@@ -208,7 +208,7 @@ def test_a_test_without_what_it_needs_is_one_line(tmp_path: Path, lacking: str) 
 def test_code_is_run_only_where_the_scenario_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.test_run import QUIET, wanted
     from zbench.metrics import load_run
-    from zbench.report.findings import Results
+    from zbench.results import Results
 
     monkeypatch.setattr("zbench.hardware.roofs.load_or_measure", lambda *_, **__: None)
     # Whatever a random model writes is a comment up to its first line end, or else no code.
@@ -240,7 +240,7 @@ def test_pass_at_1_takes_the_first_repeat_with_wilsons_interval(tmp_path: Path) 
     from tests.report.synthetic import write_run
     from zbench.metrics import load_run
     from zbench.report import render
-    from zbench.report.findings import Results
+    from zbench.results import Results
 
     folder = write_run(tmp_path / "run", engines=("autoregressive",), prompts=8, repeats=2, tokens=8)
     trials = [TrialRecord.from_json(line) for line in (folder / "trials.jsonl").read_text().splitlines()]

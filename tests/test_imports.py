@@ -55,6 +55,8 @@ LAYERS = {
     "records": {"errors"},
     "stats": set(),
     "metrics": {"errors", "hardware", "records", "serving_metrics", "stats", "telemetry"},
+    "results": {"metrics", "records"},
+    "compare": {"errors", "gate", "imported", "importers", "metrics", "records", "results", "stats"},
 }
 
 

@@ -17,6 +17,7 @@ from zbench.errors import UserError
 from zbench.hardware import environment, roofs
 from zbench.metrics import load_run
 from zbench.report import findings, render
+from zbench.results import Results
 
 SHAPE = "{family: llama, layers: 2, width: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 300, max_positions: 256}"
 SCENARIO = f"""
@@ -131,7 +132,7 @@ def test_a_peer_that_decodes_one_sequence_at_a_time_is_left_out_of_larger_batche
     found = {r.cell for r in run.read_trials(outcome.folder)[0]}
     assert "reference-assisted-prompt_lookup/batch=1" in found
     assert "reference-assisted-prompt_lookup/batch=2" not in found
-    assert f"was not measured: {why}." in " ".join(findings.warnings(findings.Results.of(load_run(outcome.folder))))
+    assert f"was not measured: {why}." in " ".join(findings.warnings(Results.of(load_run(outcome.folder))))
     with pytest.raises(UserError, match=why):
         run.prepare(wanted(tmp_path, "engines=[{name: reference, assisted: prompt_lookup}]", "batch=2"), lambda _: None)
 
@@ -145,7 +146,7 @@ def test_what_is_not_installed_is_a_row_that_says_so_and_no_failure(
     assert (outcome.planned, outcome.finished, outcome.failed, outcome.stopped) == (3, 3, 0, None)
     why = "vllm is not installed: pip install vllm"
     assert why in estimate.table(estimate.estimate(asked))
-    assert f"theirs was not measured: {why}." in findings.warnings(findings.Results.of(load_run(outcome.folder)))
+    assert f"theirs was not measured: {why}." in findings.warnings(Results.of(load_run(outcome.folder)))
     html = render(outcome.folder).read_text()
     for heading in ("Results</h2>", "Against peers</h3>"):
         table = html.partition(heading)[2].partition("</table>")[0]
@@ -383,7 +384,7 @@ def test_a_roof_that_cannot_be_sampled_is_said_and_costs_no_trial(tmp_path: Path
     assert outcome.finished == 6
     found = load_run(outcome.folder)
     assert {sample.unavailable for sample in found.roof_samples} == {"the roof does not say how it was read"}
-    said = findings.warnings(findings.Results.of(found))
+    said = findings.warnings(Results.of(found))
     assert any("could not be measured beside the run (the roof does not say" in sentence for sentence in said)
 
 

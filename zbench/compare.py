@@ -23,7 +23,7 @@ from zbench.imported import load as load_imported
 from zbench.importers import definition
 from zbench.metrics import METRICS, Cell, Run, load_run
 from zbench.records import MANIFEST, SCHEMA_VERSION, CellRecord, schema_version
-from zbench.report.findings import Results, main_kind, point_label
+from zbench.results import Results, main_kind, point_label
 from zbench.stats import Estimate, unavailable
 
 # What must agree for two cells to be the same thing measured twice, beside their names and the model's weights.

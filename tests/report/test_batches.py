@@ -13,7 +13,8 @@ from zbench.checks import check
 from zbench.errors import UserError
 from zbench.records import read_trials
 from zbench.report import readings, render
-from zbench.report.findings import Results, warnings
+from zbench.report.findings import warnings
+from zbench.results import Results
 
 
 def cut(folder: Path, batch: int, sizes: list[int]) -> Results:

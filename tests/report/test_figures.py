@@ -11,7 +11,7 @@ from matplotlib.text import Annotation, Text
 from tests.report.synthetic import DIFFUSION, ENGINES, GRID, RATE, READ, ROOFS, SPECS, SPECULATIVE, write_run
 from zbench import metrics
 from zbench.report import figures
-from zbench.report.findings import Results
+from zbench.results import Results
 
 CONFIDENT = ("autoregressive", "eagle3 chain of up to 6", "dflash block of 8", "tidar 4 by 2")
 RUNS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,8 @@ from tests.test_metrics import CHAIN, cell, trial, verifying, write
 from zbench import metrics
 from zbench.records import LosslessCheck, read_trials
 from zbench.report import findings
-from zbench.report.findings import Results, answers, quantity, speculation, title, warnings
+from zbench.report.findings import answers, quantity, speculation, title, warnings
+from zbench.results import Results
 
 
 @pytest.fixture

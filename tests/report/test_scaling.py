@@ -13,8 +13,8 @@ from tests.test_compare import _paced
 from zbench.metrics import Cell, load_run
 from zbench.records import TrialRecord, read_manifest, read_trials
 from zbench.report import render
-from zbench.report.findings import Results
 from zbench.report.scaling import best_blocks, sections
+from zbench.results import Results
 
 ENGINES = ("autoregressive", "tidar 4 by 1", "tidar 4 by 2")
 PACE = 0.625  # of two devices: 1 / (2 x 0.625) = 80% efficient

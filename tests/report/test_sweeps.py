@@ -20,7 +20,7 @@ from zbench import metrics, projection, run, scenario
 from zbench.hardware.peaks import Peaks
 from zbench.records import CellRecord, ForwardRecord, StepRecord, read_manifest, read_trials
 from zbench.report import figures, html, readings, render, sweeps
-from zbench.report.findings import Results
+from zbench.results import Results
 
 WEIGHTS, KV, FLOPS = 250e6, 50e3, 250e6  # bytes; bytes per cached token; FLOPs per row
 SAMPLERS = ("lossless", "logit_mix")

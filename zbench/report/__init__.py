@@ -32,7 +32,7 @@ def render(run_folder: Path) -> Path:
     from zbench.cache import atomic_write
     from zbench.metrics import load_run
     from zbench.report import export, figures, html, peers, scaling, sweeps, telemetry
-    from zbench.report.findings import Results
+    from zbench.results import Results
 
     results = Results.of(load_run(Path(run_folder)))
     overviews = figures.draw(results, results.run.cells, "", (figures.OVERVIEW, *sweeps.OVERVIEWS))

@@ -20,9 +20,10 @@ from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, caveats, definiti
 from zbench.records import CellRecord
 from zbench.report import figures, html
 from zbench.report.figures import MARKERS, Drawn, Theme
-from zbench.report.findings import point_label, quantity, warnings
+from zbench.report.findings import quantity, warnings
 from zbench.report.html import Entry, Line, Notes, Table, shown
 from zbench.report.scaling import best_blocks
+from zbench.results import point_label
 from zbench.stats import Estimate
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import pandas as pd
 
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, definitions_hash
-from zbench.report.findings import Results, warnings
+from zbench.report.findings import warnings
 from zbench.report.readings import answers
+from zbench.results import Results
 
 SCHEMA_VERSION = 1
 

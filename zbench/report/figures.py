@@ -18,8 +18,9 @@ import pandas as pd
 
 from zbench.metrics import PHASES, Cell, caveats, step_split
 from zbench.models.cost import expected_experts
-from zbench.report.findings import Results, clusters, interval, main_kind, quantity, title
+from zbench.report.findings import clusters, interval, quantity, title
 from zbench.report.readings import families, proposals_of
+from zbench.results import Results, main_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,8 @@ from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, Run, c
 from zbench.records import PEERS
 from zbench.report import readings, telemetry
 from zbench.report.figures import Drawn
-from zbench.report.findings import Point, Results, interval, main_kind, quantity, speculation, warnings
+from zbench.report.findings import interval, quantity, speculation, warnings
+from zbench.results import Point, Results, main_kind
 
 if TYPE_CHECKING:
     from zbench.report.scaling import Scaling

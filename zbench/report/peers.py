@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from zbench.report.findings import Results
 from zbench.report.html import Entry, Line, Table, facts, peers_table
+from zbench.results import Results
 
 
 def to_markdown(results: Results) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 from zbench import stats
 from zbench.metrics import OVERHEAD, Cell, caveats
 from zbench.report import findings
-from zbench.report.findings import Point, Results, clusters, interval, main_kind, quantity, title
+from zbench.report.findings import clusters, interval, quantity, title
+from zbench.results import Point, Results, main_kind
 
 ROOFS = ("memory", "compute")  # what bounds a forward that keeps to its roofs; else it is overhead or communication
 ENOUGH = 5  # points, below which an error of predictions is not summarised

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from zbench.metrics import Cell, caveats
 from zbench.report import figures
 from zbench.report.figures import MARKERS, Drawn, Theme
-from zbench.report.findings import Results, interval, main_kind, quantity
+from zbench.report.findings import interval, quantity
 from zbench.report.html import Line, Notes, Table, shown
 from zbench.report.readings import families
+from zbench.results import Results, main_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

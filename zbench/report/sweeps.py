@@ -13,7 +13,7 @@ import numpy as np
 from zbench.hardware.peaks import SLACK
 from zbench.metrics import Cell, caveats, row_floors, row_medians
 from zbench.report.figures import MARKERS, Plot, Theme, legend_below, name_log_ticks, shortened
-from zbench.report.findings import Results, point_label, quantity
+from zbench.report.findings import quantity
 from zbench.report.readings import (
     Traffic,
     best,
@@ -26,6 +26,7 @@ from zbench.report.readings import (
     traffic,
     varied,
 )
+from zbench.results import Results, point_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -217,7 +218,7 @@ def _row_curves_alt(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _main_bound(results: Results, cell: Cell) -> str:
-    from zbench.report.findings import main_kind
+    from zbench.results import main_kind
 
     return str(results.row(cell, "bound", main_kind(cell)).value or "")
 

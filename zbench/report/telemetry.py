@@ -10,7 +10,8 @@ import numpy as np
 from zbench import telemetry
 from zbench.metrics import Cell
 from zbench.report.figures import Plot, Theme, _legend_lines, _legend_name, _legend_of_engines, _series
-from zbench.report.findings import Results, listed, name, quantity
+from zbench.report.findings import listed, name, quantity
+from zbench.results import Results
 from zbench.telemetry import Segment
 
 if TYPE_CHECKING:
