@@ -39,6 +39,9 @@ class Finite(click.FloatRange):
 
 FRACTION = Finite(min=0, min_open=True, max=1)
 
+_overrides = click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
+_threads = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 _out = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
 )
@@ -85,7 +88,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@_overrides
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where run folders go."
 )
@@ -217,7 +220,7 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
 
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@_overrides
 @click.option(
     "--device",
     help="MI300X, MI325X, MI350X, MI355X, H100 SXM, H200 SXM or B200, or as much of a name as tells it from the others;"
@@ -289,7 +292,7 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
 
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@_overrides
 @click.option(
     "--prompts",
     type=click.IntRange(min=4),
@@ -366,7 +369,7 @@ def tune(
 
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@_overrides
 @click.option("--engine", help="Label or name of the engine; default: the scenario's baseline.")
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Decode steps to profile.")
 @_out
@@ -416,7 +419,7 @@ def profile(
 
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@_overrides
 @click.option("--engine", help="Label of the endpoint whose server to start; default: the only one with a server.")
 @click.option("--logs", type=click.Path(path_type=Path), default=Path(), help="Folder of its log; default: here.")
 def serve(scenario: Path, overrides: tuple[str, ...], engine: str | None, logs: Path) -> None:
@@ -573,7 +576,7 @@ def _self_test(context: click.Context, _: click.Parameter, asked: bool) -> None:
     "--scenario in turns until decided, each a virtual environment, its python, a checkout's folder, or a server's "
     "address.")  # fmt: skip
 @click.option("--scenario", type=click.Path(path_type=Path), help="What --ab runs.")
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@_overrides
 @click.option("--out", type=click.Path(path_type=Path), default=Path("reports"), help="Where the runs of --ab go.")
 @click.option("--max-pairs", type=click.IntRange(min=1), default=24, show_default=True, help="Pairs of runs, of --ab.")
 @click.option("--budget-minutes", type=Finite(min=0, min_open=True), help="Time for --ab; ends between runs.")
@@ -751,7 +754,7 @@ def history_show(metrics: tuple[str, ...], file: Path, cell: str, last: int, as_
 
 @main.command()
 @click.argument("files", metavar="SCENARIO...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
+@_overrides
 def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
     """Check scenario files, and that their prompts and drafters fit their models where these are on this machine; of
     one file, also list its cells. All are checked before the command fails.
@@ -840,12 +843,12 @@ def schema() -> None:
 
 
 @main.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
+@_device
 @click.option(
     "--dtype", "dtypes", multiple=True,
     help="Repeatable; default: bfloat16 and float32, on a GPU float16 and, where it has it, float8 too.",
 )  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
+@_threads
 @click.option("--refresh", is_flag=True, help="Measure again although a cached measurement exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def roofs(device: str, dtypes: tuple[str, ...], threads: int | None, refresh: bool, as_json: bool) -> None:
@@ -922,7 +925,7 @@ def attention(
 
 
 @main.command()
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
+@_device
 def env(device: str) -> None:
     """Print the environment snapshot that a run records, as JSON.
 
@@ -958,8 +961,6 @@ def models_list(as_json: bool) -> None:
       zbench models list
       zbench models list --json | jq '.[].name'
     """
-    from dataclasses import asdict
-
     from zbench.models import zoo
 
     rows = zoo.available()
@@ -1057,8 +1058,8 @@ def train() -> None:
     type=click.Choice(["auto", "eager", "graph"]),
     help="How the model runs; auto: as a graph on a GPU, natively on a CPU if it can.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
+@_device
+@_threads
 def train_data(
     model: str,
     out: Path,
@@ -1138,8 +1139,8 @@ def _training(command: Any) -> Any:
             help="Peak learning rate; default 0.002 for tidar, 0.001 for eagle3 and dflash, 0.0001 for full.",
         ),
         click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"])),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm."),
-        click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice."),
+        _device,
+        _threads,
     )
     for option in reversed(options):
         command = option(command)
