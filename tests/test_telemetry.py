@@ -178,9 +178,13 @@ def test_metrics_of_energy_follow_their_formulas(tmp_path: Path) -> None:
     [
         ({"tensor": 4}, "only rank 0's device is sampled, and 4 hold the model"),
         ({"replicas": 2}, "only rank 0's device is sampled, and 2 replicas share the prompts"),
+        (
+            {"options": {"url": "http://there:8000"}},
+            "only this machine's device is sampled, and the server may be elsewhere",
+        ),
     ],
 )
-def test_energy_of_one_device_is_not_that_of_several(tmp_path: Path, devices: dict[str, int], why: str) -> None:
+def test_energy_of_one_device_is_not_that_of_several(tmp_path: Path, devices: dict[str, Any], why: str) -> None:
     folder = with_telemetry(tmp_path)
     manifest = read_manifest(folder)
     (folder / "run.json").write_text(

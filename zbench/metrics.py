@@ -263,6 +263,8 @@ class Cell:
             raise Unavailable(f"only rank 0's device is sampled, and {self.record.tensor} hold the model")
         if self.record.replicas > 1:
             raise Unavailable(f"only rank 0's device is sampled, and {self.record.replicas} replicas share the prompts")
+        if self.record.options.get("url"):
+            raise Unavailable("only this machine's device is sampled, and the server may be elsewhere")
         return self.device_energy
 
     @cached_property
