@@ -111,6 +111,14 @@ def test_a_single_engine_is_compared_with_nothing(results: Any) -> None:
     assert sentences[1].startswith("Its verify forward")
 
 
+def test_several_engines_that_drift_are_one_sentence(results: Any) -> None:
+    found = [sentence for sentence in warnings(results(drift=0.3)) if "steady state" in sentence]
+    assert len(found) == 1 and found[0].startswith("Not a steady state: step time moved over the run, beyond 5%, of ")
+    assert all(re.search(rf"{engine} \(\+\d+%\)", found[0]) for engine in DEFAULT_ENGINES)
+    alone = [sentence for sentence in warnings(results(drift=0.3, engines=("autoregressive",))) if "steady" in sentence]
+    assert len(alone) == 1 and alone[0].startswith("autoregressive: not a steady state: step time moved by +")
+
+
 def test_few_prompts_are_said_to_be_few(results: Any) -> None:
     found = results(prompts=3)
     assert "too few for an interval" in answers(found)[0][1][0]
@@ -136,7 +144,7 @@ def over_roof() -> dict[str, Any]:
     [
         ({"roofs": None}, "roofs of this device were not measured"),
         ({"roofs": over_roof()}, "the roof or the count is wrong"),
-        ({"drift": 0.3}, "not a steady state"),
+        ({"drift": 0.3}, "Not a steady state"),
         ({"failing": ("transformers generate",)}, "16 of 16 trials of transformers generate failed"),
         ({"divergent": ("transformers generate",)}, "same tokens as autoregressive on 50% of the prompts only"),
     ],

@@ -19,7 +19,7 @@ from zbench.metrics import (
 )
 from zbench.records import PEERS
 from zbench.results import Point, Results, main_kind, point_label
-from zbench.stats import FEW
+from zbench.stats import DRIFT_BOUND, FEW
 
 UTILISATION = ("mbu", "mfu", "mbu_spec", "mfu_spec")
 DRIFTED = 0.15  # of the median, between the lowest and the highest read roof of a run: from here on it is said
@@ -76,7 +76,9 @@ def warnings(results: Results) -> list[str]:
     labels = {cell.record.id: name(cell) for cell in run.cells}
     wrong = [row for row in results.rows if row.status == "error" and row.metric != "failed_trials"]
     found += _over_roofs([row for row in wrong if row.metric in UTILISATION], labels, run)
-    found += [f"{labels[row.cell]}: {row.note}." for row in wrong if row.metric not in UTILISATION]
+    found += _drifted([row for row in wrong if row.metric == "steady_state_slope"], labels)
+    others = {*UTILISATION, "steady_state_slope"}
+    found += [f"{labels[row.cell]}: {row.note}." for row in wrong if row.metric not in others]
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
     found += [f"{labels[row.cell]}: {row.note}." for row in hashes]
     return list(dict.fromkeys(found))
@@ -191,6 +193,14 @@ def _over_roofs(rows: Sequence[MetricRow], labels: Mapping[str, str], run: Run) 
                 f"{'' if of_run or 'spec' in metric else again}."
             )
     return found
+
+
+def _drifted(rows: Sequence[MetricRow], labels: Mapping[str, str]) -> list[str]:
+    """One sentence, since what drifts is most often the machine, under all engines alike."""
+    if len(rows) < 2:
+        return [f"{labels[row.cell]}: {row.note}." for row in rows]
+    moved = listed([f"{labels[row.cell]} ({float(row.value or 0):+.0%})" for row in rows])
+    return [f"Not a steady state: step time moved over the run, beyond {DRIFT_BOUND:.0%}, of {moved}."]
 
 
 def name(cell: Cell) -> str:
