@@ -70,8 +70,9 @@ def test_ids_that_the_model_cannot_be_fed_are_refused_before_anything_runs(
 def test_further_turns_of_prompts_are_said_to_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"id": "a", "turns": ["One?", "Two?"]}\n{"id": "b", "turns": ["One more?"]}\n')
     said: list[str] = []
-    run.prepare(wanted(tmp_path, f"prompts={{file: {tmp_path / 'p.jsonl'}}}"), said.append)
-    assert "1 of 2 prompts have further turns, which are not decoded: only first turns are" in said
+    given = (f"prompts={{file: {tmp_path / 'p.jsonl'}}}", "matrix={batch: [1, 2]}")
+    run.prepare(wanted(tmp_path, *given), said.append)
+    assert said.count("1 of 2 prompts have further turns, which are not decoded: only first turns are") == 1
 
 
 def test_a_run_measures_every_cell_on_every_prompt_and_repeat(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def prepare(
     device = world.device(wanted.device)
     models: dict[str, engines.Shared] = {}
     files: dict[str, loading.LoadedModel] = {}
+    cut: set[str] = set()  # what is said of prompts, once for all points
     points = []
     sharded = any(at.parallel.tensor > 1 for at, _ in scenario.points(wanted))
     for at, cells in scenario.points(wanted):
@@ -158,7 +159,9 @@ def prepare(
         encoded = prompts.encode(chosen, shared.tokenizer, at.context)
         checks.check_room(at, shared.model.config, max(map(len, encoded)) + at.output_tokens)
         if several := sum(len(prompt.turns) > 1 for prompt in chosen):
-            say(f"{several} of {len(chosen)} prompts have further turns, which are not decoded: only first turns are")
+            cut.add(
+                f"{several} of {len(chosen)} prompts have further turns, which are not decoded: only first turns are"
+            )
         pairs = list(zip(chosen, encoded, strict=True))
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
@@ -166,6 +169,8 @@ def prepare(
         for prompt, ids in [*pairs, *zip(others, warmup, strict=True)]:
             prompts.check_ids(ids, shared.model.config.vocab, f"prompt {prompt.id}")
         points.append(Point(at, cells, device, shared, batches, warmup, member))
+    for line in sorted(cut):
+        say(line)
     if all(cell.absent for point in points for cell in point.cells):
         why = (f"{cell.label}: {cell.absent}" for point in points for cell in point.cells)
         raise UserError("; ".join(dict.fromkeys(why)))
