@@ -72,7 +72,7 @@ def test_further_turns_of_prompts_are_said_to_be_left_out(tmp_path: Path) -> Non
     said: list[str] = []
     given = (f"prompts={{file: {tmp_path / 'p.jsonl'}}}", "matrix={batch: [1, 2]}")
     run.prepare(wanted(tmp_path, *given), said.append)
-    assert said.count("1 of 2 prompts have further turns, which are not decoded: only first turns are") == 1
+    assert said.count("1 of 2 prompts have further turns, which are not decoded") == 1
 
 
 def test_a_run_measures_every_cell_on_every_prompt_and_repeat(tmp_path: Path) -> None:

@@ -159,9 +159,7 @@ def prepare(
         encoded = prompts.encode(chosen, shared.tokenizer, at.context)
         checks.check_room(at, shared.model.config, max(map(len, encoded)) + at.output_tokens)
         if several := sum(len(prompt.turns) > 1 for prompt in chosen):
-            cut.add(
-                f"{several} of {len(chosen)} prompts have further turns, which are not decoded: only first turns are"
-            )
+            cut.add(f"{several} of {len(chosen)} prompts have further turns, which are not decoded")
         pairs = list(zip(chosen, encoded, strict=True))
         batches = tuple(tuple(pairs[i : i + at.batch]) for i in range(0, len(pairs), at.batch))
         others = prompts.warmup_prompts(at.warmup.prompts, measured=chosen)
