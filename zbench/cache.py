@@ -42,6 +42,14 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         raise
 
 
+def write(path: Path, data: bytes | str) -> None:
+    """`atomic_write` of what a user asked for. Raises UserError where it cannot be written."""
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def check_writable(out: Path) -> None:
     """Raises UserError where no file could be made in a folder, which need not be there; nothing is left behind."""
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]

@@ -190,7 +190,7 @@ def run(
 def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_json: bool) -> None:
     """Time kernels into a folder, and say what it comes to."""
     from zbench import operators
-    from zbench.cache import atomic_write, new_folder
+    from zbench.cache import new_folder, write
     from zbench.hardware import device
     from zbench.records import KERNELS
     from zbench.report import kernels as pages
@@ -204,10 +204,7 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
         return
     found = operators.measure(wanted, lambda line: click.echo(line, err=True))
     folder = new_folder(out, wanted.name)
-    try:
-        atomic_write(folder / KERNELS, json.dumps(found, indent=1, allow_nan=False))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    write(folder / KERNELS, json.dumps(found, indent=1, allow_nan=False))
     page = pages.render(folder) if report else folder / KERNELS
     if as_json:
         click.echo(json.dumps(found, indent=1, allow_nan=False))
@@ -270,16 +267,13 @@ def project(
 def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: bool) -> None:
     """Write a projection's folder, and say what it comes to."""
     from zbench import projection
-    from zbench.cache import atomic_write, new_folder
+    from zbench.cache import new_folder, write
     from zbench.records import PROJECTION
     from zbench.report import projection as pages
 
     found = projection.project(wanted, peaks).to_dict()
     folder = new_folder(out, f"{wanted.name}-projected")
-    try:
-        atomic_write(folder / PROJECTION, json.dumps(found, indent=1, allow_nan=False))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    write(folder / PROJECTION, json.dumps(found, indent=1, allow_nan=False))
     page = pages.render(folder) if report else folder / PROJECTION
     if as_json:
         click.echo(json.dumps(found, indent=1, allow_nan=False))
@@ -611,7 +605,7 @@ def gate(
     interrupted (--ab; what was measured is kept and judged).
     """
     from zbench import gate as gates
-    from zbench.cache import atomic_write
+    from zbench.cache import write
     from zbench.report import verdict as forms
 
     targets = [choice.partition("=") for choice in written]
@@ -655,12 +649,9 @@ def gate(
         sys.exit(gates.NOT_COMPARABLE)
     if save:
         gates.save(taken, save)
+    for kind, _, file in targets:
+        write(Path(file), forms.FORMATS[kind](judged))
     try:
-        for kind, _, file in targets:
-            try:
-                atomic_write(Path(file), forms.FORMATS[kind](judged))
-            except OSError as error:
-                raise UserError(f"cannot write {file}: {error.strerror}") from error
         if github and found:
             if page_file := os.environ.get("GITHUB_STEP_SUMMARY"):
                 with Path(page_file).open("a", encoding="utf-8") as page:
@@ -730,7 +721,7 @@ def history_show(metrics: tuple[str, ...], file: Path, cell: str, last: int, as_
       zbench history show --html trend.html
     """
     from zbench import history as kept
-    from zbench.cache import atomic_write
+    from zbench.cache import write
     from zbench.report import trend
 
     entries, warnings = kept.read(file)
@@ -739,10 +730,7 @@ def history_show(metrics: tuple[str, ...], file: Path, cell: str, last: int, as_
     for warning in warnings:
         click.echo(f"zbench: {warning}", err=True)
     if page:
-        try:
-            atomic_write(page, trend.page(entries, found, warnings, file, page))
-        except OSError as error:
-            raise UserError(f"cannot write {page}: {error.strerror}") from error
+        write(page, trend.page(entries, found, warnings, file, page))
     if as_json:
         click.echo(trend.as_json(found, warnings), nl=False)
     elif page:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from zbench import stats
-from zbench.cache import atomic_write
+from zbench.cache import write
 from zbench.errors import UserError
 from zbench.hardware import environment
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, NOT_ALWAYS, Better, Cell, Run, caveats, evaluate, load_run
@@ -337,10 +337,7 @@ def digest(value: Any) -> str:
 def save(taken: Snapshot, path: Path) -> None:
     """Write a baseline file. Raises UserError where it cannot be written."""
     content = {"kind": KIND, "schema_version": BASELINE_SCHEMA, **asdict(taken)}
-    try:
-        atomic_write(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read(path: Path, policy: Policy | None = None) -> Snapshot:

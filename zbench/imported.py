@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from zbench.cache import atomic_write, new_folder
+from zbench import cache
+from zbench.cache import new_folder
 from zbench.errors import UserError
 from zbench.records import schema_version
 
@@ -151,10 +152,7 @@ def write(found: Imported, out: Path) -> Path:
     """Into a new folder under `out`, which `zbench compare` takes like a run. Returns it."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", found.name).strip("-.")[:60]
     folder = new_folder(out, f"imported-{slug or 'result'}")
-    try:
-        atomic_write(folder / IMPORTED, found.to_json())
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
+    cache.write(folder / IMPORTED, found.to_json())
     return folder
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import zbench
 from zbench import accuracy, checks, codejudge, engines, prompts, ranks, scenario
-from zbench.cache import atomic_write, check_writable, new_folder
+from zbench.cache import check_writable, new_folder, write
 from zbench.engines import launches, lossless
 from zbench.engines.base import Engine, Generated, Launches, Meter, Request
 from zbench.engines.sampling import Sampling
@@ -262,10 +262,7 @@ def _run(
             try:
                 measured = roofs.load_or_measure(device, dtypes, progress=say)
                 manifest = _manifest(wanted, points, snapshot, measured)
-                try:
-                    atomic_write(folder / MANIFEST, manifest.to_json())
-                except OSError as error:
-                    raise UserError(f"cannot write {folder}: {error.strerror}") from error
+                write(folder / MANIFEST, manifest.to_json())
             except BaseException:  # an interrupt too leaves no folder that nothing can be made of
                 with contextlib.suppress(OSError):
                     folder.rmdir()

@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_written_gives_one_clear_line(tmp_path: Path) ->
     folder = write_run(tmp_path, failing=DEFAULT_ENGINES)
     (folder / "report.html").mkdir()
     (folder / "report.html" / "occupied").touch()
-    with pytest.raises(UserError, match="cannot write the report"):
+    with pytest.raises(UserError, match=r"cannot write .*report\.html"):
         render(folder)
 
 

@@ -29,7 +29,7 @@ def render(run_folder: Path) -> Path:
         return kernels.render(Path(run_folder))
     if (Path(run_folder) / TUNE).exists():
         return tuning.render(Path(run_folder))
-    from zbench.cache import atomic_write
+    from zbench.cache import write
     from zbench.metrics import load_run
     from zbench.report import export, figures, html, peers, scaling, sweeps, telemetry
     from zbench.results import Results
@@ -49,11 +49,8 @@ def render(run_folder: Path) -> Path:
     further = [figure for part in (*drawn, *(each.figures for each in across)) for figure in part]
     for figure in [*overviews, *further]:
         files |= {f"figures/{name}": content for name, content in figure.files().items()}
-    try:
-        for name, content in files.items():
-            atomic_write(Path(run_folder) / name, content)
-    except OSError as error:
-        raise UserError(f"{error.filename or run_folder}: cannot write the report ({error.strerror})") from None
+    for name, content in files.items():
+        write(Path(run_folder) / name, content)
     return Path(run_folder) / "report.html"
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from zbench import __version__
-from zbench.cache import atomic_write, new_folder
+from zbench.cache import new_folder, write
 from zbench.compare import Comparison, Side, main_metric
-from zbench.errors import UserError
 from zbench.imported import NOT_REPORTED, QUANTITIES, Imported, Quantity, Reported
 from zbench.importers import definition
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, caveats, definitions_hash
@@ -55,11 +54,8 @@ def render(comparison: Comparison, out: Path) -> Path:
     }
     for figure in drawn:
         files |= {f"figures/{name}": content for name, content in figure.files().items()}
-    try:
-        for name, content in files.items():
-            atomic_write(folder / name, content)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot write the comparison ({error.strerror})") from None
+    for name, content in files.items():
+        write(folder / name, content)
     return folder / "compare.html"
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from zbench.errors import UserError
 from zbench.records import KERNELS, KERNELS_VERSION, read_versioned
 from zbench.report.findings import quantity
 from zbench.report.html import Entry, Line, Notes, Table, flat_sections, roof_rows, templates
@@ -25,7 +24,7 @@ def render(folder: Path) -> Path:
 
     Raises UserError where the file is damaged or the folder cannot be written.
     """
-    from zbench.cache import atomic_write
+    from zbench.cache import write
 
     run = _read(folder)
     parts = [
@@ -43,10 +42,7 @@ def render(folder: Path) -> Path:
         environment=flat_sections(environment),
         scenario=yaml.safe_dump(run["scenario"], sort_keys=False, allow_unicode=True),
     )  # fmt: skip
-    try:
-        atomic_write(folder / PAGE, page)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot write the page ({error.strerror})") from None
+    write(folder / PAGE, page)
     return folder / PAGE
 
 

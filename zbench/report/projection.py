@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from zbench.errors import UserError
 from zbench.records import PROJECTION, PROJECTION_VERSION, read_versioned
 from zbench.report import figures
 from zbench.report.figures import HATCHES, MARKERS, Drawn, Theme
@@ -29,7 +28,7 @@ def render(folder: Path) -> Path:
 
     Rendering twice gives identical bytes. Raises UserError where the file is damaged or the folder cannot be written.
     """
-    from zbench.cache import atomic_write
+    from zbench.cache import write
 
     projection = _read(folder)
     overview = _overview(projection)
@@ -37,11 +36,8 @@ def render(folder: Path) -> Path:
     files: dict[str, str | bytes] = {PAGE: _page(projection, overview, drawn)}
     for figure in [*([overview] if overview else []), *(figure for point in drawn for figure in point)]:
         files |= {f"figures/{name}": content for name, content in figure.files().items()}
-    try:
-        for name, content in files.items():
-            atomic_write(folder / name, content)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot write the page ({error.strerror})") from None
+    for name, content in files.items():
+        write(folder / name, content)
     return folder / PAGE
 
 

@@ -29,15 +29,12 @@ def render(folder: Path) -> Path:
 
     Raises UserError where the file is damaged or the folder cannot be written.
     """
-    from zbench.cache import atomic_write
+    from zbench.cache import write
 
     with _understood(folder):
         files = _files(_read(folder))
-    try:
-        for name, content in files.items():
-            atomic_write(folder / name, content)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot write the page ({error.strerror})") from None
+    for name, content in files.items():
+        write(folder / name, content)
     return folder / PAGE
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from zbench.cache import atomic_write
+from zbench.cache import write
 from zbench.errors import UserError
 from zbench.metrics import Cell, Run, load_run
 from zbench.records import RequestRecord, Speculation, TrialRecord
@@ -53,10 +53,7 @@ def export(folder: Path, out: Path | None, detailed: bool) -> list[Path]:
     paths = []
     for cell in measured:
         path = out / f"{file_name('', cell.record.id).strip('-')}.json"
-        try:
-            atomic_write(path, json.dumps(result(run, cell, detailed), allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        write(path, json.dumps(result(run, cell, detailed), allow_nan=False) + "\n")
         paths.append(path)
     return paths
 
