@@ -15,10 +15,12 @@ from tests.test_gate import ENVIRONMENT, GOOD, changed
 from tests.test_metrics import CHAIN, request, write
 from tests.test_run import SCENARIO
 from zbench import ab
+from zbench.cache import cache_dir
 from zbench.errors import UserError
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
+CACHE = cache_dir()  # pytester moves HOME, and a new one has no compiled decoder and no roofs
 MARKED = """
 import pytest
 @pytest.mark.zbench(scenario="tiny.yaml", baseline="base/gate.json"{more})
@@ -169,6 +171,7 @@ print(sorted({{m.split('.')[0] for m in set(sys.modules) - before}} & {heavy}))"
 @pytest.mark.slow
 def test_a_real_run_gates_itself(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("ZBENCH_CACHE", str(CACHE))
     (pytester.path / "tiny.yaml").write_text(SCENARIO)
     (pytester.path / "policy.yaml").write_text("metrics: {output_hash: {}, forwards_per_sequence: {}}")
     pytester.makepyfile(
