@@ -111,6 +111,18 @@ def test_a_single_engine_is_compared_with_nothing(results: Any) -> None:
     assert sentences[1].startswith("Its verify forward")
 
 
+def test_too_few_prompts_of_some_are_not_said_of_those_that_have_an_interval(results: Any, tmp_path: Path) -> None:
+    results(engines=("autoregressive", "chain drafter", "transformers generate"), prompts=6)
+    path = tmp_path / "trials.jsonl"
+    late = [line for line in path.open() if '"transformers-generate"' not in line or '"group":0' in line]
+    path.write_text("".join(late))
+    ((_, sentences),) = answers(Results.of(metrics.load_run(tmp_path)))
+    [faster] = [sentence for sentence in sentences if "chain drafter is" in sentence and "as fast" in sentence]
+    [slower] = [sentence for sentence in sentences if "transformers generate" in sentence]
+    assert faster.endswith("), paired by prompt.") and "too few" not in faster
+    assert "too few for an interval" in slower
+
+
 def test_several_engines_that_drift_are_one_sentence(results: Any) -> None:
     found = [sentence for sentence in warnings(results(drift=0.3)) if "steady state" in sentence]
     assert len(found) == 1 and found[0].startswith("Not a steady state: step time moved over the run, beyond 5%, of ")

@@ -343,8 +343,10 @@ def _speed(results: Results, cell: Cell) -> str:
 def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]:
     """Pairs are reported from the side that wins; an interval that holds 1 shows no difference."""
     slower, faster, alike = [], [], []
-    without = {_no_interval(cell, row) for cell in others if (row := results.row(cell, "speedup")).low is None}
-    once = next(iter(without)) if len(without) == 1 < len(others) else ""  # said of all at the end
+    rows = [(cell, results.row(cell, "speedup")) for cell in others]
+    without = {_no_interval(cell, row) for cell, row in rows}
+    none = all(row.low is None for _, row in rows)
+    once = next(iter(without)) if none and len(without) == 1 < len(others) else ""  # said of all at the end
     if len(others) > MOST:  # the nearest, and the fastest, are what is worth reading
         others = sorted(others, key=lambda cell: -float(results.row(cell, "speedup").value or 0))
     for cell in others:
