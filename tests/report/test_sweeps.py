@@ -144,6 +144,7 @@ def test_what_collectives_bound_is_said_drawn_and_left_out_of_the_error_of_predi
     left = [p for p in points if p.bound == "communication"]
     assert len(left) >= 5 and not any(p.bound == "overhead" for p in points)
     assert f"{len(left)} of {len(points)} points are communication-bound and left out" in told
+    render(tmp_path)
     for plot in (plot for plot in (*sweeps.PLOTS, *sweeps.OVERVIEWS) if plot.applies(found, found.run.cells)):
         assert_readable(figures.figure(plot, figures.LIGHT, found, found.run.cells))
 
