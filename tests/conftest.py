@@ -1,13 +1,19 @@
-"""Tiny models run on one thread: a team that spins at barriers is slower than their work, above all when busy."""
+"""Tiny models run on one thread: a team that spins at barriers is slower than their work, above all when busy.
+
+`pytest -n 2` keeps the tests of a file together, for what they share, and runs nothing beside a test marked `alone`.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 USUAL_THREADS = torch.get_num_threads()
 
@@ -23,6 +29,25 @@ settings.register_profile("zbench", deadline=None)
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     settings.load_profile("zbench")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    config.option.loadscopereorder = False  # in the usual order, which begins with what is quick
+    return LoadFileScheduling(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test of one worker waits for those of the others where one of them is to be alone."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    place = item.config.cache.mkdir("alone")
+    with (place / "door").open("w") as door, (place / "machine").open("w") as machine:
+        fcntl.flock(door, fcntl.LOCK_EX)  # who waits to be alone is overtaken by nobody
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

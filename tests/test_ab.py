@@ -332,6 +332,7 @@ def test_a_run_that_breaks_is_one_line_and_the_others_are_kept(tmp_path: Path, m
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_checkouts_of_which_one_sleeps_in_every_forward(tmp_path: Path) -> None:
     sleepy = tmp_path / "sleepy"
     shutil.copytree(ROOT / "zbench", sleepy / "zbench", ignore=shutil.ignore_patterns("__pycache__"))
@@ -402,6 +403,7 @@ def test_a_server_that_is_down_is_one_line_before_anything_is_measured(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_of_two_servers_the_slower_is_named_and_two_equal_ones_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_gate_that_overlooks_counts_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_gate_that_overlooks_times_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(stats.Shift, "p_slower", lambda *_: 1.0)
     assert any(missed.startswith("a sleep of") for missed in failed(selftest._real(tmp_path)))

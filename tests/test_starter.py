@@ -146,6 +146,7 @@ def test_the_workflow_is_yaml_that_names_what_init_writes_and_what_the_script_re
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_script_measures_gates_and_keeps_a_history(tmp_path: Path) -> None:
     """As CI runs it: no baseline, then one, then one that something got worse against."""
     repository = tmp_path / "repository"

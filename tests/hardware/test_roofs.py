@@ -276,6 +276,7 @@ def test_the_smallest_cache_of_this_machine_is_faster_than_its_memory():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_on_this_machine_a_product_must_reuse_what_it_reads_to_be_bound_by_arithmetic():
     result = measure(CPU, ("bfloat16", "float32"), budget_seconds=5)
     assert result["bandwidth"]["read"]["value"] > 1e9

@@ -20,7 +20,7 @@ from zbench.models.adapter import load_adapter
 from zbench.training import trainer
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.conversion import Conversion, ConversionSettings
-from zbench.training.corpus import Conversation, Corpus
+from zbench.training.corpus import Conversation, Corpus, Role, joined
 from zbench.training.dflash import DFlash, DFlashSettings
 from zbench.training.eagle3 import Eagle3, Eagle3Settings, frequent_tokens
 from zbench.training.losses import head_loss, sampled_head
@@ -326,6 +326,15 @@ def test_the_forecast_is_of_what_is_still_to_come() -> None:
     )
 
 
+def test_another_corpus_leaves_the_batches_that_were_read_as_they_are() -> None:
+    first = memory.corpus("smollm")
+    second = replace(first, conversations=tuple(replace(c, hash=c.hash + 100) for c in first.conversations))
+    alone = trainer.form_batches(first.part(False), 2, 0)
+    both = trainer.form_batches(joined([first, second]).part(False), 2, 0)
+    assert len(both) == 2 * len(alone) > 2
+    assert all(a.ids.equal(b.ids) for a, b in zip(alone, both, strict=False))
+
+
 def test_a_full_disk_share_keeps_nothing(tmp_path: Path) -> None:
     corpus, target = replace(memory.corpus("smollm"), folder=tmp_path / "corpus"), memory.target("smollm")
     train(objectives(corpus)["eagle3"], target, corpus, tmp_path / "out", Settings(batch=2, steps=2, keep=0.0))
@@ -347,6 +356,57 @@ def test_a_batch_without_a_whole_block_teaches_nothing_and_breaks_nothing() -> N
         else:
             assert scores.loss.item() == 0 and scores.weight == 0
         assert scores.right.shape[0] == 0
+
+
+def test_eagle3_learns_from_what_its_drafter_does_chain_by_chain() -> None:
+    corpus, target, steps = memory.corpus("smollm"), memory.target("smollm"), 4
+    two_rounds = [
+        replace(c, ids=c.ids[: 30 + i], roles=torch.tensor([0] * 4 + [1] * 9 + [0] * 3 + [1] * (14 + i)))
+        for i, c in enumerate(corpus.part(False)[:3])
+    ]
+    objective = Eagle3(target, Eagle3Settings(draft_vocab=150, steps=steps), corpus.part(False), 0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in objective.parameters.items():  # such that every part matters, and as its file has them
+        drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+        scale = 8 if "o_proj" in name else 2 if "_proj" in name else 1
+        parameter.data.copy_((scale * drawn if parameter.dim() > 1 else 1 + drawn).bfloat16())
+    read = target.read(Batch.of(two_rounds), objective.capture, context=False)
+    scores = objective.score(read, torch.Generator(), evaluate=True)
+
+    made = objective.checkpoint()
+    drafter = eagle3.Eagle3Drafter(
+        made.config, made.tensors, target.weights.embedding, torch.float32, memory.CPU, native=False
+    )
+    known = {token: place for place, token in enumerate(objective.known.tolist())}
+    loss, weight, right, said = 0.0, 0.0, [], 0
+    for row, c in enumerate(two_rounds):
+        for pair in range(len(c.ids) - 2):
+            cache = drafter.new_cache(1, len(c.ids), steps)
+            taps = [read.hidden[tap][row : row + 1, : pair + 1] for tap in objective.capture]
+            features = drafter.extend(taps, c.ids[None, 1 : pair + 2], cache)[:, -1:]
+            cache.extend([pair + 1])
+            rights = []
+            for step in range(steps):
+                place = pair + 2 + step
+                if place == len(c.ids) or c.roles[place] == Role.PROMPT:
+                    break
+                if step:
+                    visible = (torch.arange(steps) < step).view(1, 1, -1)
+                    features = drafter.expand(c.ids[None, None, place - 1], features, cache, step - 1, visible)
+                logits = drafter.logits(features)[0, 0]
+                rights.append(drafter.target_ids(logits.argmax()).item() == c.ids[place])
+                before = row, place - 1
+                asked = [(c.ids[place].item(), 0.5)]
+                asked += zip(read.top_ids[before].tolist(), (read.top_probs[before] / 2).tolist(), strict=True)
+                scale = read.top_probs[before].sum().item()
+                for index, (token, prob) in enumerate(asked):
+                    share = prob / scale if index else prob
+                    loss -= 0.8**step * share * logits.log_softmax(-1)[known[token]].item() if token in known else 0
+                weight, said = weight + 0.8**step, said + 1
+            right += [rights] if len(rights) == steps else []
+    assert (scores.tokens, scores.right.tolist()) == (said, right)
+    assert scores.weight.item() == pytest.approx(weight)
+    assert scores.loss.item() == pytest.approx(loss / weight, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mistral", "zaya"])

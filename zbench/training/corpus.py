@@ -17,7 +17,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Conversation:
     roles: Tensor  # [T] uint8
     hash: int  # of the first user turn
     held_out: bool
+    corpus: int = 0  # which of several that are used together
 
     @property
     def answer_tokens(self) -> int:
@@ -145,7 +146,7 @@ def load_corpus(folder: Path, weights_hash: str) -> Corpus:
 def joined(corpora: Sequence[Corpus]) -> Corpus:
     """As one; of conversations that begin alike the first stays. What is kept beside a corpus goes beside the first."""
     first: dict[int, Conversation] = {}
-    for corpus in corpora:
+    for number, corpus in enumerate(corpora):
         for conversation in corpus.conversations:
-            first.setdefault(conversation.hash, conversation)
+            first.setdefault(conversation.hash, replace(conversation, corpus=number))
     return Corpus(corpora[0].index, tuple(first.values()), corpora[0].folder)

@@ -25,7 +25,7 @@ from zbench.models.transformer import Layer, inverse_frequencies, rotate
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.losses import OTHERS, head_loss, sampled_head
 from zbench.training.norm import rms_norm
-from zbench.training.target import Read, Target, sparse_targets
+from zbench.training.target import Read, Target, by_sequence, sparse_targets
 from zbench.training.trainer import Scores, adopt
 
 _STD = 0.02
@@ -84,13 +84,13 @@ class DFlash:
         places = (anchors[..., None] + steps).clamp(max=read.batch.ids.shape[1] - 1)
         hidden = self._forward(read, anchors)[:, :, 1:]
         drafted = places[..., 1:]
-        ids, probs = sparse_targets(read, drafted.flatten(1), s.soft)
+        ids, probs = sparse_targets(read, by_sequence(drafted), s.soft)
         weights = (real[..., None] * torch.exp(-(steps[1:] - 1) / s.gamma)).flatten()
-        head, bias, ids = self.target.head, None, ids.flatten(0, 1)
+        head, bias, ids = self.target.head, None, ids.flatten(0, -2)
         if not evaluate:  # then nobody asks which token is the likeliest of all
             head, bias, ids = sampled_head(head, ids, OTHERS, generator)
-        total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, 1), weights, bias)
-        right = best.view_as(drafted) == read.batch.ids.gather(1, drafted.flatten(1)).view_as(drafted)
+        total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, -2), weights, bias)
+        right = best.view_as(drafted) == read.batch.ids[by_sequence(drafted)]
         weight = weights.sum()
         return Scores(total / weight.clamp(min=1e-6), right[real], int(real.sum()) * (s.block - 1), weight)
 

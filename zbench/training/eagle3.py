@@ -103,65 +103,80 @@ class Eagle3:
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores:
         s, batch = self.settings, read.batch
         weights = {name: tensor.to(self.target.dtype) for name, tensor in self.parameters.items()}
-        features = F.linear(torch.cat([read.hidden[tap] for tap in self.capture], -1)[:, :-1], weights["fc.weight"])
-        count = features.shape[1]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        chains = torch.arange(count, device=features.device)
-        total, mass, tokens, right = torch.zeros((), device=features.device), 0.0, 0, []
-        whole = _after(batch.whole(s.steps), 2, count)
+        pairs = F.linear(torch.cat([read.hidden[tap] for tap in self.capture], -1)[:, :-1], weights["fc.weight"])
+        count = pairs.shape[1]
+        learnt = [_after(batch.whole(step + 1), 2, count) for step in range(s.steps)]  # all of a chain's are answers
+        chains = _Chains.of(learnt[0])
+        nodes, features = self._nodes(weights, _after(batch.ids, 1, count), pairs), pairs[chains.at]
+        context = self._keys_values(weights, nodes, torch.arange(count, device=pairs.device))
+        nodes = nodes[chains.at]
+        own: list[tuple[Tensor, Tensor]] = []  # keys and values [N, kv, d] of steps 1, 2, ...
+        total, mass, tokens, right = torch.zeros((), device=pairs.device), 0.0, 0, []
         for step in range(s.steps):
-            ids = _after(batch.ids, 1 + step, count)
-            features = self._layer(weights, ids, features, chains + step, keys, values)
-            learnt = _after(
-                batch.whole(step + 1), 2, count
-            )  # [S, count] every token of the chain so far is an answer's
-            places = (chains + 2 + step).clamp(max=batch.ids.shape[1] - 1).expand(len(ids), -1)
-            target_ids, probs = sparse_targets(read, places, s.soft)
-            draft_ids = self._place[target_ids[learnt]]
+            if step:
+                go_on = learnt[step][chains.at]
+                chains, features = chains.only(go_on), features[go_on]
+                own = [(key[go_on], value[go_on]) for key, value in own]
+                nodes = self._nodes(weights, batch.ids[chains.sequence, chains.place + 1 + step], features)
+                own.append(self._keys_values(weights, nodes, chains.place + step))
+            features = self._layer(weights, nodes, features, chains, step, context, own)
+            drafted = chains.sequence, chains.place + 2 + step
+            target_ids, probs = sparse_targets(read, drafted, s.soft)
+            draft_ids = self._place[target_ids]
             weight = s.decay**step
             loss, best = head_loss(
-                rms_norm(features[learnt], weights["norm.weight"], self.config.layer.rms_eps),
+                rms_norm(features, weights["norm.weight"], self.config.layer.rms_eps),
                 weights["lm_head.weight"],
                 draft_ids.clamp(min=0),
-                probs[learnt] * (draft_ids >= 0),
+                probs * (draft_ids >= 0),
                 torch.full((len(draft_ids),), weight, device=features.device),
             )
             total, mass, tokens = total + loss, mass + weight * len(draft_ids), tokens + len(draft_ids)
-            drafted = ids.new_zeros(ids.shape)
-            drafted[learnt] = self.known[best]
-            right.append((drafted == batch.ids.gather(1, places))[whole])
-        return Scores(total / max(mass, 1.0), torch.stack(right, -1), tokens, torch.tensor(mass))
+            if evaluate:
+                right.append((self.known[best] == batch.ids[drafted])[learnt[-1][chains.at]])
+        rights = torch.stack(right, -1) if right else torch.zeros(0, s.steps, dtype=torch.bool)
+        return Scores(total / max(mass, 1.0), rights, tokens, torch.tensor(mass))
+
+    def _nodes(self, weights: dict[str, Tensor], ids: Tensor, features: Tensor) -> Tensor:
+        """What the layer's projections read: ids [...], features [..., D] -> [..., 2 D]."""
+        embedded = self._norm(weights, F.embedding(ids, self.target.weights.embedding), "input_layernorm")
+        return torch.cat([embedded, self._norm(weights, features, "hidden_norm")], -1)
+
+    def _keys_values(self, weights: dict[str, Tensor], nodes: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """nodes [..., n, 2 D] at positions [n] -> [..., n, kv, d] each."""
+        k, v = (self._heads(weights, nodes, name) for name in ("k", "v"))
+        return rotate(k, *self._angles(positions)), v
 
     def _layer(
         self,
         weights: dict[str, Tensor],
-        ids: Tensor,
+        nodes: Tensor,
         features: Tensor,
-        positions: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
+        chains: _Chains,
+        step: int,
+        context: tuple[Tensor, Tensor],
+        own: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """One step of all chains: ids [S, n], features [S, n, D], positions [n]; its keys and values are appended."""
-        layer, (batch, count) = self.config.layer, ids.shape
-
-        def norm(x: Tensor, name: str) -> Tensor:
-            return rms_norm(x, weights[f"midlayer.{name}.weight"], layer.rms_eps)
+        """One step of the chains: nodes [N, 2 D], features [N, D] -> [N, D]."""
 
         def project(x: Tensor, name: str) -> Tensor:
             return F.linear(x, weights[f"midlayer.{name}_proj.weight"])
 
-        embedded = norm(F.embedding(ids, self.target.weights.embedding), "input_layernorm")
-        x = torch.cat([embedded, norm(features, "hidden_norm")], -1)
-        angles = positions[:, None, None].float() * self._inv_freq
-        cos, sin = angles.cos(), angles.sin()
-        q, k, v = (project(x, f"self_attn.{name}").view(batch, count, -1, layer.head_dim) for name in ("q", "k", "v"))
-        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
-        keys.append(k)
-        values.append(v.transpose(1, 2))
-        h1 = features + project(_chain_attention(q, keys, values), "self_attn.o")
-        inner = norm(h1, "post_attention_layernorm")
+        q = rotate(self._heads(weights, nodes, "q"), *self._angles(chains.place + step))
+        h1 = features + project(_chain_attention(q, chains, *context, own), "self_attn.o")
+        inner = self._norm(weights, h1, "post_attention_layernorm")
         return h1 + project(F.silu(project(inner, "mlp.gate")) * project(inner, "mlp.up"), "mlp.down")
+
+    def _norm(self, weights: dict[str, Tensor], x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, weights[f"midlayer.{name}.weight"], self.config.layer.rms_eps)
+
+    def _heads(self, weights: dict[str, Tensor], nodes: Tensor, name: str) -> Tensor:
+        projected = F.linear(nodes, weights[f"midlayer.self_attn.{name}_proj.weight"])
+        return projected.unflatten(-1, (-1, self.config.layer.head_dim))
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions[:, None, None].float() * self._inv_freq
+        return angles.cos(), angles.sin()
 
     def checkpoint(self) -> Eagle3Checkpoint:
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.parameters.items()}
@@ -173,21 +188,58 @@ class Eagle3:
         eagle3.save_drafter(folder, self.checkpoint())
 
 
-def _chain_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Chain t sees step 0 up to pair t, and its own nodes of later steps. q [S, H, n, d], keys and values
-    [S, kv, n, d] per step -> [S, n, H d]."""
-    batch, heads, count, d = q.shape
-    group = heads // keys[0].shape[1]
-    keys, values = ([x.repeat_interleave(group, 1) for x in part] for part in (keys, values))
-    q = q * d**-0.5
-    future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
-    scores = [(q @ keys[0].transpose(2, 3)).masked_fill(future, float("-inf"))]
-    scores += [(q * key).sum(-1, keepdim=True) for key in keys[1:]]
-    attended = torch.cat(scores, -1).softmax(-1)
-    mixed = attended[..., :count] @ values[0]
-    for step, value in enumerate(values[1:]):
-        mixed = mixed + attended[..., count + step, None] * value
-    return mixed.transpose(1, 2).reshape(batch, count, -1)
+@dataclass(frozen=True, slots=True)
+class _Chains:
+    """N chains of S conversations: those that are learnt from, and no others, go through the layer."""
+
+    sequence: Tensor  # [N]
+    place: Tensor  # [N] of the pair that each began at
+    slot: Tensor  # [N] numbers them within their sequence
+    slots: int
+    sequences: int
+
+    @classmethod
+    def of(cls, wanted: Tensor) -> _Chains:
+        """wanted [S, n] bool."""
+        sequence, place = wanted.nonzero(as_tuple=True)
+        numbers = wanted.cumsum(1)
+        slots = int(numbers[:, -1].max())
+        return cls(sequence, place, numbers[sequence, place] - 1, slots, len(wanted))
+
+    @property
+    def at(self) -> tuple[Tensor, Tensor]:
+        return self.sequence, self.place
+
+    def only(self, kept: Tensor) -> _Chains:
+        return replace(self, sequence=self.sequence[kept], place=self.place[kept], slot=self.slot[kept])
+
+    def padded(self, x: Tensor) -> Tensor:
+        """x [N, ...] -> [S, slots, ...]; zero where there is no chain."""
+        return x.new_zeros(self.sequences, self.slots, *x.shape[1:]).index_put((self.sequence, self.slot), x)
+
+
+def _chain_attention(
+    q: Tensor, chains: _Chains, keys: Tensor, values: Tensor, own: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """A chain sees the pairs up to the one that it began at, and its own nodes. q [N, H, d]; keys and values of all
+    pairs [S, n, kv, d], of the chains' own nodes [N, kv, d] per step -> [N, H d]."""
+    (number, heads, d), (s, n, kv, _) = q.shape, keys.shape
+    group, slots = heads // kv, chains.slots
+    q = (q * d**-0.5).view(number, kv, group, d)
+    by_head = chains.padded(q).permute(0, 2, 3, 1, 4).reshape(s, kv, group * slots, d)
+    future = torch.arange(n, device=q.device) > chains.padded(chains.place)[:, None, None, :, None]
+    scores = (by_head @ keys.permute(0, 2, 3, 1)).view(s, kv, group, slots, n).masked_fill(future, float("-inf"))
+    if own:
+        on_own = torch.stack([(q * key[:, :, None]).sum(-1) for key, _ in own], -1)
+        scores = torch.cat([scores, chains.padded(on_own).permute(0, 2, 3, 1, 4)], -1)
+    attended = scores.softmax(-1)
+    mixed = attended[..., :n].reshape(s, kv, group * slots, n) @ values.transpose(1, 2)
+    mixed = mixed.view(s, kv, group, slots, d).permute(0, 3, 1, 2, 4)[chains.sequence, chains.slot]
+    if own:
+        shares = attended[..., n:].permute(0, 3, 1, 2, 4)[chains.sequence, chains.slot]
+        for step, (_, value) in enumerate(own):
+            mixed = mixed + shares[..., step, None] * value[:, :, None]
+    return mixed.flatten(1)
 
 
 def _after(x: Tensor, ahead: int, count: int) -> Tensor:

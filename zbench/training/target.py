@@ -142,16 +142,21 @@ class Target:
         return torch.cat(probs), torch.cat(ids)
 
 
-def sparse_targets(read: Read, places: Tensor, soft: float) -> tuple[Tensor, Tensor]:
-    """Targets of tokens at places [S, n]: ids and probabilities [S, n, 1 + TOP].
+def sparse_targets(read: Read, at: tuple[Tensor, Tensor], soft: float) -> tuple[Tensor, Tensor]:
+    """Targets of the tokens at (sequences, places), which are broadcast to [...]: ids and probabilities [..., 1 + TOP].
 
     A share `soft` follows the target's own distribution given all tokens before the place, the rest says the token
     that the conversation has there.
     """
-    ids = read.batch.ids.gather(1, places)[..., None]
-    before = (places - 1).clamp(min=0)[..., None]  # a place that does not count may be the first
-    before = before.expand(-1, -1, read.top_ids.shape[-1])
-    probs = read.top_probs.gather(1, before)
+    sequences, places = at
+    ids = read.batch.ids[sequences, places][..., None]
+    before = sequences, (places - 1).clamp(min=0)  # a place that does not count may be the first
+    probs = read.top_probs[before]
     probs = probs / probs.sum(-1, keepdim=True).clamp(min=1e-6)
     hard = torch.full(ids.shape, 1.0 - soft, device=ids.device)
-    return torch.cat([ids, read.top_ids.gather(1, before)], -1), torch.cat([hard, soft * probs], -1)
+    return torch.cat([ids, read.top_ids[before]], -1), torch.cat([hard, soft * probs], -1)
+
+
+def by_sequence(places: Tensor) -> tuple[Tensor, Tensor]:
+    """places [S, ...] -> what names them in [S, T]."""
+    return torch.arange(len(places), device=places.device).view(-1, *[1] * (places.dim() - 1)), places

@@ -29,7 +29,7 @@ from zbench.models.transformer import inverse_frequencies, rotate
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.losses import OTHERS, head_loss, sampled_head
 from zbench.training.norm import rms_norm
-from zbench.training.target import Read, Target, sparse_targets
+from zbench.training.target import Read, Target, by_sequence, sparse_targets
 from zbench.training.trainer import Scores, adopt
 
 
@@ -86,14 +86,14 @@ class Tidar:
         ahead = 1 + torch.arange(masks, device=anchors.device)
         places = (anchors[..., None] + ahead).clamp(max=allowed.shape[1] - 1)
         hidden = self._forward(read, anchors, masks)  # [S, A, masks, D] after the final norm
-        ids, probs = sparse_targets(read, places.flatten(1), s.soft)
+        ids, probs = sparse_targets(read, by_sequence(places), s.soft)
         by_place = torch.tensor([s.decay**j for j in range(masks)], device=anchors.device)
         weights = (real[..., None] * by_place).flatten()
-        head, bias, ids = self.target.head, None, ids.flatten(0, 1)
+        head, bias, ids = self.target.head, None, ids.flatten(0, -2)
         if not evaluate:  # then nobody asks which token is the likeliest of all
             head, bias, ids = sampled_head(head, ids, OTHERS, generator)
-        total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, 1), weights, bias)
-        right = best.view_as(places) == read.batch.ids.gather(1, places.flatten(1)).view_as(places)
+        total, best = head_loss(hidden.flatten(0, -2), head, ids, probs.flatten(0, -2), weights, bias)
+        right = best.view_as(places) == read.batch.ids[by_sequence(places)]
         weight = weights.sum()
         return Scores(total / weight.clamp(min=1.0), right[real], int(real.sum()) * masks, weight)
 

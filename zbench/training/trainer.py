@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,7 +130,8 @@ def train(
         raise UserError("say how long to train: a number of steps or of minutes")
     training = [_cut(c, settings.longest) for c in corpus.part(held_out=False)]
     held_out = [_cut(c, settings.longest) for c in corpus.part(held_out=True)][: settings.held_out]
-    if len(training) < settings.batch * world.size or not held_out:
+    batches = form_batches(training, settings.batch, settings.seed)
+    if len(batches) < world.size or not held_out:
         raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
     optimizer = torch.optim.AdamW(list(objective.parameters.values()), settings.rate, (0.9, 0.95), weight_decay=0.0)
 
@@ -145,7 +146,6 @@ def train(
 
     state = world.together(begin)  # a rank that does not see the folder must not leave the others waiting
     learners = Learners(world, target.device)
-    batches = form_batches(training, settings.batch, settings.seed)
     reads = (corpus.folder or out) / READS
     reader = Reader(target, objective, batches, reads, settings.keep)
     tests = [Batch.of(part) for part in _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)]
@@ -324,13 +324,16 @@ def adopt(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor], sourc
 
 
 def form_batches(conversations: Sequence[Conversation], size: int, seed: int) -> list[Batch]:
-    """Batches of `size` conversations of like length, the same in every epoch, so that what was read can be kept."""
-    order = list(conversations)
-    random.Random(f"{seed}/batches").shuffle(order)
-    parts = [
-        part for pool in _parts(order, size * _POOL) for part in _parts(sorted(pool, key=lambda c: len(c.ids)), size)
-    ]
-    return [Batch.of(part) for part in parts if len(part) == size]
+    """Batches of `size` conversations of like length, the same in every epoch, so that what was read can be kept; of
+    one corpus each, so that it still holds where another one is added."""
+    batches = []
+    for number in sorted({c.corpus for c in conversations}):
+        order = [c for c in conversations if c.corpus == number]
+        random.Random(f"{seed}/batches").shuffle(order)
+        for pool in _parts(order, size * _POOL):
+            parts = _parts(sorted(pool, key=lambda c: len(c.ids)), size)
+            batches += [Batch.of(part) for part in parts if len(part) == size]
+    return batches
 
 
 def batch_order(count: int, seed: int, skip: int) -> Iterator[int]:
@@ -546,7 +549,7 @@ def _said(evaluation: dict[str, Any]) -> str:
 
 def _cut(conversation: Conversation, longest: int) -> Conversation:
     c = conversation
-    return c if len(c.ids) <= longest else Conversation(c.ids[:longest], c.roles[:longest], c.hash, c.held_out)
+    return replace(c, ids=c.ids[:longest], roles=c.roles[:longest])
 
 
 def _parts(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
