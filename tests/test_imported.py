@@ -199,6 +199,9 @@ def test_what_was_not_measured_is_not_reported_and_never_zero(tmp_path: Path) ->
             b' "input_config": {}}',
             'request_throughput has the unit ["s"]',
         ),
+        (b'[{"n_prompt": 1, "n_gen": 0, "avg_ts": -3.5}]', "avg_ts is -3.5: no time, count or rate is below 0"),
+        (b'{"avg_latency": 1.0, "percentiles": {"99": 2.0, "best": 0.5}}', 'percentiles has "best", not a percentile'),
+        (b'{"avg_latency": 1.0, "percentiles": {"120": 2.0}}', 'percentiles has "120", not a percentile'),
         (b'[{"n_prompt": 1, "n_gen": 0, "avg_ts": 1' + b"0" * 400 + b"}]", "avg_ts is beyond any number"),
         (b'[{"n_prompt": 1, "n_gen": 0, "avg_ts": 1' + b"0" * 5000 + b"}]", "a number that is too long"),
         (

@@ -109,12 +109,14 @@ _STATISTICS = {"mean": "mean", "median": "p50", "std": "std"}
 
 
 def _number(of: Data, key: str) -> float | None:
-    """A finite number; None where the tool says nothing. Raises Refused for what is no number."""
+    """A finite number; None where the tool says nothing. Raises Refused for what is no number, or below 0: none is."""
     value = of.get(key)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Refused(f"{key} is {json.dumps(value)[:40]}, not a number")
+    if value < 0:
+        raise Refused(f"{key} is {json.dumps(value)[:40]}: no time, count or rate is below 0")
     try:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
@@ -232,6 +234,8 @@ def _vllm_latency(found: Sequence[Data]) -> Results:
     for one in found:
         means = _spread(one, {"avg_latency": "mean", "std_latency": "std"}, "request_latency", 1.0, "avg_latency")
         percentiles = _inner(one, "percentiles")
+        if odd := [p for p in percentiles if not re.fullmatch(r"(\d\d?|100)(\.\d+)?", p)]:
+            raise Refused(f"percentiles has {json.dumps(odd[0])[:40]}, not a percentile")
         tail = _spread(percentiles, {p: f"p{p}" for p in percentiles}, "request_latency", 1.0, "percentiles")
         latencies = one.get("latencies")
         settings = _settings(iterations=len(latencies) if isinstance(latencies, list) else None)
