@@ -40,7 +40,7 @@ class Finite(click.FloatRange):
 FRACTION = Finite(min=0, min_open=True, max=1)
 
 _overrides = click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
-_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N or rocm.")
+_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, rocm or rocm:N.")
 _threads = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 _out = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
@@ -124,7 +124,8 @@ def run(
     A scenario about other hardware than this machine's is projected instead of measured (see `zbench project`); one
     with a key `kernels` times operators (see docs/kernels.md).
 
-    Exit codes: 0 measured or projected, 2 bad input, 5 some cells failed, 130 interrupted (continue with --resume).
+    Exit codes: 0 measured or projected, 2 bad input, 5 some cells failed or nothing was measured, 130 interrupted
+    (continue with --resume).
     """
     import signal
 
@@ -327,7 +328,7 @@ def tune(
 
     An engine that stands in the scenario once is searched through; one with a `sweep`, or several that differ in their
     settings, are the settings to choose from. Every point of a matrix is tuned for itself. The folder gets tuned.yaml,
-    the scenario with what was found in it.
+    the scenario with what was found in it; for a matrix, one in a folder for each point.
 
     Exit codes: 0 found, 2 bad input, 5 some engine has no setting that works, 130 interrupted (continue with --resume).
     """
@@ -505,7 +506,7 @@ def import_results(files: tuple[Path, ...], label: str, out: Path) -> None:
     Examples:
       zbench import vllm-infqps-concurrency8.json --label "vLLM on H100"
       zbench import sglang_1126.jsonl benchmarks.json profile_export_aiperf.json
-      zbench compare reports/endpoint-20261126-120000 reports/imported-vllm*
+      zbench compare reports/endpoint-20261126-120000 reports/imported-*
 
     Each file becomes a folder. Nothing is derived: what a tool does not report reads "not reported", and every figure
     stands beside its tool's definition.

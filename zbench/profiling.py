@@ -126,7 +126,7 @@ def profile(
     device, config = point.device, point.shared.model.config
     built = engines.create(cell.engine, cell.options, point.shared)
     if not (hasattr(built, "start") and hasattr(built, "step")):
-        raise UserError(f"{cell.label} decodes in transformers’ own loop, which cannot be taken step by step")
+        raise UserError(f"{cell.label} decodes in a loop that is not zbench’s, which cannot be taken step by step")
     prompts = [ids for _, ids in point.batches[0]]
     longest = max(len(ids) for ids in prompts)
     gain = 1 if cell.engine == "autoregressive" else GAIN
