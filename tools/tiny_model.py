@@ -1,8 +1,8 @@
 """The zoo's tiny model, from a corpus that a larger one wrote: its vocabulary, its random start, its training text.
 
-    zbench train data --model smollm2-135m --out corpus --tokens 300000
+    zbench train data --model smollm2-135m --out corpus --tokens 300000 --seed 1 --written 0.5 --opened 0
     python tools/tiny_model.py corpus start text       # a folder of random weights, and the corpus in its own tokens
-    zbench train full --model start --data text --out tiny --no-masks --prompts --rate 0.003 --batch 8 --minutes 15
+    zbench train full --model start --data text --out tiny --no-masks --prompts --rate 0.003 --batch 8 --minutes 22
 
 What is trained is a language model of 1 M parameters that writes English of sorts: small enough to come with the
 package, and with real drafters, since it is trained on real text. System turns are left out.

@@ -323,7 +323,7 @@ def tune(
     \b
     Examples:
       zbench tune scenarios/quickstart.yaml
-      zbench tune mine.yaml -o 'matrix={batch: [1, 4, 16]}' --prompts 128
+      zbench tune mine.yaml -o 'matrix={batch: [1, 4, 16]}' --prompts 160
       zbench tune mine.yaml --resume
 
     An engine that stands in the scenario once is searched through; one with a `sweep`, or several that differ in their

@@ -125,7 +125,7 @@ def measure(
 
 
 def measure_caches(device: Device) -> dict[str, Any]:
-    """Read bandwidth by the size of a working set that is read again and again, about three seconds. JSON-able.
+    """Read bandwidth by the size of a working set that is read again and again, about two seconds. JSON-able.
 
     `sweep` holds a rate for each size, `bytes`. `levels` holds by name, the smallest cache first, the rate of the
     largest size up to half of the `capacity` that all processors (a CPU: the threads in use) have there between them,

@@ -3,8 +3,8 @@
 Most user turns are written by the model itself at temperature 1, from the bare chat prefix or from the first words of a
 request; the others are templated (`shapes.py`). Answers are greedy, a part of them drawn at a lower temperature. Every
 conversation has its own random numbers, made from the seed and its number, and a row of the runtime does not depend on
-the rows beside it: so a corpus follows from model, settings and seed, whatever the batch size, and an interrupted one
-goes on where the last whole shard ended.
+the rows beside it: so a corpus follows from model, settings and seed, whatever the batch size (on a GPU a row may round
+otherwise in another one), and an interrupted one goes on where the last whole shard ended.
 
 All conversations under way share one forward per token. A slot whose conversation has ended begins the next one at
 once: every conversation starts with the same tokens, so its cache is cut back to those.
@@ -55,7 +55,7 @@ Advance = Callable[[float, str], None]  # answer tokens so far, and what to say
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a corpus follows from, beside its model. `tokens` and `batch` only say how much and how fast."""
+    """What a corpus follows from, beside its model. `tokens` and, on a CPU, `batch` only say how much and how fast."""
 
     seed: int = 0
     written: float = 0.3  # share of conversations whose user turns the model writes

@@ -285,8 +285,8 @@ def _learn(
 
 @torch.no_grad()
 def evaluate(objective: Objective, reader: Reader, seed: int) -> dict[str, Any]:
-    """Of drafts at random places of held-out answers: how often each place is right and reached, and `accepted`, one
-    token for the target's own plus the mean run of right drafts (a decode's tokens per step, nearly)."""
+    """Of drafts at places of held-out answers that the objective chooses: how often each is right and reached, and
+    `accepted`, one token for the target's own plus the mean run of right drafts (nearly a decode's tokens per step)."""
     right, losses = [], []
     parts: dict[str, list[float]] = {}
     for index in range(len(reader.batches)):
