@@ -76,7 +76,7 @@ def warnings(results: Results) -> list[str]:
     labels = {cell.record.id: name(cell) for cell in run.cells}
     wrong = [row for row in results.rows if row.status == "error" and row.metric != "failed_trials"]
     found += _over_roofs([row for row in wrong if row.metric in UTILISATION], labels, run)
-    found += _drifted([row for row in wrong if row.metric == "steady_state_slope"], labels)
+    found += _drifted(results, labels)
     others = {*UTILISATION, "steady_state_slope"}
     found += [f"{labels[row.cell]}: {row.note}." for row in wrong if row.metric not in others]
     hashes = (row for row in results.rows if row.metric == "output_hash" and row.note and row.value)
@@ -157,11 +157,11 @@ def _read_roof(run: Run) -> list[str]:
 
 
 def _eager(results: Results) -> list[str]:
-    """Engines whose time on a GPU is the host's, which a graph would spare them."""
+    """Engines on a GPU that take far longer than their floor, maybe for the host, which a graph would spare them."""
     if _on_cpu(results.run):
         return []
     mine = [
-        name(cell)
+        cell
         for cell in results.run.cells
         if cell.record.engine not in PEERS
         and any((trial.kernels or {}).get("forward") == "torch" for trial in cell.trials)
@@ -169,12 +169,12 @@ def _eager(results: Results) -> list[str]:
     ]
     if not mine:
         return []
-    kernels = [trial.kernels or {} for cell in results.run.cells for trial in cell.trials]
+    kernels = [trial.kernels or {} for cell in mine for trial in cell.trials]
     reason = next((each["why_no_graphs"] for each in kernels if "why_no_graphs" in each), None)
     return [
-        f"{listed(mine)} ran eagerly and {'is' if len(mine) == 1 else 'are'} overhead-bound: the host's launches"
-        " decide, not the device. "
-        + (f"No graph could be recorded ({reason})." if reason else "With execution: auto or graph it need not wait.")
+        f"{listed([name(cell) for cell in mine])} ran eagerly and {'is' if len(mine) == 1 else 'are'} overhead-bound:"
+        " forwards may wait for the host to launch them. "
+        + (f"No graph could be recorded ({reason})." if reason else "Execution: auto or graph would tell.")
     ]
 
 
@@ -195,12 +195,21 @@ def _over_roofs(rows: Sequence[MetricRow], labels: Mapping[str, str], run: Run) 
     return found
 
 
-def _drifted(rows: Sequence[MetricRow], labels: Mapping[str, str]) -> list[str]:
-    """One sentence, since what drifts is most often the machine, under all engines alike."""
-    if len(rows) < 2:
-        return [f"{labels[row.cell]}: {row.note}." for row in rows]
-    moved = listed([f"{labels[row.cell]} ({float(row.value or 0):+.0%})" for row in rows])
-    return [f"Not a steady state: step time moved over the run, beyond {DRIFT_BOUND:.0%}, of {moved}."]
+def _drifted(results: Results, labels: Mapping[str, str]) -> list[str]:
+    """One sentence, since what drifts is most often the machine, under all engines alike: so it names those too that
+    seem to drift, though their interval does not show it."""
+    known = [row for row in results.rows if row.metric == "steady_state_slope" and isinstance(row.value, float)]
+    moved = [row for row in known if row.status == "error"]
+    unsure = [row for row in known if row not in moved and abs(float(row.value or 0)) > DRIFT_BOUND]
+    if len(moved) + len(unsure) < 2 or not moved:
+        return [f"{labels[row.cell]}: {row.note}." for row in moved]
+    said = listed([f"{labels[row.cell]} ({float(row.value or 0):+.0%})" for row in moved])
+    spread = [f"{labels[row.cell]} ({row.low:+.0%} to {row.high:+.0%})" for row in unsure if row.low is not None]
+    beside = f"; not shown for {listed(spread)}" if spread else ""
+    return [
+        "Not a steady state: by a linear trend step time moved from the first trial to the last, beyond"
+        f" {DRIFT_BOUND:.0%}, of {said}{beside}. Speeds and speedups are means over all of it."
+    ]
 
 
 def name(cell: Cell) -> str:
