@@ -765,6 +765,20 @@ def test_prompts_whose_contexts_ascend_are_no_drift_and_hide_none(measure: Any, 
     assert "no prompt was repeated, and bytes or FLOPs of their steps differ by up to 120%" in once.note
 
 
+def test_forwards_that_a_graph_ran_as_one_are_counted_each(measure: Any) -> None:
+    def counted(*drafts: ForwardRecord) -> tuple[Any, ...]:
+        made = measure([trial(forwards=(forward(0, "prefill", rows=10), *drafts, forward(1), forward(2)))])
+        names = ("forwards_per_sequence", "drafter"), ("rows_per_forward", "draft"), ("bytes_per_token", "")
+        return *(made["ar", *name].value for name in names), [part for _, m, part in made if m == "forward_seconds"]
+
+    each = {"model": "drafter", "bytes_read": 90.0}
+    one_by_one = (forward(1, "draft", rows=5, **each), *[forward(1, "draft", **each)] * 3)
+    as_one = forward(1, "draft", rows=8, model="drafter", bytes_read=390.0, passes=4)
+    (*apart, _), (*together, kinds) = counted(*one_by_one), counted(as_one)
+    assert together == apart == [4.0, 2.0, pytest.approx(400.0)]
+    assert "draft, 8 rows in 4 forwards" in kinds
+
+
 def test_without_forwards_other_prompts_cannot_show_a_drift(measure: Any) -> None:
     trials = [dataclasses.replace(paced(g, g, 0, 1.0, 50.0), forwards=()) for g in range(10)]
     row = measure(trials)["ar", "steady_state_slope", ""]

@@ -894,8 +894,8 @@ def phase_seconds(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "forward_seconds",
     "s",
-    "mean seconds of one forward of this kind; where an engine times several numbers of rows, mean of the trials' "
-    "medians, as in row_cost",
+    "mean seconds of one forward of this kind, or of as many as a graph runs as one; where an engine times several "
+    "numbers of rows, mean of the trials' medians, as in row_cost",
     "lower",
 )
 def forward_seconds(cell: Cell) -> dict[str, Estimate]:
@@ -1294,7 +1294,12 @@ def throttled(cell: Cell) -> Estimate:
 )
 def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
     return {
-        str(model): _per_group(forwards, "live", cell.requests.assign(sequences=1), "sequences")
+        str(model): _per_group(
+            forwards.assign(passes=forwards["live"] * forwards["passes"]),
+            "passes",
+            cell.requests.assign(sequences=1),
+            "sequences",
+        )
         for model, forwards in cell.decode_forwards.groupby("model", sort=False)
     }
 
@@ -1302,7 +1307,7 @@ def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
 @metric("rows_per_forward", "rows", "mean rows per sequence that a forward in decode feeds, by its role", "lower")
 def rows_per_forward(cell: Cell) -> dict[str, Estimate]:
     by_role = cell.decode_forwards.groupby("role", sort=False)
-    return {str(role): stats.mean(forwards["rows"], forwards["group"]) for role, forwards in by_role}
+    return {str(role): stats.ratio(f["rows"], f["passes"], f["group"]) for role, f in by_role}
 
 
 @metric(
@@ -1594,7 +1599,7 @@ _STEP_COLUMNS = (
 _VERIFY_COLUMNS = (*_TRIAL_COLUMNS, "step", "prompt_id", "category", "drafted", "accepted", "judged", "looked_up")
 _FORWARD_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "model", "role", "rows", "batch", "context", "flops", "bytes", "seconds", "live", "kind",
-    *NOT_ALWAYS,
+    "passes", *NOT_ALWAYS,
 )  # fmt: skip
 
 
@@ -1651,13 +1656,14 @@ def _forwards(
     recorded = step < steps[of]
     live_then = np.zeros(len(of), dtype=int)
     live_then[recorded] = live[((np.cumsum(steps) - steps)[of] + step)[recorded]]
-    kinds = zip((step == 0).tolist(), stored["model"], stored["role"], stored["rows"], strict=True)
+    kinds = zip((step == 0).tolist(), *(stored[name] for name in ("model", "role", "rows", "passes")), strict=True)
     return _frame(_FORWARD_COLUMNS, {
         **_trial_columns(trials, of),
         "step": step,
         "model": _words(stored["model"]),
         "role": _words(stored["role"]),
         **{name: _numbers(stored[name]) for name in ("rows", "batch", "context", "flops", "seconds", *NOT_ALWAYS)},
+        "passes": _numbers(stored["passes"]),
         "bytes": _numbers(stored["bytes_read"]) + _numbers(stored["bytes_written"]),
         "live": live_then,
         "kind": _words([_kind(*each) for each in kinds]),
@@ -1749,11 +1755,11 @@ def _words(values: Any) -> pd.Series:
 
 
 @cache
-def _kind(first: bool, model: str, role: str, rows: int) -> str:
+def _kind(first: bool, model: str, role: str, rows: int, passes: int) -> str:
     """Forwards that share a point of the roofline. Prefills differ in rows with every prompt, and are one kind."""
     if role == "prefill" or first:
         return "prefill" if model == "target" else f"{model} prefill"
-    return f"{role}, {rows} row{'s' if rows != 1 else ''}"
+    return f"{role}, {rows} row{'s' if rows != 1 else ''}" + (f" in {passes} forwards" if passes > 1 else "")
 
 
 from zbench import serving_metrics  # noqa: E402, F401  (registers what servers are measured by)

@@ -50,7 +50,8 @@ class ForwardRecord:
     in collectives, waiting for the others included (None: not timed in this forward, see `models/team.py`).
 
     `launches` is what the host starts one after another in such a forward, see `engines/launches.py`; counted once in a
-    forward of this kind that is not timed, None where it was not.
+    forward of this kind that is not timed, None where it was not. `passes` forwards that a graph ran as one, as the
+    levels of a draft, are one record: everything in it is theirs together.
     """
 
     step: int  # index of the step it belongs to; step 0 is the prefill
@@ -68,6 +69,7 @@ class ForwardRecord:
     collective_bytes: float | None = None
     collective_seconds: float | None = None
     launches: int | None = None
+    passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

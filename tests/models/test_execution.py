@@ -293,7 +293,7 @@ def test_a_recorded_draft_is_one_forward_that_costs_what_its_levels_cost(options
     engine, meter = engine_on("graph", "eagle3", options), Meter(resolve("cpu"))
     engine.generate([[5, 6, 7, 8, 9]], Request(2, Sampling(), (0,)), meter)
     drafts = [f for f in meter.records()[1] if f.role == "draft"]
-    assert [(f.rows, f.context) for f in drafts] == [(4, 0), (rows, 4)]
+    assert [(f.rows, f.context, f.passes) for f in drafts] == [(4, 0, 1), (rows, 4, 3)]
     beam = 1 if rows == 6 else 2
     first = engine.drafter.cost(4, [4], 1, 10, True)
     more = [engine.drafter.cost(beam, [5], beam, beam * level, False) for level in (1, 2)]

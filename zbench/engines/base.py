@@ -222,6 +222,7 @@ class _Forward:
     start: Mark
     end: Mark
     collectives: Spans | None
+    passes: int
 
 
 @dataclass(slots=True)
@@ -323,10 +324,11 @@ class Meter:
         start: Mark,
         end: Mark,
         name: str = "target",
+        passes: int = 1,
     ) -> None:
-        """A forward that ran elsewhere between two marks."""
-        collectives = self.team.taken()
-        self._forwards.append(_Forward(len(self._steps) - 1, name, role, rows, contexts, cost, start, end, collectives))
+        """A forward that ran elsewhere between two marks, or `passes` of them as one."""
+        collectives, step = self.team.taken(), len(self._steps) - 1
+        self._forwards.append(_Forward(step, name, role, rows, contexts, cost, start, end, collectives, passes))
 
     def records(self) -> tuple[tuple[StepRecord, ...], tuple[ForwardRecord, ...]]:
         """Resolve all marks. Call after the decode; steps that gained nothing at the very end are dropped."""
@@ -371,6 +373,7 @@ class Meter:
                     collective_bytes=cost.collective_bytes if self.team.size > 1 else None,
                     collective_seconds=None if f.collectives is None else sum(seconds(*span) for span in f.collectives),
                     launches=self._launches.get((f.name, f.role, f.rows)),
+                    passes=f.passes,
                 )
             )
         return steps, tuple(forwards)

@@ -323,7 +323,8 @@ class Eagle3:
             each = [self.drafter.cost(r.rows, r.contexts, r.wanted, r.pairs, r.fused) for r in reads]
             return functools.reduce(operator.add, each)
 
-        meter.add_forward("draft", sum(r.rows for r in reads), reads[0].contexts, cost, start, end, "drafter")
+        rows, contexts = sum(r.rows for r in reads), reads[0].contexts
+        meter.add_forward("draft", rows, contexts, cost, start, end, "drafter", len(reads))
 
 
 @dataclass(frozen=True, slots=True)
