@@ -141,6 +141,18 @@ def test_masks_right_up_to_any_place_leave_every_token_and_finish_as_it_was(
     assert decode(engine, ids, request) == plain
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_block_that_is_accepted_whole_where_no_masks_stand_behind_it_leaves_no_drafts(execution: str) -> None:
+    """One block of masks behind the first outcome, as one sequence and more rows than get the head at once."""
+    model, ids, request = runtime("smollm", execution), prompts(6), Request(40, GREEDY, (0,))
+    outputs = decode(Autoregressive(model), ids, request).outputs
+    engine = Scripted(model, outputs, right, block=10, proposals=1, choose="prefix")
+    found, steps, forwards = metered(engine, ids, request)
+    assert found == outputs
+    assert any(step.accepted == (9,) for step in steps) and any(step.drafted == (0,) for step in steps[1:])
+    assert all(f.rows for f in forwards)
+
+
 @pytest.mark.parametrize("family", ["smollm", "mistral", "zaya"])
 def test_the_cache_holds_what_a_prefill_of_the_committed_tokens_would(family: str) -> None:
     model, ids, request = runtime(family, "auto"), prompts(5, 12), Request(30, GREEDY, (0, 0))

@@ -309,6 +309,8 @@ def prefill_and_draft(
 
 def run_head(model: Model, hidden: Tensor, contexts: list[int], meter: Meter) -> Tensor:
     """Final norm and head on hidden states [B, n, D], recorded as a forward of the head alone -> logits [B, n, V]."""
+    if not hidden.shape[1]:  # no masks stand behind what was accepted
+        return hidden.new_zeros(len(hidden), 0, model.config.vocab, dtype=torch.float32)
     start = meter.device.mark()
     logits = model.logits(hidden)
     wanted = hidden.shape[0] * hidden.shape[1]

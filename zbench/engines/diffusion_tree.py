@@ -75,7 +75,7 @@ class DiffusionTree:
         self._tree = BlockTree(block - 1, tokens, model.device, whole=synthetic is not None)
         self._drawn = None  # the chances that acceptance is drawn with; what is accepted are first children, whole
         if synthetic is not None:
-            chances = torch.tensor(synthetic.chances, device=model.device)
+            chances = torch.tensor(synthetic.chances, dtype=torch.float32, device=model.device)
             self._drawn = F.pad(chances, (0, tokens + 1 - len(chances)))
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:

@@ -223,7 +223,7 @@ def _outcome() -> ctypes.CDLL | NativeUnavailable:
         library.zb_key_unit.restype = ctypes.c_int64
         _check(library)
         return library
-    except (NativeUnavailable, OSError) as error:
+    except (NativeUnavailable, OSError, RuntimeError) as error:  # the last: no home folder, or one that knows no locks
         return NativeUnavailable(str(error))
 
 
@@ -378,13 +378,14 @@ def verify_chain(
     just swept the caches, so that the thirty small operators of torch come from memory each."""
     batch, count, vocab = logits.shape
     drafts = drafts if drafts.stride(1) == 1 else drafts.contiguous()
+    offered = None if offered is None else offered.contiguous()  # held until the call is over
     found = torch.empty(batch, 2 * count + 2, dtype=torch.int64)
     _library().zb_verify_chain(
         ctypes.c_void_p(logits.data_ptr()),
         ctypes.c_int64(logits.stride(0)),
         ctypes.c_void_p(drafts.data_ptr()),
         ctypes.c_int64(drafts.stride(0)),
-        None if offered is None else ctypes.c_void_p(offered.contiguous().data_ptr()),
+        None if offered is None else ctypes.c_void_p(offered.data_ptr()),
         *(ctypes.c_int64(n) for n in (batch, count - 1, vocab)),
         ctypes.c_void_p(found.data_ptr()),
     )
@@ -670,8 +671,8 @@ class Decoder(_Packed):
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm -> float32 logits [..., V]."""
         assert self.packed_head is not None
-        flat = hidden.reshape(-1, self.config.width).float()
-        return _linear(self._library, flat, self.packed_head, self.config.vocab).view(*hidden.shape[:-1], -1)
+        flat, vocab = hidden.reshape(-1, self.config.width).float(), self.config.vocab
+        return _linear(self._library, flat, self.packed_head, vocab).view(*hidden.shape[:-1], vocab)
 
     def forward(
         self,
@@ -785,7 +786,8 @@ class Drafter(_Packed):
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., h] after the final norm -> float32 logits [..., draft vocab]."""
         flat = hidden.reshape(-1, self.config.layer.width)
-        return _linear(self._library, flat, self._head, self.config.draft_vocab).view(*hidden.shape[:-1], -1)
+        vocab = self.config.draft_vocab
+        return _linear(self._library, flat, self._head, vocab).view(*hidden.shape[:-1], vocab)
 
     def read_pairs(self, taps: Sequence[Tensor], ids: Tensor, lengths: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Taps, each [B, R, target width], and ids [B, R] of pairs behind the committed ones -> features [B, R, h]."""
