@@ -102,6 +102,18 @@ def test_averaged_power_is_too_slow_for_short_trials() -> None:
     assert energy_of(segment(constant, averaged=True))[0] == pytest.approx([2000])  # one trial of 20 s
 
 
+def test_readings_that_may_be_of_what_was_before_a_trial_are_not_its_own() -> None:
+    long, short = ("a", 0, 0), ("a", 0, 1)
+    found = segment(lambda t: np.where(t < 5.05, 500.0, 100.0), windows={long: (5, 25), short: (30, 30.9)})
+    busy = np.where(found.times < 5.95, 0.1, 0.9)
+    told = Telemetry((
+        replace(found, values={**found.values, "activity": busy}, sensors={**found.sensors, "activity": {"unit": "1"}}),
+    ))  # fmt: skip
+    assert set(told.samples(long, "activity")) == {0.9} and set(told.samples(long, "power")) == {100.0}
+    assert len(told.samples(short, "activity")) == 0 and len(told.samples(short, "power")) > 0
+    assert told.why_not("activity").startswith("a reading may be of the 1 s before it, and no trial")
+
+
 def test_power_with_a_gap_or_few_samples_is_not_integrated() -> None:
     gap: Curve = lambda t: np.where((t > 10) & (t < 10.5), np.nan, 100)  # noqa: E731
     assert "not sampled for 0.5 s" in why_not(segment(gap))

@@ -1267,13 +1267,22 @@ def temperature(cell: Cell) -> Estimate:
 
 
 @metric(
-    "activity", "1", "mean of the samples of the device's activity during trials: what is busy, the device says", "none"
+    "activity",
+    "1",
+    "mean of the samples of the device's activity during trials, without the first second of each, whose samples may "
+    "be of what was before: what is busy, the device says",
+    "none",
 )
 def activity(cell: Cell) -> Estimate:
     return _mean_of_samples(cell, "activity")
 
 
-@metric("memory_activity", "1", "mean of the samples of the memory controller's activity during trials", "none")
+@metric(
+    "memory_activity",
+    "1",
+    "mean of the samples of the memory controller's activity during trials, as activity's",
+    "none",
+)
 def memory_activity(cell: Cell) -> Estimate:
     return _mean_of_samples(cell, "memory_activity")
 

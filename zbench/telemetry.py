@@ -38,6 +38,9 @@ COUNTER_ERROR = 0.05  # what the counter's own update interval may add to the en
 AGREEMENT = 0.05  # between the counter and the integral of power, over the whole run
 GAPS = 3  # periods without a sample, beyond which an integral of power is not believed
 POINTS = 10  # samples of power that each trial needs where power is all there is
+# What was before a trial is in its first readings: activity and averaged power are of up to a second (NVML's manual),
+# any power is renewed only every 20 to 100 ms (Yang, Adamek and Armour 2023, arXiv 2312.02741).
+AVERAGED, RENEWED = 1.0, 0.1
 
 Key = tuple[str, int, int]  # a trial: cell, group, repeat
 
@@ -68,10 +71,16 @@ class Segment:
         known = self.sensors.get(name)
         return known.removeprefix("unavailable: ") if isinstance(known, str) else "not recorded"
 
-    def within(self, key: Key) -> np.ndarray:
-        """[n] whether a sample lies in the trial."""
+    def within(self, key: Key, sensor: str = "") -> np.ndarray:
+        """[n] whether a sample lies in the trial, and what it says of `sensor` too."""
         start, end = self.windows[key]
-        return (self.times >= start) & (self.times <= end)
+        return (self.times >= start + self.lag(sensor)) & (self.times <= end)
+
+    def lag(self, sensor: str) -> float:
+        """Seconds before a reading that it may be of."""
+        known = self.sensors.get(sensor)
+        averaged = isinstance(known, dict) and known.get("averaged")
+        return AVERAGED if averaged or sensor in ("activity", "memory_activity") else RENEWED * (sensor == "power")
 
     @cached_property
     def problem(self) -> str:
@@ -121,12 +130,16 @@ class Telemetry:
         segment = self.segment(key)
         if segment is None or not segment.has(sensor):
             return np.array([])
-        values = segment.values[sensor][segment.within(key)]
+        values = segment.values[sensor][segment.within(key, sensor)]
         return values[np.array([v is not None and v == v for v in values], dtype=bool)]  # NaN is unequal to itself
 
     def why_not(self, sensor: str) -> str:
         """What completes "unavailable: " where no trial has a sample."""
-        return "no sample fell into its trials" if self.last.has(sensor) else self.last.why_not(sensor)
+        if not self.last.has(sensor):
+            return self.last.why_not(sensor)
+        if lag := self.last.lag(sensor):
+            return f"a reading may be of the {lag:g} s before it, and no trial was sampled after so long"
+        return "no sample fell into its trials"
 
 
 def read(folder: Path) -> Telemetry | None:

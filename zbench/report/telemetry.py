@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,7 +99,11 @@ def _capital(text: str) -> str:
 
 # Sensors over time ---------------------------------------------------------------------------------------------------
 
-_Values = Callable[[Segment], np.ndarray | None]
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    sensor: str
+    of: Callable[[Segment], np.ndarray | None]  # its values, in the unit that is drawn
 
 
 def _clock(segment: Segment) -> np.ndarray | None:
@@ -109,39 +114,39 @@ def _activity(segment: Segment) -> np.ndarray | None:
     return 100 * segment.values["activity"] if segment.has("activity") else None
 
 
-def _timeline(results: Results, of: _Values) -> list[tuple[float, Segment, np.ndarray]]:
+def _timeline(results: Results, curve: _Curve) -> list[tuple[float, Segment, np.ndarray]]:
     """(seconds before it, segment, values) of the segments that have the values, one after another."""
     found, before = [], 0.0
     for segment in results.run.telemetry.segments if results.run.telemetry else ():
-        values = of(segment)
+        values = curve.of(segment)
         if values is not None and np.isfinite(values).any():
             found.append((before, segment, values))
             before += float(segment.times[-1])
     return found
 
 
-def _of_cell(results: Results, cell: Cell, of: _Values) -> list[tuple[np.ndarray, np.ndarray]]:
+def _of_cell(results: Results, cell: Cell, curve: _Curve) -> list[tuple[np.ndarray, np.ndarray]]:
     """(seconds of the run, values) of each trial that counts."""
     lines = []
-    for before, segment, values in _timeline(results, of):
+    for before, segment, values in _timeline(results, curve):
         for trial in cell.trials:
             assert results.run.telemetry is not None
             if results.run.telemetry.segment(trial.key) is segment:
-                inside = segment.within(trial.key) & np.isfinite(values)
+                inside = segment.within(trial.key, curve.sensor) & np.isfinite(values)
                 lines.append((before + segment.times[inside], values[inside]))
     return [(times, values) for times, values in lines if len(times)]
 
 
-def _applies(of: _Values) -> Callable[[Results, Sequence[Cell]], bool]:
-    return lambda results, cells: any(_of_cell(results, cell, of) for cell in cells)
+def _applies(curve: _Curve) -> Callable[[Results, Sequence[Cell]], bool]:
+    return lambda results, cells: any(_of_cell(results, cell, curve) for cell in cells)
 
 
-def _painter(of: _Values, label: str) -> Callable[[Axes, Theme, Results, Sequence[Cell]], None]:
+def _painter(curve: _Curve, label: str) -> Callable[[Axes, Theme, Results, Sequence[Cell]], None]:
     def paint(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) -> None:
-        drawn = {cell.record.id: _of_cell(results, cell, of) for cell in cells}
+        drawn = {cell.record.id: _of_cell(results, cell, curve) for cell in cells}
         ends = np.concatenate([times for lines in drawn.values() for times, _ in lines])
         start, end = float(ends.min()), float(ends.max())
-        for before, segment, values in _timeline(results, of):
+        for before, segment, values in _timeline(results, curve):
             times = before + segment.times
             inside = np.isfinite(values) & (times >= start) & (times <= end)
             axes.plot(*_thinned(times[inside], values[inside]), color=theme.line, lw=1, zorder=1)
@@ -170,11 +175,11 @@ def _thinned(times: np.ndarray, values: np.ndarray, most: int = POINTS) -> tuple
     return np.add.reduceat(times, edges) / sizes, np.add.reduceat(values, edges) / sizes
 
 
-def _alt(of: _Values, unit: str) -> Callable[[Results, Sequence[Cell]], str]:
+def _alt(curve: _Curve, unit: str) -> Callable[[Results, Sequence[Cell]], str]:
     def words(results: Results, cells: Sequence[Cell]) -> str:
         found = []
         for cell in cells:
-            if lines := _of_cell(results, cell, of):
+            if lines := _of_cell(results, cell, curve):
                 values = np.concatenate([values for _, values in lines])
                 found.append(f"{cell.record.label} {values.min():.3g} to {values.max():.3g} {unit}")
         return "; ".join(found) + "."
@@ -182,14 +187,21 @@ def _alt(of: _Values, unit: str) -> Callable[[Results, Sequence[Cell]], str]:
     return words
 
 
-def _plot(key: str, title: str, caption: str, of: _Values, label: str, unit: str) -> Plot:
+def _plot(key: str, title: str, caption: str, curve: _Curve, label: str, unit: str) -> Plot:
     height: Any = lambda results, cells: 2.2 + 0.2 * _legend_lines(cells)  # noqa: E731
-    words = f"{caption} Coloured: samples within an engine’s trials; grey: between them."
-    return Plot(key, title, words, _applies(of), height, _painter(of, label), _alt(of, unit), "telemetry")
+    words = f"{caption} Coloured: samples of an engine’s trials; grey: between them, or maybe of what was before."
+    return Plot(key, title, words, _applies(curve), height, _painter(curve, label), _alt(curve, unit), "telemetry")
 
 
 PLOTS = (
-    _plot("power", "Power over time", "The device’s power.", telemetry.power, "power, W", "W"),
-    _plot("clock", "Core clock over time", "The clock of the device’s cores.", _clock, "clock, GHz", "GHz"),
-    _plot("activity", "How busy the device was", "By its own account.", _activity, "busy, %", "%"),
+    _plot("power", "Power over time", "The device’s power.", _Curve("power", telemetry.power), "power, W", "W"),
+    _plot(
+        "clock",
+        "Core clock over time",
+        "The clock of the device’s cores.",
+        _Curve("core_clock", _clock),
+        "clock, GHz",
+        "GHz",
+    ),
+    _plot("activity", "How busy the device was", "By its own account.", _Curve("activity", _activity), "busy, %", "%"),
 )
