@@ -111,6 +111,47 @@ def test_a_single_engine_is_compared_with_nothing(results: Any) -> None:
     assert sentences[1].startswith("Its verify forward")
 
 
+def test_without_a_result_of_the_baseline_every_engines_speed_is_given_and_nothing_compared(results: Any) -> None:
+    found = results(engines=("autoregressive", "transformers generate", "chain drafter"), failing=("autoregressive",))
+    first, missing, other, *_ = answers(found)[0][1]
+    assert first.startswith("transformers generate decodes ")
+    assert missing == "autoregressive, the baseline, has no decode speed here: every trial failed."
+    assert re.fullmatch(
+        r"chain drafter decodes \d+ tokens/s per sequence \(95% interval .*, 8 prompts\): not compared, as no prompt "
+        r"succeeded both here and in the baseline\.",
+        other,
+    )
+
+
+def test_an_engine_without_a_pair_is_in_the_answer_with_its_speed_and_the_reason(results: Any, tmp_path: Path) -> None:
+    results(engines=("autoregressive", "chain drafter", "transformers generate"))
+    trials = read_trials(tmp_path)[0]
+    mine = {"autoregressive": range(4), "transformers-generate": range(4, 8)}  # of no common prompt
+    kept = [t for t in trials if t.group in mine.get(t.cell, range(8))]
+    (tmp_path / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in kept))
+    told = answers(Results.of(metrics.load_run(tmp_path)))[0][1]
+    assert told[0].startswith("autoregressive decodes ") and told[1].startswith("chain drafter is ")
+    assert told[2].startswith("transformers generate decodes ")
+    assert told[2].endswith(": not compared, as no prompt succeeded both here and in the baseline.")
+
+
+def test_the_baseline_is_named_where_its_own_speed_is_not_known(results: Any, tmp_path: Path) -> None:
+    """One of its responses came in one piece, of a prompt that nobody else has."""
+    results(engines=("autoregressive", "transformers generate", "chain drafter"))
+    trials = []
+    for t in read_trials(tmp_path)[0]:
+        if t.group == 0 and t.cell == "autoregressive":
+            t = replace(t, requests=tuple(replace(r, ttft_seconds=r.end_seconds) for r in t.requests))
+        if t.group or t.cell == "autoregressive":
+            trials.append(t)
+    (tmp_path / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in trials))
+    told = answers(Results.of(metrics.load_run(tmp_path)))[0][1]
+    assert told[0].startswith("transformers generate decodes ")
+    assert told[1].startswith("autoregressive, the baseline, has no decode speed here: 2 of 16 responses came in one")
+    assert told[2].startswith("The speed of autoregressive is 2.") and "× transformers generate (" in told[2]
+    assert re.fullmatch(r"chain drafter is .*× as fast \(.*\) as autoregressive, paired by prompt\.", told[3])
+
+
 def test_too_few_prompts_of_some_are_not_said_of_those_that_have_an_interval(results: Any, tmp_path: Path) -> None:
     results(engines=("autoregressive", "chain drafter", "transformers generate"), prompts=6)
     path = tmp_path / "trials.jsonl"

@@ -329,9 +329,15 @@ def _answer(results: Results, point: Point) -> list[str]:
     measured = [cell for cell in point.cells if results.value(cell, "decode_tps") is not None]
     if not measured:
         return ["No engine gave a decode speed here."]
-    first = next((cell for cell in measured if cell.record.baseline), measured[0])
-    others = [cell for cell in measured if cell is not first and results.value(cell, "speedup") is not None]
-    sentences = [_speed(results, first), *_comparisons(results, first, others)]
+    baseline = next((cell for cell in point.cells if cell.record.baseline), None)
+    first = next((cell for cell in measured if cell is baseline), measured[0])
+    others = [cell for cell in measured if results.value(cell, "speedup") is not None]
+    sentences = [_speed(results, first)]
+    if baseline is not None and first is not baseline:
+        reason = results.row(baseline, "decode_tps").note.removeprefix("unavailable: ")
+        sentences.append(f"{title(baseline)}, the baseline, has no decode speed here: {reason}.")
+    sentences += _comparisons(results, baseline, first, others)
+    sentences += _unpaired(results, [cell for cell in measured if cell is not first])
     fastest = max(measured, key=lambda cell: results.value(cell, "decode_tps") or 0)
     for cell in [first] if fastest is first else [first, fastest]:
         if kind := main_kind(cell):
@@ -343,14 +349,35 @@ def _answer(results: Results, point: Point) -> list[str]:
 
 
 def _speed(results: Results, cell: Cell) -> str:
+    return f"{_decodes(results, cell)}."
+
+
+def _decodes(results: Results, cell: Cell) -> str:
     row = results.row(cell, "decode_tps")
     evidence = f"95% interval {interval(row)}, {clusters(cell, row.n)}" if interval(row) else _no_interval(cell, row)
     speed = quantity(float(row.value or 0), row.unit)
-    return f"{title(cell)} decodes {speed} per sequence ({evidence})."
+    return f"{title(cell)} decodes {speed} per sequence ({evidence})"
 
 
-def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]:
-    """Pairs are reported from the side that wins; an interval that holds 1 shows no difference."""
+def _unpaired(results: Results, cells: Sequence[Cell]) -> list[str]:
+    """Engines that have a speed and no pair with the baseline: how fast they are, and why nothing more is known."""
+    reasons: dict[str, list[Cell]] = {}
+    for cell in cells:
+        row = results.row(cell, "speedup")
+        if row.value is None:
+            reasons.setdefault(row.note.removeprefix("unavailable: "), []).append(cell)
+    found = []
+    for reason, mine in reasons.items():
+        ranked = sorted(mine, key=lambda cell: -(results.value(cell, "decode_tps") or 0)) if len(mine) > MOST else mine
+        found.append(f"{listed(_decodes(results, cell) for cell in ranked)}: not compared, as {reason}.")
+    return found
+
+
+def _comparisons(results: Results, baseline: Cell | None, first: Cell, others: list[Cell]) -> list[str]:
+    """Pairs are reported from the side that wins; an interval that holds 1 shows no difference. `first` is the engine
+    that was named before: where it is not the baseline, the baseline is named here."""
+    if baseline is None:
+        return []
     slower, faster, alike = [], [], []
     rows = [(cell, results.row(cell, "speedup")) for cell in others]
     without = {_no_interval(cell, row) for cell, row in rows}
@@ -371,11 +398,13 @@ def _comparisons(results: Results, first: Cell, others: list[Cell]) -> list[str]
             faster.append(f"{title(cell)} is {value:.2f}× as fast" + f" ({around})" * (around != once))
     sentences, paired = [], f", paired by prompt{f' ({once})' if once else ''}."
     if slower:
-        sentences.append(f"That is {listed(slower)}{paired}")
+        that = "That" if first is baseline else f"The speed of {title(baseline)}"
+        sentences.append(f"{that} is {listed(slower)}{paired}")
     if faster:
-        sentences.append(f"{listed(faster)}{paired}")
+        than = "" if first is baseline else f" as {title(baseline)}"
+        sentences.append(f"{listed(faster)}{than}{paired}")
     if alike:
-        sentences.append(f"No difference from {title(first)} is shown for {listed(alike)}.")
+        sentences.append(f"No difference from {title(baseline)} is shown for {listed(alike)}.")
     return sentences
 
 
