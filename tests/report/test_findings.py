@@ -259,6 +259,21 @@ def test_a_lossy_sampler_never_stands_without_what_it_did_to_the_output(results:
     assert any(sentence.startswith("Random mask adapter in tidar drawn") for sentence in warnings(found))
 
 
+@pytest.mark.parametrize(("repeats", "every"), [(2, " in every repeat"), (1, "")])
+def test_how_often_a_lossy_engine_is_right_is_a_share_of_prompts(
+    results: Any, tmp_path: Path, repeats: int, every: str
+) -> None:
+    """Of the baseline every answer is right; of the lossy engine those of even prompts, and one of each odd one."""
+    results(engines=("autoregressive", "tidar mixed"), repeats=repeats)
+    trials = []
+    for t in read_trials(tmp_path)[0]:
+        right = t.cell == "autoregressive" or t.group % 2 == 0 or t.repeat == 1
+        trials.append(replace(t, requests=tuple(replace(r, correct=right) for r in t.requests)))
+    (tmp_path / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in trials))
+    [mixed] = [w for w in warnings(Results.of(metrics.load_run(tmp_path))) if w.startswith("tidar mixed is lossy")]
+    assert f"; on 50% of the prompts its answer is right{every} (22–78%), on 100% autoregressive’s." in mixed
+
+
 def spoken(results: Results) -> dict[str, str]:
     return {cell.record.label: speculation(cell, results) for cell in results.run.cells}
 

@@ -499,18 +499,22 @@ def _lossy(cell: Cell, results: Results) -> str:
     if isinstance(tokens.value, float) and cell.baseline is not None:
         same = quantity(tokens.value, "1")
         said.append(f"{same} of its tokens are {cell.baseline.record.label}’s up to the first difference")
-    for metric, what in (("accuracy", "answers are right"), ("pass_at_1", "programs pass their tests")):
+    every = " in every repeat" if cell.requests["repeat"].nunique() > 1 else ""
+    for metric, share, theirs in (
+        ("accuracy", f"on {{}} of the prompts its answer is right{every}", "on {} {}’s"),
+        ("pass_at_1", "{} of its programs pass their tests", "{} of {}’s"),
+    ):
         right = results.row(cell, metric)
         if not isinstance(right.value, float):
             continue
         around = f" ({interval(right)})" if interval(right) else ""
-        theirs = results.value(cell.baseline, metric) if cell.baseline else None
+        other = results.value(cell.baseline, metric) if cell.baseline else None
         beside = (
             ""
-            if theirs is None or cell.baseline is None
-            else f", {quantity(theirs, '1')} of {cell.baseline.record.label}’s"
+            if other is None or cell.baseline is None
+            else f", {theirs.format(quantity(other, '1'), cell.baseline.record.label)}"
         )
-        said.append(f"{quantity(right.value, '1')} of its {what}{around}{beside}")
+        said.append(f"{share.format(quantity(right.value, '1'))}{around}{beside}")
     evidence = "; ".join(said) or "how good it is was not measured (no prompt has a checkable reference)"
     return f"{name(cell)} is lossy, its speed buys another output: {evidence}."
 

@@ -33,7 +33,7 @@ ENGINE_COLUMNS = (
     ("Of compute roof", "mfu", "main"),
     ("Bound by", "bound", "main"),
     ("Same outputs", "agreement", "prompts"),
-    ("Right answers", "accuracy", ""),
+    ("Prompts right in every repeat", "accuracy", ""),
     ("Code that passes", "pass_at_1", ""),
     ("Target’s own tokens", "lossless", ""),
 )
