@@ -274,6 +274,17 @@ def test_how_often_a_lossy_engine_is_right_is_a_share_of_prompts(
     assert f"; on 50% of the prompts its answer is right{every} (22–78%), on 100% autoregressive’s." in mixed
 
 
+def test_why_nothing_says_how_good_a_lossy_engine_is_are_the_metrics_own_words(tmp_path: Path) -> None:
+    sampled = {"temperature": 0.8}
+    mixed = cell("mixed", "diffusion", options={"sampler": "logit_mix", "block_size": 4}, sampling=sampled)
+    folder = write(tmp_path, [trial(), trial("mixed")], [cell(sampling=sampled), mixed])
+    [said] = [w for w in warnings(Results.of(metrics.load_run(folder))) if w.startswith("mixed is lossy")]
+    assert said == (
+        "mixed is lossy, its speed buys another output: how good it is was not measured (no prompt has a reference that"
+        " can be checked; no code was run: no prompt has tests, or the scenario does not allow it)."
+    )
+
+
 def spoken(results: Results) -> dict[str, str]:
     return {cell.record.label: speculation(cell, results) for cell in results.run.cells}
 

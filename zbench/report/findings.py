@@ -515,8 +515,11 @@ def _lossy(cell: Cell, results: Results) -> str:
             else f", {theirs.format(quantity(other, '1'), cell.baseline.record.label)}"
         )
         said.append(f"{share.format(quantity(right.value, '1'))}{around}{beside}")
-    evidence = "; ".join(said) or "how good it is was not measured (no prompt has a checkable reference)"
-    return f"{name(cell)} is lossy, its speed buys another output: {evidence}."
+    if not said:
+        rows = (results.row(cell, metric) for metric in ("accuracy", "pass_at_1"))
+        reasons = dict.fromkeys(row.note.removeprefix("unavailable: ") for row in rows)
+        said.append(f"how good it is was not measured ({'; '.join(reasons)})")
+    return f"{name(cell)} is lossy, its speed buys another output: {'; '.join(said)}."
 
 
 def _at(cell: Cell) -> str:
