@@ -260,9 +260,9 @@ def speculation(cell: Cell, results: Results) -> str:
     if row.low is not None and row.low > 1 and gained < needed:
         least, most = _gains(cell)
         return (
-            f"{title(cell)} is {speed} as fast as {theirs} prompt by prompt ({interval(row)}) and {_in_all(cell):.2f}×"
-            f" in total time, as the prompts differ: over all of them it gains {gained:.2f} tokens per step and breaks"
-            f" even at {needed:.2f}, on single ones it gains {least:.2f} to {most:.2f}."
+            f"{title(cell)} is {speed} as fast as {theirs} prompt by prompt{_at(cell)} ({interval(row)}) and"
+            f" {_in_all(cell):.2f}× in total time, as the prompts differ: over all of them it gains {gained:.2f} tokens"
+            f" per step and breaks even at {needed:.2f}, on single ones it gains {least:.2f} to {most:.2f}."
         )
     around = interval(row) or _no_interval(cell, row)
     return f"{sentence}: {speed} as fast as {theirs} ({around})."
