@@ -521,6 +521,13 @@ def test_categories_are_told_apart_where_there_are_several(measure: Any) -> None
     of_one = measure([trial(), *both[2:]], CHAIN)
     assert of_one["spec", "category_speedup", "chat"].value == pytest.approx(1.0)
     assert of_one["spec", "category_speedup", "code"].value is None
+    undrafted = trial("spec", 1, requests=(code,))
+    rows = measure([trial(), trial(group=1, requests=(code,)), verifying([1]), undrafted], CHAIN)
+    assert rows["spec", "category_acceptance_length", "chat"].value == 2
+    assert rows["spec", "category_speedup", "code"].value == pytest.approx(1.0)
+    assert rows["spec", "category_acceptance_length", "code"].note == (
+        "unavailable: nothing was drafted on the prompts of this category"
+    )
     alone = measure([trial(), verifying([1])], CHAIN)["spec", "category_speedup", ""]
     assert alone.note == "unavailable: the prompts are all of one category"
 

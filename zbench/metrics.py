@@ -544,7 +544,12 @@ def acceptance_length(cell: Cell) -> dict[str, Estimate]:
 
 @metric("category_acceptance_length", "tokens", "acceptance_length (micro) of the prompts of each category", "higher")
 def category_acceptance_length(cell: Cell) -> dict[str, Estimate]:
-    return {name: stats.mean(v["accepted"] + 1, v["group"]) for name, v in _by_category(cell.seen_verifies)}
+    drafted = {str(name): verifies for name, verifies in cell.seen_verifies.groupby("category")}
+    nothing = unavailable("nothing was drafted on the prompts of this category")
+    return {
+        name: stats.mean(drafted[name]["accepted"] + 1, drafted[name]["group"]) if name in drafted else nothing
+        for name, _ in _by_category(cell.requests)
+    }
 
 
 @metric(

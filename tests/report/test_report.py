@@ -5,15 +5,19 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from tests.report.synthetic import DEFAULT_ENGINES, ENGINES, SPECS, write_run
+from tests.report.synthetic import CATEGORIES, DEFAULT_ENGINES, ENGINES, SPECS, write_run
 from zbench import metrics
 from zbench.errors import UserError
+from zbench.records import read_trials
 from zbench.report import POINTS_DRAWN, headline, render
+from zbench.report.html import _category_table
+from zbench.results import Results
 
 FIGURES = (
     "roofline", "steps", "phases", "speedup", "split", "forwards", "acceptance", "conditional", "histogram",
@@ -144,6 +148,22 @@ def test_every_row_picture_and_sentence_of_a_synthetic_engines_speed_or_acceptan
 def test_drafting_engines_have_a_section_of_their_own_and_others_have_none(full: Path, tmp_path: Path) -> None:
     assert "Speculation</h3>" in (full / "report.html").read_text()
     assert "Speculation</h3>" not in render(write_run(tmp_path, prompts=2, repeats=1, tokens=8)).read_text()
+
+
+def test_a_category_without_drafts_keeps_its_row_and_its_speedup(tmp_path: Path) -> None:
+    write_run(tmp_path, engines=("autoregressive", "transformers generate", "eagle3 chain of 4"), repeats=1, tokens=12)
+    trials = read_trials(tmp_path)[0]
+    for at, t in enumerate(trials):
+        if t.cell == "eagle3-chain-of-4" and t.requests[0].category == "math":
+            trials[at] = replace(t, steps=tuple(replace(step, drafted=(), accepted=()) for step in t.steps))
+    (tmp_path / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in trials))
+    results = Results.of(metrics.load_run(tmp_path))
+    table = _category_table(results, results.points[0])
+    assert table is not None
+    lines = {line.name: [entry.text for entry in line.entries] for line in table.rows}
+    assert list(lines) == [f"eagle3 chain of 4: {category}" for category in sorted(CATEGORIES)]
+    assert [name for name, (accepted, _) in lines.items() if accepted == "n/a"] == ["eagle3 chain of 4: math"]
+    assert all(speedup.endswith("×") for _, speedup in lines.values())
 
 
 def test_peers_have_a_table_on_the_page_and_as_markdown(full: Path, tmp_path: Path) -> None:

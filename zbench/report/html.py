@@ -402,8 +402,9 @@ def _category_table(results: Results, point: Point) -> Table | None:
             ", ".join(caveats(cell.record)),
         )
         for cell in point.cells
-        for category in sorted(cell.verifies["category"].unique())
-        if results.value(cell, "category_acceptance_length", category) is not None
+        if not cell.verifies.empty
+        for category in sorted(cell.requests["category"].unique())
+        if any(results.value(cell, metric, category) is not None for _, metric in CATEGORY_COLUMNS)
     ]
     return Table([heading for heading, _ in CATEGORY_COLUMNS], rows, notes.listed()) if rows else None
 
