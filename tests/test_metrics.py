@@ -20,6 +20,7 @@ from zbench.records import (
     SCHEMA_VERSION,
     CellRecord,
     ForwardRecord,
+    LosslessCheck,
     Manifest,
     RequestRecord,
     RoofSample,
@@ -581,6 +582,24 @@ def test_agreement_counts_tokens_up_to_the_first_divergence(measure: Any) -> Non
     assert rows["x", "agreement", "tokens"].value == pytest.approx(1 / 3)
     assert rows["x", "agreement", "prompts"].value == 0
     assert "near-equal logits" in rows["x", "agreement", "prompts"].note
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("exact", "in bfloat16 two near-equal logits can swap under another order of summation"),
+        ("near-tie", "in bfloat16 two near-equal logits can swap under another order of summation"),
+        ("different", ""),
+        (None, "in bfloat16 two near-equal logits can swap under another order of summation, which was not checked"),
+    ],
+)
+def test_rounding_is_the_reason_for_other_tokens_only_where_no_check_found_more(
+    measure: Any, verdict: Any, said: str
+) -> None:
+    check = LosslessCheck(verdict, 1, 8, 0.5) if verdict else None
+    other = trial("x", requests=(dataclasses.replace(request("p0", (7, 1, 9)), check=check),))
+    note = measure([trial(), other], [cell(), cell("x", "chain")])["x", "agreement", "prompts"].note
+    assert note.partition("; ")[2] == said
 
 
 def test_the_first_difference_is_the_earliest_position_of_another_token(measure: Any) -> None:

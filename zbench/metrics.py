@@ -407,12 +407,14 @@ def lossy(record: CellRecord) -> str:
     return sampler if sampler in ("logit_mix", "trust_diffusion", "denoise") else ""
 
 
-def _why_other_tokens(record: CellRecord) -> str:
-    if sampler := lossy(record):
+def _why_other_tokens(cell: Cell) -> str:
+    if sampler := lossy(cell.record):
         return f"sampler {sampler} changes the output by design"
-    if record.dtype != "float32":
-        return f"in {record.dtype} two near-equal logits can swap under another order of summation"
-    return ""
+    verdicts = {check.verdict for check in cell.requests["check"].dropna()}
+    if cell.record.dtype == "float32" or "different" in verdicts:
+        return ""
+    unchecked = "" if verdicts else ", which was not checked"
+    return f"in {cell.record.dtype} two near-equal logits can swap under another order of summation{unchecked}"
 
 
 def step_split(cell: Cell) -> pd.DataFrame:
@@ -786,7 +788,7 @@ def agreement(cell: Cell) -> dict[str, Estimate]:
         "tokens": stats.ratio(prefixes, [max(len(m), len(t)) for m, t in outputs], pairs["group"]),
         "prompts": stats.share(pairs.assign(same=[m == t for m, t in outputs]).groupby("prompt_id")["same"].all()),
     }
-    if parts["prompts"].value != 1 and (note := _why_other_tokens(cell.record)):
+    if parts["prompts"].value != 1 and (note := _why_other_tokens(cell)):
         return {part: replace(e, note="; ".join(filter(None, (e.note, note)))) for part, e in parts.items()}
     return parts
 
