@@ -16,7 +16,7 @@ from zbench import metrics
 from zbench.errors import UserError
 from zbench.records import read_trials
 from zbench.report import POINTS_DRAWN, headline, render
-from zbench.report.html import _category_table
+from zbench.report.html import _category_table, _engine_table
 from zbench.results import Results
 
 FIGURES = (
@@ -164,6 +164,27 @@ def test_a_category_without_drafts_keeps_its_row_and_its_speedup(tmp_path: Path)
     assert list(lines) == [f"eagle3 chain of 4: {category}" for category in sorted(CATEGORIES)]
     assert [name for name, (accepted, _) in lines.items() if accepted == "n/a"] == ["eagle3 chain of 4: math"]
     assert all(speedup.endswith("×") for _, speedup in lines.values())
+
+
+def test_a_share_of_a_roof_stands_beside_the_forward_that_it_is_of(tmp_path: Path) -> None:
+    """The drafter takes 4 ms of a step and the target's forward 10 ms, until the drafter is made slower."""
+    write_run(tmp_path, engines=("autoregressive", "transformers generate", "eagle3 chain of 4"), repeats=1, tokens=12)
+    slower = [
+        replace(
+            t, forwards=tuple(replace(f, seconds=(9 if f.model == "drafter" else 1) * f.seconds) for f in t.forwards)
+        )
+        for t in read_trials(tmp_path)[0]
+    ]
+    found = []
+    for trials in (None, slower):
+        if trials:
+            (tmp_path / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in trials))
+        results = Results.of(metrics.load_run(tmp_path))
+        table = _engine_table(results, results.points[0])
+        at = table.headings.index("Most of decode")
+        assert table.headings[at + 1 : at + 4] == ["Of bandwidth roof", "Of compute roof", "Bound by"]
+        found.append([line.entries[at].text for line in table.rows])
+    assert found == [["decode, 1 row", "n/a", "verify, 5 rows"], ["decode, 1 row", "n/a", "draft, 1 row"]]
 
 
 def test_peers_have_a_table_on_the_page_and_as_markdown(full: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from zbench.records import CellRecord
 from zbench.report import figures, html
 from zbench.report.figures import MARKERS, Drawn, Theme
 from zbench.report.findings import quantity, warnings
-from zbench.report.html import Entry, Line, Notes, Table, shown
+from zbench.report.html import MAIN_KIND, Entry, Line, Notes, Table, shown
 from zbench.report.scaling import best_blocks
 from zbench.results import point_label
 from zbench.stats import Estimate
@@ -33,6 +33,7 @@ DRAWN = 6  # points with a figure of their own
 # (heading, metric, part); those that a zbench does not know, or no run has, are left out.
 COLUMNS = (
     ("Tokens/s per device", "throughput_per_device", ""),
+    MAIN_KIND,
     ("Of bandwidth roof", "mbu", "main"),
     ("Of compute roof", "mfu", "main"),
     ("Bound by", "bound", "main"),
@@ -195,7 +196,8 @@ def _detail_table(comparison: Comparison, records: Sequence[CellRecord]) -> Tabl
         (heading, metric, part)
         for heading, metric, part in COLUMNS
         if any(
-            (row := main_metric(side, record.id, metric, part)) is not None and row.value is not None
+            (row := main_metric(side, record.id, metric or "forward_seconds", part)) is not None
+            and row.value is not None
             for side in comparison.sides
             for record in records
         )
@@ -204,7 +206,7 @@ def _detail_table(comparison: Comparison, records: Sequence[CellRecord]) -> Tabl
     for record in records:
         for side in comparison.sides:
             if (cell := side.cells.get(record.id)) is not None and cell.trials:
-                entries = [shown(h, main_metric(side, record.id, m, p), notes) for h, m, p in columns]
+                entries = html.of_engine(side.results, cell, columns, notes)
                 rows.append(Line(f"{record.label}: {side.name}", entries))
     return Table([heading for heading, *_ in columns], rows, notes.listed())
 

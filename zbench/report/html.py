@@ -21,7 +21,8 @@ from zbench.results import Point, Results, main_kind
 if TYPE_CHECKING:
     from zbench.report.scaling import Scaling
 
-# (heading, metric, part); part "main" is the kind of forward that takes most of decode.
+# (heading, metric, part); part "main" is the kind of forward that takes most of decode, which this column names.
+MAIN_KIND = ("Most of decode", "", "main")
 ENGINE_COLUMNS = (
     ("Tokens/s", "decode_tps", ""),
     ("Per token", "tpot", ""),
@@ -29,6 +30,7 @@ ENGINE_COLUMNS = (
     ("Tokens per forward", "tokens_per_forward", ""),
     ("Acceptance length", "acceptance_length", "micro"),
     ("Speedup", "speedup", ""),
+    MAIN_KIND,
     ("Of bandwidth roof", "mbu", "main"),
     ("Of compute roof", "mfu", "main"),
     ("Bound by", "bound", "main"),
@@ -96,6 +98,7 @@ PROPOSALS_COLUMNS = (
     ("Speedup", "speedup", ""),
     ("Outcomes prepared", "proposal_coverage", ""),
     ("Breaks even at", "break_even_acceptance", ""),
+    MAIN_KIND,
     ("Bound by", "bound", "main"),
 )
 ROW_COLUMNS = (
@@ -371,13 +374,20 @@ def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[
     notes = Notes()
     rows = []
     for cell in cells:
-        kind = main_kind(cell)
-        entries = [
-            shown(heading, results.row(cell, metric, kind if part == "main" else part), notes)
-            for heading, metric, part in (columns if cell.trials else ())
-        ]
+        entries = of_engine(results, cell, columns, notes) if cell.trials else []
         rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
     return Table([heading for heading, *_ in columns], rows, notes.listed())
+
+
+def of_engine(results: Results, cell: Cell, columns: Sequence[tuple[str, str, str]], notes: Notes) -> list[Entry]:
+    """One entry per column; `columns` as in ENGINE_COLUMNS."""
+    kind = main_kind(cell)
+    return [
+        Entry(heading, kind)
+        if kind and not metric
+        else shown(heading, results.row(cell, metric or "bound", kind if part == "main" else part), notes)
+        for heading, metric, part in columns
+    ]
 
 
 def _forward_table(results: Results, point: Point) -> Table | None:

@@ -10,7 +10,7 @@ from zbench.metrics import Cell, caveats
 from zbench.report import figures
 from zbench.report.figures import MARKERS, Drawn, Theme
 from zbench.report.findings import interval, quantity
-from zbench.report.html import Line, Notes, Table, shown
+from zbench.report.html import MAIN_KIND, Line, Notes, Table, of_engine
 from zbench.report.readings import families
 from zbench.results import Results, main_kind
 
@@ -22,6 +22,7 @@ COLUMNS = (
     ("Per device", "throughput_per_device", ""),
     ("Efficiency", "parallel_efficiency", ""),
     ("In collectives", "communication_share", "decode"),
+    MAIN_KIND,
     ("Sent per forward", "collective_bytes", "main"),
     ("Of bandwidth roof", "mbu", "main"),
     ("Bound by", "bound", "main"),
@@ -80,11 +81,7 @@ def _table(results: Results, group: Group) -> Table:
     notes, rows = Notes(), []
     for engine in dict.fromkeys(cell.record.label for cell in group.cells):
         for cell in group.of(engine):
-            kind = main_kind(cell)
-            entries = [
-                shown(heading, results.row(cell, metric, kind if part == "main" else part), notes)
-                for heading, metric, part in COLUMNS
-            ]
+            entries = of_engine(results, cell, COLUMNS, notes)
             rows.append(Line(f"{engine}: {_place(cell)}", entries, ", ".join(caveats(cell.record))))
     return Table([heading for heading, *_ in COLUMNS], rows, notes.listed())
 
