@@ -256,7 +256,7 @@ def speculation(cell: Cell, results: Results) -> str:
         return f"{sentence}."
     speed, theirs = quantity(row.value, row.unit), cell.baseline.record.label
     if row.low is not None and row.high is not None and row.low <= 1 <= row.high:
-        return f"{sentence}: no difference from {theirs} is shown ({speed}, {interval(row)})."
+        return f"{sentence}: no difference from {theirs} is shown ({speed}, {interval(row)}{_shows(results, cell)})."
     if row.low is not None and row.low > 1 and gained < needed:
         least, most = _gains(cell)
         return (
@@ -331,7 +331,7 @@ def _answer(results: Results, point: Point) -> list[str]:
         return ["No engine gave a decode speed here."]
     baseline = next((cell for cell in point.cells if cell.record.baseline), None)
     first = next((cell for cell in measured if cell is baseline), measured[0])
-    others = [cell for cell in measured if results.value(cell, "speedup") is not None]
+    others = [cell for cell in measured if cell is not baseline and results.value(cell, "speedup") is not None]
     sentences = [_speed(results, first)]
     if baseline is not None and first is not baseline:
         reason = results.row(baseline, "decode_tps").note.removeprefix("unavailable: ")
@@ -389,7 +389,7 @@ def _comparisons(results: Results, baseline: Cell | None, first: Cell, others: l
         row = results.row(cell, "speedup")
         value, low, high = float(row.value or 0), row.low, row.high
         if low is not None and high is not None and low <= 1 <= high:
-            alike.append(f"{title(cell)} ({value:.2f}×, {low:.2f}–{high:.2f})")
+            alike.append(f"{title(cell)} ({value:.2f}×, {low:.2f}–{high:.2f}{_shows(results, cell)})")
         elif value < 1:
             around = f"{1 / high:.2f}–{1 / low:.2f}" if low and high else _no_interval(cell, row)
             slower.append(f"{1 / value:.2f}× {title(cell)}" + f" ({around})" * (around != once))
@@ -406,6 +406,12 @@ def _comparisons(results: Results, baseline: Cell | None, first: Cell, others: l
     if alike:
         sentences.append(f"No difference from {title(baseline)} is shown for {listed(alike)}.")
     return sentences
+
+
+def _shows(results: Results, cell: Cell) -> str:
+    """How small a difference from the baseline the pairs would have shown; "" where that is not known."""
+    least = results.row(cell, "minimal_detectable_effect")
+    return f"; pairs as these show {quantity(least.value, '1')} or more" if isinstance(least.value, float) else ""
 
 
 def _no_interval(cell: Cell, row: MetricRow) -> str:
