@@ -570,6 +570,16 @@ def test_speedup_says_when_the_tokens_differ(measure: Any) -> None:
     assert "0 of 1 pairs emitted the same tokens" in note
 
 
+def test_speedup_says_how_many_requests_have_a_pair(measure: Any) -> None:
+    short = trial(group=1, requests=(request("p1", (7,), end=1.0),))
+    rows = measure([trial(), short, *(trial("x", group) for group in range(3))], [cell(), cell("x", "chain")])
+    assert rows["x", "speedup", ""].note.endswith(
+        "1 of 3 requests are paired; the others have no second token on one of the sides, or no result of the baseline"
+    )
+    both = [trial(label, group) for label in ("ar", "x") for group in range(3)]
+    assert "paired" not in measure(both, [cell(), cell("x", "chain")])["x", "speedup", ""].note
+
+
 def test_a_baseline_at_another_point_is_no_baseline(measure: Any) -> None:
     cells = [cell(point={"batch": 1}), cell("x", "chain", point={"batch": 2})]
     row = measure([trial(), trial("x")], cells)["x", "speedup", ""]

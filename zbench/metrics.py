@@ -741,13 +741,14 @@ def switching_seconds(cell: Cell) -> Estimate:
 def speedup(cell: Cell) -> Estimate:
     pairs = cell.timed_pairs
     estimate = stats.paired_ratio(*_seconds_per_token(pairs), pairs["group"])
-    if SYNTHETIC in caveats(cell.record):
-        return estimate
+    notes = [estimate.note]
+    if len(pairs) < len(cell.requests):
+        words = "the others have no second token on one of the sides, or no result of the baseline"
+        notes.append(f"{len(pairs)} of {len(cell.requests)} requests are paired; {words}")
     same = int((pairs["output_hash"] == pairs["output_hash_baseline"]).sum())
-    if same < len(pairs):
-        words = f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token"
-        estimate = replace(estimate, note="; ".join(filter(None, (estimate.note, words))))
-    return estimate
+    if same < len(pairs) and SYNTHETIC not in caveats(cell.record):
+        notes.append(f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token")
+    return replace(estimate, note="; ".join(filter(None, notes)))
 
 
 @metric("category_speedup", "ratio", "speedup over the prompts of each category", "higher")

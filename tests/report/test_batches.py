@@ -12,7 +12,7 @@ from zbench import metrics, scenario
 from zbench.checks import check
 from zbench.errors import UserError
 from zbench.records import read_trials
-from zbench.report import readings, render
+from zbench.report import html, readings, render
 from zbench.report.findings import warnings
 from zbench.results import Results
 
@@ -59,6 +59,15 @@ def test_what_sequences_decode_together_lasts_from_the_first_token_of_any_to_the
     (tmp_path / "trials.jsonl").write_text(replace(trial, requests=requests).to_json() + "\n")
     results = Results.of(metrics.load_run(tmp_path))
     assert readings.together(results, results.run.cells[0]) == pytest.approx((one.tokens + other.tokens - 2) / 4)
+
+
+def test_the_tokens_of_the_whole_batch_have_a_column_where_there_is_one(tmp_path: Path) -> None:
+    write_run(tmp_path, points=[{"batch": 1}, {"batch": 4}], engines=["autoregressive"], prompts=4, repeats=1)
+    results = Results.of(metrics.load_run(tmp_path))
+    one, four = (html._engine_table(results, point) for point in results.points)
+    assert "All tokens/s" not in one.headings
+    texts = dict(zip(four.headings, (entry.text for entry in four.rows[0].entries), strict=True))
+    assert float(texts["All tokens/s"]) == pytest.approx(4 * float(texts["Tokens/s"]), rel=0.2)  # less: of prefill too
 
 
 def test_a_batch_takes_as_many_prompts(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 # (heading, metric, part); part "main" is the kind of forward that takes most of decode, which this column names.
 MAIN_KIND = ("Most of decode", "", "main")
+ALL_TOKENS = ("All tokens/s", "throughput", "")  # at batch 1 there is one sequence
 ENGINE_COLUMNS = (
     ("Tokens/s", "decode_tps", ""),
+    ALL_TOKENS,
     ("Per token", "tpot", ""),
     ("First token", "ttft", ""),
     ("Tokens per forward", "tokens_per_forward", ""),
@@ -278,6 +280,8 @@ def _lookup(nested: Mapping[str, Any], *keys: str) -> str:
 
 def _engine_table(results: Results, point: Point) -> Table:
     columns = [c for c in ENGINE_COLUMNS if c[1] not in OPTIONAL or _known(results, point.cells, c[1])]
+    if all(cell.record.batch == 1 for cell in point.cells):
+        columns.remove(ALL_TOKENS)
     return _by_engine(
         results, [cell for cell in point.cells if cell.record.engine != "forward" or not cell.trials], columns
     )
