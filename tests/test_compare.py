@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -123,8 +124,25 @@ def test_runs_of_one_machine_are_told_apart_by_folder_and_no_difference_is_not_m
 def test_one_run_stands_alone(first: Path, tmp_path: Path) -> None:
     result = asked(first, "--out", tmp_path)
     assert result.exit_code == 0
-    assert "On Invented CPU the fastest is" in result.output
+    assert (
+        "On Invented CPU tidar 4 by 1 has the most tokens/s per sequence, not clearly ahead of the next"
+        in result.output
+    )
     assert len(list(tmp_path.glob("compare-*/compare.html"))) == 1
+
+
+@pytest.mark.parametrize(("slower", "near"), [(2.0, ""), (1.001, ", not clearly ahead of the next")])
+def test_the_most_tokens_per_second_have_their_interval_and_are_no_lead_within_it(
+    first: Path, slower: float, near: str
+) -> None:
+    folder = other(first, f"slower-{slower}")
+    trials = [replace(t, cell="tidar-4-by-1") for t in read_trials(first)[0] if t.cell == "tidar-4-by-2"]
+    twins = [_paced(t, slower) for t in trials] + [t for t in read_trials(first)[0] if t.cell == "tidar-4-by-2"]
+    (folder / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in twins))
+    said = answers(compare([folder]))[0]
+    assert re.fullmatch(
+        rf"On Invented CPU tidar 4 by 2 has the most tokens/s per sequence{near}: \d+ tokens/s \(\d+–\d+\)\.", said
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, caveats, definiti
 from zbench.records import CellRecord
 from zbench.report import figures, html
 from zbench.report.figures import MARKERS, Drawn, Theme
-from zbench.report.findings import quantity, warnings
+from zbench.report.findings import interval, quantity, warnings
 from zbench.report.html import MAIN_KIND, Entry, Line, Notes, Table, shown
 from zbench.report.scaling import best_blocks
 from zbench.results import point_label
@@ -85,7 +85,7 @@ def to_json(comparison: Comparison) -> str:
 
 
 def answers(comparison: Comparison) -> list[str]:
-    """Which run is faster and by how much, which engine is fastest on each, and how many blocks are best there."""
+    """Which run is faster and by how much, which engine has the most tokens/s on each, how many blocks are best."""
     said = []
     for side in comparison.sides[1:]:
         for label, records in comparison.points.items():
@@ -130,14 +130,22 @@ def _faster(comparison: Comparison, side: Side, record: CellRecord, label: str, 
 
 
 def _fastest(side: Side, label: str, records: Sequence[CellRecord]) -> str:
-    found = [(side.results.value(side.cells[r.id], "decode_tps"), r) for r in records if r.id in side.cells]
-    known = [(value, record) for value, record in found if value is not None]
+    cells = [side.cells[r.id] for r in records if r.id in side.cells]
+    known = [cell for cell in cells if side.results.value(cell, "decode_tps") is not None]
     if not known:
         return ""
-    value, record = max(known, key=lambda pair: pair[0])
+    ranked = sorted(known, key=lambda cell: -(side.results.value(cell, "decode_tps") or 0))
+    first, *others = (side.results.row(cell, "decode_tps") for cell in ranked)
+    record = ranked[0].record
+    ahead = not others or (
+        first.low is not None and all(row.high is not None and first.low > row.high for row in others)
+    )
+    near = "" if ahead else ", not clearly ahead of the next"
+    around = f" ({interval(first)})" if interval(first) else ""
     words = f" with {' and '.join(caveats(record))}" if caveats(record) else ""
     where = f"On {side.name} at {label}" if label else f"On {side.name}"
-    return f"{where} the fastest is {record.label}{words}: {quantity(value, 'tokens/s')} per sequence."
+    speed = quantity(float(first.value or 0), first.unit)
+    return f"{where} {record.label}{words} has the most tokens/s per sequence{near}: {speed}{around}."
 
 
 # --- Tables ---
