@@ -16,13 +16,13 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.report.synthetic import write_run
+from tests.report.synthetic import ROOFS, write_run
 from zbench.cli import main
 from zbench.compare import compare
 from zbench.errors import UserError
 from zbench.gate import NotComparable
 from zbench.records import Manifest, TrialRecord, read_manifest, read_trials
-from zbench.report.compare import answers, frontier
+from zbench.report.compare import _device_table, answers, frontier
 
 ENGINES = ("autoregressive", "tidar 4 by 1", "tidar 4 by 2")
 
@@ -143,6 +143,41 @@ def test_the_most_tokens_per_second_have_their_interval_and_are_no_lead_within_i
     assert re.fullmatch(
         rf"On Invented CPU tidar 4 by 2 has the most tokens/s per sequence{near}: \d+ tokens/s \(\d+–\d+\)\.", said
     )
+
+
+def test_a_ratio_of_other_tokens_says_so_in_the_json_and_on_the_page(first: Path, tmp_path: Path) -> None:
+    folder = other(first, "tokens")
+    trials = read_trials(folder)[0]
+    for at, t in enumerate(trials):
+        if t.cell == "tidar-4-by-1" and t.group < 2:
+            trials[at] = replace(t, requests=tuple(replace(r, output_hash="another") for r in t.requests))
+    (folder / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in trials))
+    found = compare([first, folder])
+    words = "4 of 6 pairs emitted the same tokens; the others are compared per token"
+    notes = {cell: found.ratio(found.sides[1], cell).note for cell in found.cells}
+    assert notes == {"autoregressive": "", "tidar-4-by-1": words, "tidar-4-by-2": ""}
+    asked(first, folder, "--out", tmp_path)
+    [page] = tmp_path.glob("compare-*/compare.html")
+    assert f"<li>{words}</li>" in page.read_text()
+
+
+def test_too_few_of_a_batch_are_batches(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / name, points=[{"batch": 2}], engines=("autoregressive",), prompts=3, repeats=1, tokens=8)
+        for name in ("one", "two")
+    ]
+    assert "(3 batches: too few for an interval, paired by prompt)" in answers(compare(folders))[0]
+
+
+def test_rates_of_two_precisions_stand_under_no_heading_of_one(first: Path) -> None:
+    rates = {**ROOFS["flops"], "float32": {**ROOFS["flops"]["bfloat16"], "value": 7e9}}
+    single = other(first, "single", edited(cell_dtype="float32", cell_device="x", roofs={**ROOFS, "flops": rates}))
+    found = compare([first])
+    both = replace(found, sides=(*found.sides, *compare([single]).sides))
+    table = _device_table(both)
+    at = table.headings.index("Arithmetic rate")
+    one, two = (line.entries[at] for line in table.rows)
+    assert (one.below, two.below, two.text) == ("bfloat16", "float32", "7.00 GFLOP/s")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ and weights were the same is not known, so that no ratio is taken of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from zbench.gate import NotComparable
 from zbench.imported import IMPORTED, QUANTITIES, Imported
 from zbench.imported import load as load_imported
 from zbench.importers import definition
-from zbench.metrics import METRICS, Cell, Run, load_run
+from zbench.metrics import METRICS, SYNTHETIC, Cell, Run, caveats, load_run
 from zbench.records import MANIFEST, SCHEMA_VERSION, CellRecord, schema_version
 from zbench.results import Results, main_kind, point_label
 from zbench.stats import Estimate, unavailable
@@ -101,7 +101,7 @@ class Comparison:
         mine, theirs = side.cells.get(cell), self.sides[0].cells.get(cell)
         if mine is None or theirs is None or not mine.trials or not theirs.trials:
             return unavailable("one of the two has no result")
-        columns = ["prompt_id", "repeat", "group", "tokens", "decode_seconds"]
+        columns = ["prompt_id", "repeat", "group", "tokens", "decode_seconds", "output_hash"]
         pairs = mine.requests[columns].merge(
             theirs.requests[columns], on=["prompt_id", "repeat"], suffixes=("", "_first")
         )
@@ -111,7 +111,12 @@ class Comparison:
         if (pairs[["decode_seconds", "decode_seconds_first"]] <= 0).any(axis=None):
             return unavailable("responses came in one piece: their tokens have no times")
         here, there = (pairs[f"decode_seconds{s}"] / (pairs[f"tokens{s}"] - 1) for s in ("", "_first"))
-        return stats.paired_ratio(there, here, pairs["group"])
+        estimate = stats.paired_ratio(there, here, pairs["group"])
+        same = int((pairs["output_hash"] == pairs["output_hash_first"]).sum())
+        if same == len(pairs) or SYNTHETIC in caveats(mine.record):
+            return estimate
+        words = f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token"
+        return replace(estimate, note="; ".join(filter(None, (estimate.note, words))))
 
     def rows(self) -> list[dict[str, Any]]:
         """Every metric of every compared cell of every run, and the ratios: what the CSV and the JSON hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_the_tokens_of_the_whole_batch_have_a_column_where_there_is_one(tmp_path
     assert "All tokens/s" not in one.headings
     texts = dict(zip(four.headings, (entry.text for entry in four.rows[0].entries), strict=True))
     assert float(texts["All tokens/s"]) == pytest.approx(4 * float(texts["Tokens/s"]), rel=0.2)  # less: of prefill too
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"), [((1,), "whole prompts"), ((2,), "whole batches"), ((1, 2), "whole prompts or batches")]
+)
+def test_captions_say_what_was_resampled(batches: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    points = [{"batch": batch} for batch in batches]
+    write_run(tmp_path, points=points, engines=["autoregressive"], prompts=2, repeats=1, tokens=6)
+    page = render(tmp_path).read_text()
+    assert set(re.findall(r"whole [a-z ]+ resampled", page)) == {f"{said} resampled"}
 
 
 def test_a_batch_takes_as_many_prompts(tmp_path: Path) -> None:

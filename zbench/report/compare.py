@@ -19,7 +19,7 @@ from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, caveats, definiti
 from zbench.records import CellRecord
 from zbench.report import figures, html
 from zbench.report.figures import MARKERS, Drawn, Theme
-from zbench.report.findings import interval, quantity, warnings
+from zbench.report.findings import clusters, interval, quantity, warnings
 from zbench.report.html import MAIN_KIND, Entry, Line, Notes, Table, shown
 from zbench.report.scaling import best_blocks
 from zbench.results import point_label
@@ -118,7 +118,7 @@ def _beside(comparison: Comparison) -> list[str]:
 def _faster(comparison: Comparison, side: Side, record: CellRecord, label: str, ratio: Estimate) -> str:
     value, first, at = float(ratio.value or 0), comparison.sides[0].name, f" at {label}" if label else ""
     if ratio.low is None or ratio.high is None:
-        around = f"{ratio.n} prompts: too few for an interval"
+        around = f"{clusters(side.cells[record.id], ratio.n)}: too few for an interval"
     elif ratio.low <= 1 <= ratio.high:
         return (
             f"{record.label}{at}: no difference between {side.name} and {first} is shown"
@@ -157,16 +157,15 @@ def _device_table(comparison: Comparison) -> Table:
         manifest = side.run.manifest
         roofs, dtype = side.run.roofs or {}, manifest.cells[0].dtype
         read, rate = roofs.get("bandwidth", {}).get("read"), roofs.get("flops", {}).get(dtype)
-        values = {
-            "Folder": side.run.path.resolve().name,
-            "Measured": manifest.created[:10],
-            "zbench": manifest.zbench_version,
-            "Read bandwidth": quantity(read["value"], "B/s") if read else "not measured",
-            f"{dtype} rate": quantity(rate["value"], "FLOP/s") if rate else "not measured",
-            "Ridge": quantity(rate["value"] / read["value"], "FLOP/B") if read and rate else "not measured",
-        }
-        rows.append(Line(side.name, [Entry(heading, text) for heading, text in values.items()]))
-    # Of two precisions there are two headings; the first run's stands above both.
+        entries = [
+            Entry("Folder", side.run.path.resolve().name),
+            Entry("Measured", manifest.created[:10]),
+            Entry("zbench", manifest.zbench_version),
+            Entry("Read bandwidth", quantity(read["value"], "B/s") if read else "not measured"),
+            Entry("Arithmetic rate", quantity(rate["value"], "FLOP/s") if rate else "not measured", dtype),
+            Entry("Ridge", quantity(rate["value"] / read["value"], "FLOP/B") if read and rate else "not measured"),
+        ]
+        rows.append(Line(side.name, entries))
     return Table([entry.heading for entry in rows[0].entries], rows, [])
 
 
@@ -191,11 +190,13 @@ def _speed(comparison: Comparison, side: Side, record: CellRecord, notes: Notes)
         return Entry(side.name, "failed", mark=notes.mark(cell.failed[0].error or "no message"), wrong=True)
     speed = shown(side.name, side.results.row(cell, "decode_tps"), notes)
     ratio = comparison.ratio(side, record.id)
-    against = ""
+    against, note = "", ""
     if isinstance(ratio.value, float):
+        note = "; ".join(part for part in ratio.note.split("; ") if not part.startswith("too few"))
         around = f" ({ratio.low:.2f}–{ratio.high:.2f})" if ratio.low is not None and ratio.high is not None else ""
         against = f"{ratio.value:.2f}×{around}"
-    return Entry(side.name, speed.text, "; ".join(filter(None, (speed.below, against))), speed.mark, speed.wrong)
+    below, marks = (speed.below, against), (speed.mark, notes.mark(note))
+    return Entry(side.name, speed.text, "; ".join(filter(None, below)), ", ".join(filter(None, marks)), speed.wrong)
 
 
 def _detail_table(comparison: Comparison, records: Sequence[CellRecord]) -> Table:
@@ -443,6 +444,7 @@ def _page(comparison: Comparison, drawn: Sequence[Drawn]) -> str:
             answers=answers(comparison),
             notes=[*comparison.notes, *run_warnings(comparison)],
             devices=_device_table(comparison) if first else None,
+            clusters=html.clusters_of(comparison.cells.values()),
             points=[point(label, records) for label, records in comparison.points.items()],
             pareto=html.image(pareto) if pareto else None,
             frontier=_frontier_table(comparison),

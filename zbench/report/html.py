@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from zbench.metrics import DEFINITIONS_VERSION, METRICS, Cell, MetricRow, Run, caveats, definitions_hash
-from zbench.records import PEERS
+from zbench.records import PEERS, CellRecord
 from zbench.report import readings, telemetry
 from zbench.report.figures import Drawn
 from zbench.report.findings import interval, quantity, speculation, warnings
@@ -208,6 +208,7 @@ def page(
             }
             for point, mine in zip(results.points, figures, strict=True)
         ],
+        clusters=clusters_of(results.run.manifest.cells),
         undrawn=len(results.points) - len(drawn),
         telemetry=telemetry.said(results),
         environment=flat_sections(manifest.environment),
@@ -230,6 +231,12 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def clusters_of(cells: Iterable[CellRecord]) -> str:
+    """What is resampled whole: the prompts of a batch share their steps."""
+    several = {cell.batch > 1 for cell in cells}
+    return "prompts or batches" if len(several) > 1 else "batches" if several == {True} else "prompts"
 
 
 def facts(results: Results) -> list[tuple[str, str]]:
