@@ -1306,7 +1306,8 @@ def throttled(cell: Cell) -> Estimate:
 @metric(
     "forwards_per_sequence",
     "forwards",
-    "sum over forwards in decode of the sequences live then / sequences, by model",
+    "sum over forwards in decode (each of those that a graph runs as one) of the sequences live then / sequences, by "
+    "model",
     "lower",
 )
 def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
@@ -1321,7 +1322,12 @@ def forwards_per_sequence(cell: Cell) -> dict[str, Estimate]:
     }
 
 
-@metric("rows_per_forward", "rows", "mean rows per sequence that a forward in decode feeds, by its role", "lower")
+@metric(
+    "rows_per_forward",
+    "rows",
+    "mean rows per sequence that a forward in decode (each of those that a graph runs as one) feeds, by its role",
+    "lower",
+)
 def rows_per_forward(cell: Cell) -> dict[str, Estimate]:
     by_role = cell.decode_forwards.groupby("role", sort=False)
     return {str(role): stats.ratio(f["rows"], f["passes"], f["group"]) for role, f in by_role}

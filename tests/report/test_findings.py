@@ -313,7 +313,7 @@ def test_a_speedup_whose_interval_holds_1_is_no_difference(results: Any) -> None
     unsure = {"speedup": {"value": 1.05, "low": 0.9, "high": 1.2}, "minimal_detectable_effect": {"value": 0.2965}}
     rows = [dataclasses.replace(row, **unsure.get(row.metric, {})) for row in found.rows]
     found = dataclasses.replace(found, rows=tuple(rows))
-    shown = "(1.05×, 0.90–1.20; pairs as these show 29.6% or more)."
+    shown = "(1.05×, 0.90–1.20; pairs as these show 1.30× or more)."
     assert spoken(found)["eagle3 chain of 4"].endswith(f": no difference from autoregressive is shown {shown}")
     assert f"No difference from autoregressive is shown for eagle3 chain of 4 {shown}" == answers(found)[0][1][1]
 

@@ -411,7 +411,9 @@ def _comparisons(results: Results, baseline: Cell | None, first: Cell, others: l
 def _shows(results: Results, cell: Cell) -> str:
     """How small a difference from the baseline the pairs would have shown; "" where that is not known."""
     least = results.row(cell, "minimal_detectable_effect")
-    return f"; pairs as these show {quantity(least.value, '1')} or more" if isinstance(least.value, float) else ""
+    if not isinstance(least.value, float):
+        return ""
+    return f"; pairs as these show {quantity(1 + least.value, 'ratio')} or more"
 
 
 def _no_interval(cell: Cell, row: MetricRow) -> str:
