@@ -312,6 +312,24 @@ def test_the_cache_takes_over_where_it_is_as_large_as_the_weights(tmp_path: Path
     assert readings.traffic(bent) is None  # a sliding window: no straight line, so nothing is continued
 
 
+def test_a_prompt_left_as_long_as_it_is_has_no_place_on_an_axis_of_contexts(tmp_path: Path) -> None:
+    write_run(tmp_path, engines=("autoregressive",), points=[{"context": c} for c in (None, 64, 1024)], prompts=2)
+    found = Results.of(metrics.load_run(tmp_path))
+    [line] = readings.varied(found, "context").values()
+    assert [cell.record.point["context"] for cell in line] == [64, 1024]
+    page = render(tmp_path).read_text()
+    assert (tmp_path / "figures" / "context.svg").exists()
+    assert "context None" in page  # its tables stay
+
+
+def test_two_lengths_of_which_one_is_not_set_are_no_sweep_of_contexts(tmp_path: Path) -> None:
+    write_run(tmp_path, engines=("autoregressive",), points=[{"context": None}, {"context": 256}], prompts=2)
+    found = Results.of(metrics.load_run(tmp_path))
+    assert not readings.varied(found, "context")
+    render(tmp_path)
+    assert not (tmp_path / "figures" / "context.svg").exists()
+
+
 POINTS: list[dict[str, Any]] = [{"batch": batch, "context": context} for batch in (1, 4) for context in (64, 4096)]
 
 
