@@ -330,6 +330,15 @@ def test_two_lengths_of_which_one_is_not_set_are_no_sweep_of_contexts(tmp_path: 
     assert not (tmp_path / "figures" / "context.svg").exists()
 
 
+@pytest.mark.parametrize("axis", ["batch", "context"])
+def test_points_are_joined_from_left_to_right_however_the_matrix_lists_them(axis: str, tmp_path: Path) -> None:
+    write_run(tmp_path, engines=("autoregressive",), points=[{axis: value} for value in (8, 1, 4)], prompts=2)
+    found = Results.of(metrics.load_run(tmp_path))
+    [plot] = [plot for plot in sweeps.OVERVIEWS if plot.name == axis]
+    lines = [line.get_xdata() for line in figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0].lines]
+    assert [list(x) for x in lines if len(x) == 3] == [[1, 4, 8]] * 2  # as measured, and at the roofs
+
+
 POINTS: list[dict[str, Any]] = [{"batch": batch, "context": context} for batch in (1, 4) for context in (64, 4096)]
 
 

@@ -285,14 +285,18 @@ def traffic(cells: Sequence[Cell]) -> Traffic | None:
 
 
 def varied(results: Results, axis: str) -> dict[tuple[tuple[str, object], ...], list[Cell]]:
-    """Measured cells by all axes but this one, where it takes several values: the lines of a scaling figure. What is
-    null there, as the context of prompts left as they are, has no place on it."""
+    """Measured cells by all axes but this one, ascending on it, where it takes several values: the lines of a scaling
+    figure. What is null there, as the context of prompts left as they are, has no place on it."""
     found: dict[tuple[tuple[str, object], ...], list[Cell]] = {}
     for cell in results.run.cells:
         if cell.record.point.get(axis) is not None and cell.trials and cell.record.engine != "forward":
             rest = tuple((key, repr(value)) for key, value in sorted(cell.record.point.items()) if key != axis)
             found.setdefault((("engine", cell.record.label), *rest), []).append(cell)
-    return {key: cells for key, cells in found.items() if len({cell.record.point[axis] for cell in cells}) > 1}
+    return {
+        key: sorted(cells, key=lambda cell: cell.record.point[axis])
+        for key, cells in found.items()
+        if len({cell.record.point[axis] for cell in cells}) > 1
+    }
 
 
 def together(results: Results, cell: Cell) -> float | None:
