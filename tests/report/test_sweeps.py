@@ -88,8 +88,8 @@ def said(results: Results) -> str:
 def test_on_a_device_at_its_roofs_the_reading_gives_the_ridge_and_who_uses_its_rows(tmp_path: Path) -> None:
     found = swept(tmp_path, max, engines=("tidar 4 by 1", "tidar 8 by 8"))
     told = said(found)
-    assert f"Decode is memory-bound up to {RIDGE:.0f} rows on this device (predicted" in told
-    assert f"is at {RIDGE:.0f} rows" in told  # the knee: past it each row costs its arithmetic
+    assert f"Decode is memory-bound up to {RIDGE:.1f} rows on this device (predicted" in told
+    assert f"is at {RIDGE:.1f} rows" in told  # the knee: past it each row costs its arithmetic
     free = found.value(next(c for c in found.run.cells if c.record.engine == "forward"), "free_token_slots", "measured")
     assert free is not None
     assert f"{free:.1f} rows ride in a forward within 1.1×" in told
@@ -100,8 +100,76 @@ def test_on_a_device_at_its_roofs_the_reading_gives_the_ridge_and_who_uses_its_r
         in told
     )
     # A forward of B drafts and P blocks of B masks has B (1 + P) rows.
-    assert f"tidar 4 by 1 uses 8 of the {RIDGE:.0f} memory-bound rows." in told
-    assert f"tidar 8 by 8 feeds 72 rows, {72 - RIDGE:.0f} more than the {RIDGE:.0f} memory-bound rows." in told
+    assert f"tidar 4 by 1 uses 8 of the {RIDGE:.1f} memory-bound rows." in told
+    assert f"tidar 8 by 8 feeds 72 rows, {72 - RIDGE:.1f} more than the {RIDGE:.1f} memory-bound rows." in told
+
+
+BEYOND = f"unavailable: memory takes longer than arithmetic at {ROWS[-1]} rows, the most measured"
+AT_LEAST = "at least: the most rows measured"
+
+
+def with_rows(found: Results, metric: str, part: str, told: Sequence[tuple[float | None, str]]) -> Results:
+    """The results as if that metric of rows had these values and notes, one for each cell that sweeps rows."""
+    ids = [cell.record.id for cell in readings.sweeping(found.run.cells)]
+    by_id = dict(zip(ids, told, strict=True))
+    rows = []
+    for row in found.rows:
+        if (row.metric, row.part) == (metric, part) and row.cell in by_id:
+            value, note = by_id[row.cell]
+            row = dataclasses.replace(row, value=value, low=None, high=None, note=note)
+        rows.append(row)
+    return Results(found.run, tuple(rows))
+
+
+@pytest.mark.parametrize(
+    ("free", "sentence"),
+    [
+        (5.6, "feeds 8 rows, 2.4 more than the 5.6 free rows."),
+        (7.96, "uses 8 of the 8 free rows."),
+        (8.0, "uses 8 of the 8 free rows."),
+        (7.6, "feeds 8 rows, 0.4 more than the 7.6 free rows."),
+    ],
+)
+def test_rows_that_an_engine_feeds_and_those_that_are_free_are_rounded_alike(
+    free: float, sentence: str, tmp_path: Path
+) -> None:
+    found = swept(tmp_path, lambda memory, compute: max(memory, compute) + 5 * MEMORY, engines=("tidar 4 by 1",))
+    assert f"tidar 4 by 1 {sentence}" in said(with_rows(found, "free_token_slots", "measured", [(free, "")]))
+
+
+def test_nothing_is_said_of_rows_beyond_the_most_that_were_measured(tmp_path: Path) -> None:
+    engines = ("tidar 4 by 1", "tidar 8 by 8")
+    found = swept(tmp_path, lambda memory, compute: max(memory, compute) + 5 * MEMORY, engines=engines)
+    told = said(with_rows(found, "free_token_slots", "measured", [(32.0, AT_LEAST)]))
+    assert "tidar 4 by 1 uses 8 of the at least 32 free rows." in told
+    assert "tidar 8 by 8 feeds 72 rows; at least 32 are free, the most measured." in told
+    assert "more than" not in told
+
+
+def test_the_rows_of_all_points_say_where_memory_limits_all_that_were_measured(tmp_path: Path) -> None:
+    found = swept(tmp_path, max, POINTS)
+    some = with_rows(found, "ridge_rows", "roofs", [(40.0, ""), (60.5, ""), (None, BEYOND), (None, BEYOND)])
+    assert readings._rows_everywhere(some)[0].startswith(
+        "At the measured roofs memory limits decode up to 40 to 60.5 rows, by context and batch, and in 2 of 4 sweeps "
+        "at all rows measured (predicted); "
+    )
+    every = with_rows(found, "ridge_rows", "roofs", [(None, BEYOND)] * 4)
+    assert readings._rows_everywhere(every)[0].startswith(
+        "At the measured roofs memory limits decode at all rows measured (predicted); "
+    )
+
+
+@pytest.mark.parametrize(("some", "words"), [((20.4, ""), "20.4 to at least 128"), ((128.0, AT_LEAST), "at least 128")])
+def test_the_free_rows_of_all_points_are_at_least_the_most_measured(
+    some: tuple[float, str], words: str, tmp_path: Path
+) -> None:
+    found = swept(tmp_path, max, POINTS)
+    told = with_rows(found, "free_token_slots", "measured", [(128.0, AT_LEAST), some, some, some])
+    assert f"; {words} rows ride in one forward within 1.1×" in readings._rows_everywhere(told)[0]
+    alone = Results(told.run, tuple(row for row in told.rows if row.metric != "ridge_rows"))
+    assert readings._rows_everywhere(alone) == [
+        f"{words[0].upper()}{words[1:]} rows ride in one forward within 1.1× the time of one, as measured."
+    ]
 
 
 def test_overhead_is_said_to_be_overhead_and_its_points_are_left_out_of_the_error_of_predictions(
@@ -110,7 +178,7 @@ def test_overhead_is_said_to_be_overhead_and_its_points_are_left_out_of_the_erro
     found = swept(tmp_path, lambda memory, compute: max(memory, compute) + 5 * MEMORY)
     told = said(found)
     assert "Decode is overhead-bound on this device: one row takes 6." in told
-    assert f"would be memory-bound up to {RIDGE:.0f} rows (predicted)" in told
+    assert f"would be memory-bound up to {RIDGE:.1f} rows (predicted)" in told
     points = readings.predictions(found)
     left = [p for p in points if p.bound == "overhead"]
     assert len(left) >= 5
@@ -138,7 +206,7 @@ def test_what_collectives_bound_is_said_drawn_and_left_out_of_the_error_of_predi
     told = said(found)
     assert "Decode is communication-bound on this device: one row takes 6." in told
     assert "; 80% of it is in collectives." in told
-    assert f"decode would be memory-bound up to {RIDGE:.0f} rows (predicted)" in told
+    assert f"decode would be memory-bound up to {RIDGE:.1f} rows (predicted)" in told
     assert "Decode is memory-bound" not in told and "memory-bound rows" not in told
     points = readings.predictions(found)
     left = [p for p in points if p.bound == "communication"]
@@ -165,7 +233,7 @@ def test_rows_that_memory_should_limit_and_collectives_do_are_not_said_to_be_mem
     assert (
         "1 to 2 rows are memory-bound, 4 to 32 rows are communication-bound, 64 to 128 rows are compute-bound" in told
     )
-    assert f"At its measured roofs decode would be memory-bound up to {RIDGE:.0f} rows (predicted)." in told
+    assert f"At its measured roofs decode would be memory-bound up to {RIDGE:.1f} rows (predicted)." in told
     assert "Decode is" not in told
 
 

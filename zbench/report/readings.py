@@ -100,8 +100,12 @@ def _free(results: Results, cell: Cell) -> str:
     return f"{said}; the curve’s knee, where further rows cost as much as the first, is at {_rows(knee.value)}."
 
 
+def _count(rows: float) -> str:
+    return f"{rows:.1f}".removesuffix(".0")
+
+
 def _rows(count: float) -> str:
-    return f"{count:.0f} row{'s' if round(count) != 1 else ''}"
+    return f"{_count(count)} row{'s' if _count(count) != '1' else ''}"
 
 
 def _around(cell: Cell, row: findings.MetricRow) -> str:
@@ -123,20 +127,24 @@ def _bounds(results: Results, cell: Cell) -> str:
 def _users(results: Results, cell: Cell, point: Point) -> list[str]:
     """What the fastest drafting engines of the point make of the rows that memory limits, or that are free."""
     limited = row_bounds(results, cell).get(1) == "memory"
-    limit, what = results.value(cell, "ridge_rows", "roofs") if limited else None, "memory-bound rows"
-    if limit is None:
-        limit, what = results.value(cell, "free_token_slots", "measured"), "free rows"
-    if limit is None:
+    row, what = results.row(cell, "ridge_rows", "roofs"), "memory-bound rows"
+    if not limited or not isinstance(row.value, float):
+        row, what = results.row(cell, "free_token_slots", "measured"), "free rows"
+    if not isinstance(row.value, float):
         return []
+    limit, at_least = round(row.value, 1), "at least " if "at least" in row.note else ""
     drafting = [(fed, other) for other in point.cells if (fed := fed_rows(results, other))]
     drafting.sort(key=lambda pair: -(results.value(pair[1], "speedup") or 0))
     said = []
     for fed, other in drafting[:NAMED]:
-        rows = f"{fed:.0f}" if fed.is_integer() else f"{fed:.1f}"
+        fed = round(fed, 1)
         if fed <= limit:
-            said.append(f"{title(other)} uses {rows} of the {limit:.0f} {what}.")
+            said.append(f"{title(other)} uses {_count(fed)} of the {at_least}{_count(limit)} {what}.")
+        elif at_least:
+            said.append(f"{title(other)} feeds {_rows(fed)}; at least {_count(limit)} are free, the most measured.")
         else:
-            said.append(f"{title(other)} feeds {rows} rows, {fed - limit:.0f} more than the {limit:.0f} {what}.")
+            more = _count(fed - limit)
+            said.append(f"{title(other)} feeds {_rows(fed)}, {more} more than the {_count(limit)} {what}.")
     return said
 
 
@@ -324,19 +332,33 @@ def _rows_everywhere(results: Results) -> list[str]:
     if len(cells) < 2:
         return []
 
-    def span(metric: str, part: str) -> str:
-        values = [value for cell in cells if (value := results.value(cell, metric, part)) is not None]
-        low, high = (f"{value:.3g}" for value in (min(values), max(values))) if values else ("", "")
-        return low if low == high else f"{low} to {high}"
-
-    ridge, free = span("ridge_rows", "roofs"), span("free_token_slots", "measured")
-    parts = [
-        f"At the measured roofs memory limits decode up to {ridge} rows, by context and batch (predicted)"
-        if ridge
-        else "",
-        f"{free} rows ride in one forward within 1.1× the time of one, as measured" if free else "",
+    ridges, free = (
+        [results.row(cell, metric, part) for cell in cells]
+        for metric, part in (("ridge_rows", "roofs"), ("free_token_slots", "measured"))
+    )
+    beyond = sum("memory takes longer" in row.note for row in ridges)
+    some = "" if beyond == len(cells) else f"in {beyond} of {len(cells)} sweeps "
+    limits = [
+        f"up to {_span(ridges)} rows, by context and batch" if _span(ridges) else "",
+        f"{some}at all rows measured" if beyond else "",
     ]
-    return ["; ".join(filter(None, parts)) + "."] if any(parts) else []
+    limited = ", and ".join(filter(None, limits))
+    parts = [
+        f"At the measured roofs memory limits decode {limited} (predicted)" if limited else "",
+        f"{_span(free)} rows ride in one forward within 1.1× the time of one, as measured" if _span(free) else "",
+    ]
+    said = "; ".join(filter(None, parts))
+    return [said[0].upper() + said[1:] + "."] if said else []
+
+
+def _span(rows: Sequence[findings.MetricRow]) -> str:
+    """ "5.6 to at least 32"; "" where no value is known."""
+    values = [row.value for row in rows if isinstance(row.value, float)]
+    if not values:
+        return ""
+    low, high = _count(min(values)), _count(max(values))
+    at_least = "at least " if any("at least" in row.note for row in rows) else ""
+    return f"{at_least}{high}" if low == high else f"{low} to {at_least}{high}"
 
 
 def _context_sentences(results: Results) -> list[str]:
