@@ -1,5 +1,6 @@
 """Figures as matplotlib draws them: no text upon text, nothing cut off, for runs of any shape."""
 
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,11 @@ def test_the_grid_has_a_field_for_every_setting_and_marks_the_fastest(
     [bold] = [text for text, weight in fields.items() if weight == "bold"]
     assert bold.startswith(f"{max(speeds):.2f}×")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["2", "4", "8"]
+
+
+@pytest.mark.parametrize("plot", plots())
+def test_a_caption_is_true_on_light_and_on_dark_paper(plot: figures.Plot) -> None:
+    assert not re.search(r"\b(dark|light|black|white)", plot.caption.lower())
 
 
 def test_engines_that_stand_at_one_place_of_the_grid_leave_no_grid(tmp_path: Path) -> None:

@@ -1052,8 +1052,9 @@ PLOTS = (
     ),
     Plot(
         "grid", "Block size and proposals",
-        "Single-pass diffusion. Above: speed against the baseline, paired by prompt; below: tokens per forward. Darker "
-        "is faster, the fastest is bold. More proposals leave fewer steps without drafts and cost more rows in each.",
+        "Single-pass diffusion. Above: speed against the baseline, paired by prompt; below: tokens per forward. "
+        "Stronger blue is faster, the fastest is bold. More proposals leave fewer steps without drafts and cost more "
+        "rows in each.",
         lambda results, cells: bool(_grid(results, cells)),
         _heat_height, _heat, _heat_alt, "speculation",
     ),
