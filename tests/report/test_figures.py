@@ -211,6 +211,13 @@ def test_a_caption_is_true_on_light_and_on_dark_paper(plot: figures.Plot) -> Non
     assert not re.search(r"\b(dark|light|black|white)", plot.caption.lower())
 
 
+def test_where_an_engine_breaks_even_is_captioned_as_the_metric_defines_it() -> None:
+    [plot] = [plot for plot in figures.PLOTS if plot.name == "split"]
+    means = "where some steps have no drafts or look them up"
+    assert means in metrics.METRICS["break_even_acceptance"].formula
+    assert f"mean over mean {means}" in plot.caption and "median" in plot.caption
+
+
 def test_engines_that_stand_at_one_place_of_the_grid_leave_no_grid(tmp_path: Path) -> None:
     [plot] = [plot for plot in figures.PLOTS if plot.name == "grid"]
     found = Results.of(metrics.load_run(write_run(tmp_path, engines=("autoregressive", *GRID, "tidar mixed"))))
