@@ -314,10 +314,32 @@ def test_the_best_number_of_proposals_is_that_of_the_highest_speed_with_its_inte
     assert {key: list(mine) for key, mine in blocks.items()} == {(4, ""): [1, 2, 4], (8, ""): [1, 2, 8]}
     for (block, _), mine in blocks.items():
         best = readings.best(block, mine)
+        assert best is not None
         assert found.value(best.cell, "speedup") == max(found.value(cell, "speedup") or 0 for cell in mine.values())
         assert best.low is not None and best.high is not None
         assert best.low <= best.proposals <= best.high
         assert f"Blocks of {block} are fastest with {best.proposals} proposal" in said(found)
+
+
+def test_no_number_of_proposals_is_the_best_where_no_prompt_was_decoded_with_all_of_them(tmp_path: Path) -> None:
+    write_run(tmp_path, engines=("autoregressive", *GRID), prompts=6, repeats=1)
+    kept = {"tidar-4-by-1": range(3), "tidar-4-by-2": range(3, 6)}  # every other trial of the two failed
+    failed = [
+        dataclasses.replace(trial, status="error", error="out of memory", requests=(), steps=(), forwards=())
+        if trial.group not in kept.get(trial.cell, range(6)) else trial
+        for trial in read_trials(tmp_path)[0]
+    ]  # fmt: skip
+    (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in failed))
+    found = Results.of(metrics.load_run(tmp_path))
+    assert list(readings.by_block(found, found.run.cells)) == [(4, ""), (8, "")]
+    told = said(found)
+    assert "Blocks of 8 are fastest with" in told and "Blocks of 4" not in told
+    assert "Every number of proposals" in render(tmp_path).read_text()
+    [plot] = [plot for plot in sweeps.PLOTS if plot.name == "proposals"]
+    axes = figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0]
+    assert len([line for line in axes.lines if line.get_markerfacecolor() == "none"]) == 1
+    four, eight = plot.alt(found, found.run.cells).split("; ")
+    assert "best" not in four and "best" in eight
 
 
 MIXED = {1: 0.9, 2: 0.3, 4: 0.6}  # the time of one token over that of the lossless engine with as many proposals

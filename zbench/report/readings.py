@@ -210,14 +210,15 @@ def by_block(results: Results, cells: Sequence[Cell]) -> dict[tuple[int, str], d
     return found
 
 
-def best(block: int, mine: Mapping[int, Cell]) -> Best:
-    """Of the speedups paired by prompt: prompts are resampled, and each resample has its own best number."""
+def best(block: int, mine: Mapping[int, Cell]) -> Best | None:
+    """Of the speedups paired by prompt: prompts are resampled, and each resample has its own best number. None where no
+    prompt was decoded with every number."""
     counts = list(mine)
     logs = [_log_speedups(mine[count]) for count in counts]
     groups = sorted(set.intersection(*(set(each) for each in logs)))
-    table = np.array([[each[group] for group in groups] for each in logs]).T  # [groups, counts]
     if not groups:
-        raise ValueError("no prompt was decoded with every number of proposals")
+        return None
+    table = np.array([[each[group] for group in groups] for each in logs]).T  # [groups, counts]
     numbers = np.array(counts, dtype=float)
     estimate = stats.resampled(table, groups, lambda means: numbers[means.argmax(-1)])
     value = int(estimate.value or 0)
@@ -237,6 +238,8 @@ def best_sentences(results: Results, point: Point) -> list[str]:
     said = []
     for (block, apart), mine in by_block(results, point.cells).items():
         found = best(block, mine)
+        if found is None:
+            continue
         row = results.row(found.cell, "speedup")
         if found.low is None or found.high is None:
             around = f"{clusters(found.cell, row.n)}: too few for an interval"

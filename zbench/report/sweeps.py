@@ -244,16 +244,9 @@ def _proposals(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]
             bounds.add(bound := _main_bound(results, cell))
             axes.plot(count, float(row.value or np.nan), BOUND_MARKERS[bound], ms=5, color=colour, mew=0)
             words |= dict.fromkeys(caveats(cell.record))
-        found = best(block, mine)
-        axes.plot(
-            found.proposals,
-            results.value(found.cell, "speedup") or np.nan,
-            "o",
-            ms=12,
-            mfc="none",
-            color=colour,
-            mew=1.4,
-        )
+        if (found := best(block, mine)) is not None:
+            speed = results.value(found.cell, "speedup") or np.nan
+            axes.plot(found.proposals, speed, "o", ms=12, mfc="none", color=colour, mew=1.4)
     axes.axhline(1, color=theme.ink, lw=1, ls=DASHED)
     axes.set(xlabel="proposals (masked blocks per forward)", ylabel="times the baseline’s speed")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
@@ -271,7 +264,9 @@ def _proposals_alt(results: Results, cells: Sequence[Cell]) -> str:
     said = []
     for (block, apart), mine in by_block(results, cells).items():
         speeds = ", ".join(f"{count}: {results.value(cell, 'speedup') or 0:.2f}×" for count, cell in mine.items())
-        said.append(f"{_block_name(block, apart)} by proposals {speeds}, best {best(block, mine).proposals}")
+        found = best(block, mine)
+        fastest = f", best {found.proposals}" if found is not None else ""
+        said.append(f"{_block_name(block, apart)} by proposals {speeds}{fastest}")
     return "; ".join(said) + "."
 
 
@@ -462,7 +457,8 @@ PLOTS = (
     Plot(
         "proposals", "How many blocks to propose",
         "Single-pass diffusion: speed over the baseline, paired by prompt, by number of proposals; 0 is the baseline. "
-        "Upright strokes are 95% intervals, the shape says what limits the forward, the circle marks the best number.",
+        "Upright strokes are 95% intervals, the shape says what limits the forward, the circle marks the best number "
+        "for the prompts decoded with all of them.",
         lambda results, cells: bool(by_block(results, cells)), lambda results, cells: 3.6, _proposals, _proposals_alt,
         "speculation",
     ),
