@@ -342,6 +342,24 @@ def test_no_number_of_proposals_is_the_best_where_no_prompt_was_decoded_with_all
     assert "best" not in four and "best" in eight
 
 
+def test_no_proposals_that_were_measured_stand_at_0_in_place_of_the_baseline(tmp_path: Path) -> None:
+    write_run(tmp_path, engines=("autoregressive", *GRID), prompts=6, repeats=1)
+    manifest = read_manifest(tmp_path)
+    cells = tuple(
+        dataclasses.replace(cell, options={**cell.options, "proposals": 0}) if cell.label == "tidar 4 by 1" else cell
+        for cell in manifest.cells
+    )
+    (tmp_path / "run.json").write_text(dataclasses.replace(manifest, cells=cells).to_json())
+    found = Results.of(metrics.load_run(tmp_path))
+    [plot] = [plot for plot in sweeps.PLOTS if plot.name == "proposals"]
+    axes = figures.figure(plot, figures.LIGHT, found, found.run.cells).axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    four, eight = lines["block 4"], lines["block 8"]
+    assert (list(four.get_xdata()), list(eight.get_xdata())) == ([0, 2, 4], [0, 1, 2, 8])
+    own = readings.by_block(found, found.run.cells)[4, ""][0]
+    assert (four.get_ydata()[0], eight.get_ydata()[0]) == (found.value(own, "speedup"), 1)
+
+
 MIXED = {1: 0.9, 2: 0.3, 4: 0.6}  # the time of one token over that of the lossless engine with as many proposals
 
 

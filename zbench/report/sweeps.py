@@ -231,12 +231,9 @@ def _proposals(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]
     for index, ((block, apart), mine) in enumerate(swept.items()):
         colour = theme.series[index % len(theme.series)]
         values = [results.row(cell, "speedup") for cell in mine.values()]
+        speeds = {0: 1.0} | {count: float(row.value or np.nan) for count, row in zip(mine, values, strict=True)}
         axes.plot(
-            [0, *mine],
-            [1, *(float(row.value or np.nan) for row in values)],
-            color=colour,
-            lw=1.3,
-            label=shortened(_block_name(block, apart), 60),
+            list(speeds), list(speeds.values()), color=colour, lw=1.3, label=shortened(_block_name(block, apart), 60)
         )
         for (count, cell), row in zip(mine.items(), values, strict=True):
             if row.low is not None and row.high is not None:
@@ -456,9 +453,9 @@ PLOTS = (
     ),
     Plot(
         "proposals", "How many blocks to propose",
-        "Single-pass diffusion: speed over the baseline, paired by prompt, by number of proposals; 0 is the baseline. "
-        "Upright strokes are 95% intervals, the shape says what limits the forward, the circle marks the best number "
-        "for the prompts decoded with all of them.",
+        "Single-pass diffusion: speed over the baseline, paired by prompt, by number of proposals; 0 is the baseline "
+        "unless it was measured too. Upright strokes are 95% intervals, the shape says what limits the forward, the "
+        "circle marks the best number for the prompts decoded with all of them.",
         lambda results, cells: bool(by_block(results, cells)), lambda results, cells: 3.6, _proposals, _proposals_alt,
         "speculation",
     ),
