@@ -21,7 +21,8 @@ from zbench.results import Point, Results, main_kind
 if TYPE_CHECKING:
     from zbench.report.scaling import Scaling
 
-# (heading, metric, part); part "main" is the kind of forward that takes most of decode, which this column names.
+# (heading, metric, part); part "main" is the kind of forward that takes most of decode, which this column names, or a
+# word below the engine where columns are many.
 MAIN_KIND = ("Most of decode", "", "main")
 ALL_TOKENS = ("All tokens/s", "throughput", "")  # at batch 1 there is one sequence
 ENGINE_COLUMNS = (
@@ -32,7 +33,6 @@ ENGINE_COLUMNS = (
     ("Tokens per forward", "tokens_per_forward", ""),
     ("Acceptance length", "acceptance_length", "micro"),
     ("Speedup", "speedup", ""),
-    MAIN_KIND,
     ("Of bandwidth roof", "mbu", "main"),
     ("Of compute roof", "mfu", "main"),
     ("Bound by", "bound", "main"),
@@ -142,12 +142,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table. `caveat` and `failure` stand below its name, for the whole row."""
+    """One row of a table. `caveat`, `failure` and `kind`, of which forwards it is, stand below its name."""
 
     name: str
     entries: list[Entry]
     caveat: str = ""
     failure: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -386,7 +387,9 @@ def _by_engine(results: Results, cells: Sequence[Cell], columns: Sequence[tuple[
     rows = []
     for cell in cells:
         entries = of_engine(results, cell, columns, notes) if cell.trials else []
-        rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell)))
+        unnamed = MAIN_KIND not in columns and any(part == "main" for *_, part in columns)
+        kind = (unnamed and main_kind(cell)) or ""
+        rows.append(Line(cell.record.label, entries, ", ".join(caveats(cell.record)), _failure(results, cell), kind))
     return Table([heading for heading, *_ in columns], rows, notes.listed())
 
 
