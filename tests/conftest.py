@@ -52,9 +52,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.fixture(autouse=True)
 def _all_threads_for_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
-    slow = request.node.get_closest_marker("slow") is not None
-    if slow:
+    """But for those that run beside others."""
+    marked = {mark.name for mark in request.node.iter_markers()}
+    all_threads = "slow" in marked and ("alone" in marked or not hasattr(request.config, "workerinput"))
+    if all_threads:
         torch.set_num_threads(USUAL_THREADS)
     yield
-    if slow:
+    if all_threads:
         torch.set_num_threads(1)
