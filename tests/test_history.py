@@ -262,6 +262,12 @@ def test_memory_moves_within_its_tolerance_without_a_change(tmp_path: Path, file
     assert [change.index for change in of(file, "peak_bytes").lines[0].changes] == [3]
 
 
+def test_memory_that_grows_a_little_every_time_is_seen(tmp_path: Path, file: Path) -> None:
+    for day, peak in enumerate((1000, 1040, 1080, 1120, 1160), start=1):
+        history.add(run(tmp_path, day, [replace(t, peak_bytes=peak) for t in GOOD]), file)
+    assert [change.index for change in of(file, "peak_bytes").lines[0].changes] == [2, 4]
+
+
 def slower_from(root: Path, file: Path, step: int, runs: int = 14) -> None:
     """One run a day; from `step` on its clock is slower by a fifth."""
     rng = np.random.default_rng(step)

@@ -24,6 +24,7 @@ from zbench.records import (
     Manifest,
     RequestRecord,
     RoofSample,
+    ServedRecord,
     ServerRecord,
     Speculation,
     StepRecord,
@@ -736,6 +737,13 @@ def test_traffic_that_fits_into_a_cache_may_pass_the_memorys_roof(measure: Any, 
     assert (bound.value, bound.note) == (("memory", "measured 0.50 × floor") if given else (None, row.note))
 
 
+def test_of_forwards_in_one_graph_a_cache_holds_what_one_of_them_reads(measure: Any) -> None:
+    made = tuple(forward(step, seconds=0.1, bytes_read=780.0, bytes_written=20.0, passes=4) for step in (1, 2))
+    rows = measure([trial(forwards=made)], roofs={**ROOFS, "caches": {"levels": {"L3": {"capacity": 300}}}})
+    row = rows["ar", "mbu", "decode, 1 row in 4 forwards"]
+    assert row.status == "unavailable" and "fit into the last-level cache" in row.note
+
+
 def test_what_arithmetic_bounds_is_bound_by_it_whatever_served_the_traffic(measure: Any) -> None:
     made = (forward(1, seconds=0.1, flops=1500.0), forward(2, seconds=0.1, flops=1500.0))
     caches = {"levels": {"L3": {"capacity": 300.0}}}
@@ -947,6 +955,44 @@ def test_a_servers_acceptance_is_of_its_counts_and_only_without_any_the_mean_of_
     assert "where it states a length and counts nothing, the mean of what it states" in stated.formula
 
 
+@pytest.mark.parametrize(("counted", "compared"), [(3, True), (2, False), (None, True)])
+def test_tokens_read_back_from_a_text_are_compared_where_they_are_as_many_as_were_emitted(
+    measure: Any, counted: int | None, compared: bool
+) -> None:
+    told = ServedRecord(0.0, 0.0, (1.0, 3.0), 3, "text", output_tokens=counted)
+    server = trial("s", requests=(dataclasses.replace(request(), served=told),))
+    rows = measure([trial(), server], (cell(), cell("s", "endpoint")))
+    said = f"unavailable: {metrics.READ_BACK}"
+    for name, part in (("agreement", "tokens" if compared else ""), ("first_difference", "")):
+        assert (rows["s", name, part].note == said) != compared
+    assert rows["s", "lossless", ""].note.startswith("unavailable: not checked: these options" if compared else said)
+
+
+def test_a_part_that_a_decoding_cell_lacks_is_not_for_want_of_decoding(tmp_path: Path) -> None:
+    [decoding] = metrics.load_run(write(tmp_path / "a", [trial()])).cells
+    [prefilled] = metrics.load_run(write(tmp_path / "b", [trial(steps=(StepRecord(1.0, 0.1, 0.1, (1,)),))])).cells
+    notes = [metrics.missing_part(one, "mbu", "verify, 3 rows").note for one in (decoding, prefilled)]
+    assert notes == [
+        "unavailable: it has nothing of this kind", "unavailable: nothing was decoded after the first token",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (
+            forward(1, seconds=float("nan")),
+            "seconds of a forward of ar is not a finite number; the records are damaged",
+        ),
+        (forward(1, seconds=0.0), "the records are damaged"),
+    ],
+)
+def test_times_that_cannot_be_are_one_line(tmp_path: Path, made: ForwardRecord, said: str) -> None:
+    folder = write(tmp_path, [trial(forwards=(made,))])
+    with pytest.raises(UserError, match=said):
+        metrics.summarise(metrics.load_run(folder))
+
+
 DIFFUSION = {"block_size": 4, "proposals": 2, "sampler": "lossless", "synthetic": None, "adapter": None}
 
 
@@ -976,6 +1022,9 @@ def test_coverage_counts_the_steps_whose_outcome_had_a_block(measure: Any) -> No
     without = measure([trials[0], copied, trials[2]], (cell("d", "diffusion", options=DIFFUSION),))
     assert without["d", "proposal_coverage", ""].value == pytest.approx(2 / 3)
     assert measure([trial()])["ar", "proposal_coverage", ""].note == "unavailable: the engine prepares no proposals"
+    trees = [tidar(0, 2, 3, covered=(True, False), rows=(12, 12), drafted=(5, 5))]
+    of_trees = measure(trees, (cell("d", "diffusion", options={**DIFFUSION, "tokens": 5}),))
+    assert of_trees["d", "proposal_coverage", ""].value == pytest.approx(1 / 2)
 
 
 def test_single_pass_diffusion_in_vllms_terms(measure: Any) -> None:
@@ -1063,6 +1112,17 @@ def test_rows_that_ride_along_are_timed_against_one(measure: Any) -> None:
         "overhead",
         "overhead",
     ]
+
+
+def test_chunks_of_a_prompt_are_not_taken_for_one_another(measure: Any) -> None:
+    """The median of a kind stands for forwards of equal rows."""
+    each = swept()
+    chunks = tuple(
+        forward(0, "prefill", rows=rows, seconds=seconds, flops=1000.0 * rows)
+        for rows, seconds in ((4, 1.0), (4, 1.0), (1, 0.1))
+    )
+    rows = measure([dataclasses.replace(each, forwards=(*chunks, *each.forwards[1:]))], (ROWS,))
+    assert rows["rows", "achieved_flops", "prefill"].value == pytest.approx(9000 / 2.1)
 
 
 def test_floors_of_so_many_rows_are_means_of_forwards_of_other_contexts(measure: Any) -> None:

@@ -1127,7 +1127,13 @@ def _training(command: Any) -> Any:
             type=Finite(min=0, min_open=True),
             help="Peak learning rate; default 0.002 for tidar, 0.001 for eagle3 and dflash, 0.0001 for full.",
         ),
-        click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float32"])),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "bfloat16", "float32"]),
+            help="Of products; auto: float32 on a CPU that multiplies it faster, else bfloat16.",
+        ),
         _device,
         _threads,
     )
@@ -1177,8 +1183,15 @@ def train_tidar(block: int, short_block: int | None, rank: int, start: str | Non
     "--draft-vocab", type=click.IntRange(min=16), help="Tokens it can draft.  [default: --start's, else 4096]"
 )
 @click.option("--depth", default=7, show_default=True, type=click.IntRange(1, 16), help="Steps of training-time test.")
+@click.option(
+    "--reach",
+    type=click.IntRange(min=1),
+    help="A chain ends where the text is none of the drafter's likeliest so many.  [default: never]",
+)
 @click.option("--ffn", type=click.IntRange(min=1), help="Width of its MLP.  [default: --start's, else the target's]")
-def train_eagle3(draft_vocab: int | None, depth: int, ffn: int | None, start: str | None, **options: Any) -> None:
+def train_eagle3(
+    draft_vocab: int | None, depth: int, reach: int | None, ffn: int | None, start: str | None, **options: Any
+) -> None:
     """Train an EAGLE-3 drafter.
 
     \b
@@ -1195,7 +1208,7 @@ def train_eagle3(draft_vocab: int | None, depth: int, ffn: int | None, start: st
             )
         begun = load_drafter(_trained(start, "eagle3"), target.config) if start else None
         vocab, width = (begun.config.draft_vocab, begun.config.layer.ffn) if begun else (4096, None)
-        settings = Eagle3Settings(draft_vocab or vocab, depth, ffn=ffn or width)
+        settings = Eagle3Settings(draft_vocab or vocab, depth, reach, ffn=ffn or width)
         return Eagle3(target, settings, corpus.part(held_out=False), seed, begun)
 
     _train(options, objective, 1e-3)
@@ -1274,6 +1287,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     from rich.console import Console
 
     from zbench import ranks
+    from zbench.hardware.device import bfloat16_cost
     from zbench.models import loading
     from zbench.progress import amounts
     from zbench.training import trainer
@@ -1289,13 +1303,23 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     if not ranks.launched():  # torchrun ends the others so where a rank died, which is no interruption
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(stderr=True, quiet=not ranks.is_first())
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
     with ranks.joined("the last checkpoint is kept, continue with --resume") as world:
+        device, dtype = world.together(lambda: world.device(options["device"])), options["dtype"]
+        if dtype == "auto":
+            slower = world.told(bfloat16_cost(device))  # all ranks take the same
+            dtype = "float32" if slower > 1 else "bfloat16"
+            if slower > 1:
+                say(f"in float32: torch takes {slower:.1f} times as long over products in bfloat16 on this CPU")
 
         def prepare() -> tuple[Any, Target, Any]:
             loaded = loading.load(_model_spec(options["model"]))
             corpus = joined([load_corpus(folder, loaded.weights_hash) for folder in options["data"]])
-            target = Target(loaded, getattr(torch, options["dtype"]), world.device(options["device"]).torch)
+            target = Target(loaded, getattr(torch, dtype), device.torch)
             return objective(target, corpus, options["seed"]), target, corpus
 
         learner, target, corpus = world.together(prepare)
@@ -1309,7 +1333,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
                     trainer.Settings(**given, rate=options["rate"] or rate),
                     options["resume"],
                     advance,
-                    lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+                    say,
                     world,
                 )
             except KeyboardInterrupt:

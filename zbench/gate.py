@@ -26,7 +26,7 @@ from zbench import stats
 from zbench.cache import write
 from zbench.errors import UserError
 from zbench.hardware import environment
-from zbench.metrics import DEFINITIONS_VERSION, METRICS, NOT_ALWAYS, Better, Cell, Run, caveats, evaluate, load_run
+from zbench.metrics import DEFINITIONS_VERSION, METRICS, Better, Cell, Run, caveats, evaluate, load_run
 from zbench.records import MANIFEST, SCHEMA_VERSION, read_manifest, schema_version
 from zbench.scenario import STRICT, load_other
 from zbench.stats import CONFIDENCE, FEW
@@ -245,7 +245,6 @@ def snapshot(run: Run, policy: Policy | None = None) -> Snapshot:
     """What `policy` gates of a run. Raises UserError where the records hold a time or a count that cannot be."""
     policy = policy or Policy()
     manifest = run.manifest
-    _refuse_nan(run)
     with stats.values_only():
         cells = {cell.record.id: _cell(run.path, cell, policy) for cell in run.cells}
     gated = {metric for cell in cells.values() for metric in (*cell.exact, *cell.timed)}
@@ -275,16 +274,6 @@ def _cell(path: Path, cell: Cell, policy: Policy) -> CellSnapshot:
         except ValueError as error:
             raise UserError(f"{path}: {metric} of {cell.record.id}: {error}; the records are damaged") from None
     return CellSnapshot(digest(keys), stable(cell), exact, timed)
-
-
-def _refuse_nan(run: Run) -> None:
-    """Sums of a table leave NaN out without a word, and a count that leaves something out is a wrong count."""
-    for what, table in (("forward", run.forwards), ("step", run.steps)):
-        numbers = table.select_dtypes("number").drop(columns=list(NOT_ALWAYS), errors="ignore")
-        if (odd := ~np.isfinite(numbers.to_numpy(dtype=float))).any():
-            row, column = np.argwhere(odd)[0]
-            where = f"{numbers.columns[column]} of a {what} of {table['cell'].iloc[row]}"
-            raise UserError(f"{run.path}: {where} is not a finite number; the records are damaged")
 
 
 def _finite(value: Value) -> Value:

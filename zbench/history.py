@@ -358,8 +358,11 @@ def _changes(line: Sequence[tuple[Entry, Number]], cell: str, metric: str) -> It
     found: list[tuple[int, float | None]]
     if metric in gate.EXACT and all(entry.cells[cell].stable for entry, _ in line):
         room = gate.EXACT[metric]
-        moved = (abs(new - old) > room * abs(old) for old, new in pairwise(values))
-        found = [(index, None) for index, changed in enumerate(moved, start=1) if changed]
+        found, level = [], values[0]  # neighbours would never show what moves a little every time
+        for index, value in enumerate(values):
+            if abs(value - level) > room * abs(level):
+                found.append((index, None))
+                level = value
     else:
         found = [(split.index, split.p) for split in change_points(values)]
     bounds = [0, *(index for index, _ in found), len(values)]

@@ -49,6 +49,10 @@ WALL_TOLERANCE = 0.02  # phases must account for the wall to within this
 # Measured over floor, beyond which neither memory nor arithmetic explains the time: not even one after the other, whose
 # sum is at most twice the larger of them.
 OVERHEAD = 2.0
+# What notes say where a sweep of rows ended before what was looked for.
+AT_LEAST = "at least: the most rows measured"
+ALL_MEMORY = "memory takes longer than arithmetic"
+READ_BACK = "the tokens were read back from a server's text, and may be others of the same spelling"
 
 # Of the bytes and FLOPs of a step, up to which other prompts are no other work: a small part of the drift that counts.
 ALIKE = 0.01
@@ -271,13 +275,15 @@ class Cell:
     def device_energy(self) -> pd.DataFrame:
         """joules of rank 0's device, seconds, tokens, group and how they are known, one row per trial (see
         `telemetry.trial_energy`)."""
-        keys = [trial.key for trial in self.trials]
+        trials = self.trials
+        if self.record.replicas > 1:  # each has its own device, and windows are of rank 0's
+            trials = tuple(trial for trial in trials if self._telemetry.segment(trial.key))
         try:
-            joules, seconds, how = trial_energy(self._telemetry, keys)
+            joules, seconds, how = trial_energy(self._telemetry, [trial.key for trial in trials])
         except NoEnergy as reason:
             raise Unavailable(str(reason)) from None
-        tokens = [sum(request.tokens for request in trial.requests) for trial in self.trials]
-        groups = [trial.group for trial in self.trials]
+        tokens = [sum(request.tokens for request in trial.requests) for trial in trials]
+        groups = [trial.group for trial in trials]
         return pd.DataFrame({"joules": joules, "seconds": seconds, "tokens": tokens, "group": groups, "how": how})
 
     def sampled(self, sensor: str) -> tuple[list[np.ndarray], list[int]]:
@@ -369,6 +375,7 @@ def load_run(path: Path) -> Run:
             steps, forwards, verifies = _tables(good)
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"{path}: {error}; the records are damaged") from None
+        _refuse_nan(path, steps, forwards)
         sensors = read_telemetry(path)
         samples, torn = read_roof_samples(path)
         warnings += [*(sensors.warnings if sensors else ()), *torn]
@@ -427,6 +434,16 @@ def step_split(cell: Cell) -> pd.DataFrame:
     return roles.assign(switching=steps - roles.sum(axis=1))
 
 
+def _refuse_nan(path: Path, steps: pd.DataFrame, forwards: pd.DataFrame) -> None:
+    """Sums of a table leave NaN out without a word, and a count that leaves something out is a wrong count."""
+    for what, table in (("forward", forwards), ("step", steps)):
+        numbers = table.select_dtypes("number").drop(columns=list(NOT_ALWAYS), errors="ignore")
+        if (odd := ~np.isfinite(numbers.to_numpy(dtype=float))).any():
+            row, column = np.argwhere(odd)[0]
+            where = f"{numbers.columns[column]} of a {what} of {table['cell'].iloc[row]}"
+            raise UserError(f"{path}: {where} is not a finite number; the records are damaged")
+
+
 def summarise(run: Run) -> list[MetricRow]:
     """Every metric of every cell, in the order of the manifest and of the definitions."""
     return [
@@ -439,7 +456,8 @@ def summarise(run: Run) -> list[MetricRow]:
 
 def missing_part(cell: Cell, name: str, part: str) -> MetricRow:
     """The row of a part that a cell does not have."""
-    return _row(cell, METRICS[name], part, unavailable("nothing was decoded after the first token"))
+    why = "nothing was decoded after the first token" if cell.decode_steps.empty else "it has nothing of this kind"
+    return _row(cell, METRICS[name], part, unavailable(why))
 
 
 def _row(cell: Cell, definition: Definition, part: str, estimate: Estimate) -> MetricRow:
@@ -479,7 +497,9 @@ def decode_tps(cell: Cell) -> Estimate:
     return stats.ratio(cell.decoded["tokens"] - 1, cell.decoded["decode_seconds"], cell.decoded["group"])
 
 
-@metric("throughput", "tokens/s", "all committed tokens / wall, whole batch, prefill included", "higher")
+@metric(
+    "throughput", "tokens/s", "all committed tokens / wall, whole batch (of one replica), prefill included", "higher"
+)
 def throughput(cell: Cell) -> Estimate:
     tokens = [sum(request.tokens for request in trial.requests) for trial in cell.trials]
     return stats.ratio(tokens, [t.wall_seconds for t in cell.trials], [t.group for t in cell.trials])
@@ -604,12 +624,13 @@ def conditional_at(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "proposal_coverage",
     "1",
-    "decode steps with a whole block of drafts, not looked up, whose outcome had a block of masks prepared for it / "
-    "all such steps",
+    "decode steps with a whole block (or tree) of drafts, not looked up, whose outcome had a block of masks prepared "
+    "for it / all such steps",
     "higher",
 )
 def proposal_coverage(cell: Cell) -> Estimate:
-    whole = cell.record.options.get("block_size", 0) - 1
+    options = cell.record.options
+    whole = options.get("tokens") or options.get("block_size", 0) - 1
     found = [
         (covered, trial.group)
         for trial in cell.trials
@@ -820,7 +841,20 @@ def _comparable_pairs(cell: Cell) -> pd.DataFrame:
         raise Unavailable("outputs are sampled, so they may differ by design")
     if any((trial.kernels or {}).get("prefix cache") == "unique" for trial in cell.trials):
         raise Unavailable("every prompt to the server had a prefix of its own, so outputs differ by design")
+    if any(_read_back(compared) for compared in (cell, cell.baseline) if compared):
+        raise Unavailable(READ_BACK)
     return cell.pairs
+
+
+def _read_back(cell: Cell) -> bool:
+    """Whether tokens are known from a server's text alone, and are not as many as it counted."""
+    return any(r.served and not r.served.as_emitted for trial in cell.trials for r in trial.requests)
+
+
+def _why_not_checked(cell: Cell) -> str:
+    if _read_back(cell):
+        return READ_BACK
+    return "not checked: these options may emit other tokens than the target's own, or lossless_check is false"
 
 
 @metric(
@@ -835,7 +869,7 @@ def lossless(cell: Cell) -> Estimate:
         raise Unavailable(NOT_THE_TARGETS)
     checked = cell.requests[cell.requests["check"].notna()]
     if checked.empty:
-        raise Unavailable("not checked: sampled tokens, or lossless_check: false")
+        raise Unavailable(_why_not_checked(cell))
     exact = checked.assign(exact=[c.verdict == "exact" for c in checked["check"]]).groupby("prompt_id")["exact"].all()
     wrong = [c for c in checked["check"] if c.verdict != "exact"]
     estimate = stats.share(exact)
@@ -955,7 +989,7 @@ def mbu(cell: Cell) -> dict[str, Estimate]:
         shares = _utilisation(achieved_bandwidth(cell), peak, "read bandwidth beside the run", most=read["high"])
     else:
         shares = _utilisation(achieved_bandwidth(cell), peak, "measured read bandwidth")
-    traffic = {kind: f["bytes"].max() for kind, f in _kinds(cell)}
+    traffic = {kind: (f["bytes"] / f["passes"]).max() for kind, f in _kinds(cell)}  # a cache serves pass after pass
     return {kind: _cached(share, traffic[kind], cell.last_level_cache) for kind, share in shares.items()}
 
 
@@ -1185,7 +1219,7 @@ def free_token_slots(cell: Cell) -> dict[str, Estimate]:
     rows, logs, groups = row_logs(cell)
     measured = stats.resampled(logs, groups, lambda means: crossing(rows, np.exp(means), SLACK))
     if measured.value == rows[-1]:
-        measured = replace(measured, note="; ".join(filter(None, (measured.note, "at least: the most rows measured"))))
+        measured = replace(measured, note="; ".join(filter(None, (measured.note, AT_LEAST))))
     return {"measured": measured, "roofs": _at_roofs(cell, _free_at_roofs)}
 
 
@@ -1366,7 +1400,8 @@ def output_hash(cell: Cell) -> Estimate:
 
 
 def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
-    """The metric of one cell by part, {"": ...} where it has none; what is not known says why."""
+    """The metric of one cell by part, {"": ...} where it has none; what is not known says why. Raises UserError where
+    the records hold a time or a count that cannot be."""
     if not cell.trials and definition.name != "failed_trials":
         return {"": unavailable("every trial failed" if cell.failed else "no trial was run")}
     if cell.record.engine == "forward" and definition.name in NOT_OF_FORWARDS:
@@ -1375,6 +1410,8 @@ def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
         result = definition.function(cell)
     except Unavailable as reason:
         return {"": unavailable(str(reason))}
+    except ValueError as error:
+        raise UserError(f"{definition.name} of {cell.record.id}: {error}; the records are damaged") from error
     return result if isinstance(result, dict) else {"": result}
 
 
@@ -1501,8 +1538,11 @@ def _kinds(cell: Cell) -> list[tuple[str, pd.DataFrame]]:
         # It times few forwards of each number of rows, of which one that waited would be most of a mean: row_cost, of
         # medians, would contradict it.
         trials = forwards.groupby(["group", "repeat", "kind"], sort=False)
+        alike = forwards["role"] != "prefill"  # whose chunks differ in rows
         medians = {name: trials[name].transform("median") for name in ("seconds", "collective_seconds")}
-        forwards = forwards.assign(**{name: found.where(forwards[name].notna()) for name, found in medians.items()})
+        forwards = forwards.assign(
+            **{name: found.where(alike & forwards[name].notna(), forwards[name]) for name, found in medians.items()}
+        )
     return [(str(kind), of_kind) for kind, of_kind in forwards.groupby("kind", sort=False)]
 
 
@@ -1565,13 +1605,13 @@ def _at_roofs(cell: Cell, tell: Callable[[pd.DataFrame], Estimate]) -> Estimate:
 def _free_at_roofs(floors: pd.DataFrame) -> Estimate:
     rows, floor = floors.index.to_numpy(dtype=float), floors.max(axis=1).to_numpy()
     value = float(crossing(rows, floor / floor[0], SLACK))
-    return Estimate(value, note="at least: the most rows measured" if value == rows[-1] else "")
+    return Estimate(value, note=AT_LEAST if value == rows[-1] else "")
 
 
 def _ridge_at_roofs(floors: pd.DataFrame) -> Estimate:
     rows, share = floors.index.to_numpy(dtype=float), (floors["compute"] / floors["memory"]).to_numpy()
     if share[-1] <= 1:
-        return unavailable(f"memory takes longer than arithmetic at {rows[-1]:.0f} rows, the most measured")
+        return unavailable(f"{ALL_MEMORY} at {rows[-1]:.0f} rows, the most measured")
     return Estimate(float(crossing(rows, share, 1.0)))
 
 

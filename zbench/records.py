@@ -142,6 +142,12 @@ class ServedRecord:
     attempts: int = 1
     speculation: Speculation | None = None
 
+    @property
+    def as_emitted(self) -> bool:
+        """Whether the ids are those that were emitted: read back from a text, they might be others of the same
+        spelling."""
+        return self.ids_from == "server" or self.output_tokens in (None, self.tokenised)
+
 
 @dataclass(frozen=True, slots=True)
 class ServerRecord:

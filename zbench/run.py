@@ -47,7 +47,6 @@ from zbench.records import (
     Manifest,
     PreparationRecord,
     RequestRecord,
-    ServedRecord,
     StepRecord,
     TrialRecord,
     read_manifest,
@@ -543,7 +542,7 @@ def _requests(
             ttft_seconds=first,
             end_seconds=end,
             seed=request.seeds[row],
-            check=_check(point, engine, ids, output, request, row) if _sure(served) else None,
+            check=None if served and not served.as_emitted else _check(point, engine, ids, output, request, row),
             correct=accuracy.correct(text, prompt.reference),
             served=served,
             passed=judged.outcome == "passed" if judged and judged.outcome != "not judged" else None,
@@ -562,11 +561,6 @@ def _several_processes(point: Point, trial: Trial) -> bool:
 def _since(before: float | None, after: float | None) -> float | None:
     # Not cut at zero: the system counts in ticks, and of short trials half are off in either direction.
     return None if before is None or after is None else after - before
-
-
-def _sure(served: ServedRecord | None) -> bool:
-    """Whether the ids are those that were emitted: read back from a text, they might be others of the same spelling."""
-    return served is None or served.ids_from == "server" or served.output_tokens in (None, served.tokenised)
 
 
 def _check(

@@ -129,3 +129,17 @@ def test_memory_taken_apart_goes_back_and_what_torch_keeps_stays():
         assert torch.cuda.memory_reserved(gpu.index) >= before + 2**26
         del buffer
     assert torch.cuda.memory_reserved(gpu.index) == before
+
+
+@pytest.mark.parametrize("slow, lowest, highest", [("bfloat16", 3, 7), ("float32", 1 / 7, 1 / 3)])
+def test_the_cost_of_bfloat16_is_how_much_longer_its_products_take(monkeypatch, slow, lowest, highest):
+    def linear(rows, weight):
+        assert rows.dtype == weight.dtype
+        time.sleep(0.01 if str(rows.dtype) == f"torch.{slow}" else 0.002)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    assert lowest < device.bfloat16_cost(resolve("cpu")) < highest
+
+
+def test_a_gpu_is_not_timed_for_its_cost_of_bfloat16(one_nvidia_gpu):
+    assert device.bfloat16_cost(resolve("cuda")) < 1

@@ -18,6 +18,7 @@ from tests.report.test_figures import assert_readable
 from tests.test_compare import _paced
 from zbench import metrics, projection, run, scenario
 from zbench.hardware.peaks import Peaks
+from zbench.metrics import ALL_MEMORY, AT_LEAST
 from zbench.records import CellRecord, ForwardRecord, StepRecord, read_manifest, read_trials
 from zbench.report import figures, html, readings, render, sweeps
 from zbench.results import Results
@@ -104,8 +105,7 @@ def test_on_a_device_at_its_roofs_the_reading_gives_the_ridge_and_who_uses_its_r
     assert f"tidar 8 by 8 feeds 72 rows, {72 - RIDGE:.1f} more than the {RIDGE:.1f} memory-bound rows." in told
 
 
-BEYOND = f"unavailable: memory takes longer than arithmetic at {ROWS[-1]} rows, the most measured"
-AT_LEAST = "at least: the most rows measured"
+BEYOND = f"unavailable: {ALL_MEMORY} at {ROWS[-1]} rows, the most measured"
 
 
 def with_rows(found: Results, metric: str, part: str, told: Sequence[tuple[float | None, str]]) -> Results:
@@ -140,10 +140,15 @@ def test_rows_that_an_engine_feeds_and_those_that_are_free_are_rounded_alike(
 def test_nothing_is_said_of_rows_beyond_the_most_that_were_measured(tmp_path: Path) -> None:
     engines = ("tidar 4 by 1", "tidar 8 by 8")
     found = swept(tmp_path, lambda memory, compute: max(memory, compute) + 5 * MEMORY, engines=engines)
-    told = said(with_rows(found, "free_token_slots", "measured", [(32.0, AT_LEAST)]))
+    found = with_rows(found, "free_token_slots", "measured", [(32.0, AT_LEAST)])
+    told = said(found)
     assert "tidar 4 by 1 uses 8 of the at least 32 free rows." in told
     assert "tidar 8 by 8 feeds 72 rows; at least 32 are free, the most measured." in told
     assert "more than" not in told
+    [curve, curves] = [plot for plot in (*sweeps.PLOTS, *sweeps.OVERVIEWS) if plot.name in ("rows", "row-curves")]
+    drawn = figures.figure(curve, figures.LIGHT, found, found.run.cells)
+    assert "free: at least 32 rows" in [text.get_text() for text in drawn.findobj(Text)]
+    assert curves.alt(found, found.run.cells).endswith("; at least 32.0 rows are free.")
 
 
 def test_the_rows_of_all_points_say_where_memory_limits_all_that_were_measured(tmp_path: Path) -> None:

@@ -140,6 +140,20 @@ def test_sglangs_object_is_found_wherever_a_release_puts_it(place: tuple) -> Non
     assert sum(said.accepted_at) == said.accepted
 
 
+def test_a_mean_length_of_each_response_is_weighted_by_its_steps() -> None:
+    bodies: list[Any] = [
+        {"spec_verify_ct": steps, "spec_accept_length": length} for steps, length in ((10, 2.0), (30, 4.0))
+    ]
+    told = counters.told(
+        counters.NOTHING, counters.NOTHING, [counters.of_response(body) for body in bodies]
+    ).speculation
+    assert told is not None and (told.verifies, told.length) == (40, pytest.approx(3.5))
+    counted = recorded("sglang_sglext.json")
+    both = [counters.of_response(body) for body in (bodies[0], counted)]
+    mixed = counters.told(counters.NOTHING, counters.NOTHING, both).speculation
+    assert mixed is not None and mixed.length is None
+
+
 def test_sglangs_gauge_is_reported_as_the_gauge_that_it_is() -> None:
     reading = counters.read(recorded("sglang_metrics.txt"))
     said = counters.told(reading, reading, [None]).speculation

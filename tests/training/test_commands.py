@@ -45,8 +45,9 @@ def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(folder: Path, written: Path, *arguments: object) -> Result:
-    shared = ["--model", folder, "--data", written, "--batch", 2, "--dtype", "float32", "--device", "cpu"]
-    return zbench("train", *arguments, *shared)
+    shared = ["--model", folder, "--data", written, "--batch", 2, "--device", "cpu"]
+    usual = [] if "--dtype" in arguments else ["--dtype", "float32"]
+    return zbench("train", *arguments, *shared, *usual)
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -81,6 +82,20 @@ def test_a_draft_vocabulary_larger_than_the_models_is_refused(folder: Path, writ
     assert training(folder, written, *asked, "--draft-vocab", 300).exit_code == 0
 
 
+@pytest.mark.parametrize("cost, chosen", [(3.0, torch.float32), (0.5, torch.bfloat16)])
+def test_training_multiplies_in_what_the_device_is_faster_at(
+    cost: float, chosen: torch.dtype, folder: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zbench.hardware.device.bfloat16_cost", lambda device: cost)
+    asked = ["full", "--steps", 1, "--block", 4, "--out", tmp_path / "out", "--dtype", "auto"]
+    made = training(folder, written, *asked)
+    assert made.exit_code == 0, made.output
+    trained = loading.load({"path": str(tmp_path / "out")})
+    assert {tensor.dtype for tensor in trained.tensors.values()} == {chosen}
+    said = "in float32: torch takes 3.0 times as long over products in bfloat16 on this CPU"
+    assert (said in made.stderr) == (chosen == torch.float32)
+
+
 def test_what_differs_from_the_run_that_is_resumed_is_named(folder: Path, written: Path, tmp_path: Path) -> None:
     asked = ["--steps", 1, "--out", tmp_path / "out"]
     assert training(folder, written, "eagle3", *asked, "--depth", 2, "--draft-vocab", 64).exit_code == 0
@@ -93,6 +108,7 @@ def test_what_differs_from_the_run_that_is_resumed_is_named(folder: Path, writte
     same = ("eagle3", "--draft-vocab", 64)
     rest = "; resume it as it was, or choose another folder with --out"
     assert again(*same, "--depth", 3) == "with --depth 2, not 3" + rest
+    assert again(*same, "--depth", 2, "--reach", 2) == "with --reach none, not 2" + rest
     assert again(*same, "--depth", 2, "--seed", 4, "--ffn", 8) == "with --seed 0, not 4; with --ffn none, not 8" + rest
     assert again("tidar") == "as eagle3, not as tidar" + rest
 
@@ -133,7 +149,7 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
     }
     own = {
         "tidar": ["--rank", 2],
-        "eagle3": ["--draft-vocab", 64, "--depth", 2, "--ffn", 48],
+        "eagle3": ["--draft-vocab", 64, "--depth", 2, "--reach", 2, "--ffn", 48],
         "dflash": ["--layers", 1],
         "full": ["--block", 4],
     }

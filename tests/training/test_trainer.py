@@ -37,14 +37,15 @@ def test_head_loss_is_cross_entropy_with_sparse_targets(rows: int) -> None:
     ids = torch.randint(0, 20, (rows, 3), generator=generator)
     ids[0] = 4  # the same id again and again
     probs, weights = torch.rand(rows, 3, generator=generator), torch.rand(rows, generator=generator)
-    loss, best = head_loss(hidden, head, ids, probs, weights)
+    loss, best = head_loss(hidden, head, ids, probs, weights, best=3)
     got = torch.autograd.grad(3 * loss, (hidden, head))
     logits = hidden @ head.T
     dense = torch.zeros(rows, 20).scatter_add_(1, ids, probs)
     want = -(weights * (dense * logits.log_softmax(-1)).sum(-1)).sum()
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(got, torch.autograd.grad(3 * want, (hidden, head)), rtol=1e-4, atol=1e-4)
-    assert best.equal(logits.argmax(-1))
+    assert best.equal(logits.topk(3).indices)
+    assert head_loss(hidden, head, ids, probs, weights)[1].equal(best[:, :1])
 
 
 def test_a_sampled_head_stands_for_the_whole_one() -> None:
@@ -358,20 +359,22 @@ def test_a_batch_without_a_whole_block_teaches_nothing_and_breaks_nothing() -> N
         assert scores.right.shape[0] == 0
 
 
-def test_eagle3_learns_from_what_its_drafter_does_chain_by_chain() -> None:
+@pytest.mark.parametrize("reach", [None, 1, 60])
+def test_eagle3_learns_from_what_its_drafter_does_chain_by_chain(reach: int | None) -> None:
     corpus, target, steps = memory.corpus("smollm"), memory.target("smollm"), 4
     two_rounds = [
         replace(c, ids=c.ids[: 30 + i], roles=torch.tensor([0] * 4 + [1] * 9 + [0] * 3 + [1] * (14 + i)))
         for i, c in enumerate(corpus.part(False)[:3])
     ]
-    objective = Eagle3(target, Eagle3Settings(draft_vocab=150, steps=steps), corpus.part(False), 0)
+    objective = Eagle3(target, Eagle3Settings(draft_vocab=150, steps=steps, reach=reach), corpus.part(False), 0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in objective.parameters.items():  # such that every part matters, and as its file has them
         drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
         scale = 8 if "o_proj" in name else 2 if "_proj" in name else 1
         parameter.data.copy_((scale * drawn if parameter.dim() > 1 else 1 + drawn).bfloat16())
     read = target.read(Batch.of(two_rounds), objective.capture, context=False)
-    scores = objective.score(read, torch.Generator(), evaluate=True)
+    scores = objective.score(read, torch.Generator(), evaluate=not reach)
+    every = objective.score(read, torch.Generator(), evaluate=True)  # evaluations end no chain
 
     made = objective.checkpoint()
     drafter = eagle3.Eagle3Drafter(
@@ -403,8 +406,15 @@ def test_eagle3_learns_from_what_its_drafter_does_chain_by_chain() -> None:
                     share = prob / scale if index else prob
                     loss -= 0.8**step * share * logits.log_softmax(-1)[known[token]].item() if token in known else 0
                 weight, said = weight + 0.8**step, said + 1
+                likeliest = drafter.target_ids(logits.topk(reach or 1).indices).tolist()
+                if reach and c.ids[place] not in likeliest:
+                    break
             right += [rights] if len(rights) == steps else []
-    assert (scores.tokens, scores.right.tolist()) == (said, right)
+    assert scores.tokens == said
+    if reach:
+        assert said < every.tokens and len(right) < len(every.right)
+    else:
+        assert every.right.tolist() == right
     assert scores.weight.item() == pytest.approx(weight)
     assert scores.loss.item() == pytest.approx(loss / weight, rel=1e-5)
 

@@ -140,6 +140,25 @@ def resolve(name: str = "auto") -> Device:
     raise UserError(f'device "{name}" is not there: {_torch_build()} sees {present}; choose one of these')
 
 
+def bfloat16_cost(device: Device) -> float:
+    """How many times as long torch takes over a product in bfloat16 as in float32, timed in some milliseconds on a CPU:
+    one without instructions for bfloat16 takes several times as long. A GPU counts as one that has them: 0.5."""
+    if device.type != "cpu":
+        return 0.5
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows, weight = (torch.randn(128, 512).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(8):
+            began = time.perf_counter()
+            torch.nn.functional.linear(rows, weight)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
+
+
 def _cpu() -> Device:
     return Device("cpu", "cpu", None, cpu_info().get("brand_raw") or platform.processor() or platform.machine())
 

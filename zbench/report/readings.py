@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from zbench import stats
-from zbench.metrics import OVERHEAD, Cell, caveats
+from zbench.metrics import ALL_MEMORY, AT_LEAST, OVERHEAD, Cell, caveats
 from zbench.report import findings
 from zbench.report.findings import clusters, interval, quantity, title
 from zbench.results import Point, Results, main_kind
@@ -92,12 +92,16 @@ def _free(results: Results, cell: Cell) -> str:
     free, knee = results.row(cell, "free_token_slots", "measured"), results.row(cell, "ridge_rows", "measured")
     if not isinstance(free.value, float):
         return ""
-    at_least = "At least " if "at least" in free.note else ""
-    around = _around(cell, free)
-    said = f"{at_least}{free.value:.1f} rows ride in a forward within 1.1× the time of one, as measured ({around})"
+    rows, around = f"{at_least(free).capitalize()}{free.value:.1f} rows", _around(cell, free)
+    said = f"{rows} ride in a forward within 1.1× the time of one, as measured ({around})"
     if not isinstance(knee.value, float):
         return f"{said}."
     return f"{said}; the curve’s knee, where further rows cost as much as the first, is at {_rows(knee.value)}."
+
+
+def at_least(rows: findings.MetricRow) -> str:
+    """What stands before a number of rows that is the most measured."""
+    return "at least " if AT_LEAST in rows.note else ""
 
 
 def _count(rows: float) -> str:
@@ -132,19 +136,19 @@ def _users(results: Results, cell: Cell, point: Point) -> list[str]:
         row, what = results.row(cell, "free_token_slots", "measured"), "free rows"
     if not isinstance(row.value, float):
         return []
-    limit, at_least = round(row.value, 1), "at least " if "at least" in row.note else ""
+    limit, more = round(row.value, 1), at_least(row)
     drafting = [(fed, other) for other in point.cells if (fed := fed_rows(results, other))]
     drafting.sort(key=lambda pair: -(results.value(pair[1], "speedup") or 0))
     said = []
     for fed, other in drafting[:NAMED]:
         fed = round(fed, 1)
         if fed <= limit:
-            said.append(f"{title(other)} uses {_count(fed)} of the {at_least}{_count(limit)} {what}.")
-        elif at_least:
+            said.append(f"{title(other)} uses {_count(fed)} of the {more}{_count(limit)} {what}.")
+        elif more:
             said.append(f"{title(other)} feeds {_rows(fed)}; at least {_count(limit)} are free, the most measured.")
         else:
-            more = _count(fed - limit)
-            said.append(f"{title(other)} feeds {_rows(fed)}, {more} more than the {_count(limit)} {what}.")
+            over = _count(fed - limit)
+            said.append(f"{title(other)} feeds {_rows(fed)}, {over} more than the {_count(limit)} {what}.")
     return said
 
 
@@ -339,7 +343,7 @@ def _rows_everywhere(results: Results) -> list[str]:
         [results.row(cell, metric, part) for cell in cells]
         for metric, part in (("ridge_rows", "roofs"), ("free_token_slots", "measured"))
     )
-    beyond = sum("memory takes longer" in row.note for row in ridges)
+    beyond = sum(ALL_MEMORY in row.note for row in ridges)
     some = "" if beyond == len(cells) else f"in {beyond} of {len(cells)} sweeps "
     limits = [
         f"up to {_span(ridges)} rows, by context and batch" if _span(ridges) else "",
@@ -360,8 +364,8 @@ def _span(rows: Sequence[findings.MetricRow]) -> str:
     if not values:
         return ""
     low, high = _count(min(values)), _count(max(values))
-    at_least = "at least " if any("at least" in row.note for row in rows) else ""
-    return f"{at_least}{high}" if low == high else f"{low} to {at_least}{high}"
+    more = max(map(at_least, rows))
+    return f"{more}{high}" if low == high else f"{low} to {more}{high}"
 
 
 def _context_sentences(results: Results) -> list[str]:

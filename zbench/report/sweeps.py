@@ -16,6 +16,7 @@ from zbench.report.figures import MARKERS, Plot, Theme, legend_below, name_log_t
 from zbench.report.findings import quantity
 from zbench.report.readings import (
     Traffic,
+    at_least,
     best,
     by_block,
     predictions,
@@ -125,11 +126,12 @@ def _mark_rows(axes: Axes, theme: Theme, results: Results, cell: Cell) -> None:
     ]
     height = 0.97
     for name, metric, part, colour, line in marks:
-        value = results.value(cell, metric, part)
-        if value is None:
+        row = results.row(cell, metric, part)
+        if not isinstance(row.value, float):
             continue
-        axes.axvline(value, color=colour, lw=1.2, ls=line)
-        rows = f"{value:.3g} rows".replace("1 rows", "1 row") if value < 2 else f"{value:.3g} rows"
+        axes.axvline(row.value, color=colour, lw=1.2, ls=line)
+        count = f"{row.value:.3g}"
+        rows = f"{at_least(row)}{count} row{'s' if count != '1' else ''}"
         axes.text(
             0.02, height, f"{name}: {rows}", transform=axes.transAxes, va="top", fontsize=7.5, color=colour,
             bbox={"fc": theme.paper, "ec": "none", "pad": 0.8, "alpha": 0.85},
@@ -208,9 +210,12 @@ def _row_curves(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell
 def _row_curves_alt(results: Results, cells: Sequence[Cell]) -> str:
     said = []
     for cell in sweeping(cells):
-        free = results.value(cell, "free_token_slots", "measured")
+        free = results.row(cell, "free_token_slots", "measured")
         costs = ", ".join(f"{rows} rows {value:.2f}×" for rows, (value, *_) in _row_costs(results, cell).items())
-        said.append(f"{point_label(cell.record)}: {costs}" + (f"; {free:.1f} rows are free" if free else ""))
+        said.append(
+            f"{point_label(cell.record)}: {costs}"
+            + (f"; {at_least(free)}{free.value:.1f} rows are free" if isinstance(free.value, float) else "")
+        )
     return ". ".join(said) + "."
 
 

@@ -224,6 +224,8 @@ def _together(each: Sequence[Speculation]) -> Speculation:
 
     depth = max(len(one.accepted_at) for one in each)
     complete = all(one.accepted_at for one in each)
+    lengths = [(one.length, one.verifies) for one in each if one.verifies]
+    known = [(length * steps, steps) for length, steps in lengths if length is not None]
     at = tuple(sum(one.accepted_at[i] for one in each if i < len(one.accepted_at)) for i in range(depth))
     return Speculation(
         f"{each[0].source} of each response",
@@ -231,6 +233,7 @@ def _together(each: Sequence[Speculation]) -> Speculation:
         total([one.drafted for one in each]),
         total([one.accepted for one in each]),
         at if complete else (),
+        length=sum(w for w, _ in known) / sum(n for _, n in known) if known and len(known) == len(lengths) else None,
     )
 
 

@@ -108,7 +108,7 @@ class Conversion:
         loss = (s.alpha * causal + filled) / (1 + s.alpha) / whole
         # What decoding drafts: whole blocks, behind the first token, which the clean half gives.
         right = torch.zeros_like(real)
-        right[real] = best == own[real]
+        right[real] = best[:, 0] == own[real]
         parts = {"autoregressive": causal / whole, "diffusion": filled / real.sum().clamp(min=1)}
         return Scores(loss, right[real.all(-1)][:, 1:], int(real.sum()), count, parts)
 
@@ -216,7 +216,7 @@ def tiled_blocks(wanted: Tensor, block: int, first: int) -> tuple[Tensor, Tensor
 
 
 def _hard_loss(hidden: Tensor, weights: Weights, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies of ids [n] given hidden [n, D], and the likeliest tokens [n]."""
+    """Sum of the cross-entropies of ids [n] given hidden [n, D], and the likeliest token of each [n, 1]."""
     assert weights.head is not None
     ones = torch.ones(len(ids), device=ids.device)
     return head_loss(hidden, weights.head, ids[:, None], ones[:, None], ones)

@@ -8,8 +8,9 @@ in its own features are trained against. A chain that began at pair t sees the p
     keys               pairs 0 .. t with the target's features, and steps 1 .. k of chain t
     target             token t + 2 + k, loss weight decay^k
 
-Tokens are those of the conversation throughout. The draft vocabulary is the corpus's most frequent answer tokens; what
-a target distribution has elsewhere is not asked for.
+Tokens are those of the conversation throughout. With `reach`, a chain ends where decoding would have left it: where the
+conversation's token was none of the drafter's `reach` likeliest. The draft vocabulary is the corpus's most frequent
+answer tokens; what a target distribution has elsewhere is not asked for.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ _USUAL = 256  # pairs of a conversation, for the estimate of memory
 class Eagle3Settings:
     draft_vocab: int = 4096
     steps: int = 7  # of the training-time test
+    reach: int | None = None  # drafts of a step that decoding would follow; None: all, as in the paper
     decay: float = 0.8
     soft: float = 0.5  # share of the loss on the target's own distribution, the rest on its text
     ffn: int | None = None  # width of the drafter's MLP; None: the target's
@@ -111,10 +113,14 @@ class Eagle3:
         context = self._keys_values(weights, nodes, torch.arange(count, device=pairs.device))
         nodes = nodes[chains.at]
         own: list[tuple[Tensor, Tensor]] = []  # keys and values [N, kv, d] of steps 1, 2, ...
+        reach = None if evaluate else s.reach  # how far each draft would be followed is what evaluations ask
+        followed: Tensor | None = None
         total, mass, tokens, right = torch.zeros((), device=pairs.device), 0.0, 0, []
         for step in range(s.steps):
             if step:
                 go_on = learnt[step][chains.at]
+                if followed is not None:
+                    go_on &= followed
                 chains, features = chains.only(go_on), features[go_on]
                 own = [(key[go_on], value[go_on]) for key, value in own]
                 nodes = self._nodes(weights, batch.ids[chains.sequence, chains.place + 1 + step], features)
@@ -130,10 +136,13 @@ class Eagle3:
                 draft_ids.clamp(min=0),
                 probs * (draft_ids >= 0),
                 torch.full((len(draft_ids),), weight, device=features.device),
+                best=reach or 1,
             )
+            says = self.known[best] == batch.ids[drafted][:, None]
+            followed = says.any(1) if reach else None
             total, mass, tokens = total + loss, mass + weight * len(draft_ids), tokens + len(draft_ids)
             if evaluate:
-                right.append((self.known[best] == batch.ids[drafted])[learnt[-1][chains.at]])
+                right.append(says[:, 0][learnt[-1][chains.at]])
         rights = torch.stack(right, -1) if right else torch.zeros(0, s.steps, dtype=torch.bool)
         return Scores(total / max(mass, 1.0), rights, tokens, torch.tensor(mass))
 
@@ -202,16 +211,20 @@ class _Chains:
     def of(cls, wanted: Tensor) -> _Chains:
         """wanted [S, n] bool."""
         sequence, place = wanted.nonzero(as_tuple=True)
-        numbers = wanted.cumsum(1)
-        slots = int(numbers[:, -1].max())
-        return cls(sequence, place, numbers[sequence, place] - 1, slots, len(wanted))
+        return cls._numbered(sequence, place, len(wanted))
+
+    @classmethod
+    def _numbered(cls, sequence: Tensor, place: Tensor, sequences: int) -> _Chains:
+        counts = sequence.bincount(minlength=sequences)
+        slot = torch.arange(len(sequence), device=sequence.device) - (counts.cumsum(0) - counts)[sequence]
+        return cls(sequence, place, slot, int(counts.max()), sequences)
 
     @property
     def at(self) -> tuple[Tensor, Tensor]:
         return self.sequence, self.place
 
     def only(self, kept: Tensor) -> _Chains:
-        return replace(self, sequence=self.sequence[kept], place=self.place[kept], slot=self.slot[kept])
+        return self._numbered(self.sequence[kept], self.place[kept], self.sequences)
 
     def padded(self, x: Tensor) -> Tensor:
         """x [N, ...] -> [S, slots, ...]; zero where there is no chain."""

@@ -20,14 +20,15 @@ def head_loss(
     target_probs: Tensor,
     weights: Tensor,
     bias: Tensor | None = None,
+    best: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """sum_n weights[n] * H(target n, softmax(hidden[n] head^T + bias)), and the likeliest token of each row [N].
+    """sum_n weights[n] * H(target n, softmax(hidden[n] head^T + bias)), and the likeliest tokens of each row [N, best].
 
     hidden [N, D], head [V, D], bias [V] float32, not learnt; a row's target has probability target_probs [N, K] at
     target_ids [N, K] (an id may come twice) and none elsewhere; where they sum to less than 1 the rest is not asked
     for. The logits of a chunk live only while its gradient is made, so memory does not grow with N times V.
     """
-    return _HeadLoss.apply(hidden, head, target_ids, target_probs, weights, bias)
+    return _HeadLoss.apply(hidden, head, target_ids, target_probs, weights, bias, best)
 
 
 def sampled_head(
@@ -56,11 +57,18 @@ def sampled_head(
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, ids: Tensor, probs: Tensor, weights: Tensor, bias: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        ids: Tensor,
+        probs: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        count: int,
     ) -> tuple[Tensor, Tensor]:
         learns = hidden.requires_grad or head.requires_grad
         total = torch.zeros((), device=hidden.device)
-        best = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+        best = torch.empty(len(hidden), count, dtype=torch.int64, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if learns else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if head.requires_grad else None
         chunk = CHUNK[hidden.device.type]
@@ -71,7 +79,7 @@ class _HeadLoss(torch.autograd.Function):
             logits = (hidden[rows] @ head.T).float()
             if bias is not None:
                 logits += bias
-            best[rows] = logits.argmax(1)
+            best[rows] = logits.topk(count).indices
             norm = logits.logsumexp(1)
             total += (mass * norm).sum() - (weighted * logits.gather(1, ids[rows])).sum()
             if d_hidden is None:
@@ -93,8 +101,5 @@ class _HeadLoss(torch.autograd.Function):
         return (
             d_hidden * scale if ctx.needs_input_grad[0] else None,
             (d_head * scale).to(torch.float32) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )

@@ -10,7 +10,7 @@ _OPTIONS = {
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
-            "seed", "written", "opened", "batch", "rate", "block", "short_block", "rank", "draft_vocab", "ffn",
+            "seed", "written", "opened", "batch", "rate", "block", "short_block", "rank", "draft_vocab", "reach", "ffn",
             "layers", "alpha", "mask_id", "prompts",
         )
     },
