@@ -166,11 +166,22 @@ def test_one_prompt_gives_values_without_intervals(measure: Any) -> None:
     assert (row.value, row.low, row.high, row.n) == (1.0, None, None, 1)
 
 
+def test_tokens_that_came_with_the_prompt_are_not_those_of_later_time(measure: Any) -> None:
+    """As where a peer verifies drafts with the prompt: two tokens in the first step, one after it."""
+    steps = (StepRecord(1.0, 0.1, 0.1, (2,)), StepRecord(2.0, 0.1, 0.2, (1,)))
+    peer = trial("p", steps=steps, forwards=())
+    rows = measure([trial(), peer], (cell(), cell("p", "reference")))
+    assert rows["p", "decode_tps", ""].value == pytest.approx(1 / 2) and rows["p", "tpot", ""].value == 2
+    assert rows["p", "speedup", ""].value == pytest.approx(1 / 2)
+    whole = dataclasses.replace(peer, steps=(StepRecord(3.0, 0.1, 0.1, (3,)),))
+    assert measure([trial(), whole], (cell(), cell("p", "reference")))["p", "tpot", ""].value is None
+
+
 def test_a_single_token_has_no_time_per_token(measure: Any) -> None:
     alone = trial(requests=(request(ids=(7,), end=1.0),), steps=(StepRecord(1.0, 0, 0, (1,)),), forwards=())
     row = measure([alone])["ar", "tpot", ""]
     assert row.value is None
-    assert row.note == "unavailable: no request emitted a second token"
+    assert row.note == "unavailable: no request emitted a token after the first step"
 
 
 def test_a_prefill_alone_has_no_decode_step_to_split(measure: Any) -> None:

@@ -101,16 +101,16 @@ class Comparison:
         mine, theirs = side.cells.get(cell), self.sides[0].cells.get(cell)
         if mine is None or theirs is None or not mine.trials or not theirs.trials:
             return unavailable("one of the two has no result")
-        columns = ["prompt_id", "repeat", "group", "tokens", "decode_seconds", "output_hash"]
+        columns = ["prompt_id", "repeat", "group", "later", "decode_seconds", "output_hash"]
         pairs = mine.requests[columns].merge(
             theirs.requests[columns], on=["prompt_id", "repeat"], suffixes=("", "_first")
         )
-        pairs = pairs[(pairs["tokens"] > 1) & (pairs["tokens_first"] > 1)]
+        pairs = pairs[(pairs["later"] > 0) & (pairs["later_first"] > 0)]
         if pairs.empty:
-            return unavailable("no prompt emitted a second token in both")
+            return unavailable("no prompt emitted tokens after the first step in both")
         if (pairs[["decode_seconds", "decode_seconds_first"]] <= 0).any(axis=None):
             return unavailable("responses came in one piece: their tokens have no times")
-        here, there = (pairs[f"decode_seconds{s}"] / (pairs[f"tokens{s}"] - 1) for s in ("", "_first"))
+        here, there = (pairs[f"decode_seconds{s}"] / pairs[f"later{s}"] for s in ("", "_first"))
         estimate = stats.paired_ratio(there, here, pairs["group"])
         same = int((pairs["output_hash"] == pairs["output_hash_first"]).sum())
         if same == len(pairs) or SYNTHETIC in caveats(mine.record):

@@ -299,7 +299,7 @@ def _sample(metric: str, cell: Cell, value: float) -> Sample:
         rows = cell.decoded if metric == "decode_tps" else cell.requests
         keys = [f"{prompt}/{repeat}" for prompt, repeat in zip(rows["prompt_id"], rows["repeat"], strict=True)]
         clusters = rows["group"].tolist()
-        times: pd.Series = rows["decode_seconds"] / (rows["tokens"] - 1) if metric == "decode_tps" else rows["ttft"]
+        times: pd.Series = rows["decode_seconds"] / rows["later"] if metric == "decode_tps" else rows["ttft"]
         seconds = times.tolist()
     _check_times(seconds)
     return Sample(value, tuple(keys), tuple(clusters), tuple(seconds))

@@ -168,10 +168,10 @@ class Cell:
 
     @property
     def decoded(self) -> pd.DataFrame:
-        """Requests with a decode phase: two tokens or more."""
-        requests = self.requests[self.requests["tokens"] > 1]
+        """Requests with a decode phase: tokens after those of the first step."""
+        requests = self.requests[self.requests["later"] > 0]
         if requests.empty:
-            raise Unavailable("no request emitted a second token")
+            raise Unavailable("no request emitted a token after the first step")
         if whole := int((requests["decode_seconds"] <= 0).sum()):
             raise Unavailable(f"{whole} of {len(requests)} responses came in one piece: their tokens have no times")
         return requests
@@ -238,9 +238,9 @@ class Cell:
     @property
     def timed_pairs(self) -> pd.DataFrame:
         pairs = self.pairs
-        pairs = pairs[(pairs["tokens"] > 1) & (pairs["tokens_baseline"] > 1)]
+        pairs = pairs[(pairs["later"] > 0) & (pairs["later_baseline"] > 0)]
         if pairs.empty:
-            raise Unavailable("no pair of requests emitted a second token")
+            raise Unavailable("no pair of requests emitted tokens after the first step")
         if whole := int((pairs[["decode_seconds", "decode_seconds_baseline"]] <= 0).any(axis=1).sum()):
             raise Unavailable(f"{whole} of {len(pairs)} pairs have a response that came in one piece, without times")
         return pairs
@@ -487,14 +487,24 @@ def ttft(cell: Cell) -> Estimate:
     return stats.mean(cell.requests["ttft"], cell.requests["group"])
 
 
-@metric("tpot", "s/token", "sum(end - first token) / sum(tokens - 1) over requests with two tokens or more", "lower")
+@metric(
+    "tpot",
+    "s/token",
+    "sum(end - first token) / sum(tokens - those of the first step, usually one) over requests that go on after it",
+    "lower",
+)
 def tpot(cell: Cell) -> Estimate:
-    return stats.ratio(cell.decoded["decode_seconds"], cell.decoded["tokens"] - 1, cell.decoded["group"])
+    return stats.ratio(cell.decoded["decode_seconds"], cell.decoded["later"], cell.decoded["group"])
 
 
-@metric("decode_tps", "tokens/s", "sum(tokens - 1) / sum(end - first token), per sequence", "higher")
+@metric(
+    "decode_tps",
+    "tokens/s",
+    "sum(tokens - those of the first step, usually one) / sum(end - first token), per sequence",
+    "higher",
+)
 def decode_tps(cell: Cell) -> Estimate:
-    return stats.ratio(cell.decoded["tokens"] - 1, cell.decoded["decode_seconds"], cell.decoded["group"])
+    return stats.ratio(cell.decoded["later"], cell.decoded["decode_seconds"], cell.decoded["group"])
 
 
 @metric(
@@ -1486,8 +1496,8 @@ def _by_category(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _seconds_per_token(pairs: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     """Decode seconds per token of (baseline, this)."""
-    theirs = pairs["decode_seconds_baseline"] / (pairs["tokens_baseline"] - 1)
-    return theirs, pairs["decode_seconds"] / (pairs["tokens"] - 1)
+    theirs = pairs["decode_seconds_baseline"] / pairs["later_baseline"]
+    return theirs, pairs["decode_seconds"] / pairs["later"]
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
@@ -1564,7 +1574,7 @@ def row_medians(cell: Cell) -> pd.DataFrame:
         raise Unavailable("the engine does not time forwards of several numbers of rows")
     forwards = cell.decode_forwards
     if forwards.empty:
-        raise Unavailable("no request emitted a second token")
+        raise Unavailable("no request emitted a token after the first step")
     return forwards.groupby(["group", "repeat", "rows"])["seconds"].median().unstack()
 
 
@@ -1653,7 +1663,8 @@ def _share(achieved: Estimate, peak: float, name: str, most: float) -> Estimate:
 NOT_ALWAYS = ("experts", "collective_bytes", "collective_seconds", "launches")
 _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
 _REQUEST_COLUMNS = (
-    *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "ttft", "decode_seconds", "output_ids",
+    *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "later", "ttft", "decode_seconds",
+    "output_ids",
     "output_hash", "check", "correct", "passed",
 )  # fmt: skip
 _STEP_COLUMNS = (
@@ -1675,9 +1686,11 @@ def _of_trial(trial: TrialRecord) -> tuple[str, int, int, int]:
 
 
 def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
-    for r in trial.requests:
+    # Peers may verify drafts with the prompt: what the first step gained took no time after the first token.
+    first = trial.steps[0].committed if trial.steps else (1,) * len(trial.requests)
+    for r, gained in zip(trial.requests, first, strict=True):
         yield (
-            *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, r.ttft_seconds,
+            *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, r.tokens - gained, r.ttft_seconds,
             r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct, r.passed,
         )  # fmt: skip
 

@@ -370,6 +370,20 @@ def test_synthetic_acceptance_decides_how_much_a_step_gains() -> None:
     assert engine.exact is None
 
 
+@pytest.mark.parametrize(("block", "proposals", "drawn"), [(4, 1, {"rate": 0.7}), (8, 2, {"length": 2.5})])
+@pytest.mark.parametrize("fallback", ["nearest", "redraft"])
+def test_synthetic_sequences_of_a_batch_may_end_in_different_steps(
+    block: int, proposals: int, drawn: dict[str, float], fallback: Any
+) -> None:
+    """One that has ended may have had more drafts than those that go on, for which fewer rows are fed."""
+    model, ids, limit = runtime("smollm", "auto"), prompts(6, 9, 5, 12, 8, 7), 40
+    engine = Diffusion(model, MASK, block, proposals, fallback=fallback, synthetic=synthetic.parse(drawn, block - 1))
+    _, steps, _ = metered(engine, ids, Request(limit, GREEDY, (5, 1, 2, 3, 4, 0)))
+    assert [sum(step.committed[row] for step in steps) for row in range(len(ids))] == [limit] * len(ids)
+    for step in steps:
+        assert all(gained <= 1 + n for gained, n in zip(step.committed, step.drafted, strict=False))
+
+
 @pytest.mark.parametrize(("options", "complaint"), [({"block": 0}, "block_size"), ({"block": 33}, "block_size")])
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):

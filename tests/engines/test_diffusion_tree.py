@@ -351,6 +351,22 @@ def test_synthetic_acceptance_decides_how_much_a_step_gains(tokens: int) -> None
     assert engine.exact is None
 
 
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_synthetic_sequences_of_a_batch_are_offered_and_gain_what_each_is_alone(execution: str) -> None:
+    model, ids, seeds = runtime("smollm", execution), prompts(6, 9, 5, 12, 8, 7), (5, 1, 2, 3, 4, 0)
+    engine = DiffusionTree(model, MASK, 4, 4, 1, synthetic=synthetic.parse({"rates": [0.4, 1.0, 1.0]}, 3))
+    _, together, _ = metered(engine, ids, Request(40, GREEDY, seeds))
+    idle = 0
+    for row, prompt in enumerate(ids):
+        _, alone, _ = metered(engine, [prompt], Request(40, GREEDY, seeds[row : row + 1]))
+        for mine, own in zip(together, alone, strict=False):
+            assert mine.committed[row] == own.committed[0]
+            if own.drafted:
+                assert mine.drafted[row] == own.drafted[0]
+                idle += own.drafted[0] == 0
+    assert idle > 5
+
+
 def test_drafted_trees_leave_the_distribution_as_it_was() -> None:
     model, prompt, sampling = small_model(), [1, 4, 2], Sampling(0.9)
     engine = DiffusionTree(model, 5, 3, 4, 2)

@@ -147,6 +147,9 @@ class Iterations:
     def has_unfinished_requests(self) -> bool:
         return bool(self.left)
 
+    def abort_request(self, names: list[str]) -> None:
+        self.aborted = list(names)
+
     def step(self) -> list[Any]:
         return [
             SimpleNamespace(request_id=f"{row}-1-a1b2", outputs=[SimpleNamespace(token_ids=tokens)])
@@ -185,6 +188,23 @@ def test_vllm_emits_our_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vllm_that_ends_too_early_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="short of what was asked for"):
         stepped({0: [4]}).generate([[1]], request(2), Meter(CPU))
+
+
+def test_what_a_failed_trial_left_with_vllm_is_not_decoded_beside_the_next_one() -> None:
+    engine = stepped({0: [4]}, {0: [5]})
+    sent: list[str] = []
+
+    def send(row: int, ids: Any, request: Any) -> None:
+        if len(ids) > 2:
+            raise ValueError("the prompt is longer than the maximum length")
+        engine.names.append(f"{row}-{len(sent)}")
+        sent.append(engine.names[-1])
+
+    engine._send = send  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="longer"):
+        engine.generate([[1], [2, 2, 2]], request(2), Meter(CPU))
+    assert engine.engine.aborted == ["0-0"]
+    assert engine.generate([[1]], request(2), Meter(CPU)).outputs == [[4, 5]] and sent == ["0-0", "0-1"]
 
 
 # What is missing -----------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ class Diffusion:
         model, contexts = self.model, state.cache.sizes
         looked_up = self._look_up(state)
         count = 1 + max(n for n, active in zip(state.offered, state.active, strict=True) if active)
+        state.offered = [min(n, count - 1) for n in state.offered]  # a finished sequence may have had more
         likelihood = kept_chances(count) if any(looked_up) else state.histogram[1:]
         ids, outcomes = state.ids[:, :count], prepared(count, self.proposals, self.choose, likelihood)
         rows = Rows.draft_and_verify(ids, state.cache.lengths, self.masks, outcomes, self.mask_id)

@@ -13,7 +13,7 @@ just as many rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from zbench.models.trees import BlockTree, last_block, tree_and_blocks
 class TreeState(State):
     tree: Rows  # [B, 1 + tokens] the last committed token and what is drafted below it
     worth: Tensor  # [B, 1 + tokens] the log of the chance that each of these is kept
-    drafted: bool  # whether anything of it was predicted
+    drafted: list[bool]  # [B] whether anything of it was predicted
     lookup: Lookup | None
 
 
@@ -95,11 +95,12 @@ class DiffusionTree:
         with meter.phase("accept"):
             tree, worth = self._tree.grow(last, state.cache.lengths, drafts)
         lookup = Lookup(prompts, request.limit, self.lookup, self.tokens) if self.lookup else None
-        return TreeState(state.cache, state.sampler, last, state.outputs, state.active, tree, worth, True, lookup)
+        drafted = [True] * len(prompts)
+        return TreeState(state.cache, state.sampler, last, state.outputs, state.active, tree, worth, drafted, lookup)
 
     def step(self, state: TreeState, meter: Meter) -> Step:
         model, contexts = self.model, state.cache.sizes
-        drafted = state.tree if state.drafted else Rows.chain(state.last[:, None], state.cache.lengths)
+        drafted = self._drafts(state)
         proposal = proposed(state.lookup, state, lambda _: drafted)
         tree, count = proposal.rows, proposal.rows.ids.shape[1]
         worth = proposal.worth(state.worth[:, : drafted.ids.shape[1]])
@@ -135,15 +136,28 @@ class DiffusionTree:
             commit_path(state.cache, verdict, gained, counts, self._longest, ())
             beside = 1 + 2 * count
             behind = [row[beside] for row in gained]
-            state.drafted = any(n < self.block - 1 for n, active in zip(behind, state.active, strict=True) if active)
+            looked_up = proposal.looked_up or [False] * len(behind)
+            offered = zip(proposal.drafted, state.drafted, looked_up, strict=True)
+            drafted_now = tuple(n * (own or copied) for n, own, copied in offered)
+            state.drafted = [n < self.block - 1 for n in behind]
         return Step(
             tokens=[row[1 : 1 + kept] for row, kept in zip(gained, counts, strict=True)],
-            drafted=proposal.drafted,
+            drafted=drafted_now,
             accepted=tuple(max(kept - 1, 0) for kept in counts),
             covered=tuple(n == 0 for n in behind),
             prepared=tuple(gained[0][beside + 1 :]),
             looked_up=proposal.looked_up,
         )
+
+    def _drafts(self, state: TreeState) -> Rows:
+        """The tree, of those sequences [B] only for which something was predicted: others' nodes are filler."""
+        wanted = [drafted for drafted, active in zip(state.drafted, state.active, strict=True) if active]
+        if not any(wanted):
+            return Rows.chain(state.last[:, None], state.cache.lengths)
+        if all(wanted):
+            return state.tree
+        mine = on_device(state.drafted, state.last.device)[:, None]
+        return replace(state.tree, parents=state.tree.parents.where(mine, -1))
 
     def _chosen(self, rows: Tensor, count: int, block: Tensor, ahead: Tensor) -> Tensor:
         """Of what the forward said at each row [B, R, ..], that of the masks of blocks [B], behind `count` rows, that

@@ -39,7 +39,7 @@ class VllmOffline:
             **options["settings"],
         }
         self.engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
-        self.sent = 0
+        self.sent, self.names = 0, list[str]()  # requests in all, and those of the trial
         self.kernels = {"version": f"vllm {vllm.__version__}", "forward": "vLLM, offline", "times": "every step"}
         if cores:
             self.kernels["cores"] = os.environ["VLLM_CPU_OMP_THREADS_BIND"]
@@ -48,20 +48,25 @@ class VllmOffline:
         """Step 0 lasts until every sequence has its first token: long prompts may take vLLM several iterations."""
         outputs: list[list[int]] = [[] for _ in prompts]
         active, finish = [True] * len(prompts), list[Finish](["length"] * len(prompts))
-        with meter.step():
-            for row, ids in enumerate(prompts):
-                self._send(row, ids, request)
-            gained = self._step(outputs)
-            while not all(gained):
-                for mine, more in zip(gained, self._step(outputs), strict=True):
-                    mine += more
-            meter.gained(commit(gained, outputs, active, request, finish))
-        while any(active):
+        self.names = []
+        try:
             with meter.step():
+                for row, ids in enumerate(prompts):
+                    self._send(row, ids, request)
                 gained = self._step(outputs)
-                while not any(gained):
-                    gained = self._step(outputs)
+                while not all(gained):
+                    for mine, more in zip(gained, self._step(outputs), strict=True):
+                        mine += more
                 meter.gained(commit(gained, outputs, active, request, finish))
+            while any(active):
+                with meter.step():
+                    gained = self._step(outputs)
+                    while not any(gained):
+                        gained = self._step(outputs)
+                    meter.gained(commit(gained, outputs, active, request, finish))
+        except BaseException:  # what is left of a trial that failed must not be decoded beside the next one
+            self.engine.abort_request(self.names)
+            raise
         return Generated(outputs, finish)
 
     def _send(self, row: int, ids: Sequence[int], request: Request) -> None:
@@ -80,7 +85,9 @@ class VllmOffline:
             output_kind=RequestOutputKind.DELTA,
         )
         self.sent += 1
-        self.engine.add_request(f"{row}-{self.sent}", {"prompt_token_ids": list(ids)}, params)
+        name = f"{row}-{self.sent}"
+        self.names.append(name)
+        self.engine.add_request(name, {"prompt_token_ids": list(ids)}, params)
 
     def _step(self, outputs: Sequence[object]) -> list[list[int]]:
         """What each sequence gained in one iteration. Raises RuntimeError where vLLM ended one too early."""

@@ -674,8 +674,8 @@ def _compared(results: Results, cells: Sequence[Cell]) -> list[Cell]:
 def _ratios(cell: Cell) -> pd.DataFrame:
     """Speedup per prompt [prompt], geometric mean over repeats, with its category."""
     pairs = cell.timed_pairs
-    theirs = pairs["decode_seconds_baseline"] / (pairs["tokens_baseline"] - 1)
-    logs = np.log(theirs / (pairs["decode_seconds"] / (pairs["tokens"] - 1)))
+    theirs = pairs["decode_seconds_baseline"] / pairs["later_baseline"]
+    logs = np.log(theirs / (pairs["decode_seconds"] / pairs["later"]))
     by_prompt = pairs.assign(speedup=logs).groupby(["category", "prompt_id"], sort=True)["speedup"].mean()
     return np.exp(by_prompt).reset_index()
 

@@ -278,8 +278,8 @@ def _gains(cell: Cell) -> tuple[float, float]:
 def _in_all(cell: Cell) -> float:
     """How many times as fast as the baseline all prompts together are, per token where the outputs differ."""
     pairs = cell.timed_pairs
-    theirs = pairs["decode_seconds_baseline"].sum() / (pairs["tokens_baseline"] - 1).sum()
-    return float(theirs / (pairs["decode_seconds"].sum() / (pairs["tokens"] - 1).sum()))
+    theirs = pairs["decode_seconds_baseline"].sum() / pairs["later_baseline"].sum()
+    return float(theirs / (pairs["decode_seconds"].sum() / pairs["later"].sum()))
 
 
 def clusters(cell: Cell, n: int) -> str:

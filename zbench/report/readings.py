@@ -233,8 +233,8 @@ def best(block: int, mine: Mapping[int, Cell]) -> Best | None:
 def _log_speedups(cell: Cell) -> dict[int, float]:
     """Log speedup over the baseline by group of prompts, mean over repeats."""
     pairs = cell.timed_pairs
-    theirs = pairs["decode_seconds_baseline"] / (pairs["tokens_baseline"] - 1)
-    logs = np.log(theirs / (pairs["decode_seconds"] / (pairs["tokens"] - 1)))
+    theirs = pairs["decode_seconds_baseline"] / pairs["later_baseline"]
+    logs = np.log(theirs / (pairs["decode_seconds"] / pairs["later"]))
     return {int(group): float(log) for group, log in logs.groupby(pairs["group"]).mean().items()}
 
 
