@@ -85,19 +85,17 @@ def test_the_scenario_and_the_policy_are_valid_and_fit_each_other() -> None:
     assert policy.chosen and not set(policy.metrics) & set(gate.TIMED)
 
 
-@pytest.mark.parametrize("comment", ["engines", "decode_tps", "acceptance_length"])
+@pytest.mark.parametrize("comment", ["engines", "decode_tps"])
 def test_what_is_commented_out_is_valid_once_taken_in(tmp_path: Path, comment: str) -> None:
     name = "scenario.yaml" if comment == "engines" else "gate.yaml"
     text = (FILES / name).read_text()
     if comment == "engines":
         text, count = re.subn(r"(?m)^  # (- \{)", r"  \1", text)
-    elif comment == "acceptance_length":
-        text, count = re.subn(r"(?m)^  # (acceptance_length)", r"  \1", text)
     else:
         text, count = re.subn(r"(?m)^#   (decode_tps|ttft)(.*)$", r"\1\2", text)
         lines = [line for line in text.splitlines() if line.startswith(("decode_tps", "ttft"))]
         text = "device: same\nmetrics:\n" + "".join(f"  {line}\n" for line in lines)
-    assert count == {"engines": 3, "decode_tps": 2, "acceptance_length": 1}[comment]
+    assert count == {"engines": 3, "decode_tps": 2}[comment]
     (tmp_path / name).write_text(text)
     checked = scenario.load(tmp_path / name) if comment == "engines" else gate.load_policy(tmp_path / name)
     assert checked

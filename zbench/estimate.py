@@ -147,7 +147,7 @@ def _trial_seconds(
 
 def table(cells: list[Estimate]) -> str:
     width = max(len(cell.cell) for cell in cells)
-    lines = [f"{'cell':{width}}  trials   tokens   memory  time at least"]
+    lines = [f"{'cell':{width}}  trials   tokens   memory  time at least   (memory: weights and cache of the target)"]
     for cell in cells:
         if cell.absent:
             lines.append(f"{cell.cell:{width}}  {cell.absent}")

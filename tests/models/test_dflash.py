@@ -469,7 +469,9 @@ def test_a_draft_vocabulary_is_the_first_part_of_the_targets(family: str, execut
         cache = drafter.new_cache(1, 32)
         drafter.read(hidden_states(target, tokens(1, 6), checkpoint.config.taps), cache, [6])
         drafts.append(drafter.draft(torch.tensor([5]), cache, BLOCK))
-    assert torch.equal(drafts[1].logits, drafts[0].logits[..., :90])
+    # Torch's products may round otherwise where they are narrower.
+    rounding = 0.0 if execution == "native" else 1e-5
+    torch.testing.assert_close(drafts[1].logits, drafts[0].logits[..., :90], rtol=0, atol=rounding)
     assert torch.equal(drafts[1].tokens, drafts[0].logits[..., :90].argmax(-1))
     assert (drafts[0].tokens >= 90).any()
     costs = [checkpoint.config.cost(3, BLOCK, [6], 4) for checkpoint in (whole, part)]

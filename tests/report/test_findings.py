@@ -313,7 +313,7 @@ def test_a_speedup_whose_interval_holds_1_is_no_difference(results: Any) -> None
     unsure = {"speedup": {"value": 1.05, "low": 0.9, "high": 1.2}, "minimal_detectable_effect": {"value": 0.2965}}
     rows = [dataclasses.replace(row, **unsure.get(row.metric, {})) for row in found.rows]
     found = dataclasses.replace(found, rows=tuple(rows))
-    shown = "(1.05×, 0.90–1.20; pairs as these show 1.30× or more)."
+    shown = "(1.05×, 0.90–1.20; pairs that differ as these do would only show 1.30× or more)."
     assert spoken(found)["eagle3 chain of 4"].endswith(f": no difference from autoregressive is shown {shown}")
     assert f"No difference from autoregressive is shown for eagle3 chain of 4 {shown}" == answers(found)[0][1][1]
 
@@ -483,6 +483,30 @@ def test_other_work_on_the_cores_is_warned_of(given: dict[str, Any], said: str |
     about = [w for w in loaded(tmp_path, **given) if "cores" in w or "took turns" in w]
     assert len(about) == (said is not None)
     assert not said or about[0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "forward", "said"),
+    [
+        (["avx2", "avx512f"], "cpu", "transformers (sdpa attention)", True),
+        (["avx2", "avx512f"], "cpu", "native (avx512)", False),
+        (["avx2", "amx_bf16"], "cpu", "transformers (sdpa attention)", False),
+        ("unavailable: the system lists no CPU flags", "cpu", "torch", False),
+        (["avx2"], "cuda", "torch", False),
+    ],
+)
+def test_bfloat16_that_torch_emulates_is_warned_of(
+    flags: Any, device: str, forward: str, said: bool, tmp_path: Path
+) -> None:
+    write_run(tmp_path)
+    planned = json.loads((tmp_path / "run.json").read_text())
+    planned["environment"]["cpu"]["flags"] = flags
+    planned["environment"]["device"]["backend"] = device
+    (tmp_path / "run.json").write_text(json.dumps(planned))
+    trials = [replace(trial, kernels={"forward": forward}) for trial in read_trials(tmp_path)[0]]
+    (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    found = " ".join(warnings(Results.of(metrics.load_run(tmp_path))))
+    assert ("no instructions for products in bfloat16, which torch then emulates: autoregressive" in found) == said
 
 
 @pytest.mark.parametrize(

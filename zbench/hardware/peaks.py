@@ -30,7 +30,8 @@ class Peaks:
         """Raises UserError where the rate of a dtype is not known."""
         if dtype not in self.flops:
             known = ", ".join(self.flops)
-            raise UserError(f"no {dtype} rate of {self.device} is known (known: {known}); choose another dtype")
+            remedy = f"zbench roofs --dtype {dtype} measures it" if self.kind == "measured" else "choose another dtype"
+            raise UserError(f"no {dtype} rate of {self.device} is known (known: {known}); {remedy}")
 
     def memory_seconds(self, cost: Cost) -> float:
         return (cost.bytes_read + cost.bytes_written) / (self.memory_fraction * self.bandwidth)

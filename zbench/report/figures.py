@@ -1037,8 +1037,8 @@ PLOTS = (
     Plot(
         "split", "What a step is made of",
         "Mean of decode steps. An engine breaks even at as many tokens per step as its median step takes times the "
-        "baseline’s median step, mean over mean where some steps have no drafts or look them up. Switching between two "
-        "models costs what accept, commit and the host gap take.",
+        "baseline’s median step, mean over mean where some steps have no drafts or look them up. Accept, commit and "
+        "host gap are what a step takes beside its forwards: with two models, switching between them.",
         lambda results, cells: bool(_paying(results, cells)),
         lambda results, cells: _engine_row_height(_beside_baseline(results, cells), legend_lines=1),
         _step_parts, _step_parts_alt, "speculation",

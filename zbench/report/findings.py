@@ -26,6 +26,7 @@ DRIFTED = 0.15  # of the median, between the lowest and the highest read roof of
 SEEN = 1.0  # s of trials, below which ticks of 10 ms say little of what others took meanwhile
 CONTENDED = 0.1  # of the cores that a run uses: daemons take less; from here on it is said that others took them
 LOADED = 0.5  # the same of the load average, which also has what ended a minute ago
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of CPUs that multiply it
 MOST = 6  # things that a sentence lists
 _PREFIXES = {-9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
 _PREFIXED = {"s", "s/token", "s/trial", "B", "B/s", "B/token", "FLOP/s", "FLOP/token"}
@@ -63,6 +64,7 @@ def warnings(results: Results) -> list[str]:
     if run.manifest.roofs is None:
         found.append("The roofs of this device were not measured, so no utilisation and no bound can be given.")
     found += _contended(run)
+    found += _emulated(run)
     found += _read_roof(run)
     found += _eager(results)
     found += _unfinished(run)
@@ -96,6 +98,26 @@ def _ragged(run: Run) -> list[str]:
                 " are of both sizes. A limit of prompts that is a multiple of the batch avoids it."
             )
     return list(dict.fromkeys(found))
+
+
+def _emulated(run: Run) -> list[str]:
+    """Engines that run torch's operators in bfloat16 on a CPU without instructions for it; the native decoder widens
+    what it reads and loses little."""
+    flags = run.manifest.environment.get("cpu", {}).get("flags")
+    if not _on_cpu(run) or not isinstance(flags, list) or BFLOAT16_FLAGS & set(flags):
+        return []
+    slowed = [
+        name(cell)
+        for cell in run.cells
+        if cell.record.dtype == "bfloat16"
+        and any((trial.kernels or {}).get("forward", "").startswith(("torch", "transformers")) for trial in cell.trials)
+    ]
+    if not slowed:
+        return []
+    return [
+        f"This CPU has no instructions for products in bfloat16, which torch then emulates: {listed(slowed)} may take"
+        " several times as long over many rows as in float32."
+    ]
 
 
 def _contended(run: Run) -> list[str]:
@@ -413,7 +435,7 @@ def _shows(results: Results, cell: Cell) -> str:
     least = results.row(cell, "minimal_detectable_effect")
     if not isinstance(least.value, float):
         return ""
-    return f"; pairs as these show {quantity(1 + least.value, 'ratio')} or more"
+    return f"; pairs that differ as these do would only show {quantity(1 + least.value, 'ratio')} or more"
 
 
 def _no_interval(cell: Cell, row: MetricRow) -> str:

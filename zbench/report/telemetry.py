@@ -84,7 +84,8 @@ def _cost(segment: Segment) -> str:
         return f"{period}; what that took is not known, as the run was cut off."
     if (slowed := segment.cost["period"]) > 1.05 * segment.period:
         period = (
-            f"Sampled every {quantity(slowed, 's')}, as a sample takes too long for {quantity(segment.period, 's')}"
+            f"Sampled up to {quantity(slowed, 's')} apart, as a sample takes too long for"
+            f" every {quantity(segment.period, 's')}"
         )
     share = segment.cost["cpu_seconds"] / segment.cost["seconds"]
     failures = "".join(
