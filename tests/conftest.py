@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +62,18 @@ def _all_threads_for_slow_tests(request: pytest.FixtureRequest) -> Iterator[None
     yield
     if all_threads:
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may not be searched, for root neither."""
+    folder, stat = tmp_path / "denied", Path.stat
+
+    def refused(path: Path, **options: Any) -> os.stat_result:
+        if folder in path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    folder.mkdir()
+    monkeypatch.setattr(Path, "stat", refused)
+    return folder

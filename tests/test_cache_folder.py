@@ -61,3 +61,8 @@ def test_a_folder_that_cannot_be_written_is_refused_and_one_that_can_leaves_no_t
         with pytest.raises(UserError, match=r"cannot write to .*choose another folder with --out"):
             check_writable(bad)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_below_one_that_may_not_be_searched_is_refused(tmp_path, denied):
+    with pytest.raises(UserError, match=f"cannot write to {denied / 'out'}: Permission denied; choose another"):
+        check_writable(denied / "out")

@@ -73,6 +73,15 @@ def yaml(tmp_path: Path) -> Path:
         ("context=5000", ["takes 256"]),
         ("prompts={file: nothing.jsonl}", ["nothing.jsonl"]),
         ("prompts={set: quickstrat}", ["quickstrat", "quickstart"]),
+        ("model={path: ~nosuchuser/m}", ["~nosuchuser/m: no such home folder is known"]),
+        ("prompts={file: ~nosuchuser/p.jsonl}", ["~nosuchuser/p.jsonl: no such home folder is known"]),
+        ("engines=[{name: dflash, drafter: {path: ~nosuchuser/d}}]", ["~nosuchuser/d: no such home folder is known"]),
+        (
+            "engines=[{name: endpoint, server: {command: [~nosuchuser/serve, '{port}']}}]",
+            ["~nosuchuser/serve: no such home folder is known"],
+        ),
+        ('prompts={file: "a\\0b"}', ["'a\\x00b': a path has no NUL in it"]),
+        ("threads=99999999999", ["threads: expected less than or equal to 4096, found 99999999999"]),
         ("batch=0", ["batch"]),
         ("output_tokens=many", ["output_tokens", "whole number"]),
         ("hardware=MI3", ["hardware: hardware 'MI3' could be", "MI300X, MI325X, MI350X, MI355X"]),
@@ -156,6 +165,20 @@ def test_a_run_that_measured_nothing_is_no_success(yaml: Path, tmp_path: Path) -
 
 def test_reporting_on_something_that_is_no_run_is_one_line(tmp_path: Path) -> None:
     refused(zbench("report", tmp_path), "run.json")
+
+
+def test_a_path_that_may_not_be_looked_at_is_one_line(yaml: Path, denied: Path) -> None:
+    refused(zbench("report", denied / "run"), f"zbench: {denied / 'run' / 'projection.json'}: Permission denied")
+    chosen = f"model={{path: {denied / 'model'}}}"
+    refused(
+        zbench("validate", yaml, "-o", chosen), f"model folder {denied / 'model'} cannot be read: Permission denied"
+    )
+
+
+@pytest.mark.parametrize("command", ["roofs", "train data --model m --out o", "train full --model m --data d --out o"])
+def test_more_threads_than_there_can_be_are_refused(command: str) -> None:
+    result = zbench(*command.split(), "--threads", 99999999999)
+    assert result.exit_code == 2 and "99999999999 is not in the range 1<=x<=4096" in result.output
 
 
 def test_nothing_to_resume_is_one_line(yaml: Path, tmp_path: Path) -> None:

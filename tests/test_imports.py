@@ -48,11 +48,12 @@ HEAVY = ("torch", "transformers")
 # What each layer may import of zbench, beside itself.
 LAYERS = {
     "kernels": {"cache"},
-    "models": {"cache", "errors", "hardware", "kernels", "records"},
+    "models": {"cache", "errors", "hardware", "kernels", "paths", "records"},
     "hardware": {"__version__", "cache", "errors", "models", "records", "telemetry"},
-    "engines": {"errors", "hardware", "kernels", "models", "prompts", "records", "serving"},
-    "serving": {"errors", "models", "records"},
+    "engines": {"errors", "hardware", "kernels", "models", "paths", "prompts", "records", "serving"},
+    "serving": {"errors", "models", "paths", "records"},
     "records": {"errors"},
+    "paths": {"errors"},
     "stats": set(),
     "metrics": {"errors", "hardware", "records", "serving_metrics", "stats", "telemetry"},
     "results": {"metrics", "records"},

@@ -411,6 +411,23 @@ def test_two_processes_do_not_write_one_run_folder(tmp_path: Path) -> None:
         run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET, resume=outcome.folder)
 
 
+def test_a_run_folder_that_cannot_be_written_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = wanted(tmp_path, "repeats=1")
+    folder = interrupted_run(chosen, tmp_path / "out", 2).folder
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a file within")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.FileLock, "acquire", read_only)
+        with pytest.raises(UserError, match=f"cannot write to {folder}: Permission denied"):
+            run.run(chosen, tmp_path / "out", QUIET, resume=folder)
+    (folder / run.ROOFS).unlink()
+    (folder / run.ROOFS).mkdir()
+    with pytest.raises(UserError, match=f"cannot write {folder / run.ROOFS}: Is a directory"):
+        run.run(chosen, tmp_path / "out", QUIET, resume=folder)
+
+
 def test_a_context_longer_than_the_models_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes 256"):
         run.run(wanted(tmp_path, "context=255"), tmp_path / "out", QUIET)

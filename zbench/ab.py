@@ -33,6 +33,7 @@ from zbench import gate
 from zbench.cache import atomic_write, new_folder
 from zbench.errors import UserError
 from zbench.gate import CellSnapshot, Gate, Policy, Row, Sample, Snapshot, Value
+from zbench.paths import expanded
 from zbench.stats import CONFIDENCE
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def environment(given: str) -> Environment:
     none of them."""
     if given.startswith(("http://", "https://")):
         return Environment(given, sys.executable, Path(zbench.__file__).parent.parent, given)
-    path = Path(given).expanduser().absolute()
+    path = expanded(given).absolute()
     if path.is_dir():
         pythons = (path / "bin" / "python", path / "Scripts" / "python.exe")
         if python := next((p for p in pythons if p.is_file()), None):

@@ -9,15 +9,16 @@ from datetime import datetime
 from pathlib import Path
 
 from zbench.errors import UserError
+from zbench.paths import expanded
 
 
 def cache_dir() -> Path:
     """`$ZBENCH_CACHE`, else `$XDG_CACHE_HOME/zbench`, else `~/.cache/zbench`. It may not exist yet."""
     if chosen := os.environ.get("ZBENCH_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen).absolute()
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG base directory specification: a relative path is invalid and must be ignored.
-    return (base if base.is_absolute() else Path.home() / ".cache") / "zbench"
+    return (base if base.is_absolute() else expanded("~/.cache")) / "zbench"
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -52,8 +53,9 @@ def write(path: Path, data: bytes | str) -> None:
 
 def check_writable(out: Path) -> None:
     """Raises UserError where no file could be made in a folder, which need not be there; nothing is left behind."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    missing: list[Path] = []
     try:
+        missing += [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass

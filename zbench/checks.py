@@ -7,10 +7,9 @@ machine yet is no mistake: what depends on its shape is left for the run, which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from zbench import engines, prompts, scenario
+from zbench import engines, paths, prompts, scenario
 from zbench.errors import UserError
 from zbench.models import families, zoo
 from zbench.models.config import read_json
@@ -86,9 +85,7 @@ def model_config(spec: str | Mapping[str, Any]) -> families.AnyConfig | None:
     elif spec.get("config"):
         return families.from_fields(spec["config"])
     else:
-        folder = Path(spec["path"]).expanduser() if spec.get("path") else None
-        if folder and not folder.is_dir():
-            raise UserError(f"model folder {folder} does not exist")
+        folder = paths.folder(spec["path"], "model") if spec.get("path") else None
     return families.from_hf(read_json(folder / "config.json")) if folder else None
 
 

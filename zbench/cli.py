@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zbench import __version__
+from zbench import MOST_THREADS, __version__
 from zbench.errors import UserError
+from zbench.paths import expanded
 
 if TYPE_CHECKING:
     from zbench.hardware.peaks import Peaks
@@ -41,7 +42,7 @@ FRACTION = Finite(min=0, min_open=True, max=1)
 
 _overrides = click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, rocm or rocm:N.")
-_threads = click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
+_threads = click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: torch's choice.")
 _out = click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
 )
@@ -56,8 +57,11 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            for line in str(error).splitlines():
+        except (UserError, PermissionError) as error:
+            said = str(error)
+            if isinstance(error, PermissionError) and error.filename:  # any place that asks about a path may raise it
+                said = f"{error.filename}: {error.strerror}"
+            for line in said.splitlines():
                 if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other ranks say the same
                     click.echo(f"zbench: {line}", err=True)
             sys.exit(2)
@@ -1345,7 +1349,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
 
 def _model_spec(name: str) -> str | dict[str, str]:
     """A folder if there is one of that name, else a name of the zoo."""
-    return {"path": name} if Path(name).expanduser().is_dir() else name
+    return {"path": name} if expanded(name).is_dir() else name
 
 
 if __name__ == "__main__":

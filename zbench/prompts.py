@@ -15,6 +15,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from zbench.codejudge import Problem
 from zbench.errors import UserError
+from zbench.paths import expanded
 from zbench.scenario import PromptChoice, PromptDataset, PromptSet, PromptSpec
 
 _SETS = resources.files("zbench") / "prompt_sets"
@@ -43,7 +44,7 @@ def load(spec: PromptSpec) -> tuple[Prompt, ...]:
     """
     if isinstance(spec, PromptDataset):
         return _read_dataset(spec)
-    prompts = _named(spec.set) if isinstance(spec, PromptSet) else read_file(Path(spec.file).expanduser())
+    prompts = _named(spec.set) if isinstance(spec, PromptSet) else read_file(expanded(spec.file))
     return _choose(prompts, spec)
 
 

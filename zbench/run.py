@@ -710,7 +710,10 @@ class _Log:
         self._path = path
 
     def __enter__(self) -> _Log:
-        self._file = self._path.open("ab+")
+        try:
+            self._file = self._path.open("ab+")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         self._end = self._whole()
         return self
 
@@ -743,12 +746,14 @@ class _Log:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        with lock:
-            yield
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise UserError(f"another zbench is writing to {folder}") from error
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    with lock:
+        yield
 
 
 def _manifest(

@@ -34,6 +34,7 @@ from pydantic import (
     model_validator,
 )
 
+from zbench import MOST_THREADS
 from zbench.engines import synthetic
 from zbench.errors import UserError
 from zbench.models import families
@@ -55,6 +56,7 @@ _BRANCH = "\0"
 
 _NAME, _DEVICE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", r"^(auto|cpu|(cuda|rocm)(:\d+)?)$"
 Count = Annotated[int, Field(ge=1)]
+_Threads = Annotated[int, Field(ge=1, le=MOST_THREADS)] | None
 Items = Field(strict=False)  # a YAML list for a tuple
 
 
@@ -1038,7 +1040,7 @@ class Scenario(_Strict):
     )
     sampling: SamplingSpec = Field(default=SamplingSpec(), description="How tokens are chosen.")
     batch: Count = Field(default=1, description="Prompts decoded together.")
-    threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's choice.")
+    threads: _Threads = Field(default=None, description="CPU threads; null leaves torch's choice.")
     parallel: ParallelSpec = Field(
         default=ParallelSpec(),
         description="Over how many ranks the model and the prompts are spread (see docs/parallel.md). As an axis of the"
@@ -1163,7 +1165,7 @@ class KernelScenario(_Strict):
         description="all, or a list of their names.", examples=["all", ["block_attention"]]
     )
     device: str = Field(default="auto", pattern=_DEVICE, description="As in a scenario of engines.")
-    threads: Count | None = Field(default=None, description="CPU threads; null leaves torch's choice.")
+    threads: _Threads = Field(default=None, description="CPU threads; null leaves torch's choice.")
     seconds: float = Field(
         default=2.0, gt=0, description="What the repetitions of one case aim for; five rounds are made anyway."
     )

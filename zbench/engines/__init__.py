@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zbench import paths
 from zbench.models import zoo
 
 if TYPE_CHECKING:
@@ -375,10 +376,8 @@ def check(
     kind = _DRAFTERS.get(name, "adapter")
     if "zoo" in chosen:
         zoo.drafter(chosen["zoo"], kind)
-    if "path" in chosen and not Path(chosen["path"]).expanduser().is_dir():
-        raise UserError(
-            f"{name}: {'adapter' if kind == 'adapter' else 'drafter'} folder {chosen['path']} does not exist"
-        )
+    if "path" in chosen:
+        paths.folder(chosen["path"], f"{name}: {'adapter' if kind == 'adapter' else 'drafter'}")
     known = _seen(chosen, kind, allow_pickle, fetch)
     if name == "eagle3":
         drafter = plans.eagle3_drafter(known, config) if known and config else None
@@ -436,7 +435,7 @@ def _seen(chosen: dict[str, Any], kind: zoo.Kind, allow_pickle: bool, fetch: boo
     if "path" in chosen and allow_pickle:
         from zbench.models.checkpoint import pickles
 
-        if pickles(Path(chosen["path"]).expanduser()):
+        if pickles(paths.expanded(chosen["path"])):
             return None
     return chosen or None
 

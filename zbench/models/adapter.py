@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from zbench import paths
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import loading
@@ -39,7 +40,7 @@ from zbench.models.shard import WHOLE, Shard, channels
 
 LowRank = tuple[Tensor, Tensor]  # A [r, in], B [out, r]; the scale alpha / r is in B
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _EMBEDDING = "base_model.model.", "mask_embedding.weight"
 _LAYER = re.compile(rf"{re.escape(_PREFIX)}model\.layers\.(\d+)\.")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,8 +67,8 @@ AdapterCheckpoint = Trained[AdapterConfig]
 
 def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:
     """Raises UserError, one line, where the folder is damaged or the adapter does not fit `target`."""
-    folder = Path(path).expanduser()
-    config, file = read_config(folder, target), folder / _WEIGHTS
+    folder = paths.expanded(path)
+    config, file = read_config(folder, target), folder / WEIGHTS
     with loading.opened([file]) as where:
         tensors = {name: reader.get_tensor(name) for name, reader in where.items()}
     check_finite(tensors, folder)
@@ -76,12 +77,10 @@ def load_adapter(path: str | Path, target: ModelConfig) -> AdapterCheckpoint:
 
 def read_config(path: str | Path, target: AnyConfig) -> AdapterConfig:
     """The config of the adapter that `load_adapter` would load, without its weights. Raises UserError like it."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"adapter folder {folder} does not exist")
-    stored, file = loading.read_json(folder / _CONFIG), folder / _WEIGHTS
+    folder = paths.folder(path, "adapter")
+    stored, file = loading.read_json(folder / _CONFIG), folder / WEIGHTS
     if not file.is_file():
-        raise UserError(f"{folder} has no {_WEIGHTS}; only safetensors are read")
+        raise UserError(f"{folder} has no {WEIGHTS}; only safetensors are read")
     found = stored_shapes([file])
     try:
         _refuse_variants(stored)
@@ -131,7 +130,7 @@ def save_adapter(folder: str | Path, adapter: AdapterCheckpoint) -> None:
         "mask_shift": config.shift,
     }
     (folder / _CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, folder / _WEIGHTS)
+    save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, folder / WEIGHTS)
 
 
 def random_adapter(

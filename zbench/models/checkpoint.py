@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from zbench import paths
 from zbench.errors import UserError
 from zbench.models import loading
 
@@ -52,9 +53,7 @@ def read_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
 
     Raises UserError, one line, for what is missing, corrupt or not allowed.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"drafter folder {folder} does not exist")
+    folder = paths.folder(path, "drafter")
     config = loading.read_json(folder / "config.json")
     found = pickles(folder)
     if found and not allow_pickle:
@@ -75,9 +74,7 @@ def read_shape(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[int, .
 
     Raises UserError, one line, for what is missing or corrupt.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"drafter folder {folder} does not exist")
+    folder = paths.folder(path, "drafter")
     config = loading.read_json(folder / "config.json")
     if found := pickles(folder):
         raise _only_pickles(folder, found)

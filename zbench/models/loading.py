@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zbench import paths
 from zbench.cache import atomic_write, cache_dir
 from zbench.errors import UserError
 from zbench.models import families, zoo
@@ -70,7 +71,7 @@ def load(
         return model
     given = {key: value for key, value in spec.items() if value is not None}
     if "path" in given:
-        folder = Path(given["path"]).expanduser()
+        folder = paths.folder(given["path"], "model")
         return _load_folder(folder, folder.resolve().name, f"folder {folder}", chosen)
     if "hub" in given:
         revision = given.get("revision", "main")
@@ -156,8 +157,6 @@ def weights_hash(files: Iterable[Path]) -> str:
 
 
 def _load_folder(folder: Path, name: str, source: str, dtype: torch.dtype | None) -> LoadedModel:
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist")
     config = families.from_hf(read_json(folder / "config.json"))
     # Generation stops where generation_config.json says: chat models list end-of-turn tokens only there.
     if (folder / "generation_config.json").is_file():

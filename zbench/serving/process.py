@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from zbench.errors import UserError
+from zbench.paths import expanded
 from zbench.serving import supervise
 from zbench.serving.client import EndpointError
 
@@ -180,7 +181,7 @@ def serve(wanted: Scenario, label: str | None, logs: Path, say: Callable[[str], 
 
 def _program(name: str) -> str | None:
     """The path of a program: from PATH, or installed beside this Python."""
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    name = str(expanded(name)) if name.startswith("~") else name
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
