@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from zbench import engines, estimate, records, run, scenario
+from zbench import checks, engines, estimate, records, run, scenario
 from zbench.errors import UserError
 from zbench.hardware import environment, roofs
 from zbench.metrics import load_run
+from zbench.models import adapter, dflash, eagle3
+from zbench.models.config import ModelConfig
 from zbench.report import findings, render
 from zbench.results import Results
 
@@ -254,6 +257,45 @@ def test_a_run_is_not_resumed_in_another_environment(tmp_path: Path, monkeypatch
     monkeypatch.setattr(environment, "snapshot", elsewhere)
     with pytest.raises(UserError, match=r"another environment .*threads"):
         run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET, resume=outcome.folder)
+
+
+def test_a_run_is_not_resumed_with_other_weights_of_its_model(tmp_path: Path) -> None:
+    outcome = run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET)
+    manifest = json.loads((outcome.folder / run.MANIFEST).read_text())
+    (name,) = manifest["models"]
+    manifest["models"][name]["hash"] = "of others"
+    (outcome.folder / run.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"was measured with other weights of {name}; start a new run"):
+        run.run(wanted(tmp_path, "repeats=1"), tmp_path / "out", QUIET, resume=outcome.folder)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "dflash", "diffusion"])
+def test_a_run_is_not_resumed_with_a_drafter_that_was_trained_again(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "drafter"
+    option = "adapter" if name == "diffusion" else "drafter"
+    one = f"{{name: {name}, label: mine, {option}: {{path: {folder}}}}}"
+    chosen = wanted(tmp_path, "repeats=1", f"engines=[autoregressive, {one}]", text=SCENARIO)
+    config = checks.model_config(chosen.model_spec)
+    assert isinstance(config, ModelConfig)
+
+    def train(seed: int) -> None:
+        if name == "eagle3":
+            eagle3.save_drafter(folder, eagle3.random_drafter(config, seed))
+        elif name == "dflash":
+            dflash.save_drafter(folder, dflash.random_drafter(config, seed, layers=1), config)
+        else:
+            adapter.save_adapter(folder, adapter.random_adapter(config, seed, 4, 8, torch.float32))
+
+    train(0)
+    begun = interrupted_run(chosen, tmp_path / "out", 4).folder
+    assert {key[0] for key in keys(begun)} == {"autoregressive", "mine"}
+    whole = (begun / run.TRIALS).read_bytes()
+    train(1)
+    with pytest.raises(UserError, match=f"was measured with other weights of {folder}; start a new run"):
+        run.run(chosen, tmp_path / "out", QUIET, resume=begun)
+    assert (begun / run.TRIALS).read_bytes() == whole
+    train(0)
+    assert run.run(chosen, tmp_path / "out", QUIET, resume=begun).finished == 6
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_keeps_whole_records(

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from zbench import cli, engines, metrics, run, scenario, tune
+from zbench import checks, cli, engines, metrics, run, scenario, tune
 from zbench.errors import UserError
 from zbench.hardware import roofs
+from zbench.models import eagle3
 from zbench.prompts import Prompt
 from zbench.report import render, tuning
 from zbench.stats import Estimate
@@ -318,6 +319,18 @@ def test_a_tuning_goes_on_by_any_path_and_not_with_other_prompts(
     found.folder.rename(found.folder.with_name("moved"))
     with pytest.raises(UserError, match="nothing to resume"):  # what is there is of the old place
         tune.tune(asked, Path(), QUIET, 8, Path("moved"))
+
+
+def test_a_tuning_does_not_go_on_with_a_drafter_that_was_trained_again(tmp_path: Path) -> None:
+    folder = tmp_path / "drafter"
+    asked = wanted(tmp_path, f"engines=[{{name: eagle3, label: E, drafter: {{path: {folder}}}}}]")
+    config = checks.model_config(asked.model_spec)
+    assert config is not None
+    eagle3.save_drafter(folder, eagle3.random_drafter(config, 0, draft_vocab=64))
+    found = tune.tune(asked, tmp_path / "out", QUIET, 8)
+    eagle3.save_drafter(folder, eagle3.random_drafter(config, 1, draft_vocab=64))
+    with pytest.raises(UserError, match=f"was measured with other weights of {folder}; start a new run"):
+        tune.tune(asked, tmp_path / "out", QUIET, 8, found.folder)
 
 
 @pytest.mark.parametrize(("high", "kept"), [(0.97, "given"), (1.2, "found"), (None, "found")])

@@ -659,7 +659,24 @@ def _finished(
         raise UserError(f"{folder} was measured on other prompts than these; start a new run")
     if changed := environment.differences(manifest.environment, snapshot):
         raise UserError(f"{folder} was measured in another environment ({'; '.join(changed)}); start a new run")
-    return {record.key for record in read_trials(folder)[0] if record.status == "ok"}
+    trials = [record for record in read_trials(folder)[0] if record.status == "ok"]
+    if changed := _other_weights(manifest, trials, points):
+        raise UserError(f"{folder} was measured with other weights of {', '.join(changed)}; start a new run")
+    return {record.key for record in trials}
+
+
+def _other_weights(manifest: Manifest, trials: Sequence[TrialRecord], points: Sequence[Point]) -> list[str]:
+    """The models and drafters that are not those of a run any more: one may be trained again into the same folder."""
+    here = {point.scenario.model_name: point.shared.model.weights_hash for point in points}
+    changed = [name for name, found in here.items() if manifest.models.get(name, {}).get("hash") != found]
+    kernels = {record.cell: record.kernels or {} for record in trials}
+    for cell in (cell for point in points for cell in point.cells if cell.id in kernels and not cell.absent):
+        kept = kernels[cell.id].get("drafter_weights") or kernels[cell.id].get("mask_adapter")
+        found = engines.drafter_weights(cell.engine, cell.options)
+        if kept and found and kept != found:
+            chosen = cell.options.get("drafter") or cell.options["adapter"]
+            changed.append(next(chosen[key] for key in ("zoo", "path", "hub") if key in chosen))
+    return list(dict.fromkeys(changed))
 
 
 def _sampled_roof(

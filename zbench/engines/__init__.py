@@ -335,7 +335,10 @@ def _dflash_reference(options: dict[str, Any], shared: Shared) -> Engine:
 
     chosen = options["drafter"]
     folder = None if chosen.get("random") else _drafter_folder(chosen, "dflash")
-    return DFlashReference(options, shared, folder)
+    engine = DFlashReference(options, shared, folder)
+    if weights := drafter_weights("dflash_reference", options):
+        engine.kernels["drafter_weights"] = weights
+    return engine
 
 
 # What an engine imports that zbench does not ask for, and the line that installs it.
@@ -458,10 +461,22 @@ def _drafter_folder(chosen: dict[str, Any], kind: zoo.Kind) -> Path:
     if "zoo" in chosen:
         return zoo.drafter(chosen["zoo"], kind)
     if "path" in chosen:
-        return Path(chosen["path"])
+        return paths.expanded(chosen["path"])
     from zbench.models import loading
 
     return loading.snapshot(chosen["hub"], chosen["revision"] or "main")
+
+
+def drafter_weights(name: str, options: dict[str, Any]) -> str:
+    """sha256 of the files of an engine's drafter or adapter, as its trials record it; "" where they are in none."""
+    from zbench.models import adapter, checkpoint, loading
+
+    chosen, kind = options.get("drafter") or options.get("adapter") or {}, _DRAFTERS.get(name, "adapter")
+    if not chosen or chosen.get("random"):
+        return ""
+    folder = _drafter_folder(chosen, kind)
+    adapters = [folder / adapter.WEIGHTS] if kind == "adapter" else []
+    return loading.weights_hash(adapters or checkpoint.pickles(folder) or loading.weight_files(folder))
 
 
 _BUILDERS: dict[str, Callable[[dict[str, Any], Shared], Engine]] = {
