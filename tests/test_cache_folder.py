@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from zbench.cache import atomic_write, cache_dir, check_writable
+from zbench.cache import atomic_write, cache_dir, check_writable, new_folder
 from zbench.errors import UserError
 
 
@@ -66,3 +66,16 @@ def test_a_folder_that_cannot_be_written_is_refused_and_one_that_can_leaves_no_t
 def test_a_folder_below_one_that_may_not_be_searched_is_refused(tmp_path, denied):
     with pytest.raises(UserError, match=f"cannot write to {denied / 'out'}: Permission denied; choose another"):
         check_writable(denied / "out")
+
+
+def test_a_folder_whose_files_cannot_be_written_is_not_left_behind(tmp_path, monkeypatch):
+    assert {path.name for path in new_folder(tmp_path, "whole", {"a": "1", "b/c": b"2"}).rglob("*")} == {"a", "b", "c"}
+
+    def disk_full(descriptor):
+        if any(tmp_path.glob("part-*/a")):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", disk_full)
+    with pytest.raises(UserError, match=r"cannot write .*/part-[\d-]+/b: No space left on device"):
+        new_folder(tmp_path, "part", {"a": "1", "b": "2"})
+    assert not list(tmp_path.glob("part*"))

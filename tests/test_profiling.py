@@ -293,6 +293,20 @@ def test_the_command_leaves_no_folder_where_nothing_came_of_it(tmp_path: Path) -
     assert done.exit_code == 2 and not list(out.iterdir())
 
 
+def test_a_trace_that_torch_does_not_write_is_one_line_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_full_disk(_: Any, path: str) -> None:
+        Path(f"{path}.tmp").write_text("{")
+
+    monkeypatch.setattr(profiling.torch_profiler, "export_chrome_trace", on_a_full_disk)
+    (tmp_path / "tiny.yaml").write_text(SCENARIO)
+    done = CliRunner().invoke(main, ["profile", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1].endswith(": torch could not write its trace; is the disk full?")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_what_the_hardware_counted_stands_beside_the_other_counts_and_is_flagged() -> None:
     count = profiling.Count("bytes", "B/step", 100.0, 101.0, None, {"measured": "none"})
     forward = ForwardRecord(1, "target", "decode", 1, 1, 5.0, 7.0, 180.0, 20.0, 0.1, 1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -67,8 +69,20 @@ def check_writable(out: Path) -> None:
                 folder.rmdir()
 
 
-def new_folder(out: Path, name: str) -> Path:
-    """A folder for a run under `out`, called after it and the time. Raises UserError where it cannot be made."""
+def new_folder(out: Path, name: str, files: Mapping[str, str | bytes] | None = None) -> Path:
+    """A folder for a run under `out`, called after it and the time, with these files in it. Raises UserError where it
+    or one of them cannot be written, and leaves none then."""
+    folder = _made(out, name)
+    try:
+        for file, content in (files or {}).items():
+            write(folder / file, content)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def _made(out: Path, name: str) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -195,7 +195,7 @@ def run(
 def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_json: bool) -> None:
     """Time kernels into a folder, and say what it comes to."""
     from zbench import operators
-    from zbench.cache import new_folder, write
+    from zbench.cache import new_folder
     from zbench.hardware import device
     from zbench.records import KERNELS
     from zbench.report import kernels as pages
@@ -208,8 +208,7 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
             click.echo(line)
         return
     found = operators.measure(wanted, lambda line: click.echo(line, err=True))
-    folder = new_folder(out, wanted.name)
-    write(folder / KERNELS, json.dumps(found, indent=1, allow_nan=False))
+    folder = new_folder(out, wanted.name, {KERNELS: json.dumps(found, indent=1, allow_nan=False)})
     page = pages.render(folder) if report else folder / KERNELS
     if as_json:
         click.echo(json.dumps(found, indent=1, allow_nan=False))
@@ -272,13 +271,12 @@ def project(
 def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: bool) -> None:
     """Write a projection's folder, and say what it comes to."""
     from zbench import projection
-    from zbench.cache import new_folder, write
+    from zbench.cache import new_folder
     from zbench.records import PROJECTION
     from zbench.report import projection as pages
 
     found = projection.project(wanted, peaks).to_dict()
-    folder = new_folder(out, f"{wanted.name}-projected")
-    write(folder / PROJECTION, json.dumps(found, indent=1, allow_nan=False))
+    folder = new_folder(out, f"{wanted.name}-projected", {PROJECTION: json.dumps(found, indent=1, allow_nan=False)})
     page = pages.render(folder) if report else folder / PROJECTION
     if as_json:
         click.echo(json.dumps(found, indent=1, allow_nan=False))

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from zbench import cache
 from zbench.cache import new_folder
 from zbench.errors import UserError
 from zbench.records import schema_version
@@ -151,9 +150,7 @@ def _distinct(results: Sequence[Reported]) -> Iterator[Reported]:
 def write(found: Imported, out: Path) -> Path:
     """Into a new folder under `out`, which `zbench compare` takes like a run. Returns it."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", found.name).strip("-.")[:60]
-    folder = new_folder(out, f"imported-{slug or 'result'}")
-    cache.write(folder / IMPORTED, found.to_json())
-    return folder
+    return new_folder(out, f"imported-{slug or 'result'}", {IMPORTED: found.to_json()})
 
 
 def load(folder: Path) -> Imported:

@@ -8,6 +8,7 @@ profiler, to count FLOPs and bytes once more, on another way than `models/cost.p
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import shutil
@@ -238,8 +239,12 @@ class _Profiled:
 
     def write(self, path: Path) -> dict[str, Any]:
         """The Chrome trace, native sections included, which have a track of their own; also as read back."""
-        self._profiler.export_chrome_trace(str(path))
-        content = json.loads(path.read_text())
+        with tempfile.TemporaryDirectory(dir=path.parent) as made:
+            exported = Path(made) / path.name
+            self._profiler.export_chrome_trace(str(exported))
+            if not exported.exists():  # torch raises nothing, and leaves a part under another name
+                raise OSError(errno.ENOSPC, "torch could not write its trace; is the disk full?")
+            content = json.loads(exported.read_text())
         events = content["traceEvents"]
         mark = next(e for e in events if e.get("cat") == "user_annotation" and e["name"] == self._mark)
         track = {"pid": mark["pid"], "tid": "native decoder"}

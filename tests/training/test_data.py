@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,17 @@ from zbench.models.execution import Graphs
 from zbench.models.loading import LoadedModel
 from zbench.models.model import build
 from zbench.training import data, shapes
-from zbench.training.corpus import Conversation, Corpus, Role, is_held_out, joined, load_corpus, prompt_hash, read_index
+from zbench.training.corpus import (
+    Conversation,
+    Corpus,
+    Role,
+    is_held_out,
+    joined,
+    load_corpus,
+    prompt_hash,
+    read_index,
+    write_shard,
+)
 from zbench.training.data import Settings
 
 SHAPE = {"family": "llama", "layers": 2, "width": 64, "ffn": 96, "heads": 4, "vocab": 300, "max_positions": 1024}
@@ -45,6 +57,26 @@ def test_a_corpus_follows_from_its_seed_whatever_the_batch(model: LoadedModel, t
     first = written(model, tmp_path / "a")
     assert contents(written(model, tmp_path / "b", batch=7)) == contents(first)
     assert contents(written(model, tmp_path / "c", settings=Settings(1, answer=12, shard=8))) != contents(first)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_shards_before(
+    model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(written(model, tmp_path / "whole"))
+    shards = []
+
+    def full(folder: Path, number: int, conversations: Sequence[Conversation]) -> dict[str, Any]:
+        if number:
+            raise OSError(28, "No space left on device")
+        shards.append(number)
+        return write_shard(folder, number, conversations)
+
+    monkeypatch.setattr(data, "write_shard", full)
+    with pytest.raises(UserError, match=f"cannot write to {tmp_path}: No space left on device; the shards before"):
+        written(model, tmp_path)
+    assert shards == [0]
+    monkeypatch.undo()
+    assert contents(written(model, tmp_path)) == whole
 
 
 def test_a_corpus_written_through_graphs_is_the_same(model: LoadedModel, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from zbench import __version__
-from zbench.cache import new_folder, write
+from zbench.cache import new_folder
 from zbench.compare import Comparison, Side, main_metric
 from zbench.imported import NOT_REPORTED, QUANTITIES, Imported, Quantity, Reported
 from zbench.importers import definition
@@ -46,7 +46,6 @@ COLUMNS = (
 def render(comparison: Comparison, out: Path) -> Path:
     """Write `compare.html`, `compare.csv`, `compare.json` and `figures/` into a new folder under `out`; return the
     HTML's path. Raises UserError where that cannot be."""
-    folder = new_folder(out, "compare")
     drawn = _figures(comparison)
     files: dict[str, str | bytes] = {
         "compare.html": _page(comparison, drawn),
@@ -55,9 +54,7 @@ def render(comparison: Comparison, out: Path) -> Path:
     }
     for figure in drawn:
         files |= {f"figures/{name}": content for name, content in figure.files().items()}
-    for name, content in files.items():
-        write(folder / name, content)
-    return folder / "compare.html"
+    return new_folder(out, "compare", files) / "compare.html"
 
 
 def to_json(comparison: Comparison) -> str:

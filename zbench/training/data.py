@@ -339,10 +339,13 @@ def generate(
                 seen.add(hash)
                 held = is_held_out(hash)
                 kept.append(Conversation(torch.tensor(state.ids), torch.tensor(state.roles), hash, held))
-        index["shards"].append(write_shard(out, len(index["shards"]), kept))
+        try:
+            index["shards"].append(write_shard(out, len(index["shards"]), kept))
+            atomic_write(out / INDEX, json.dumps(index, indent=1))
+            atomic_write(out / "README.md", card(index))
+        except OSError as error:
+            raise UserError(f"cannot write to {out}: {error.strerror}; the shards before are kept") from error
         done += index["shards"][-1]["answer_tokens"]
-        atomic_write(out / INDEX, json.dumps(index, indent=1))
-        atomic_write(out / "README.md", card(index))
         rate = writer.fed / (time.monotonic() - began)
         advance(done, f"{done} answer tokens, {rate:.0f} tokens/s fed")
         if seconds is not None and time.monotonic() - began > seconds:
