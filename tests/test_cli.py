@@ -181,6 +181,23 @@ def test_more_threads_than_there_can_be_are_refused(command: str) -> None:
     assert result.exit_code == 2 and "99999999999 is not in the range 1<=x<=4096" in result.output
 
 
+def test_what_only_ab_uses_is_refused_without_it(tmp_path: Path) -> None:
+    for option in (("-o", "a=1"), ("--max-pairs", 24), ("--scenario", "s"), ("--budget-minutes", 1), ("--out", "o")):
+        refused(zbench("gate", tmp_path, "--baseline", tmp_path, *option), f"{option[0]} goes with --ab")
+    refused(zbench("gate", tmp_path, "--baseline", tmp_path), "run.json")
+
+
+def test_settings_of_masks_are_refused_without_masks(tmp_path: Path) -> None:
+    command = ("train", "full", "--model", "m", "--data", tmp_path, "--out", tmp_path, "--steps", 1, "--no-masks")
+    refused(zbench(*command, "--alpha", 1, "--block", 8, "--mask-id", 0), "--alpha, --block, --mask-id is about masks")
+    refused(zbench(*command, "--prompts"), "unknown model 'm'")
+
+
+def test_a_kernel_that_there_is_not_is_invalid(tmp_path: Path) -> None:
+    (tmp_path / "k.yaml").write_text("name: k\nkernels: [nope]\n")
+    refused(zbench("validate", tmp_path / "k.yaml"), "k.yaml: no kernel is called nope")
+
+
 def test_nothing_to_resume_is_one_line(yaml: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     refused(zbench("run", yaml, "--out", tmp_path / "out", "--resume"), "nothing to resume")

@@ -634,6 +634,7 @@ def test_an_engine_that_sweeps_options_stands_for_one_for_every_combination(tmp_
         (("[2, 4]", "[]"), "s.yaml:9: engines[1].sweep.block_size: expected at least one item"),
         (("[2, 4]", "4"), "s.yaml:9: engines[1].sweep.block_size: expected a list, found 4"),
         (("block_size: [2, 4]", "label: [a, b]"), "s.yaml:8: engines[1].sweep: a label is no option"),
+        (("block_size: [2, 4]", "sweep: [{lookup: [1, 2]}]"), "s.yaml:8: engines[1].sweep: a sweep is no option"),
     ],
 )
 def test_a_wrong_sweep_is_told_where_it_was_written(tmp_path, wrong, said):

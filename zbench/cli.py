@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from zbench import MOST_THREADS, __version__
 from zbench.errors import UserError
@@ -638,6 +639,8 @@ def gate(
             code = INTERRUPTED if compared.interrupted else found.exit_code(strict)
         elif run is None:
             raise UserError("give a RUN, or --ab BASELINE CANDIDATE --scenario FILE")
+        elif idle := _given("scenario", "overrides", "out", "max_pairs", "budget_minutes"):
+            raise UserError(f"{', '.join(idle)} goes with --ab, which makes runs; a RUN has been made")
         elif not (baseline or save or written):
             raise UserError("nothing to do: give --baseline, or --save to make RUN a baseline")
         else:
@@ -768,7 +771,11 @@ def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
             wrong.append(str(error))
             continue
         try:
-            if not isinstance(wanted, scenarios.KernelScenario):
+            if isinstance(wanted, scenarios.KernelScenario):
+                from zbench import operators
+
+                operators.chosen(wanted)
+            else:
                 unknown = checks.check(wanted)
         except UserError as error:
             wrong.append(f"{file}: {error}")
@@ -1263,6 +1270,9 @@ def train_full(alpha: float, block: int, no_masks: bool, mask_id: int | None, pr
     """
     from zbench.training.conversion import Conversion, ConversionSettings, unused_token
 
+    if no_masks and (idle := _given("alpha", "block", "mask_id")):
+        raise UserError(f"{', '.join(idle)} is about masks, of which --no-masks trains none: leave one of the two out")
+
     def objective(target: Any, corpus: Any, seed: int) -> Conversion:
         source = target.loaded.path
         if source and source.resolve() == options["out"].resolve():
@@ -1343,6 +1353,13 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
                 raise
     if world.rank == 0:
         click.echo(json.dumps(last))
+
+
+def _given(*names: str) -> list[str]:
+    """Those of these options that the command line has, as it spells them."""
+    context = click.get_current_context()
+    given = {name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    return [option.opts[0] for option in context.command.params if option.name in given]
 
 
 def _model_spec(name: str) -> str | dict[str, str]:

@@ -95,6 +95,8 @@ class EngineSpec(_Strict):
     def _varies_options(cls, sweep: dict[str, Any]) -> dict[str, Any]:
         if "label" in sweep:
             raise ValueError("a label is no option: what is swept is added to it")
+        if "sweep" in sweep:
+            raise ValueError("a sweep is no option: one sweep varies them all")
         return sweep
 
     @property
@@ -1444,7 +1446,7 @@ def _written_out(document: _Document) -> _Document:
         inside = {path[2:]: origin for path, origin in document.origins.items() if path[:2] == here}
         sweep = engine.get("sweep") if isinstance(engine, dict) else None
         valid = isinstance(sweep, dict) and all(isinstance(values, list) and values for values in sweep.values())
-        if not valid or not isinstance(sweep, dict) or "label" in sweep:
+        if not valid or not isinstance(sweep, dict) or sweep.keys() & {"label", "sweep"}:
             origins |= {("engines", len(found), *rest): origin for rest, origin in inside.items()}
             found.append(engine)
             continue

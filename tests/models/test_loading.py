@@ -117,6 +117,15 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[
     return edit
 
 
+def store_in_six_bits(folder: Path) -> None:
+    """As safetensors know them, and torch does not."""
+    edit_tensors(lambda t: t.update({"model.norm.weight": torch.zeros(24, dtype=torch.uint8)}))(folder)
+    data = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].replace(b'"U8","shape":[24]', b'"F6_E2M3","shape":[32]')
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -143,8 +152,9 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[
         ),
         (
             edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
-            r"model.norm.weight is stored as torch.int8; supported: float32, bfloat16, float16",
+            r"model.norm.weight is stored as I8; supported: F32, F16, BF16",
         ),
+        (store_in_six_bits, "model.norm.weight is stored as F6_E2M3; supported: F32, F16, BF16"),
     ],
 )
 def test_a_damaged_folder_gets_one_line(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -153,6 +163,20 @@ def test_a_damaged_folder_gets_one_line(tmp_path: Path, damage: Callable[[Path],
     with pytest.raises(UserError, match=message) as refused:
         load({"path": tmp_path / "m"})
     assert "\n" not in str(refused.value)
+
+
+def test_weights_that_may_not_be_read_are_not_called_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "m")
+    opened = Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"cannot read .*m/model.safetensors: Permission denied"):
+        load({"path": tmp_path / "m"})
 
 
 def test_a_missing_folder_and_an_unknown_spec_get_one_line(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from zbench.models import loading
 
 C = TypeVar("C")
 
-_FLOATS = ("F32", "F16", "BF16")
 _MAPS = ("d2t", "t2d")  # between a drafter's vocabulary and its target's
 _TYPES = {  # as safetensors call them
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.int32: "I32",
@@ -102,10 +101,10 @@ def _check_types(types: Mapping[str, str], folder: Path) -> None:
     """Raises UserError unless weights are plain floats and maps of a vocabulary whole numbers. Names of safetensors."""
     for name, found in types.items():
         if name in _MAPS:
-            if found in _FLOATS:
+            if found in loading.FLOATS:
                 raise UserError(f"{folder}: {name} is stored as {found}; it must hold whole numbers")
-        elif found not in _FLOATS:
-            raise UserError(f"{folder}: {name} is stored as {found}; supported: {', '.join(_FLOATS)}")
+        elif found not in loading.FLOATS:
+            raise UserError(f"{folder}: {name} is stored as {found}; supported: {', '.join(loading.FLOATS)}")
 
 
 def pickles(folder: Path) -> list[Path]:

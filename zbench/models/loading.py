@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = ("F32", "F16", "BF16")  # the same, as safetensors call them
 _RANDOM_STD = 0.02  # GPT-2's initialisation: keeps logits finite at any depth behind the norms
 _KEPT = ".balancing_biases"  # decide between near-equal experts: rounding them would send rows elsewhere
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -198,6 +199,10 @@ def opened(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
         where: dict[str, Any] = {}
         for file in files:
             try:
+                file.open("rb").close()  # of one that may not be read safetensors says that it is not there
+            except OSError as error:
+                raise UserError(f"cannot read {file}: {error.strerror}") from error
+            try:
                 reader = stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} is truncated or corrupt ({_first_line(error)}); download it again") from error
@@ -214,12 +219,12 @@ def _read_tensors(files: list[Path], config: AnyConfig, dtype: torch.dtype | Non
                 f"{files[0].parent} lacks {len(missing)} tensors that its config.json needs: {some(missing)}"
             )
         for name, shape in shapes.items():
-            if (found := tuple(where[name].get_slice(name).get_shape())) != shape:
+            stored = where[name].get_slice(name)
+            if (found := tuple(stored.get_shape())) != shape:
                 raise UserError(f"{files[0].parent}: {name} has shape {found}, but config.json says {shape}")
+            if (kind := stored.get_dtype()) not in FLOATS:
+                raise UserError(f"{files[0].parent}: {name} is stored as {kind}; supported: {', '.join(FLOATS)}")
         tensors = {name: where[name].get_tensor(name) for name in shapes}
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES.values():
-            raise UserError(f"{files[0].parent}: {name} is stored as {tensor.dtype}; supported: {', '.join(_DTYPES)}")
     if dtype is None:
         return tensors
     return {name: tensor if name.endswith(_KEPT) else tensor.to(dtype) for name, tensor in tensors.items()}
