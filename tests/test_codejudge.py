@@ -58,6 +58,9 @@ def test_reference_solutions_pass_and_an_empty_one_fails(line: dict) -> None:
         ("```\nimport math\n\ndef add(a, b):\n    return a + b", "passed"),  # cut by the output's length
         ("```python\nprint(add(1, 2))\n```\nwith\n```python\ndef add(a, b):\n    return a + b\n```", "passed"),
         ("def add(a, b):\n    return sum((a, b))\n", "passed"),
+        ("1. Here:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\nIt adds.", "passed"),
+        ("- ```python\n  def add(a, b):\n\n      return a + b\n  ```\n", "passed"),
+        ("10) Here:\n\n\t```\n\t    return a + b\n\t```", "passed"),  # the body alone
         ("    return a - b\n", "failed"),
         ("    return (a +", "failed"),
         ("I cannot do that.", "failed"),
@@ -88,11 +91,66 @@ def test_an_error_of_the_code_reaches_tests_that_expect_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "test",
-    ["def check(f):\n    f(lambda: 0, 1)\n", "def check(f):\n    f(float('nan'), 1)\n", "check = ", "1 / 0", "pass"],
+    ("body", "error"),
+    [
+        ("import json; json.loads('x')", "ValueError"),
+        ("b'\\xff'.decode()", "UnicodeDecodeError"),
+        ("class Own(KeyError): pass\nraise Own", "LookupError"),
+    ],
 )
-def test_tests_that_cannot_be_asked_judge_nothing(test: str) -> None:
-    assert outcome("return a", Problem(ADD.prompt, "add", test)).outcome == "not judged"
+def test_an_error_of_another_class_is_its_nearest_base_that_is_built_in(body: str, error: str) -> None:
+    test = f"def check(f):\n    try:\n        f(1, 0)\n    except {error}:\n        return\n    assert False\n"
+    assert outcome(body, Problem(ADD.prompt, "add", test)) == Verdict("passed")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "float('inf')", "[-math.inf]", "(math.nan,)", "{'...': [math.nan, ...][:1]}", "10**5000", "-3 - 4j", "{*()}",
+        "{1: {2: ({3},)}}", "'\\n\\udc80'", "b'\\n'", "None", "[True, 1, 1.0]",
+    ],
+)  # fmt: skip
+def test_plain_values_come_and_go_as_they_are(value: str) -> None:
+    test = f"import math\ndef check(f):\n    assert repr(f({value}, 0)) == repr(f(0, 1)) == repr({value})\n"
+    test = test.replace("repr", "(lambda x: str(hash(x)) if isinstance(x, int) else repr(x))")
+    assert outcome(f"import math\nreturn {value} if b else a", Problem(ADD.prompt, "add", test)) == Verdict("passed")
+
+
+UNASKED, UNTOLD = "an argument is no plain value", "it returned no plain value"
+
+
+@pytest.mark.parametrize(
+    ("test", "why"),
+    [
+        ("def check(f):\n    f(lambda: 0, 1)\n", UNASKED),
+        ("def check(f):\n    try:\n        f(lambda: 0, 1)\n    except:\n        pass\n", UNASKED),
+        ("from collections import Counter\ndef check(f):\n    f(Counter('a'), 1)\n", UNASKED),
+        ("def check(f):\n    f('x' * (1 << 20), 1)\n", UNASKED),
+        ("check = ", "its tests do not load: SyntaxError"),
+        ("1 / 0", "its tests do not load: ZeroDivisionError"),
+        ("pass", "its tests do not load: KeyError"),
+    ],
+)
+def test_tests_that_cannot_be_asked_judge_nothing(test: str, why: str) -> None:
+    assert outcome("return a", Problem(ADD.prompt, "add", test)) == Verdict("not judged", why)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return range(a)",
+        "yield from (a, b)",
+        "return {a: object()}",
+        "return 'x' * (4 << 20)",
+        "kept = []\nkept.append(kept)\nreturn kept",
+        "kept = []\nfor _ in range(500): kept = [kept]\nreturn kept",
+        "class Equal:\n    def __eq__(self, other): return True\n    def __repr__(self): return '3'\nreturn Equal()",
+        "class Odd(list):\n    def __iter__(self): raise ValueError\nreturn Odd()",
+    ],
+)
+@pytest.mark.parametrize("test", [ADD.test, "def check(f):\n    try:\n        f(1, 2)\n    except:\n        pass\n"])
+def test_what_cannot_be_told_judges_nothing(body: str, test: str) -> None:
+    assert outcome(body, Problem(ADD.prompt, "add", test)) == Verdict("not judged", UNTOLD)
 
 
 # --- A verdict cannot be had otherwise ---
@@ -106,13 +164,13 @@ def test_tests_that_cannot_be_asked_judge_nothing(test: str) -> None:
         "print('passed'); return 0",
         "import sys; sys.stdout.write('passed-'); sys.stdout.flush(); return 0",
         "raise SystemExit(0)",
-        "class Equal:\n    def __eq__(self, other): return True\n    def __repr__(self): return 'x'\nreturn Equal()",
         "class Three(int):\n    def __eq__(self, other): return True\nreturn Three(0)",
         # Neither the tests nor a nonce are in any frame or descriptor of the process that runs the code.
         "import sys\nframe = sys._getframe()\nwhile frame:\n    if {'nonce', 'check'} & {*frame.f_locals}: return 3\n"
         "    frame = frame.f_back\nreturn 0",
         "import os\nfor n in range(64):\n    try: os.write(n, b'passed\\n')\n    except OSError: pass\nreturn 0",
         "import builtins; builtins.AssertionError = ZeroDivisionError; return 0",
+        "import builtins\nclass Kept(Exception): __module__ = 'builtins'\nbuiltins.Kept = Kept\nraise Kept",
     ],
 )
 def test_no_exit_no_print_and_no_trick_is_a_verdict(body: str) -> None:
@@ -138,7 +196,6 @@ def test_code_without_end_is_ended_and_nothing_of_it_is_left(body: str) -> None:
     [
         ("return 'x' * (1 << 40)", "MemoryError"),
         ("kept = []\nwhile True: kept.append(bytearray(1 << 24))", "MemoryError"),
-        ("return 'x' * (3 << 20)", "it returned no plain value"),
         ("import os\nwhile True: os.fork()", "PermissionError"),
         ("import subprocess; subprocess.run(['true']); return 3", "PermissionError"),
         ("import threading; threading.Thread(target=print).start(); return 3", "RuntimeError"),
@@ -164,8 +221,7 @@ def test_what_code_may_not_do_fails_it_and_does_not_happen(tmp_path: Path, body:
         with pytest.raises(TimeoutError):
             server.accept()
     assert found.outcome == "failed"
-    # An error that is not a class of `builtins.Exception` by name comes as RuntimeError.
-    assert found.why in (why, "RuntimeError")
+    assert found.why == why
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"run.json": "whole"}
 
 
@@ -177,7 +233,7 @@ def test_its_folder_is_its_own_and_gone_afterwards(monkeypatch: pytest.MonkeyPat
 
 def test_the_reason_is_never_the_codes_own_words() -> None:
     secret = "class Leak(Exception): pass\nLeak.__name__ = 'password123'\nraise Leak('password123')"
-    assert outcome(secret) == Verdict("failed", "RuntimeError")
+    assert outcome(secret) == Verdict("failed", "Exception")
 
 
 @settings(max_examples=25, deadline=None)

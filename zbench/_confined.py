@@ -7,16 +7,24 @@ which is read from disk.
 
 import ast
 import builtins
+import cmath
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
 import signal
 import struct
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 REPLY_BYTES = 1 << 20
+# What goes through a pipe, those before others that they are kinds of.
+KINDS = (type(None), bool, int, float, complex, str, bytes, list, tuple, set, dict)
+DEPTH = 100  # the parser's own limit is 200
+BRACKETS = {list: "[]", tuple: "()", set: "{}"}
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
@@ -92,23 +100,53 @@ def lines_from(reader: int):
             raise ValueError("too long")
 
 
-def plain(value: object) -> object:
-    """A value whose classes are those of literals, so that a Counter is a dict. What is no such thing stays."""
-    if isinstance(value, dict):
-        return {plain(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        kind = list if isinstance(value, list) else tuple if isinstance(value, tuple) else set
-        return kind(map(plain, value))
-    for leaf in (bool, int, float, str):
-        if isinstance(value, leaf):
-            return leaf(value)
-    return value
+def literal(value: Any, exact: bool, depth: int = DEPTH) -> str:
+    """A value as Python writes it; one of a subclass as what it is equal to, so that a Counter is a dict, unless
+    `exact`. Raises TypeError where there is no such literal."""
+    kind: Any = set if isinstance(value, frozenset) else next((k for k in KINDS if isinstance(value, k)), None)
+    if kind is None or not depth or (exact and type(value) is not kind):
+        raise TypeError
+    if kind in BRACKETS:
+        inner = "".join(f"{literal(each, exact, depth - 1)}, " for each in value)
+        return "set()" if kind is set and not inner else inner.join(BRACKETS[kind])
+    if kind is dict:
+        pairs = ((literal(key, exact, depth - 1), literal(inner, exact, depth - 1)) for key, inner in value.items())
+        return "".join(f"{key}: {inner}, " for key, inner in pairs).join("{}")
+    if kind is int and value.bit_length() > 64:
+        return hex(value)  # Python reads and writes only so many decimal digits
+    if kind is float and not math.isfinite(value):
+        return "..." if math.isnan(value) else "1e999" if value > 0 else "-1e999"  # `read` makes a NaN of an ellipsis
+    if kind is complex and not cmath.isfinite(value):
+        raise TypeError
+    return kind.__repr__(value)
 
 
-def send(writer: int, value: object) -> None:
-    text = repr(value).encode("utf-8", "surrogatepass").replace(b"\n", b"\\n") + b"\n"
-    while text:
-        text = text[os.write(writer, text) :]
+def line_of(value: object, exact: bool = False) -> bytes | None:
+    """A value as a line that the other side reads; None where it is none, or too long."""
+    try:
+        line = literal(value, exact).encode() + b"\n"
+    except Exception:  # of the value's own methods too
+        return None
+    return line if len(line) <= REPLY_BYTES else None
+
+
+def read(line: bytes) -> Any:
+    tree = ast.parse(line.decode(), mode="eval")
+    for node in ast.walk(tree) if b"..." in line else ():
+        if isinstance(node, ast.Constant) and node.value is ...:
+            node.value = math.nan
+    return ast.literal_eval(tree)
+
+
+def send(writer: int, line: bytes) -> None:
+    while line:
+        line = line[os.write(writer, line) :]
+
+
+def raised(error: BaseException) -> bytes:
+    """Its class, or the nearest base that the other side has too."""
+    name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return line_of(("raised", name)) or b""
 
 
 def serve(job: dict, reader: int, writer: int) -> None:
@@ -118,69 +156,59 @@ def serve(job: dict, reader: int, writer: int) -> None:
         exec(compile(job["program"], "<answer>", "exec"), names)
         function = names[job["entry_point"]]
     except BaseException as error:
-        send(writer, ("raised", type(error).__name__))
+        send(writer, raised(error))
         return
     for line in lines_from(reader):
-        arguments, keywords = ast.literal_eval(line.decode("utf-8", "surrogatepass"))
+        arguments, keywords = read(line)
         try:
-            send(writer, ("returned", plain(function(*arguments, **keywords))))
+            found = function(*arguments, **keywords)
         except BaseException as error:
-            send(writer, ("raised", type(error).__name__))
+            send(writer, raised(error))
+        else:
+            send(writer, line_of(("returned", found)) or b"('kept', None)\n")
 
 
-class Unjudged(BaseException):
-    """The tests ask for something that does not go through a pipe."""
-
-
-class Wrong(BaseException):
-    """The code's process ended, or returned something that is no plain value."""
-
-
-def candidate(reader: int, writer: int):
-    """The function that the tests call: it asks the other process."""
+def candidate(reader: int, writer: int, tell: Callable[[str], NoReturn]):
+    """The function that the tests call: it asks the other process. Where that cannot be, it tells the verdict itself:
+    tests may catch whatever it raises."""
     replies = lines_from(reader)
 
     def call(*arguments, **keywords):
+        if (line := line_of((arguments, keywords), exact=True)) is None:
+            tell("unjudged an argument is no plain value")
         try:
-            if ast.literal_eval(repr((arguments, keywords))) != (arguments, keywords):
-                raise ValueError
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            raise Unjudged("an argument is no plain value") from None
-        try:
-            send(writer, (arguments, keywords))
-            how, value = ast.literal_eval(next(replies).decode("utf-8", "surrogatepass"))
+            send(writer, line)
+            how, value = read(next(replies))
         except (StopIteration, OSError):
-            raise Wrong("its process ended") from None
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            raise Wrong("it returned no plain value") from None
+            tell("failed its process ended")
+        except Exception:
+            tell("failed its process answered something else")
+        if how == "kept":
+            tell("unjudged it returned no plain value")
         if how == "returned":
             return value
         kind = getattr(builtins, str(value), None)
         if isinstance(kind, type) and issubclass(kind, Exception):
-            raise kind
+            raise kind.__new__(kind)  # some demand arguments of those who call them
         raise RuntimeError(str(value)[:40])
 
     return call
 
 
-def verdict(job: dict, reader: int, writer: int) -> tuple[bool, str]:
-    """(whether the tests pass, else why not). Raises Unjudged."""
+def verdict(job: dict, reader: int, writer: int, tell: Callable[[str], NoReturn]) -> str | None:
+    """Why the tests do not pass; None where they do."""
     names: dict = {"__name__": "tests"}
     try:
         exec(compile(job["helpers"], "<prompt>", "exec"), names)
         exec(compile(job["test"], "<tests>", "exec"), names)
         check = names["check"]
     except BaseException as error:
-        raise Unjudged(f"its tests do not load: {type(error).__name__}") from None
+        tell(f"unjudged its tests do not load: {type(error).__name__}")
     try:
-        check(candidate(reader, writer))
-    except Unjudged:
-        raise
-    except Wrong as why:
-        return False, str(why)
+        check(candidate(reader, writer, tell))
     except BaseException as error:
-        return False, type(error).__name__
-    return True, ""
+        return type(error).__name__
+    return None
 
 
 def main() -> None:
@@ -216,13 +244,13 @@ def main() -> None:
     except (OSError, ValueError) as error:
         os.write(out, f"unconfined {error}".encode())
         os._exit(1)
-    try:
-        passed, why = verdict(job, answers, ask)
-        said = f"passed-{nonce}" if passed else f"failed {why}"
-    except Unjudged as reason:
-        said = f"unjudged {reason}"
-    os.write(out, said.encode())
-    os._exit(0)
+
+    def tell(said: str) -> NoReturn:
+        os.write(out, said.encode())
+        os._exit(0)
+
+    why = verdict(job, answers, ask, tell)
+    tell(f"passed-{nonce}" if why is None else f"failed {why}")
 
 
 if __name__ == "__main__":

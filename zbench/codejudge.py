@@ -32,7 +32,10 @@ CONFINED = "seccomp: no network, no new processes, no signals, no file is writte
 _MACHINES = {"x86_64", "aarch64"}
 _CHILD = (resources.files("zbench") / "_confined.py").read_text(encoding="utf-8")
 _VERDICT_BYTES = 4096
-_FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+# Its indentation, which is that of its list's items and not the code's own, and its lines.
+_FENCE = re.compile(
+    r"^((?:[ \t]*(?:[-*+]|\d+[.)])(?=[ \t]))?[ \t]*)```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL
+)
 # Where a continuation ends that began within a function (Chen et al. 2021, arXiv 2107.03374, section 2.1).
 _STOPS = re.compile(r"\n(?:class|def|#|if|print)")
 
@@ -62,7 +65,10 @@ def program(problem: Problem, answer: str) -> str:
     """The code of an answer: its fenced block that defines the function, else the last one, else all of it; as the
     function's continuation where it does not define it."""
     defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(problem.entry_point)}\b", re.MULTILINE)
-    blocks = _FENCE.findall(answer)
+    blocks = [
+        re.sub(rf"^[ \t]{{1,{len(indent)}}}", "", lines, flags=re.MULTILINE) if indent else lines
+        for indent, lines in _FENCE.findall(answer)
+    ]
     code = next((block for block in blocks if defines.search(block)), blocks[-1] if blocks else answer)
     if defines.search(code):
         return f"{problem.prompt}\n    pass\n\n{code}"  # the prompt's helpers, then the whole function again
