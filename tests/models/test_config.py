@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zbench.errors import UserError
-from zbench.models.config import ModelConfig, parameter_count, tensor_shapes
+from zbench.models.config import ModelConfig, parameter_count, read_json, tensor_shapes
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -44,6 +45,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 96,
     "max_position_embeddings": 64,
 }
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "use_sliding_window": True, "head_dim": 64}
 
 
 @st.composite
@@ -167,7 +169,16 @@ def test_transformers_reads_back_what_we_write() -> None:
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type llama3 needs low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "factor must be a positive number, not 'two'"),
+        ({"rope_scaling": {"rope_type": ["a"]}}, "rope type ['a'] is not supported"),
         ({"rope_parameters": "default"}, "rope parameters must be a mapping"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1}}},
+            "rope parameters per kind of layer (full_attention) are not supported",
+        ),
+        ({**QWEN3, "max_window_layers": None}, "max_window_layers must be a whole number, not None"),
+        ({**QWEN3, "max_window_layers": "x"}, "max_window_layers must be a whole number, not 'x'"),
+        ({**QWEN3, "layer_types": 5}, "layer_types must be a list, not 5"),
+        ({**QWEN3, "layer_types": [{}, 1]}, "layer_types 1, {} not supported; supported: full_attention"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_scaling and rope_parameters say different things; keep one of the two",
@@ -189,6 +200,12 @@ def test_what_is_not_supported_is_named_in_one_line(change: dict[str, Any], mess
         ModelConfig.from_hf({**SMOLLM2, **change})
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_json_that_is_nested_too_deeply_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON: maximum recursion depth"):
+        read_json(tmp_path / "config.json")
 
 
 def test_a_missing_key_is_named() -> None:

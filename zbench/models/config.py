@@ -200,7 +200,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; a model folder needs it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{file} must hold a JSON object")
@@ -254,6 +254,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     for rope in (new, old):
         if not isinstance(rope, Mapping):
             raise UserError(f"config.json: rope parameters must be a mapping, not {rope!r}")
+        if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+            raise UserError(f"config.json: rope parameters per kind of layer ({listed(nested)}) are not supported")
     if new and old and _scaling(new) != _scaling(old):
         raise UserError("config.json: rope_scaling and rope_parameters say different things; keep one of the two")
     rope = new or old
@@ -267,7 +269,7 @@ def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
-    return {"rope_type": kind, **{key: rope[key] for key in _ROPE_KEYS.get(kind, ()) if key in rope}}
+    return {"rope_type": kind, **{key: rope[key] for key in _ROPE_KEYS.get(str(kind), ()) if key in rope}}
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...] | None:
@@ -281,12 +283,19 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...] |
         return None
     types = config.get("layer_types")
     if types is None:
-        full = config["max_window_layers"]
+        if not isinstance(full := config["max_window_layers"], int):
+            raise UserError(f"config.json: max_window_layers must be a whole number, not {full!r}")
         types = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
     by_type = {"full_attention": None, "sliding_attention": window}
-    if unknown := sorted(set(types) - set(by_type)):
-        raise UserError(f"config.json: layer_types {listed(unknown)} not supported; supported: {listed(by_type)}")
+    check_layer_types(types, by_type)
     return tuple(by_type[kind] for kind in types) if "sliding_attention" in types else None
+
+
+def check_layer_types(types: Any, known: Iterable[str]) -> None:
+    if not isinstance(types, (list, tuple)):
+        raise UserError(f"config.json: layer_types must be a list, not {types!r}")
+    if unknown := sorted({str(kind) for kind in types} - set(known)):
+        raise UserError(f"config.json: layer_types {listed(unknown)} not supported; supported: {listed(known)}")
 
 
 def size(config: Mapping[str, Any], key: str) -> int:
@@ -296,8 +305,8 @@ def size(config: Mapping[str, Any], key: str) -> int:
 
 
 def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
-    kind = scaling.get("rope_type")
-    if kind not in _ROPE_KEYS:
+    kind: Any = scaling.get("rope_type")
+    if str(kind) not in _ROPE_KEYS:
         raise UserError(f"rope type {kind!r} is not supported; supported: default, {listed(_ROPE_KEYS)}")
     if missing := [key for key in _ROPE_KEYS[kind] if key not in scaling]:
         raise UserError(f"model config: rope type {kind} needs {listed(missing)}")

@@ -183,7 +183,7 @@ def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFla
 def _refuse_variants(config: Mapping[str, Any], inner: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     unknown = [key for key in settings if key not in _DFLASH_KEYS and settings[key]]
     known = [key for key in _VARIANTS if config.get(key) or inner.get(key)]
-    if "sliding_attention" in (inner.get("layer_types") or ()) or inner.get("use_sliding_window"):
+    if "sliding_attention" in str(inner.get("layer_types")) or inner.get("use_sliding_window"):
         known.append("sliding_attention")
     if config.get("projector_type", "dflash") != "dflash":
         known.append(f"projector_type {config['projector_type']}")

@@ -233,7 +233,7 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
         raise UserError(f"it has {layers} layers; supported: 1")
     if inner.get("attention_bias"):
         raise UserError("attention_bias is not supported")
-    if "sliding_attention" in (inner.get("layer_types") or ()) or inner.get("use_sliding_window"):
+    if "sliding_attention" in str(inner.get("layer_types")) or inner.get("use_sliding_window"):
         raise UserError("sliding windows are not supported")
     for settings in (config, inner):
         refuse_unsupported(settings)

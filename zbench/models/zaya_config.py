@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from zbench.errors import UserError
 from zbench.models.config import (
     check_count,
+    check_layer_types,
     check_names,
     check_positive,
     check_tokens,
-    listed,
     refuse_unsupported,
     size,
     token_ids,
@@ -136,8 +136,7 @@ class ZayaConfig:
         for key, value in _ONLY.items():
             if (found := config.get(key, value)) != value:
                 raise UserError(f"config.json: {key} {found} is not supported; supported: {value}")
-        if kinds := sorted(set(config.get("layer_types") or ()) - {"hybrid"}):
-            raise UserError(f"config.json: layer_types {listed(kinds)} not supported; supported: hybrid")
+        check_layer_types(config.get("layer_types") or (), ("hybrid",))
         theta, fraction = _rope(config)
         return cls(
             family="zaya",
