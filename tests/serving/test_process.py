@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from zbench.errors import UserError
+from zbench.serving import supervise
 from zbench.serving.client import EndpointError
 from zbench.serving.process import Servers, Wanted
 
@@ -126,6 +127,19 @@ def test_the_key_is_kept_out_of_the_log(servers: Servers, monkeypatch: pytest.Mo
     with pytest.raises(EndpointError, match=r"my key is \*\*\*"):
         servers.ensure(wanted((sys.executable, "-c", script, "{port}"), key_variable="SERVER_KEY"))
     assert "secret" not in "".join(path.read_text() for path in servers.logs.iterdir())  # type: ignore[union-attr]
+
+
+def test_a_log_that_cannot_be_written_is_dropped_and_the_server_goes_on() -> None:
+    script = "for _ in range(10_000): print('x' * 100)"
+    run = subprocess.Popen(
+        [sys.executable, supervise.__file__, "", "/dev/full", sys.executable, "-c", script],
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert run.wait(timeout=60) == 0
+    finally:
+        _, said = run.communicate()
+    assert said == "/dev/full: No space left on device; output of the server is lost\n"
 
 
 def test_a_program_that_is_not_here_or_a_folder_that_does_not_exist_is_a_users_error() -> None:

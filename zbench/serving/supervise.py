@@ -24,15 +24,15 @@ GRACE = 10.0  # seconds between asking and killing
 
 def main(secret_variable: str, log: str, command: list[str]) -> int:
     secret = os.environ.get(secret_variable, "").encode() if secret_variable else b""
-    try:
-        server = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    except OSError as error:
-        with open(log, "ab") as file:  # noqa: PTH123
-            file.write(f"cannot start {command[0]}: {error.strerror}\n".encode())
-        return 127
     with open(log, "ab", buffering=0) as file:  # noqa: PTH123
+        try:
+            server = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            file.write(f"cannot start {command[0]}: {error.strerror}\n".encode())
+            return 127
         copier = threading.Thread(target=_copy, args=(server.stdout, file, secret), daemon=True)
         copier.start()
         threading.Thread(target=_wait_for_parent, args=(server,), daemon=True).start()
@@ -82,9 +82,17 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def _copy(source: BinaryIO, target: BinaryIO, secret: bytes) -> None:
-    """Line by line, so that a secret is never written in two halves."""
+    """Line by line, so that a secret is never written in two halves. What cannot be written is dropped: a server whose
+    output nobody reads would stand still."""
+    said = False
     for line in iter(source.readline, b""):
-        target.write(line.replace(secret, b"***") if secret else line)
+        try:
+            target.write(line.replace(secret, b"***") if secret else line)
+        except OSError as error:
+            if not said:
+                with contextlib.suppress(OSError):
+                    print(f"{target.name}: {error.strerror}; output of the server is lost", file=sys.stderr, flush=True)
+            said = True
 
 
 if __name__ == "__main__":
