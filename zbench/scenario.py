@@ -571,18 +571,25 @@ class EndpointLimits(_Strict):
 _SECRET = re.compile(r"api[-_]?key|token$|secret|password|authorization", re.IGNORECASE)
 
 
+# What a system takes as an argument, and as a variable's name.
+_Word = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+_Variable = Annotated[str, StringConstraints(pattern=r"^[^=\x00]+$")]
+
+
 class EndpointServer(_Strict):
     """A server that the run starts, watches and stops. In the command, {port} is a free port and {model} the folder of
     the scenario's model."""
 
-    command: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+    command: Annotated[tuple[_Word, ...], Field(strict=False, min_length=1)] = Field(
         description="Program and arguments, no shell.", examples=[["vllm", "serve", "{model}", "--port", "{port}"]]
     )
     health: str = Field(
-        "/health", pattern="^/", description="Path that answers 200 once the server can serve; /v1/models if unknown."
+        "/health",
+        pattern="^/[!-~]*$",
+        description="Path that answers 200 once the server can serve; /v1/models if unknown.",
     )
     startup: float = Field(600, gt=0, description="Seconds that it may take to become healthy.")
-    environment: dict[str, str] = Field(
+    environment: dict[_Variable, _Word] = Field(
         {}, description="Variables added to those that zbench runs with.", examples=[{"OMP_NUM_THREADS": "2"}]
     )
 
@@ -637,6 +644,20 @@ class EndpointSpec(EngineSpec):
         description="More fields of the request's body.",
         examples=[{"chat_template_kwargs": {"enable_thinking": False}}],
     )
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        import httpx
+
+        try:
+            found = httpx.URL((url or "http://host").replace("{port}", "80"))
+            found.host.encode("idna")
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise ValueError(f"no server has this address: {error}") from error
+        if not 0 < (80 if found.port is None else found.port) < 1 << 16:
+            raise ValueError(f"no server has port {found.port}; ports are 1 to 65535")
+        return url
 
     @model_validator(mode="after")
     def _is_possible(self) -> EndpointSpec:
