@@ -189,17 +189,24 @@ def test_texts_that_go_on_after_their_end_are_asked_for_with_what_marks_it(tmp_p
     assert fields == {"true": (True, False), "false": (None, None)}
 
 
-def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = wanted(tmp_path, f"label: S, url: {url}, served_model: refuses, api_key_env: SERVED_KEY")
+@pytest.mark.parametrize("repeats", ["refuses", "errs"])
+def test_the_key_goes_to_the_server_and_nowhere_else(
+    tmp_path: Path, url: str, repeats: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wanted(tmp_path, f"label: S, url: {url}, served_model: {repeats}, api_key_env: SERVED_KEY")
     monkeypatch.delenv("SERVED_KEY", raising=False)
     with pytest.raises(UserError, match="the environment has no SERVED_KEY"):
         run.run(asked, tmp_path / "runs", QUIET)
-    monkeypatch.setenv("SERVED_KEY", KEY)
+    monkeypatch.setenv("SERVED_KEY", f"{KEY}\n{KEY}")
+    with pytest.raises(UserError, match="SERVED_KEY holds a line end") as refused:
+        run.run(asked, tmp_path / "runs", QUIET)
+    assert KEY not in str(refused.value)
+    monkeypatch.setenv("SERVED_KEY", f" {KEY}\n")  # as files of secrets end
     outcome = run.run(asked, tmp_path / "runs", QUIET)
     assert outcome.failed == 6  # each says what the server said
     assert httpx.get(f"{url}/seen").json()["bodies"][0]["headers"]["authorization"] == f"Bearer {KEY}"
     written = "".join(path.read_text() for path in outcome.folder.rglob("*") if path.is_file())
-    assert "bad key Bearer ***" in written and KEY not in written
+    assert "Bearer ***" in written and KEY not in written
 
 
 def test_tokens_are_the_servers_count_and_a_difference_is_told(tmp_path: Path, url: str) -> None:

@@ -118,8 +118,8 @@ async def _complete(
             state.running -= 1
             writer.close()
             return
-        if how == "errs" and start >= 2:
-            _event(writer, {"error": {"message": "out of memory"}})
+        if how == "errs" and start >= 1:
+            _event(writer, {"error": {"message": f"out of memory for {headers.get('authorization')}"}})
             break
         _event(writer, {"choices": [{"index": 0, **said, "finish_reason": None}]})
         if how == "singly" or start % 64 == 63:

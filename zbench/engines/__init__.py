@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
@@ -418,11 +417,10 @@ def check(
 def check_here(name: str, options: dict[str, Any]) -> None:
     """What an engine wants of the machine that it runs on. Raises UserError."""
     if name == "endpoint":
-        from zbench.errors import UserError
+        if variable := options["api_key_env"]:
+            from zbench.serving.client import api_key
 
-        variable = options["api_key_env"]
-        if variable and not os.environ.get(variable):
-            raise UserError(f"endpoint: the environment has no {variable}; export it, the key is never written")
+            api_key(variable)
         if options["server"]:
             from zbench.serving.process import Wanted
 

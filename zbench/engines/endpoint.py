@@ -7,7 +7,6 @@ as it says it, by difference (`zbench/serving/counters.py`).
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from zbench.engines import Shared
 from zbench.engines.base import Finish, Generated, Meter, Request
 from zbench.records import ServedRecord, ServerRecord
 from zbench.serving import counters
-from zbench.serving.client import Answer, Client, EndpointError, Exchange, Load, read_stream
+from zbench.serving.client import Answer, Client, EndpointError, Exchange, Load, api_key, read_stream
 from zbench.serving.process import Wanted
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ class Endpoint:
         self.server = shared.servers.ensure(Wanted.of(options, shared.model.path)) if options["server"] else None
         base = self.server.url if self.server else with_version(options["url"])
         variable = options["api_key_env"]
-        self.client = Client(
-            base, os.environ.get(variable) if variable else None, options["timeout"], options["retries"]
-        )
+        self.client = Client(base, api_key(variable) if variable else None, options["timeout"], options["retries"])
         try:
             self.kind, self.version, self.model = self._identify()
             self.metrics = self._metrics_path()
@@ -167,7 +164,7 @@ class Endpoint:
                 if answer.finish not in _FINISH:
                     raise EndpointError(f"the server ended the text because of {answer.finish!r}")
             except EndpointError as error:
-                problems.append((index, str(error)))
+                problems.append((index, self.client.clean(str(error))))
         if not problems:
             return answers
         index, first = problems[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import operator
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import httpx
+
+from zbench.errors import UserError
 
 CONNECT_SECONDS = 10.0
 _BUSY = (429, 503)  # refused before any work was done, so that sending again measures nothing twice
@@ -68,6 +71,17 @@ class Answer:
     ended: float  # when its last event came
     usage: Mapping[str, Any]
     extras: tuple[Mapping[str, Any], ...]  # chunks that say more than text: usage, timings, metrics
+
+
+def api_key(variable: str) -> str:
+    """The key that a variable of the environment holds, without the line end that files of secrets close with. Raises
+    UserError where it holds none, or one that no request can carry."""
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(f"endpoint: the environment has no {variable}; export it, the key is never written")
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"endpoint: {variable} holds a line end or another character that no API key has")
+    return key
 
 
 class Client:
@@ -159,7 +173,7 @@ class Client:
                 exchange.error = f"{_name(error)} after {clock() - start - exchange.sent:.1f} s"
                 again = isinstance(error, httpx.ConnectTimeout)
             except httpx.HTTPError as error:
-                exchange.error = self._clean(f"{_name(error)}: {error}" if str(error) else _name(error))
+                exchange.error = self.clean(f"{_name(error)}: {error}" if str(error) else _name(error))
                 again = isinstance(error, httpx.ConnectError)  # one that has read the request may have worked on it
             if exchange.error is None or not again or pieces or exchange.attempts > self.retries:
                 return
@@ -176,11 +190,11 @@ class Client:
         text = " ".join(str(body).split())
         if response.has_redirect_location:
             text = f"redirects to {response.headers['location']}"
-        return self._clean(f"HTTP {response.status_code}: {text}")[:_SHOWN]
+        return self.clean(f"HTTP {response.status_code}: {text}")
 
-    def _clean(self, text: str) -> str:
-        """Without the API key, which some servers repeat."""
-        return text.replace(self._key, "***") if self._key else text
+    def clean(self, text: str) -> str:
+        """Its beginning, without the API key, which some servers repeat."""
+        return (text.replace(self._key, "***") if self._key else text)[:_SHOWN]
 
 
 def _name(error: Exception) -> str:
@@ -208,7 +222,7 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Answer:
             raise EndpointError(f"a chunk is no object: {data[:80]!r}")
         if problem := event.get("error") or ("choices" not in event and event.get("message")):
             message = problem.get("message", problem) if isinstance(problem, dict) else problem
-            raise EndpointError(f"in the stream: {str(message)[:_SHOWN]}")
+            raise EndpointError(f"in the stream: {message}")
         usage = event.get("usage") or usage
         choices = event.get("choices") or ()
         if not isinstance(usage, dict) or not isinstance(choices, list | tuple):

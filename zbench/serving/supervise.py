@@ -23,7 +23,7 @@ GRACE = 10.0  # seconds between asking and killing
 
 
 def main(secret_variable: str, log: str, command: list[str]) -> int:
-    secret = os.environ.get(secret_variable, "").encode() if secret_variable else b""
+    secret = os.environ.get(secret_variable, "").strip().encode() if secret_variable else b""
     with open(log, "ab", buffering=0) as file:  # noqa: PTH123
         try:
             server = subprocess.Popen(
