@@ -59,6 +59,7 @@ def test_reference_solutions_pass_and_an_empty_one_fails(line: dict) -> None:
         ("```python\nprint(add(1, 2))\n```\nwith\n```python\ndef add(a, b):\n    return a + b\n```", "passed"),
         ("def add(a, b):\n    return sum((a, b))\n", "passed"),
         ("1. Here:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\nIt adds.", "passed"),
+        ("1. Here:\n    ```python\ndef add(a, b):\n    return a + b\n    ```", "passed"),  # only the fence is indented
         ("- ```python\n  def add(a, b):\n\n      return a + b\n  ```\n", "passed"),
         ("10) Here:\n\n\t```\n\t    return a + b\n\t```", "passed"),  # the body alone
         ("    return a - b\n", "failed"),

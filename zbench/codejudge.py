@@ -66,7 +66,7 @@ def program(problem: Problem, answer: str) -> str:
     function's continuation where it does not define it."""
     defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(problem.entry_point)}\b", re.MULTILINE)
     blocks = [
-        re.sub(rf"^[ \t]{{1,{len(indent)}}}", "", lines, flags=re.MULTILINE) if indent else lines
+        re.sub(rf"^[ \t]{{0,{len(indent)}}}", "", lines, flags=re.MULTILINE) if lines[:1].isspace() else lines
         for indent, lines in _FENCE.findall(answer)
     ]
     code = next((block for block in blocks if defines.search(block)), blocks[-1] if blocks else answer)
