@@ -301,12 +301,25 @@ def test_pass_at_1_takes_the_first_repeat_with_wilsons_interval(tmp_path: Path) 
 
     folder = write_run(tmp_path / "run", engines=("autoregressive",), prompts=8, repeats=2, tokens=8)
     trials = [TrialRecord.from_json(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
-    changed = [
-        replace(t, requests=tuple(replace(r, passed=(t.group < 6) == (t.repeat == 0)) for r in t.requests))
-        for t in trials
-    ]
-    (folder / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in changed))
-    results = Results.of(load_run(folder))
+
+    def judged(unknown: int) -> Results:
+        """The first repeat of the last prompts could not be judged; the second passes all that the first did not."""
+        changed = []
+        for t in trials:
+            passed = (t.group < 6) == (t.repeat == 0) if t.repeat or t.group < 8 - unknown else None
+            verdict = "not judged it returned no plain value" if passed is None else "passed" if passed else "failed"
+            requests = (replace(r, passed=passed, verdict=verdict) for r in t.requests)
+            changed.append(replace(t, requests=tuple(requests)))
+        (folder / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in changed))
+        return Results.of(load_run(folder))
+
+    results = judged(8)
+    why = "8 of 8 prompts are not judged: it returned no plain value"
+    assert results.row(results.run.cells[0], "pass_at_1").note == f"unavailable: {why}"
+    results = judged(2)
+    row = results.row(results.run.cells[0], "pass_at_1")
+    assert (row.value, row.n, row.note) == (1.0, 6, "2 of 8 prompts are not judged: it returned no plain value")
+    results = judged(0)
     row = results.row(results.run.cells[0], "pass_at_1")
     expected = binomtest(6, 8).proportion_ci(0.95, method="wilson")
     assert (row.value, row.low, row.high, row.n) == (0.75, pytest.approx(expected.low), pytest.approx(expected.high), 8)

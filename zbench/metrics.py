@@ -911,17 +911,28 @@ def accuracy(cell: Cell) -> Estimate:
 @metric(
     "pass_at_1",
     "1",
-    "prompts whose code passes its tests, run once on the output of the first repeat / prompts with tests (pass@1 of "
-    "HumanEval, Chen et al. 2021); out of time or memory is not passed",
+    "prompts whose code passes its tests, run once on the output of the first repeat / prompts with tests whose output "
+    "could be judged (pass@1 of HumanEval, Chen et al. 2021); out of time or memory is not passed",
     "higher",
 )
 def pass_at_1(cell: Cell) -> Estimate:
-    judged = cell.requests[cell.requests["passed"].notna()]
+    tested = cell.requests[cell.requests["verdict"].notna()]
     if SYNTHETIC in caveats(cell.record):
         raise Unavailable(NOT_THE_TARGETS)
-    if judged.empty:
+    if tested.empty:
         raise Unavailable("no code was run: no prompt has tests, or the scenario does not allow it")
-    return stats.share(judged.sort_values("repeat").groupby("prompt_id")["passed"].first())
+    first = tested.sort_values("repeat").drop_duplicates("prompt_id")
+    judged = first[first["passed"].notna()]
+    unknown = first[first["passed"].isna()]["verdict"]
+    why = (
+        f"{len(unknown)} of {len(first)} prompts are {unknown.iloc[0].replace('judged', 'judged:', 1)}"
+        if len(unknown)
+        else ""
+    )
+    if judged.empty:
+        raise Unavailable(why)
+    estimate = stats.share(judged["passed"])
+    return replace(estimate, note="; ".join(filter(None, (estimate.note, why))))
 
 
 @metric(
@@ -1665,7 +1676,7 @@ _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
 _REQUEST_COLUMNS = (
     *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "later", "ttft", "decode_seconds",
     "output_ids",
-    "output_hash", "check", "correct", "passed",
+    "output_hash", "check", "correct", "passed", "verdict",
 )  # fmt: skip
 _STEP_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live",
@@ -1692,6 +1703,7 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
         yield (
             *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, r.tokens - gained, r.ttft_seconds,
             r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct, r.passed,
+            r.verdict,
         )  # fmt: skip
 
 
