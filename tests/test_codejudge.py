@@ -150,8 +150,9 @@ def test_tests_that_cannot_be_asked_judge_nothing(test: str, why: str) -> None:
     ],
 )
 @pytest.mark.parametrize("test", [ADD.test, "def check(f):\n    try:\n        f(1, 2)\n    except:\n        pass\n"])
-def test_what_cannot_be_told_judges_nothing(body: str, test: str) -> None:
-    assert outcome(body, Problem(ADD.prompt, "add", test)) == Verdict("not judged", UNTOLD)
+def test_what_returns_no_plain_value_fails(body: str, test: str) -> None:
+    """Were it not judged, code that is wrong could leave the share of what passes."""
+    assert outcome(body, Problem(ADD.prompt, "add", test)) == Verdict("failed", UNTOLD)
 
 
 # --- A verdict cannot be had otherwise ---
@@ -307,18 +308,18 @@ def test_pass_at_1_takes_the_first_repeat_with_wilsons_interval(tmp_path: Path) 
         changed = []
         for t in trials:
             passed = (t.group < 6) == (t.repeat == 0) if t.repeat or t.group < 8 - unknown else None
-            verdict = "not judged it returned no plain value" if passed is None else "passed" if passed else "failed"
+            verdict = "not judged an argument is no plain value" if passed is None else "passed" if passed else "failed"
             requests = (replace(r, passed=passed, verdict=verdict) for r in t.requests)
             changed.append(replace(t, requests=tuple(requests)))
         (folder / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in changed))
         return Results.of(load_run(folder))
 
     results = judged(8)
-    why = "8 of 8 prompts are not judged: it returned no plain value"
+    why = "8 of 8 prompts are not judged: an argument is no plain value"
     assert results.row(results.run.cells[0], "pass_at_1").note == f"unavailable: {why}"
     results = judged(2)
     row = results.row(results.run.cells[0], "pass_at_1")
-    assert (row.value, row.n, row.note) == (1.0, 6, "2 of 8 prompts are not judged: it returned no plain value")
+    assert (row.value, row.n, row.note) == (1.0, 6, "2 of 8 prompts are not judged: an argument is no plain value")
     results = judged(0)
     row = results.row(results.run.cells[0], "pass_at_1")
     expected = binomtest(6, 8).proportion_ci(0.95, method="wilson")

@@ -184,7 +184,7 @@ def candidate(reader: int, writer: int, tell: Callable[[str], NoReturn]):
         except Exception:
             tell("failed its process answered something else")
         if how == "kept":
-            tell("unjudged it returned no plain value")
+            tell("failed it returned no plain value")
         if how == "returned":
             return value
         kind = getattr(builtins, str(value), None)

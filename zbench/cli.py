@@ -1194,12 +1194,14 @@ def train_tidar(block: int, short_block: int | None, rank: int, start: str | Non
 @click.option("--depth", default=7, show_default=True, type=click.IntRange(1, 16), help="Steps of training-time test.")
 @click.option(
     "--reach",
-    type=click.IntRange(min=1),
-    help="A chain ends where the text is none of the drafter's likeliest so many.  [default: never]",
+    default=2,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="A chain ends where the text is none of the drafter's likeliest so many; 0: never.",
 )
 @click.option("--ffn", type=click.IntRange(min=1), help="Width of its MLP.  [default: --start's, else the target's]")
 def train_eagle3(
-    draft_vocab: int | None, depth: int, reach: int | None, ffn: int | None, start: str | None, **options: Any
+    draft_vocab: int | None, depth: int, reach: int, ffn: int | None, start: str | None, **options: Any
 ) -> None:
     """Train an EAGLE-3 drafter.
 

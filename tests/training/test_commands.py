@@ -108,7 +108,7 @@ def test_what_differs_from_the_run_that_is_resumed_is_named(folder: Path, writte
     same = ("eagle3", "--draft-vocab", 64)
     rest = "; resume it as it was, or choose another folder with --out"
     assert again(*same, "--depth", 3) == "with --depth 2, not 3" + rest
-    assert again(*same, "--depth", 2, "--reach", 2) == "with --reach none, not 2" + rest
+    assert again(*same, "--depth", 2, "--reach", 0) == "with --reach 2, not 0" + rest
     assert again(*same, "--depth", 2, "--seed", 4, "--ffn", 8) == "with --seed 0, not 4; with --ffn none, not 8" + rest
     assert again("tidar") == "as eagle3, not as tidar" + rest
 
@@ -149,7 +149,7 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
     }
     own = {
         "tidar": ["--rank", 2],
-        "eagle3": ["--draft-vocab", 64, "--depth", 2, "--reach", 2, "--ffn", 48],
+        "eagle3": ["--draft-vocab", 64, "--depth", 2, "--ffn", 48],
         "dflash": ["--layers", 1],
         "full": ["--block", 4],
     }

@@ -8,9 +8,9 @@ in its own features are trained against. A chain that began at pair t sees the p
     keys               pairs 0 .. t with the target's features, and steps 1 .. k of chain t
     target             token t + 2 + k, loss weight decay^k
 
-Tokens are those of the conversation throughout. With `reach`, a chain ends where decoding would have left it: where the
-conversation's token was none of the drafter's `reach` likeliest. The draft vocabulary is the corpus's most frequent
-answer tokens; what a target distribution has elsewhere is not asked for.
+Tokens are those of the conversation throughout. A chain ends where decoding would have left it, its token being none of
+the drafter's `reach` likeliest: what lies beyond is seldom drafted, and the time goes to what is. The draft vocabulary
+is the corpus's most frequent answer tokens; what a target distribution has elsewhere is not asked for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _USUAL = 256  # pairs of a conversation, for the estimate of memory
 class Eagle3Settings:
     draft_vocab: int = 4096
     steps: int = 7  # of the training-time test
-    reach: int | None = None  # drafts of a step that decoding would follow; None: all, as in the paper
+    reach: int = 2  # of a step's likeliest drafts, beyond which a chain ends; 0: it never does, as in the paper
     decay: float = 0.8
     soft: float = 0.5  # share of the loss on the target's own distribution, the rest on its text
     ffn: int | None = None  # width of the drafter's MLP; None: the target's
@@ -113,7 +113,7 @@ class Eagle3:
         context = self._keys_values(weights, nodes, torch.arange(count, device=pairs.device))
         nodes = nodes[chains.at]
         own: list[tuple[Tensor, Tensor]] = []  # keys and values [N, kv, d] of steps 1, 2, ...
-        reach = None if evaluate else s.reach  # how far each draft would be followed is what evaluations ask
+        reach = 0 if evaluate else s.reach  # how far each draft would be followed is what evaluations ask
         followed: Tensor | None = None
         total, mass, tokens, right = torch.zeros((), device=pairs.device), 0.0, 0, []
         for step in range(s.steps):
@@ -136,7 +136,7 @@ class Eagle3:
                 draft_ids.clamp(min=0),
                 probs * (draft_ids >= 0),
                 torch.full((len(draft_ids),), weight, device=features.device),
-                best=reach or 1,
+                best=min(reach or 1, len(self.known)),
             )
             says = self.known[best] == batch.ids[drafted][:, None]
             followed = says.any(1) if reach else None
