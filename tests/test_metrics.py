@@ -988,6 +988,12 @@ def test_a_part_that_a_decoding_cell_lacks_is_not_for_want_of_decoding(tmp_path:
     ]  # fmt: skip
 
 
+def test_a_step_of_other_sequences_than_the_requests_is_one_line(tmp_path: Path) -> None:
+    steps = (StepRecord(1.0, 0.1, 0.1, (1, 1)), StepRecord(1.0, 0.1, 0.1, (1, 1)))
+    with pytest.raises(UserError, match="the records are damaged"):
+        metrics.load_run(write(tmp_path, [trial(steps=steps)]))
+
+
 @pytest.mark.parametrize(
     ("made", "said"),
     [

@@ -370,8 +370,8 @@ def load_run(path: Path) -> Run:
         if strangers := sorted({t.cell for t in trials} - {c.id for c in manifest.cells}):
             warnings.append(f"cells that run.json does not plan have trials in trials.jsonl: {', '.join(strangers)}")
         good = [trial for trial in trials if trial.status == "ok"]
-        rows = [row for trial in good for row in _request_rows(trial)]
         try:
+            rows = [row for trial in good for row in _request_rows(trial)]
             steps, forwards, verifies = _tables(good)
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(f"{path}: {error}; the records are damaged") from None
