@@ -1141,7 +1141,7 @@ def _training(command: Any) -> Any:
             default="auto",
             show_default=True,
             type=click.Choice(["auto", "bfloat16", "float32"]),
-            help="Of products; auto: float32 on a CPU that multiplies it faster, else bfloat16.",
+            help="Of products; auto: float32 on a CPU that is clearly faster at it, else bfloat16.",
         ),
         _device,
         _threads,
@@ -1325,9 +1325,11 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     with ranks.joined("the last checkpoint is kept, continue with --resume") as world:
         device, dtype = world.together(lambda: world.device(options["device"])), options["dtype"]
         if dtype == "auto":
-            slower = world.told(bfloat16_cost(device))  # all ranks take the same
-            dtype = "float32" if slower > 1 else "bfloat16"
-            if slower > 1:
+            dtype = world.told(trainer.dtype_of(options["out"])) if options["resume"] else None
+        if dtype is None:
+            slower = world.told(bfloat16_cost()) if device.type == "cpu" else 0.0  # all ranks take the same
+            dtype = "float32" if slower > 1.5 else "bfloat16"
+            if slower > 1.5:
                 say(f"in float32: torch takes {slower:.1f} times as long over products in bfloat16 on this CPU")
 
         def prepare() -> tuple[Any, Target, Any]:
@@ -1344,7 +1346,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
                     target,
                     corpus,
                     options["out"],
-                    trainer.Settings(**given, rate=options["rate"] or rate),
+                    trainer.Settings(**given, rate=options["rate"] or rate, dtype=dtype),
                     options["resume"],
                     advance,
                     say,

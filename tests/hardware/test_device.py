@@ -138,8 +138,4 @@ def test_the_cost_of_bfloat16_is_how_much_longer_its_products_take(monkeypatch, 
         time.sleep(0.01 if str(rows.dtype) == f"torch.{slow}" else 0.002)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    assert lowest < device.bfloat16_cost(resolve("cpu")) < highest
-
-
-def test_a_gpu_is_not_timed_for_its_cost_of_bfloat16(one_nvidia_gpu):
-    assert device.bfloat16_cost(resolve("cuda")) < 1
+    assert lowest < device.bfloat16_cost() < highest

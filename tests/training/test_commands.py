@@ -18,6 +18,7 @@ from zbench.models import adapter, dflash, eagle3, families, loading
 from zbench.models.tokenizer import byte_tokenizer
 from zbench.training import data
 from zbench.training.corpus import INDEX, VERSION, Conversation, Role, write_shard
+from zbench.training.trainer import PROGRESS
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +83,33 @@ def test_a_draft_vocabulary_larger_than_the_models_is_refused(folder: Path, writ
     assert training(folder, written, *asked, "--draft-vocab", 300).exit_code == 0
 
 
-@pytest.mark.parametrize("cost, chosen", [(3.0, torch.float32), (0.5, torch.bfloat16)])
+@pytest.mark.parametrize("cost, chosen", [(3.0, "float32"), (1.2, "bfloat16")])
 def test_training_multiplies_in_what_the_device_is_faster_at(
-    cost: float, chosen: torch.dtype, folder: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cost: float, chosen: str, folder: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zbench.hardware.device.bfloat16_cost", lambda device: cost)
+    monkeypatch.setattr("zbench.hardware.device.bfloat16_cost", lambda: cost)
     asked = ["full", "--steps", 1, "--block", 4, "--out", tmp_path / "out", "--dtype", "auto"]
     made = training(folder, written, *asked)
     assert made.exit_code == 0, made.output
-    trained = loading.load({"path": str(tmp_path / "out")})
-    assert {tensor.dtype for tensor in trained.tensors.values()} == {chosen}
     said = "in float32: torch takes 3.0 times as long over products in bfloat16 on this CPU"
-    assert (said in made.stderr) == (chosen == torch.float32)
+    assert (said in made.stderr) == (chosen == "float32")
+    trained = loading.load({"path": str(tmp_path / "out")})
+    assert {tensor.dtype for tensor in trained.tensors.values()} == {torch.float32}  # as the original
+    monkeypatch.setattr("zbench.hardware.device.bfloat16_cost", lambda: 4.2 - cost)
+    asked[asked.index("--steps") + 1] = 2
+    resumed = training(folder, written, *asked, "--resume")
+    assert (
+        resumed.exit_code == 0 and json.loads((tmp_path / "out" / PROGRESS).read_text())["settings"]["dtype"] == chosen
+    )
+
+
+def test_runs_of_before_there_was_a_choice_go_on(folder: Path, written: Path, tmp_path: Path) -> None:
+    asked = ["eagle3", "--depth", 2, "--draft-vocab", 64, "--reach", 0, "--dtype", "bfloat16", "--out", tmp_path]
+    assert training(folder, written, *asked, "--steps", 1).exit_code == 0
+    stored = json.loads((tmp_path / PROGRESS).read_text())
+    del stored["settings"]["dtype"], stored["recipe"]["reach"]
+    (tmp_path / PROGRESS).write_text(json.dumps(stored))
+    assert training(folder, written, *asked, "--steps", 2, "--resume").exit_code == 0
 
 
 def test_what_differs_from_the_run_that_is_resumed_is_named(folder: Path, written: Path, tmp_path: Path) -> None:
@@ -110,6 +126,7 @@ def test_what_differs_from_the_run_that_is_resumed_is_named(folder: Path, writte
     assert again(*same, "--depth", 3) == "with --depth 2, not 3" + rest
     assert again(*same, "--depth", 2, "--reach", 0) == "with --reach 2, not 0" + rest
     assert again(*same, "--depth", 2, "--seed", 4, "--ffn", 8) == "with --seed 0, not 4; with --ffn none, not 8" + rest
+    assert again(*same, "--depth", 2, "--dtype", "bfloat16") == "with --dtype float32, not bfloat16" + rest
     assert again("tidar") == "as eagle3, not as tidar" + rest
 
 

@@ -140,11 +140,9 @@ def resolve(name: str = "auto") -> Device:
     raise UserError(f'device "{name}" is not there: {_torch_build()} sees {present}; choose one of these')
 
 
-def bfloat16_cost(device: Device) -> float:
-    """How many times as long torch takes over a product in bfloat16 as in float32, timed in some milliseconds on a CPU:
-    one without instructions for bfloat16 takes several times as long. A GPU counts as one that has them: 0.5."""
-    if device.type != "cpu":
-        return 0.5
+def bfloat16_cost() -> float:
+    """How many times as long this CPU takes over torch's product in bfloat16 as in float32, timed in some milliseconds:
+    several times as long without instructions for it."""
     import torch
 
     def seconds(dtype: torch.dtype) -> float:

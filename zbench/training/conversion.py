@@ -164,8 +164,9 @@ class Conversion:
         return x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
 
     def save(self, folder: Path) -> None:
-        """A model's folder, weights in the target's dtype, with all of the original's files that say how to use it."""
-        source, dtype = self.target.loaded.path, self.target.dtype
+        """A model's folder, weights in the original's dtype, with all of its files that say how to use it."""
+        loaded = self.target.loaded
+        source, dtype = loaded.path, loaded.tensors["model.embed_tokens.weight"].dtype
         folder.mkdir(parents=True, exist_ok=True)
         described: dict[str, Any] = loading.read_json(source / "config.json") if source else self.config.to_hf()
         described["dtype" if "dtype" in described else "torch_dtype"] = str(dtype).removeprefix("torch.")

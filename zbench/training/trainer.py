@@ -96,6 +96,7 @@ class Settings:
     keep: float = 6.0  # gigabytes of disk for what the target said about batches
     evaluate_every: float = 300.0  # seconds, or a tenth of the run if that is less
     held_out: int = 32  # conversations to evaluate on
+    dtype: str = "bfloat16"  # of products: the target's
 
 
 @dataclass(slots=True)
@@ -505,6 +506,14 @@ def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
         part.unlink(missing_ok=True)
 
 
+def dtype_of(out: Path) -> str | None:
+    """Of the run in a folder, None where there is none."""
+    try:
+        return str(json.loads((out / PROGRESS).read_text(encoding="utf-8"))["settings"].get("dtype", "bfloat16"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def _restore(
     objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings, out: Path, ranks: int
 ) -> State:
@@ -516,7 +525,11 @@ def _restore(
     if stored.get("objective") != objective.name:
         differ = [f"as {stored.get('objective')}, not as {objective.name}"]
     else:
-        runs = (stored, _identity(objective, settings, ranks))
+        now = _identity(objective, settings, ranks)
+        # What runs had before they could be told otherwise.
+        stored["settings"] = {"dtype": "bfloat16", **stored["settings"]}
+        stored["recipe"] = {"reach": 0, **stored["recipe"]} if "reach" in now["recipe"] else stored["recipe"]
+        runs = (stored, now)
         differ = differences(*({"ranks": run["ranks"], **run["settings"], **run["recipe"]} for run in runs))
     if differ:
         told = "; ".join(differ)
@@ -535,7 +548,7 @@ def _restore(
 def _identity(objective: Objective, settings: Settings, ranks: int) -> dict[str, Any]:
     """What must be the same for a run to go on; how long it is may change."""
     given = asdict(settings)
-    kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest")}
+    kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest", "dtype")}
     return {"objective": objective.name, "recipe": asdict(objective.settings), "settings": kept, "ranks": ranks}
 
 
