@@ -308,18 +308,19 @@ def test_pass_at_1_takes_the_first_repeat_with_wilsons_interval(tmp_path: Path) 
         changed = []
         for t in trials:
             passed = (t.group < 6) == (t.repeat == 0) if t.repeat or t.group < 8 - unknown else None
-            verdict = "not judged an argument is no plain value" if passed is None else "passed" if passed else "failed"
+            why = "an argument is no plain value" if t.group < 7 else "its tests do not load: KeyError"
+            verdict = f"not judged {why}" if passed is None else "passed" if passed else "failed"
             requests = (replace(r, passed=passed, verdict=verdict) for r in t.requests)
             changed.append(replace(t, requests=tuple(requests)))
         (folder / "trials.jsonl").write_text("".join(t.to_json() + "\n" for t in changed))
         return Results.of(load_run(folder))
 
     results = judged(8)
-    why = "8 of 8 prompts are not judged: an argument is no plain value"
+    why = "8 of 8 prompts are not judged: an argument is no plain value; its tests do not load: KeyError"
     assert results.row(results.run.cells[0], "pass_at_1").note == f"unavailable: {why}"
     results = judged(2)
     row = results.row(results.run.cells[0], "pass_at_1")
-    assert (row.value, row.n, row.note) == (1.0, 6, "2 of 8 prompts are not judged: an argument is no plain value")
+    assert (row.value, row.n, row.note) == (1.0, 6, why.replace("8 of", "2 of"))
     results = judged(0)
     row = results.row(results.run.cells[0], "pass_at_1")
     expected = binomtest(6, 8).proportion_ci(0.95, method="wilson")

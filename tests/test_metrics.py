@@ -586,7 +586,8 @@ def test_speedup_says_how_many_requests_have_a_pair(measure: Any) -> None:
     short = trial(group=1, requests=(request("p1", (7,), end=1.0),))
     rows = measure([trial(), short, *(trial("x", group) for group in range(3))], [cell(), cell("x", "chain")])
     assert rows["x", "speedup", ""].note.endswith(
-        "1 of 3 requests are paired; the others have no second token on one of the sides, or no result of the baseline"
+        "1 of 3 requests are paired; the others go on after the first step on one side only, or have no result of the"
+        " baseline"
     )
     both = [trial(label, group) for label in ("ar", "x") for group in range(3)]
     assert "paired" not in measure(both, [cell(), cell("x", "chain")])["x", "speedup", ""].note

@@ -445,13 +445,18 @@ def _refuse_nan(path: Path, steps: pd.DataFrame, forwards: pd.DataFrame) -> None
 
 
 def summarise(run: Run) -> list[MetricRow]:
-    """Every metric of every cell, in the order of the manifest and of the definitions."""
-    return [
-        _row(cell, definition, part, estimate)
-        for cell in run.cells
-        for definition in METRICS.values()
-        for part, estimate in evaluate(definition, cell).items()
-    ]
+    """Every metric of every cell, in the order of the manifest and of the definitions. Raises UserError where the
+    records hold a time or a count that cannot be."""
+    rows = []
+    for cell in run.cells:
+        for definition in METRICS.values():
+            try:
+                found = evaluate(definition, cell)
+            except stats.Damaged as error:
+                what = f"{run.path}: {definition.name} of {cell.record.id}"
+                raise UserError(f"{what}: {error}; the records are damaged") from error
+            rows += [_row(cell, definition, part, estimate) for part, estimate in found.items()]
+    return rows
 
 
 def missing_part(cell: Cell, name: str, part: str) -> MetricRow:
@@ -774,7 +779,7 @@ def speedup(cell: Cell) -> Estimate:
     estimate = stats.paired_ratio(*_seconds_per_token(pairs), pairs["group"])
     notes = [estimate.note]
     if len(pairs) < len(cell.requests):
-        words = "the others have no second token on one of the sides, or no result of the baseline"
+        words = "the others go on after the first step on one side only, or have no result of the baseline"
         notes.append(f"{len(pairs)} of {len(cell.requests)} requests are paired; {words}")
     same = int((pairs["output_hash"] == pairs["output_hash_baseline"]).sum())
     if same < len(pairs) and SYNTHETIC not in caveats(cell.record):
@@ -924,11 +929,8 @@ def pass_at_1(cell: Cell) -> Estimate:
     first = tested.sort_values("repeat").drop_duplicates("prompt_id")
     judged = first[first["passed"].notna()]
     unknown = first[first["passed"].isna()]["verdict"]
-    why = (
-        f"{len(unknown)} of {len(first)} prompts are {unknown.iloc[0].replace('judged', 'judged:', 1)}"
-        if len(unknown)
-        else ""
-    )
+    reasons = "; ".join(dict.fromkeys(verdict.removeprefix("not judged ") for verdict in unknown))
+    why = f"{len(unknown)} of {len(first)} prompts are not judged: {reasons}" if reasons else ""
     if judged.empty:
         raise Unavailable(why)
     estimate = stats.share(judged["passed"])
@@ -1421,8 +1423,8 @@ def output_hash(cell: Cell) -> Estimate:
 
 
 def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
-    """The metric of one cell by part, {"": ...} where it has none; what is not known says why. Raises UserError where
-    the records hold a time or a count that cannot be."""
+    """The metric of one cell by part, {"": ...} where it has none; what is not known says why. Raises `stats.Damaged`
+    where the records hold a time or a count that cannot be."""
     if not cell.trials and definition.name != "failed_trials":
         return {"": unavailable("every trial failed" if cell.failed else "no trial was run")}
     if cell.record.engine == "forward" and definition.name in NOT_OF_FORWARDS:
@@ -1431,8 +1433,6 @@ def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
         result = definition.function(cell)
     except Unavailable as reason:
         return {"": unavailable(str(reason))}
-    except ValueError as error:
-        raise UserError(f"{definition.name} of {cell.record.id}: {error}; the records are damaged") from error
     return result if isinstance(result, dict) else {"": result}
 
 
@@ -1697,11 +1697,9 @@ def _of_trial(trial: TrialRecord) -> tuple[str, int, int, int]:
 
 
 def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
-    # Peers may verify drafts with the prompt: what the first step gained took no time after the first token.
-    first = trial.steps[0].committed if trial.steps else (1,) * len(trial.requests)
-    for r, gained in zip(trial.requests, first, strict=True):
+    for r, later in zip(trial.requests, trial.later, strict=True):
         yield (
-            *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, r.tokens - gained, r.ttft_seconds,
+            *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, later, r.ttft_seconds,
             r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct, r.passed,
             r.verdict,
         )  # fmt: skip

@@ -294,6 +294,13 @@ class TrialRecord:
     def key(self) -> tuple[str, int, int]:
         return (self.cell, self.group, self.repeat)
 
+    @property
+    def later(self) -> tuple[int, ...]:
+        """Tokens of each request after those of the first step, usually one: a peer may verify drafts with the prompt,
+        and what that gains takes no time after the first token. ValueError where that step is of other sequences."""
+        first = self.steps[0].committed if self.steps else (1,) * len(self.requests)
+        return tuple(request.tokens - gained for request, gained in zip(self.requests, first, strict=True))
+
     def to_json(self) -> str:
         """One line of JSON. Steps and forwards are stored by column: they are many and small."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -672,8 +672,7 @@ def _other_weights(manifest: Manifest, trials: Sequence[TrialRecord], points: Se
     kernels = {record.cell: record.kernels or {} for record in trials}
     for cell in (cell for point in points for cell in point.cells if cell.id in kernels and not cell.absent):
         kept = kernels[cell.id].get("drafter_weights") or kernels[cell.id].get("mask_adapter")
-        found = engines.drafter_weights(cell.engine, cell.options)
-        if kept and found and kept != found:
+        if kept and engines.drafter_weights(cell.engine, cell.options) not in ("", kept):
             chosen = cell.options.get("drafter") or cell.options["adapter"]
             changed.append(next(chosen[key] for key in ("zoo", "path", "hub") if key in chosen))
     return list(dict.fromkeys(changed))

@@ -26,6 +26,10 @@ DRIFT_BOUND = 0.05  # a step time that moves by more than this over a run is not
 Status = Literal["ok", "unavailable", "error"]
 
 
+class Damaged(ValueError):
+    """Numbers that no measurement gives: times of zero, not a number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """One number with its evidence. `n` counts clusters (prompts); `note` says why anything is missing or wrong."""
@@ -307,19 +311,19 @@ def _cluster_sums(
     tops = np.bincount(index, top, minlength=len(names))
     bottoms = np.bincount(index, bottom, minlength=len(names))
     if np.any((bottoms == 0) & (tops != 0)):
-        raise ValueError("a cluster has a numerator but its denominator is zero")
+        raise Damaged("a cluster has a numerator but its denominator is zero")
     return tops[bottoms != 0], bottoms[bottoms != 0]
 
 
 def _vector(values: ArrayLike) -> NDArray[np.float64]:
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or not np.isfinite(array).all():
-        raise ValueError("expected a one-dimensional array of finite numbers")
+        raise Damaged("expected a one-dimensional array of finite numbers")
     return array
 
 
 def _positive(values: ArrayLike) -> NDArray[np.float64]:
     array = _vector(values)
     if np.any(array <= 0):
-        raise ValueError("expected positive numbers: a time or a rate of zero cannot be compared")
+        raise Damaged("expected positive numbers: a time or a rate of zero cannot be compared")
     return array

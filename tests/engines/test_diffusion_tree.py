@@ -171,11 +171,11 @@ def test_a_step_that_ends_where_no_block_stands_drafts_from_the_nearest_one_or_d
     assert seen == [(3, 2, False, (4,)), (0, 1, True, (1,))] * 2
     # Blocks behind rows 1 and 3; it ends at row 2, for which row 1's block predicts two places of three.
     engine = Scripted(model, outputs, right_then_wrong(2), 4, 3, 2)
-    engine._drawn = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    engine._drawn = torch.tensor([1.0, 1.0, 0.5, 0.5]).log()
     _, steps, _ = metered(engine, ids, request)
     assert [(s.drafted[0], s.committed[0], s.covered[0], s.prepared) for s in steps[1:3]] == [
         (3, 3, False, (2, 4)),
-        (3, 3, False, (2, 2)),  # the third node is another first token
+        (3, 3, True, (2, 3)),  # the third node is another first token, behind which no path is drawn
     ]
 
 
@@ -225,7 +225,7 @@ def test_blocks_stand_where_the_drafter_says_that_steps_end(
     with pytest.MonkeyPatch.context() as patched:
         if not native:
             patched.setattr(cpu, "available", lambda: False)
-        rows, ends = tree_and_blocks(*grown, None, proposals, 2, MASK)
+        rows, ends = tree_and_blocks(*grown, proposals, 2, MASK)
     tree, probs = grown[0], logits.double().softmax(-1)
     want = Rows.tree_and_blocks(tree, ends, 2, MASK)
     for name in ("ids", "positions", "parents", "visible", "masks"):
@@ -351,14 +351,16 @@ def test_synthetic_acceptance_decides_how_much_a_step_gains(tokens: int) -> None
     assert engine.exact is None
 
 
+@pytest.mark.parametrize("first", [0.4, 0.8])  # the one block stands behind no draft, or behind all
 @pytest.mark.parametrize("execution", EXECUTIONS)
-def test_synthetic_sequences_of_a_batch_are_offered_and_gain_what_each_is_alone(execution: str) -> None:
+def test_synthetic_sequences_of_a_batch_are_offered_and_gain_what_each_is_alone(execution: str, first: float) -> None:
     model, ids, seeds = runtime("smollm", execution), prompts(6, 9, 5, 12, 8, 7), (5, 1, 2, 3, 4, 0)
-    engine = DiffusionTree(model, MASK, 4, 4, 1, synthetic=synthetic.parse({"rates": [0.4, 1.0, 1.0]}, 3))
+    engine = DiffusionTree(model, MASK, 4, 4, 1, synthetic=synthetic.parse({"rates": [first, 1.0, 1.0]}, 3))
     _, together, _ = metered(engine, ids, Request(40, GREEDY, seeds))
     idle = 0
     for row, prompt in enumerate(ids):
         _, alone, _ = metered(engine, [prompt], Request(40, GREEDY, seeds[row : row + 1]))
+        assert not any(step.committed[row] for step in together[len(alone) :])
         for mine, own in zip(together, alone, strict=False):
             assert mine.committed[row] == own.committed[0]
             if own.drafted:

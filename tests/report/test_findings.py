@@ -507,6 +507,9 @@ def test_bfloat16_that_torch_emulates_is_warned_of(
     (tmp_path / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
     found = " ".join(warnings(Results.of(metrics.load_run(tmp_path))))
     assert ("no instructions for products in bfloat16, which torch then emulates: autoregressive" in found) == said
+    planned["cells"] = [cell | {"dtype": "float32"} for cell in planned["cells"]]
+    (tmp_path / "run.json").write_text(json.dumps(planned))
+    assert "emulates" not in " ".join(warnings(Results.of(metrics.load_run(tmp_path))))
 
 
 @pytest.mark.parametrize(

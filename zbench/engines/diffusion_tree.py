@@ -27,6 +27,7 @@ from zbench.engines.sampling import on_device
 from zbench.engines.synthetic import Synthetic
 from zbench.engines.verify import commit_path, kernels, said, verify_tree
 from zbench.errors import UserError
+from zbench.kernels import cpu
 from zbench.models.adapter import MaskAdapter
 from zbench.models.model import Model
 from zbench.models.rows import Rows
@@ -73,10 +74,11 @@ class DiffusionTree:
         self.synthetic, self.exact = synthetic, None if synthetic else True
         self.kernels = {**model.kernels, **kernels(model.device)}
         self._tree = BlockTree(block - 1, tokens, model.device, whole=synthetic is not None)
-        self._drawn = None  # the chances that acceptance is drawn with; what is accepted are first children, whole
+        self._drawn = None  # the log [1 + tokens] of the chance that so many drafts are accepted, or more
         if synthetic is not None:
-            chances = torch.tensor(synthetic.chances, dtype=torch.float32, device=model.device)
-            self._drawn = F.pad(chances, (0, tokens + 1 - len(chances)))
+            reached = torch.tensor(synthetic.chances, dtype=torch.float64).flip(0).cumsum(0).flip(0)
+            reached = F.pad(reached, (0, tokens + 1 - len(reached))).log().clamp(min=cpu.NEVER)
+            self._drawn = reached.float().to(model.device)
 
     def generate(self, prompts: Sequence[Sequence[int]], request: Request, meter: Meter) -> Generated:
         return generate(self, prompts, request, meter)
@@ -104,9 +106,10 @@ class DiffusionTree:
         proposal = proposed(state.lookup, state, lambda _: drafted)
         tree, count = proposal.rows, proposal.rows.ids.shape[1]
         worth = proposal.worth(state.worth[:, : drafted.ids.shape[1]])
-        proposals = min(self.proposals, count)
-        drawn = None if self._drawn is None else self._drawn[:count]
-        rows, ends = tree_and_blocks(tree, worth, drawn, proposals, self.masks, self.mask_id)
+        if self._drawn is not None:  # along first children, which come first, and no others
+            path = (tree.parents == torch.arange(-1, count - 1, device=worth.device)).long().cumprod(1).bool()
+            worth = self._drawn[:count].where(path & (worth > cpu.NEVER / 2), cpu.NEVER)
+        rows, ends = tree_and_blocks(tree, worth, min(self.proposals, count), self.masks, self.mask_id)
         at_once = rows.ids.numel() <= ONE_HEAD_ROWS
         out = meter.forward(
             model,

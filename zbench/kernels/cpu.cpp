@@ -1211,18 +1211,18 @@ void zb_block_tree(const float* logits, int64_t ld, const int64_t* last, const i
     }
 }
 // The P of N rows of a tree at which a path is likeliest to end, in their order, and the tree with a block of M masks behind each
-// (models/rows.py, `tree_and_blocks`). worth [B, N]: the log of the chance that a path reaches each row; drawn [N], or null: the
-// chance that it ends there. Out: ends [B, P]; ids, positions, parents and masks [B, R] and visible [B, R, R], R = N + P M.
+// (models/rows.py, `tree_and_blocks`). worth [B, N]: the log of the chance that a path reaches each row.
+// Out: ends [B, P]; ids, positions, parents and masks [B, R] and visible [B, R, R], R = N + P M.
 void zb_tree_and_blocks(const int64_t* tree_ids, const int64_t* tree_positions, const int64_t* tree_parents, const uint8_t* tree_visible,
-                        const float* worth, const float* drawn, int64_t B, int64_t N, int64_t P, int64_t M, int64_t mask, int64_t* ends,
+                        const float* worth, int64_t B, int64_t N, int64_t P, int64_t M, int64_t mask, int64_t* ends,
                         int64_t* ids, int64_t* positions, int64_t* parents, int64_t* masks, uint8_t* visible) {
     const int64_t R = N + P * M;
     std::vector<float> chance(N);
     memset(visible, 0, B * R * R);
     for (int64_t b = 0; b < B; b++, ends += P, ids += R, positions += R, parents += R, masks += R, visible += R * R) {
         const int64_t at = b * N;
-        for (int64_t r = 0; r < N; r++) chance[r] = drawn ? drawn[r] : expf(worth[at + r]);
-        for (int64_t r = 1; r < N && !drawn; r++)
+        for (int64_t r = 0; r < N; r++) chance[r] = expf(worth[at + r]);
+        for (int64_t r = 1; r < N; r++)
             if (tree_parents[at + r] >= 0) chance[tree_parents[at + r]] -= expf(worth[at + r]);
         for (int64_t p = 0; p < P; p++) {
             int64_t best = -1;

@@ -457,12 +457,9 @@ def block_tree(
     return out[0], out[1], out[2], visible, worth
 
 
-def tree_and_blocks(
-    tree: Sequence[Tensor], worth: Tensor, drawn: Tensor | None, proposals: int, block: int, mask: int
-) -> tuple[Tensor, ...]:
-    """`models.trees.tree_and_blocks` in one call: the ids, positions, parents [B, N] and
-    visible [B, N, N] of a tree, its worth [B, N] and, or None, the chances [N] to end at its rows -> the ends
-    [B, proposals]; ids, positions, parents, masks [B, R] and visible [B, R, R]."""
+def tree_and_blocks(tree: Sequence[Tensor], worth: Tensor, proposals: int, block: int, mask: int) -> tuple[Tensor, ...]:
+    """`models.trees.tree_and_blocks` in one call: a tree's ids, positions, parents [B, N] and visible [B, N, N], and its
+    worth [B, N] -> the ends [B, proposals]; ids, positions, parents, masks [B, R] and visible [B, R, R]."""
     batch, count = worth.shape
     rows = count + proposals * block
     given = [x.contiguous() for x in (*tree, worth)]
@@ -470,7 +467,6 @@ def tree_and_blocks(
     visible = torch.empty(batch, rows, rows, dtype=torch.bool)
     _library().zb_tree_and_blocks(
         *(ctypes.c_void_p(x.data_ptr()) for x in given),
-        None if drawn is None else ctypes.c_void_p(drawn.data_ptr()),
         *(ctypes.c_int64(n) for n in (batch, count, proposals, block, mask)),
         *(ctypes.c_void_p(x.data_ptr()) for x in (ends, *out, visible)),
     )

@@ -62,28 +62,19 @@ class BlockTree:
         return rows, torch.cat([torch.zeros_like(worth[:, :1]), worth], 1)
 
 
-def tree_and_blocks(
-    tree: Rows, worth: Tensor, drawn: Tensor | None, proposals: int, block: int, mask: int
-) -> tuple[Rows, Tensor]:
+def tree_and_blocks(tree: Rows, worth: Tensor, proposals: int, block: int, mask: int) -> tuple[Rows, Tensor]:
     """A tree with a block of masks behind each of the `proposals` rows at which a path is likeliest to end, and these
     rows [B, proposals], ascending.
 
     With w the chance that a path reaches a row (`worth` [B, N] is its log), it ends there with w(v) less the sum of w
-    over the row's children; `drawn` [N] says it outright. Rows but the first that have no parent are padding, of worth
-    `cpu.NEVER`.
+    over the row's children. Rows but the first that have no parent are padding, of worth `cpu.NEVER`.
     """
     if worth.device.type == "cpu" and cpu.available():
         fields = (tree.ids, tree.positions, tree.parents, tree.visible)
-        ends, ids, positions, parents, masks, visible = cpu.tree_and_blocks(
-            fields, worth, drawn, proposals, block, mask
-        )
+        ends, ids, positions, parents, masks, visible = cpu.tree_and_blocks(fields, worth, proposals, block, mask)
         return Rows(ids, positions, parents, visible, masks=masks), ends
     reached = worth.exp()
-    chances = (
-        reached.scatter_add(1, tree.parents[:, 1:].clamp(min=0), -reached[:, 1:])
-        if drawn is None
-        else drawn.expand_as(worth)
-    )
+    chances = reached.scatter_add(1, tree.parents[:, 1:].clamp(min=0), -reached[:, 1:])
     ends = chances.sort(dim=1, descending=True, stable=True).indices[:, :proposals].sort(1).values
     return Rows.tree_and_blocks(tree, ends, block, mask), ends
 

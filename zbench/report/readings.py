@@ -318,7 +318,7 @@ def together(results: Results, cell: Cell) -> float | None:
     """Tokens/s of all sequences in decode, from the first one's first token to the last one's last; of whole batches,
     where there is one."""
     trials = [trial for trial in cell.trials if len(trial.requests) == cell.record.batch] or cell.trials
-    tokens = sum(request.tokens - 1 for trial in trials for request in trial.requests)
+    tokens = sum(sum(trial.later) for trial in trials)
     ends = [([r.ttft_seconds for r in trial.requests], [r.end_seconds for r in trial.requests]) for trial in trials]
     seconds = sum(max(last) - min(first) for first, last in ends)
     return tokens / seconds if tokens and seconds > 0 else None

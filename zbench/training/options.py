@@ -10,8 +10,8 @@ _OPTIONS = {
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
-            "seed", "written", "opened", "batch", "rate", "dtype", "block", "short_block", "rank", "draft_vocab", "reach",
-            "ffn", "layers", "alpha", "mask_id", "prompts",
+            "seed", "written", "opened", "batch", "rate", "dtype", "block", "short_block", "rank", "draft_vocab",
+            "reach", "ffn", "layers", "alpha", "mask_id", "prompts",
         )
     },
 }  # fmt: skip
