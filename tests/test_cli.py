@@ -312,7 +312,8 @@ def test_a_device_of_unknown_roofs_is_given_nobody_elses(yaml: Path, monkeypatch
     rate = {"value": 1e9}
     kept = {"bandwidth": {"read": rate}, "flops": {"float32": rate}, "measured": "today"}
     monkeypatch.setattr(roofs, "cached", lambda device: kept)
-    assert "unknown: no float16 rate of" in zbench("run", yaml, "--dry-run", "-o", "dtype=float16").stdout
+    said = zbench("run", yaml, "--dry-run", "-o", "dtype=float16").stdout
+    assert "unknown: no float16 rate of" in said and "; zbench roofs --dtype float16 measures it" in said
 
 
 def test_all_scenario_files_are_checked_before_one_fails(yaml: Path, tmp_path: Path) -> None:
@@ -342,7 +343,11 @@ def test_project_needs_to_be_told_a_device_that_is_known(yaml: Path, tmp_path: P
     refused(zbench("project", yaml), "no device to project to", "--device NAME", "hardware: NAME")
     refused(zbench("project", yaml, "--device", "TPU9"), "unknown hardware 'TPU9'", "known: MI300X, MI325X")
     refused(zbench("project", yaml, "--device", "h"), "'h' could be H100 SXM, H200 SXM")
-    refused(zbench("project", yaml, "--device", "MI300X", "--out", tmp_path), "no float32 rate of MI300X is known")
+    refused(
+        zbench("project", yaml, "--device", "MI300X", "--out", tmp_path),
+        "no float32 rate of MI300X is known",
+        "choose another dtype",
+    )
     assert zbench("project", yaml, "--device", "MI300X", "--memory-fraction", "0").exit_code == 2
 
 

@@ -791,6 +791,21 @@ def test_launches_are_counted_on_a_graph_that_is_there_and_not_while_it_is_recor
     assert launched(fresh) == launched(ready)
 
 
+def test_what_the_first_forward_of_a_kind_does_once_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = runtime("smollm", "eager")
+    usual, forward, calls = launched(model), model.forward, 0
+
+    def prepares(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for _ in range(9 if calls <= 2 else 0):  # the prompt's, and the first that decodes
+            torch.ones(4).add_(1)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", prepares)
+    assert launched(model) == usual
+
+
 def test_one_graph_serves_every_context_where_attention_needs_no_span() -> None:
     model = runtime("smollm", "eager")
     for spans, graphs in ((True, 2), (False, 1)):
