@@ -458,8 +458,8 @@ def block_tree(
 
 
 def tree_and_blocks(tree: Sequence[Tensor], worth: Tensor, proposals: int, block: int, mask: int) -> tuple[Tensor, ...]:
-    """`models.trees.tree_and_blocks` in one call: ids, positions, parents [B, N], visible [B, N, N] and worth [B, N] of a
-    tree -> the ends [B, proposals]; ids, positions, parents, masks [B, R] and visible [B, R, R]."""
+    """`models.trees.tree_and_blocks` in one call: ids, positions, parents [B, N] and visible [B, N, N] of a tree, worth
+    [B, N] -> the ends [B, proposals]; ids, positions, parents, masks [B, R] and visible [B, R, R]."""
     batch, count = worth.shape
     rows = count + proposals * block
     given = [x.contiguous() for x in (*tree, worth)]
