@@ -89,6 +89,22 @@ def test_files_that_do_not_fit_are_refused_in_one_line(files: Sequence[Path], st
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "old", "new", "fragment"),
+    [
+        (PMC, "Start_Timestamp", "Start", r"rocprofv3_counter_collection\.csv: lacks Start_Timestamp"),
+        (PMC, "1010,1060", "soon,1060", r"counter_collection\.csv: 'soon' is no number"),
+        (PMC, ",1024.000000,1010,1060", "", r"counter_collection\.csv: '' is no number"),
+        (MARKERS, "1000,1100", "1000", r"marker_api_trace\.csv: '' is no number"),
+        (NCU, '"10.24"', '"n/a"', r"ncu-details\.csv: 'n/a' is no number"),
+    ],
+)
+def test_what_a_profilers_file_lacks_is_named(tmp_path: Path, file: Path, old: str, new: str, fragment: str) -> None:
+    others = {PMC: [MARKERS], MARKERS: [PMC], NCU: []}
+    with pytest.raises(UserError, match=fragment):
+        read([edited(tmp_path, file, old, new), *others[file]], 2, "zbench step")
+
+
 def test_an_unknown_unit_is_not_guessed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no unit of bytes"):
         read([edited(tmp_path, NCU, '"Mbyte"', '"sector"')], 2, "zbench step")
@@ -143,4 +159,7 @@ def test_gpm_gives_bytes_from_activity_and_the_peak(monkeypatch: pytest.MonkeyPa
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
 
     broken.nvmlGpmMetricsGet = refused
+    assert "Permission" in watched(broken, 1e12, monkeypatch).why_not["bytes"]
+    broken = nvml(40.0)
+    broken.nvmlGpmSampleGet = refused
     assert "Permission" in watched(broken, 1e12, monkeypatch).why_not["bytes"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,7 +134,7 @@ def _timed(kernels: Iterable[Mapping[str, Any]]) -> tuple[Timed, ...]:
 
 def _rocprof(counted: Sequence[_Table], marked: Sequence[_Table], steps: int, range_name: str) -> Measured:
     spans = sorted(
-        (int(row["Start_Timestamp"]), int(row["End_Timestamp"]))
+        (_number(table.file, row["Start_Timestamp"], int), _number(table.file, row["End_Timestamp"], int))
         for table in marked
         for row in table.rows
         if row["Function"] == range_name
@@ -146,8 +146,10 @@ def _rocprof(counted: Sequence[_Table], marked: Sequence[_Table], steps: int, ra
     total: dict[str, float] = {}
     kernels = set()
     for table in counted:
+        if lacking := {"Start_Timestamp", "Process_Id", "Dispatch_Id"} - table.columns:
+            raise UserError(f"{table.file}: lacks {', '.join(sorted(lacking))}, which rocprofv3 writes")
         for row in table.rows:
-            began = int(row["Start_Timestamp"])
+            began = _number(table.file, row["Start_Timestamp"], int)
             if row["Counter_Name"] not in _ROCPROF or not any(start <= began <= end for start, end in spans):
                 continue
             what, unit = _ROCPROF[row["Counter_Name"]]
@@ -169,11 +171,12 @@ def _measured(source: str, total: Mapping[str, float], kernels: int, no_flops: s
     return Measured(source, moved, flops, why, kernels)
 
 
-def _number(file: Path, text: str) -> float:
+def _number(file: Path, text: str | None, kind: Callable[[str], float] = float) -> float:
+    """`text` is None where the row ends before it."""
     try:
-        return float(text.replace(",", ""))
+        return kind((text or "").replace(",", ""))
     except ValueError:
-        raise UserError(f"{file}: {text!r} is no number") from None
+        raise UserError(f"{file}: {text or ''!r} is no number") from None
 
 
 # --- GPM ---
@@ -191,11 +194,17 @@ class Gpm:
     def watching(self) -> Iterator[None]:
         """The device must be idle when it begins and ends: what runs within is what is measured."""
         nvml, samples = self._nvml, []
+        self.measured = None
         try:
-            samples += [nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()]
-            nvml.nvmlGpmSampleGet(self._gpu, samples[0])
+            try:
+                samples += [nvml.nvmlGpmSampleAlloc(), nvml.nvmlGpmSampleAlloc()]
+                nvml.nvmlGpmSampleGet(self._gpu, samples[0])
+            except nvml.NVMLError as error:
+                self.measured = self._none(str(error))
             start = time.perf_counter()
             yield
+            if self.measured:
+                return
             seconds = time.perf_counter() - start
             if seconds < GPM_SECONDS:
                 self.measured = self._none(f"the steps took {seconds * 1e3:.0f} ms, GPM needs 100: more --steps")
