@@ -228,6 +228,11 @@ def test_the_report_shows_sensors_or_says_why_not(tmp_path: Path) -> None:
     assert {"power.svg", "clock.png", "activity-dark.svg"} <= {p.name for p in (folder / "figures").iterdir()}
 
 
+def test_sampling_is_not_claimed_where_nothing_could_be_sampled(tmp_path: Path) -> None:
+    page = render(with_telemetry(tmp_path, **dict.fromkeys(telemetry.SENSORS, "unavailable: no NVML"))).read_text()
+    assert "unavailable: no NVML." in page and "Sampled every" not in page
+
+
 def test_a_run_without_telemetry_says_so(tmp_path: Path) -> None:
     page = render(write_run(tmp_path)).read_text()
     assert "No telemetry was recorded." in page

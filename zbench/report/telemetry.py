@@ -13,7 +13,7 @@ from zbench.metrics import Cell
 from zbench.report.figures import Plot, Theme, _legend_lines, _legend_name, _legend_of_engines, _series
 from zbench.report.findings import listed, name, quantity
 from zbench.results import Results
-from zbench.telemetry import Segment
+from zbench.telemetry import SENSORS, Segment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def said(results: Results) -> list[str]:
         of = f" ({facts['of']})" if isinstance(facts, dict) and facts.get("of") else ""
         sentences.append(f"Energy is the whole device’s{of}, what it draws when idle included, by {last.source}.")
     sentences += [_throttled(results, cell) for cell in results.run.cells if results.value(cell, "throttled")]
-    return [*sentences, _cost(last)]
+    return [*sentences, _cost(last)] if any(map(last.has, SENSORS)) else sentences
 
 
 def _energy_words(results: Results) -> list[str]:
