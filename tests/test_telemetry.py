@@ -194,6 +194,14 @@ def test_metrics_of_energy_follow_their_formulas(tmp_path: Path) -> None:
             {"options": {"url": "http://there:8000"}},
             "only this machine's device is sampled, and the server may be elsewhere",
         ),
+        (
+            {"options": {"settings": {"tensor_parallel_size": 4}}},
+            "only one device is sampled, and the engine may use several (--tensor_parallel_size=4)",
+        ),
+        (
+            {"options": {"url": None, "server": {"command": ["vllm", "serve", "{model}", "-tp", "4"]}}},
+            "only one device is sampled, and the engine may use several (-tp 4)",
+        ),
     ],
 )
 def test_energy_of_one_device_is_not_that_of_several(tmp_path: Path, devices: dict[str, Any], why: str) -> None:
@@ -213,6 +221,23 @@ def test_energy_of_one_device_is_not_that_of_several(tmp_path: Path, devices: di
         others = [replace(t, group=t.group + 100) for t in read_trials(folder)[0]]
         (folder / "trials.jsonl").write_text(trials + "".join(t.to_json() + "\n" for t in others))
         assert metrics.mean_power(metrics.load_run(folder).cells[0]).value == pytest.approx(150)
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("serve --data-parallel-size 2", "--data-parallel-size 2"),
+        ("serve --tp=1 --pipeline-parallel-size=2", "--pipeline-parallel-size=2"),
+        ("serve --dp-size 16", "--dp-size 16"),
+        ("trtllm-serve --tp_size 8 {model}", "--tp_size 8"),
+        ("serve --tensor-parallel-size 1 --data-parallel-size-local 2 --no-tp 4 --tp 4x", ""),
+    ],
+)
+def test_devices_that_an_engine_spreads_over_share_its_throughput(tmp_path: Path, command: str, given: str) -> None:
+    cell = metrics.load_run(write_run(tmp_path)).cells[0]
+    cell = replace(cell, record=replace(cell.record, options={"server": {"command": command.split()}}))
+    found = metrics.evaluate(metrics.METRICS["throughput_per_device"], cell)[""]
+    assert cell.spread == given and (found.value is None) == bool(given)
 
 
 def test_the_report_shows_sensors_or_says_why_not(tmp_path: Path) -> None:

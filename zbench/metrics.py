@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -53,6 +54,9 @@ OVERHEAD = 2.0
 AT_LEAST = "at least: the most rows measured"
 ALL_MEMORY = "memory takes longer than arithmetic"
 READ_BACK = "the tokens were read back from a server's text, and may be others of the same spelling"
+
+# Arguments of vLLM, SGLang and TensorRT-LLM.
+_SPREAD = re.compile(r"(?<!\S)--?(?:(?:tensor|pipeline|data)[-_]parallel|[tpd]p)(?:[-_]size)?[ =](\d+)(?!\S)")
 
 # Of the bytes and FLOPs of a step, up to which other prompts are no other work: a small part of the drift that counts.
 ALIKE = 0.01
@@ -167,6 +171,14 @@ class Cell:
         return self.record.tensor * self.record.replicas
 
     @property
+    def spread(self) -> str:
+        """The argument by which vLLM or a started server uses several devices; "" without one."""
+        options = self.record.options
+        given = [*(options.get("server") or {}).get("command", ())]
+        given += [f"--{name}={value}" for name, value in (options.get("settings") or {}).items()]
+        return next((found[0] for found in _SPREAD.finditer(" ".join(given)) if int(found[1]) > 1), "")
+
+    @property
     def decoded(self) -> pd.DataFrame:
         """Requests with a decode phase: tokens after those of the first step."""
         requests = self.requests[self.requests["later"] > 0]
@@ -269,6 +281,8 @@ class Cell:
             raise Unavailable(f"only rank 0's device is sampled, and {self.record.replicas} replicas share the prompts")
         if self.record.options.get("url"):
             raise Unavailable("only this machine's device is sampled, and the server may be elsewhere")
+        if self.spread:
+            raise Unavailable(f"only one device is sampled, and the engine may use several ({self.spread})")
         return self.device_energy
 
     @cached_property
@@ -527,6 +541,8 @@ def throughput(cell: Cell) -> Estimate:
     "higher",
 )
 def throughput_per_device(cell: Cell) -> Estimate:
+    if cell.spread:
+        raise Unavailable(f"the engine may use several devices ({cell.spread})")
     whole = throughput(cell)
     edges = (whole.value, whole.low, whole.high)
     value, low, high = (None if edge is None else float(edge) / cell.record.tensor for edge in edges)
