@@ -1335,12 +1335,12 @@ def mean_power(cell: Cell) -> Estimate:
     return _of_energy(cell.device_energy, "joules", "seconds")
 
 
-@metric("core_clock", "Hz", "mean of the samples of the core clock during trials", "none")
+@metric("core_clock", "Hz", "mean of the samples of the core clock during trials, the first of each left out", "none")
 def core_clock(cell: Cell) -> Estimate:
     return _mean_of_samples(cell, "core_clock")
 
 
-@metric("temperature", "°C", "highest sample of the temperature during trials", "none")
+@metric("temperature", "°C", "highest sample of the temperature during trials, the first of each left out", "none")
 def temperature(cell: Cell) -> Estimate:
     trials, groups = cell.sampled("temperature")
     hottest = max(float(values.max()) for values in trials)
@@ -1368,7 +1368,12 @@ def memory_activity(cell: Cell) -> Estimate:
     return _mean_of_samples(cell, "memory_activity")
 
 
-@metric("throttled", "1", "samples during trials at which the device says that it throttles / all of them", "lower")
+@metric(
+    "throttled",
+    "1",
+    "samples during trials, the first of each left out, at which the device says that it throttles / all of them",
+    "lower",
+)
 def throttled(cell: Cell) -> Estimate:
     trials, groups = cell.sampled("throttle")
     estimate = stats.ratio([sum(map(bool, values)) for values in trials], [len(values) for values in trials], groups)

@@ -72,9 +72,10 @@ class Segment:
         return known.removeprefix("unavailable: ") if isinstance(known, str) else "not recorded"
 
     def within(self, key: Key, sensor: str = "") -> np.ndarray:
-        """[n] whether a sample lies in the trial, and what it says of `sensor` too."""
+        """[n] whether a sample lies in the trial, and what it says of `sensor` too: the sample that begins a trial is
+        of what was before."""
         start, end = self.windows[key]
-        return (self.times >= start + self.lag(sensor)) & (self.times <= end)
+        return (self.times > start + self.lag(sensor)) & (self.times <= end)
 
     def lag(self, sensor: str) -> float:
         """Seconds before a reading that it may be of."""

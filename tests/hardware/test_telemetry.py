@@ -364,7 +364,7 @@ def test_samples_surround_a_trial_and_missing_sensors_keep_their_reason(tmp_path
     assert end - start >= 0.15
     assert start in segment.times and end in segment.times
     energy = dict(zip(segment.times, segment.values["energy"], strict=True))
-    assert energy[end] - energy[start] == segment.within(("a", 0, 1)).sum() - 1
+    assert energy[end] - energy[start] == segment.within(("a", 0, 1)).sum()
     assert segment.sensors["energy"]["of"] == "all of it"  # type: ignore[index]
     assert segment.sensors["energy"]["update_seconds"] > 0  # type: ignore[index]
     assert segment.sensors["power"] == "unavailable: there is none"
@@ -374,6 +374,31 @@ def test_samples_surround_a_trial_and_missing_sensors_keep_their_reason(tmp_path
     assert set(segment.values["throttle"]) == {"power cap"}
     assert not segment.has("power") and segment.why_not("power") == "there is none"
     assert segment.cost["samples"] == len(segment.times)
+
+
+def test_what_was_before_a_trial_is_not_the_trials(tmp_path: Path) -> None:
+    counts, last = [0], [0]
+
+    def throttle() -> str:
+        grown = counts > last
+        last[:] = counts
+        return "temperature" if grown else ""
+
+    path = tmp_path / records.TELEMETRY
+    sensors = {"throttle": Sensor(throttle), "core_clock": Sensor(lambda: 2e9 if running else 3e8)}
+    running = False
+    with telemetry.Sampler(Source("made up", "device", sensors), path, 10.0) as sampler:
+        time.sleep(0.05)
+        counts[0] = 1
+        with sampler.window(("a", 0, 0)):
+            running = True
+        with sampler.window(("a", 0, 1)):
+            counts[0] = 2
+    found = records.read(tmp_path)
+    assert found is not None
+    assert set(found.samples(("a", 0, 0), "throttle")) == {""}
+    assert "temperature" in found.samples(("a", 0, 1), "throttle")
+    assert set(found.samples(("a", 0, 0), "core_clock")) == {2e9}
 
 
 def test_a_reading_that_fails_later_is_a_gap_with_a_reason(tmp_path: Path) -> None:
