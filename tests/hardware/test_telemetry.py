@@ -16,6 +16,7 @@ import pynvml
 import pytest
 
 from zbench import telemetry as records
+from zbench.errors import UserError
 from zbench.hardware import telemetry
 from zbench.hardware.device import Device
 from zbench.hardware.telemetry import Sensor, Source
@@ -399,6 +400,16 @@ def test_what_was_before_a_trial_is_not_the_trials(tmp_path: Path) -> None:
     assert set(found.samples(("a", 0, 0), "throttle")) == {""}
     assert "temperature" in found.samples(("a", 0, 1), "throttle")
     assert set(found.samples(("a", 0, 0), "core_clock")) == {2e9}
+
+
+def test_a_full_disk_does_not_replace_the_error_that_ends_the_run(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"cannot write trials\.jsonl"),
+        telemetry.Sampler(Source("none", "device", {}), tmp_path / records.TELEMETRY, 0.01) as sampler,
+    ):
+        sampler._file = Path("/dev/full").open("ab+")  # noqa: SIM115, the sampler closes it
+        sampler._write({})
+        raise UserError("cannot write trials.jsonl")
 
 
 def test_a_reading_that_fails_later_is_a_gap_with_a_reason(tmp_path: Path) -> None:

@@ -413,7 +413,8 @@ class Sampler:
         spent = {"cpu_seconds": round(self._spent, 6), "seconds": round(time.monotonic() - self._began, 3)}
         counted = {"samples": self._samples, "period": round(self._slowest, 4), "failures": self._failures}
         self._write({"cost": spent | counted})
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what a full disk left in the buffer
+            self._file.close()
 
     @contextmanager
     def window(self, key: Key) -> Iterator[None]:
