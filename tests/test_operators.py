@@ -101,7 +101,12 @@ def test_the_page_shows_it_and_is_rendered_again_the_same(folder: Path) -> None:
     assert CliRunner().invoke(main, ["report", str(folder)]).output.strip() == str(page)
     assert page.read_bytes() == before
     text = page.read_text()
-    for said in ("torch (device is cpu)", "disagrees with the reference", "of the measured roof", "fit into the last"):
+    for said in (
+        "torch (device is cpu)",
+        "disagrees with the reference",
+        "of the measured roof",
+        "less than four times the last",
+    ):
         assert said in text
     assert pages.headline(folder)[0].startswith("scaled runs torch (device is cpu): ")
 
@@ -150,6 +155,57 @@ def test_arguments_are_as_many_as_pass_the_cache(monkeypatch: pytest.MonkeyPatch
     case = Case("x", lambda seed: (torch.full((250,), float(seed)), [torch.zeros(250)]))
     sets, past = operators.argument_sets(case, devices.resolve("cpu"), seed=3)
     assert past and [float(x[0]) for x, _ in sets] == [3, 4, 5, 6, 7]
+
+
+def _writing(x: Tensor, out: Tensor) -> None:
+    out.copy_(x)
+
+
+def _skipping(x: Tensor, out: Tensor) -> None:
+    out[1:] = x[1:]
+
+
+def _failing(x: Tensor, out: Tensor) -> None:
+    raise RuntimeError("no such thing")
+
+
+WRITTEN = Kernel(
+    "written", _writing, _writing, lambda x, out: Work(0, x.nbytes, out.nbytes),
+    lambda device, seed: (torch.ones(8), torch.zeros(8)), tolerance=1e-6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda x, out: _writing(x, out), None),
+        (_skipping, "disagrees with the reference: relative error 3.5e-01"),
+        (_failing, "failed: RuntimeError: no such thing"),
+    ],
+)
+def test_the_kernel_that_is_used_is_timed_where_it_agrees_on_the_case(
+    call: Any, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "choose", lambda name, device: registry.Choice(call, "triton"))
+    ready, missing = operators.implementations(WRITTEN, devices.resolve("cpu"), [WRITTEN.example("cpu", 0)])
+    assert {name: label for name, (label, _) in ready.items()} == {
+        **({} if why else {"kernel": "triton"}),
+        "reference": "torch",
+    }
+    assert next(iter(ready)) == ("reference" if why else "kernel")
+    assert missing.get("kernel") == why
+
+
+def test_a_kernel_that_disagrees_on_a_case_is_said_to(folder: Path) -> None:
+    run = json.loads((folder / KERNELS).read_text())
+    run["rows"].append({**run["rows"][0], "case": "other", "missing": {"kernel": "disagrees"}})
+    (folder / KERNELS).write_text(json.dumps(run))
+    said = pages.headline(folder)
+    assert said[0].startswith("scaled runs torch (device is cpu): ")
+    assert "warning: scaled, other: the kernel that is used disagrees; it is not timed." in said
+    run["rows"] = run["rows"][1:]
+    (folder / KERNELS).write_text(json.dumps(run))
+    assert pages.headline(folder)[0] == "scaled: what runs was timed in no case."
 
 
 def test_a_kernel_without_cases_is_timed_on_its_example() -> None:

@@ -7,6 +7,7 @@ be that in which the host starts it. Implementations alternate, A B B A, and a r
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -141,29 +142,36 @@ def implementations(
     kernel: Kernel, device: Device, sets: Sequence[tuple[Any, ...]]
 ) -> tuple[dict[str, tuple[str, list[Thunk]]], dict[str, str]]:
     """(name -> what runs and its calls, name -> why it is not timed). The reference is always among them, and whatever
-    disagrees with it is not."""
+    disagrees with it is not. The kernel that is used comes first, if it is timed."""
     choice = registry.choose(kernel.name, device.torch)
-    ready: dict[str, tuple[str, list[Thunk]]] = {}
+    own = choice.call is kernel.reference
+    others = {} if own else {"kernel": lambda *arguments: partial(choice.call, *arguments)}
+    references: list[Thunk] = [partial(kernel.reference, *arguments) for arguments in sets]
+    ready: dict[str, tuple[str, list[Thunk]]] = {"reference": (choice.label if own else "torch", references)}
     missing: dict[str, str] = {}
-    if choice.call is kernel.reference:
-        ready["reference"] = (choice.label, [partial(kernel.reference, *arguments) for arguments in sets])
-    else:
-        ready["kernel"] = (choice.label, [partial(choice.call, *arguments) for arguments in sets])
-        ready["reference"] = ("torch", [partial(kernel.reference, *arguments) for arguments in sets])
-    for name, prepare in kernel.rivals.items():
+    for name, prepare in {**others, **kernel.rivals}.items():
         try:
             calls = [prepare(*arguments) for arguments in sets]
-            error = registry.worst_error(calls[0](), kernel.reference(*sets[0]))
+            error = _error(kernel, calls[0], sets[0], written=name == "kernel")
         except Unavailable as reason:
             missing[name] = str(reason)
         except Exception as failure:  # what is not ours may fail in any way, and the rest goes on
             missing[name] = f"failed: {type(failure).__name__}: {next(iter(str(failure).splitlines()), 'no message')}"
         else:
             if error <= kernel.tolerance:
-                ready[name] = (name, calls)
+                ready[name] = (choice.label if name == "kernel" else name, calls)
             else:
                 missing[name] = f"disagrees with the reference: relative error {error:.1e}"
-    return ready, missing
+    return dict(sorted(ready.items(), key=lambda entry: entry[0] != "kernel")), missing
+
+
+def _error(kernel: Kernel, call: Thunk, arguments: tuple[Any, ...], written: bool) -> float:
+    """Of what a call returns; if `written`, of its arguments afterwards too, which a rival need not write."""
+    theirs = copy.deepcopy(arguments)
+    found, wanted = [call()], [kernel.reference(*theirs)]
+    if written:
+        found, wanted = [*found, *arguments], [*wanted, *theirs]
+    return registry.worst_error(found, wanted)
 
 
 class Pass(NamedTuple):

@@ -165,6 +165,17 @@ def test_errors_are_relative_by_norm_and_what_is_not_finite_must_be_equal(
     assert registry.worst_error(torch.tensor(found), torch.tensor(wanted)) == pytest.approx(error)
 
 
+def test_what_is_large_is_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, wanted = torch.zeros(3, 5).T, torch.zeros(3, 5).T
+    found[0, 0], wanted[0, 0], wanted[4, 2] = 3.0, 3.0, 4.0
+    assert registry.worst_error(found, wanted) == pytest.approx(0.8)
+    monkeypatch.setattr(registry, "_PIECE", 2)
+    assert registry.worst_error(found, wanted) == pytest.approx(0.8)
+    found[2, 1] = NAN
+    assert registry.worst_error(found, wanted) == INF
+    assert registry.worst_error(found[:0], wanted[:0]) == 0
+
+
 def test_integers_must_be_equal_and_the_worst_of_all_counts() -> None:
     good, off = torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.01])
     ids = torch.tensor([1, 2])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ MODULES: dict[str, str] = {  # operator -> module of `zbench.kernels` whose `KER
     "stream_triad": "stream:TRIAD",
     "verify": "verify",
 }
+
+
+_PIECE = 2**24  # elements that are compared at once: a whole cache in float64, and its masks, may not fit beside it
 
 
 class Work(NamedTuple):
@@ -60,7 +64,7 @@ class Kernel:
     launch: Callable[..., Any]  # Triton; also in its interpreter
     cost: Callable[..., Work]
     example: Callable[[torch.device, int], tuple[Any, ...]]  # device, seed -> arguments of a small, awkward call
-    tolerance: float  # of the example: error of each floating result by norm, relative to the reference's
+    tolerance: float  # of the example and the cases: error of each floating result by norm, relative to the reference's
     cases: Callable[[torch.device], Sequence[Case]] | None = None  # what `zbench run` times; None: the example
     # What else computes this: name -> arguments to the call that is timed. May raise Unavailable.
     rivals: Mapping[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
@@ -145,14 +149,20 @@ def worst_error(found: Any, wanted: Any) -> float:
             return float("inf")
         if not wanted.is_floating_point():
             return 0.0 if torch.equal(found, wanted) else float("inf")
-        finite = wanted.isfinite()
-        if not torch.allclose(found[~finite], wanted[~finite], equal_nan=True):
-            return float("inf")
-        found, wanted = found[finite].double(), wanted[finite].double()
-        error, norm = (found - wanted).norm().item(), wanted.norm().item()
+        pieces = zip(*(each.reshape(-1).split(_PIECE) for each in (found, wanted)), strict=True)
+        error, norm = (math.hypot(*each) for each in zip(*(_norms(*piece) for piece in pieces), strict=True))
         return (error / norm if norm else error) if error == error else float("inf")
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         if not isinstance(found, Sequence) or len(found) != len(wanted):
             return float("inf")
         return max((worst_error(*pair) for pair in zip(found, wanted, strict=True)), default=0.0)
     return 0.0
+
+
+def _norms(found: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """(||found - wanted||, ||wanted||) where `wanted` is finite; the first is infinite where the rest differs."""
+    finite = wanted.isfinite()
+    if not torch.allclose(found[~finite], wanted[~finite], equal_nan=True):
+        return float("inf"), 0.0
+    found, wanted = found[finite].double(), wanted[finite].double()
+    return (found - wanted).norm().item(), wanted.norm().item()

@@ -61,8 +61,10 @@ def _answers(run: Data) -> list[str]:
 
 
 def _answer(name: str, rows: list[Data]) -> str:
-    """The implementation that is used, which comes first in every row."""
-    used = [row["times"][0] for row in rows]
+    """The implementation that is used, which comes first in every row where it was timed."""
+    used = [row["times"][0] for row in rows if "kernel" not in row["missing"]]
+    if not used:
+        return f"{name}: what runs was timed in no case."
     shares = sorted(time["share_of_roof"] for time in used)
     said = _range([quantity(share, "1") for share in (shares[0], shares[-1])])
     gains = sorted(t["speedup_over_reference"]["value"] for t in used if t["speedup_over_reference"])
@@ -78,6 +80,8 @@ def _warnings(run: Data) -> list[str]:
     found = [run["roofs"]["warning"]] if run["roofs"].get("warning") else []
     for row in run["rows"]:
         place = f"{row['operator']}, {row['case']}"
+        if why := row["missing"].get("kernel"):
+            found.append(f"{place}: the kernel that is used {why}; it is not timed.")
         found += [
             f"{place}: {time['name']} is above the measured roof: the roof or the count is wrong, or a cache served it."
             for time in row["times"]
@@ -85,7 +89,8 @@ def _warnings(run: Data) -> list[str]:
         ]
     small = sorted({row["operator"] for row in run["rows"] if not row["past_cache"]})
     if small:
-        found.append(f"Arguments of {', '.join(small)} fit into the last-level cache in some cases, which are marked.")
+        least = "four times the last-level cache (1 GiB where its size is unknown)"
+        found.append(f"Arguments of {', '.join(small)} are less than {least} in some cases, which are marked.")
     return found
 
 
@@ -95,7 +100,7 @@ def _table(rows: list[Data]) -> Table:
         moved = row["bytes_read"] + row["bytes_written"]
         work = f"{quantity(row['flops'], 'FLOP')}, {quantity(moved, 'B')}, {row['dtype']}"
         missing = [f"{name}: {why}" for name, why in row["missing"].items()]
-        cached = [] if row["past_cache"] else ["its arguments fit into the last-level cache"]
+        cached = [] if row["past_cache"] else ["the last-level cache may have held some of its arguments"]
         for index, time in enumerate(row["times"]):
             first = not index
             ran = [] if time["implementation"] == time["name"] else [time["implementation"]]
