@@ -91,6 +91,19 @@ def test_flops_and_bytes_follow_from_shapes(name: str, dims: list, flops: float,
     assert (found.flops, found.bytes) == (flops, 2 * elements)
 
 
+def test_operators_within_each_other_count_once() -> None:
+    rows, heads = [[1, 9, 1, 64], [1, 9, 4, 64], [1, 9, 4, 64]], [[1, 1, 9, 64], [1, 4, 9, 64], [1, 4, 9, 64]]
+    calls = [
+        event("aten::_scaled_dot_product_efficient_attention", 0, 9, rows, ["float"] * 3),
+        event("aten::_efficient_attention_forward", 1, 7, heads, ["float"] * 3),
+        event("aten::square", 20, 9, [[4, 6]], ["float"]),
+        event("aten::pow", 21, 7, [[4, 6], []], ["float", "Scalar"]),
+    ]
+    found = trace.operators({"traceEvents": calls})
+    assert sum(o.flops or 0 for o in found) == 4 * 9 * 4 * 64
+    assert sum(o.bytes or 0 for o in found) == 4 * (2 * 9 * 64 + 2 * 9 * 4 * 64 + 2 * 24)
+
+
 def test_what_no_rule_knows_is_unknown_and_not_zero() -> None:
     (found,) = trace.operators({"traceEvents": [event("aten::index", 0, 1, [[49152, 576], []], ["float", ""])]})
     assert found.flops is None and found.bytes is None
