@@ -36,10 +36,6 @@ class Group:
     label: str  # the rest of the point
     cells: tuple[Cell, ...]
 
-    @property
-    def sizes(self) -> list[int]:
-        return sorted({cell.devices for cell in self.cells})
-
     def of(self, engine: str) -> list[Cell]:
         """The engine's cells with results, by number of devices, replicas last."""
         mine = [cell for cell in self.cells if cell.record.label == engine and cell.trials]
@@ -153,7 +149,8 @@ def _curve(results: Results, group: Group, metric: str, part: str, title: str, c
         if cell.record.replicas == 1 and isinstance(row.value, float):
             lines.setdefault(cell.record.label, []).append((cell.record.tensor, row.value, row.low, row.high))
     lines = {engine: sorted(dots) for engine, dots in lines.items()}
-    if not lines:
+    sizes = sorted({devices for dots in lines.values() for devices, *_ in dots})
+    if len(sizes) < 2:
         return None
 
     def paint(axes: Axes, theme: Theme) -> None:
@@ -166,7 +163,7 @@ def _curve(results: Results, group: Group, metric: str, part: str, title: str, c
                 if low is not None and high is not None:
                     axes.plot([at, at], [low, high], color=colour, lw=2, alpha=0.5)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(group.sizes, labels=[str(size) for size in group.sizes])
+        axes.set_xticks(sizes, labels=[str(size) for size in sizes])
         axes.minorticks_off()
         axes.set(
             xlabel="devices that hold the model", ylabel=unit, ylim=(0, 1 if metric == "communication_share" else None)
