@@ -514,6 +514,13 @@ def test_the_page_escapes_labels_is_repeatable_and_marks_the_scenarios_own(tmp_p
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg", ".png"}
 
 
+def test_a_chosen_setting_that_is_the_scenarios_own_is_said_to_be_both(tmp_path: Path) -> None:
+    run = record()
+    run["points"][0]["found"][0]["given"] = run["points"][0]["found"][0]["chosen"]
+    (tmp_path / "tune.json").write_text(json.dumps(run))
+    assert "chosen, the scenario’s own" in render(tmp_path).read_text()
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"schema_version": 99}', '{"schema_version": 1}', "[]"])
 def test_what_is_no_record_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "tune.json").write_text(text)

@@ -202,10 +202,10 @@ def _table(point: Data, found: Data, settings: Sequence[tuple[str, Sequence[Data
         last = next(tried for tried in reversed(results) if tried)
         tokens = last["tokens_per_forward"]["value"]
         entries.append(Entry(headings[-1], "n/a" if tokens is None else f"{tokens:.2f}"))
-        what = "chosen" if setting == found["chosen"]["setting"] else ""
+        what = ["chosen"] if setting == found["chosen"]["setting"] else []
         if found["given"] and setting == found["given"]["setting"]:
-            what = "the scenario’s own"
-        lines.append(Line(setting, entries, ", ".join(filter(None, (what, *last["caveats"]))), last["error"]))
+            what.append("the scenario’s own")
+        lines.append(Line(setting, entries, ", ".join([*what, *last["caveats"]]), last["error"]))
     return Table(headings, lines, notes.listed())
 
 
