@@ -167,6 +167,16 @@ def test_reporting_on_something_that_is_no_run_is_one_line(tmp_path: Path) -> No
     refused(zbench("report", tmp_path), "run.json")
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_ranks_each_says_what_it_may_not_look_at_and_one_what_all_meet(
+    rank: str, tmp_path: Path, denied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    refused(zbench("report", denied / "run"), "Permission denied")
+    missing = zbench("report", tmp_path / "missing")
+    assert missing.exit_code == 2 and bool(missing.output) == (rank == "0")
+
+
 def test_a_path_that_may_not_be_looked_at_is_one_line(yaml: Path, denied: Path) -> None:
     refused(zbench("report", denied / "run"), f"zbench: {denied / 'run' / 'projection.json'}: Permission denied")
     chosen = f"model={{path: {denied / 'model'}}}"

@@ -59,11 +59,11 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except (UserError, PermissionError) as error:
-            said = str(error)
+            said, alone = str(error), isinstance(error, PermissionError)
             if isinstance(error, PermissionError) and error.filename:  # any place that asks about a path may raise it
                 said = f"{error.filename}: {error.strerror}"
-            for line in said.splitlines():
-                if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other ranks say the same
+            if alone or os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other ranks say the same
+                for line in said.splitlines():
                     click.echo(f"zbench: {line}", err=True)
             sys.exit(2)
         except KeyboardInterrupt as stopped:
