@@ -60,6 +60,8 @@ def test_reference_solutions_pass_and_an_empty_one_fails(line: dict) -> None:
         ("def add(a, b):\n    return sum((a, b))\n", "passed"),
         ("1. Here:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\nIt adds.", "passed"),
         ("1. Here:\n    ```python\ndef add(a, b):\n    return a + b\n    ```", "passed"),  # only the fence is indented
+        ("1.  Here:\n\n    ```python\n\ndef add(a, b):\n    return a + b\n    ```", "passed"),
+        ("- ```python\n\n  def add(a, b):\n      return a + b\n  ```\n", "passed"),
         ("- ```python\n  def add(a, b):\n\n      return a + b\n  ```\n", "passed"),
         ("10) Here:\n\n\t```\n\t    return a + b\n\t```", "passed"),  # the body alone
         ("    return a - b\n", "failed"),

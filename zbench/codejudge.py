@@ -65,14 +65,17 @@ def program(problem: Problem, answer: str) -> str:
     """The code of an answer: its fenced block that defines the function, else the last one, else all of it; as the
     function's continuation where it does not define it."""
     defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(problem.entry_point)}\b", re.MULTILINE)
-    blocks = [
-        re.sub(rf"^[ \t]{{0,{len(indent)}}}", "", lines, flags=re.MULTILINE) if lines[:1].isspace() else lines
-        for indent, lines in _FENCE.findall(answer)
-    ]
+    blocks = [_outdented(lines, len(indent)) for indent, lines in _FENCE.findall(answer)]
     code = next((block for block in blocks if defines.search(block)), blocks[-1] if blocks else answer)
     if defines.search(code):
         return f"{problem.prompt}\n    pass\n\n{code}"  # the prompt's helpers, then the whole function again
     return problem.prompt + _STOPS.split(code, maxsplit=1)[0]
+
+
+def _outdented(lines: str, by: int) -> str:
+    """Without the indentation of their fence, where it is theirs too and not the fence's alone."""
+    first = next(filter(str.strip, lines.splitlines()), "")
+    return re.sub(rf"^[ \t]{{0,{by}}}", "", lines, flags=re.MULTILINE) if first[:1].isspace() else lines
 
 
 def judge(problem: Problem, answer: str, limits: Limits) -> Verdict:
