@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -185,6 +186,31 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line_with_the_way_out(smal
     monkeypatch.setenv("ZBENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set ZBENCH_CACHE"):
         load_or_measure(CPU, ("float32",))
+
+
+@pytest.mark.parametrize(("busy", "again"), [("the CPU is 50% busy", False), (None, True)])
+def test_roofs_of_a_busy_moment_are_measured_again_in_an_idle_one(counted_measurements, monkeypatch, busy, again):
+    def beside_work(device, dtypes, progress=None):
+        return counted_measure(device, dtypes, progress) | {"warning": "the CPU is 90% busy"}
+
+    counted_measure = roofs.measure
+    monkeypatch.setattr(roofs, "measure", beside_work)
+    load_or_measure(CPU, ("float32", "bfloat16"))
+    monkeypatch.setattr(roofs, "measure", counted_measure)
+    monkeypatch.setattr(roofs, "_disturbance", lambda device: busy)
+    for _ in range(2):
+        load_or_measure(CPU, ("float32",))
+    assert len(counted_measurements) == 1 + again
+    assert {frozenset(dtypes) for dtypes in counted_measurements} == {frozenset(("float32", "bfloat16"))}
+
+
+@pytest.mark.parametrize(("then", "now", "again"), [("a", "a", False), ("a", "b", True), ("a", None, True)])
+def test_roofs_of_other_native_kernels_are_measured_again(counted_measurements, monkeypatch, then, now, again):
+    for version in (then, now):
+        native = version and SimpleNamespace(source=lambda version=version: version)
+        monkeypatch.setattr(roofs, "_native", lambda device, native=native: native)
+        load_or_measure(CPU, ("float32",))
+    assert len(counted_measurements) == 1 + again
 
 
 # Caches --------------------------------------------------------------------------------------------------------------

@@ -234,6 +234,12 @@ def _library() -> ctypes.CDLL:
     return outcome
 
 
+@functools.cache
+def source() -> str:
+    """What tells one version of the native kernels from another."""
+    return hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
+
+
 def _build() -> Path:
     if os.environ.get("ZBENCH_NATIVE") == "0":
         raise NativeUnavailable("switched off by ZBENCH_NATIVE=0")
