@@ -1346,7 +1346,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
                     target,
                     corpus,
                     options["out"],
-                    trainer.Settings(**given, rate=options["rate"] or rate, dtype=dtype),
+                    trainer.Settings(**given, rate=options["rate"] or rate),
                     options["resume"],
                     advance,
                     say,

@@ -1696,8 +1696,7 @@ NOT_ALWAYS = ("experts", "collective_bytes", "collective_seconds", "launches")
 _TRIAL_COLUMNS = ("cell", "group", "repeat", "order")
 _REQUEST_COLUMNS = (
     *_TRIAL_COLUMNS, "prompt_id", "category", "prompt_tokens", "tokens", "later", "ttft", "decode_seconds",
-    "output_ids",
-    "output_hash", "check", "correct", "passed", "verdict",
+    "output_ids", "output_hash", "check", "correct", "passed", "verdict",
 )  # fmt: skip
 _STEP_COLUMNS = (
     *_TRIAL_COLUMNS, "step", "seconds", "accept_seconds", "commit_seconds", "committed", "live",
@@ -1721,8 +1720,7 @@ def _request_rows(trial: TrialRecord) -> Iterable[tuple]:
     for r, later in zip(trial.requests, trial.later, strict=True):
         yield (
             *_of_trial(trial), r.prompt_id, r.category, r.prompt_tokens, r.tokens, later, r.ttft_seconds,
-            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct, r.passed,
-            r.verdict,
+            r.end_seconds - r.ttft_seconds, r.output_ids, r.output_hash, r.check, r.correct, r.passed, r.verdict,
         )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Objective(Protocol):
     target's keys and values."""
 
     name: str
+    target: Target
     parameters: dict[str, Tensor]
     asks: bool
     capture: tuple[int, ...]
@@ -96,7 +97,6 @@ class Settings:
     keep: float = 6.0  # gigabytes of disk for what the target said about batches
     evaluate_every: float = 300.0  # seconds, or a tenth of the run if that is less
     held_out: int = 32  # conversations to evaluate on
-    dtype: str = "bfloat16"  # of products: the target's
 
 
 @dataclass(slots=True)
@@ -548,7 +548,8 @@ def _restore(
 def _identity(objective: Objective, settings: Settings, ranks: int) -> dict[str, Any]:
     """What must be the same for a run to go on; how long it is may change."""
     given = asdict(settings)
-    kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest", "dtype")}
+    kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest")}
+    kept["dtype"] = str(objective.target.dtype).removeprefix("torch.")
     return {"objective": objective.name, "recipe": asdict(objective.settings), "settings": kept, "ranks": ranks}
 
 
