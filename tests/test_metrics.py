@@ -983,10 +983,13 @@ def test_tokens_read_back_from_a_text_are_compared_where_they_are_as_many_as_wer
 def test_a_part_that_a_decoding_cell_lacks_is_not_for_want_of_decoding(tmp_path: Path) -> None:
     [decoding] = metrics.load_run(write(tmp_path / "a", [trial()])).cells
     [prefilled] = metrics.load_run(write(tmp_path / "b", [trial(steps=(StepRecord(1.0, 0.1, 0.1, (1,)),))])).cells
-    notes = [metrics.missing_part(one, "mbu", "verify, 3 rows").note for one in (decoding, prefilled)]
-    assert notes == [
-        "unavailable: it has nothing of this kind", "unavailable: nothing was decoded after the first token",
-    ]  # fmt: skip
+    [unseen] = metrics.load_run(write(tmp_path / "c", [trial(steps=(), forwards=())])).cells  # as of a server
+    notes = [metrics.missing_part(one, "mbu", "verify, 3 rows").note for one in (decoding, prefilled, unseen)]
+    other, nothing = (
+        "unavailable: it has nothing of this kind",
+        "unavailable: nothing was decoded after the first token",
+    )
+    assert notes == [other, nothing, other]
 
 
 def test_a_step_of_other_sequences_than_the_requests_is_one_line(tmp_path: Path) -> None:

@@ -475,7 +475,8 @@ def summarise(run: Run) -> list[MetricRow]:
 
 def missing_part(cell: Cell, name: str, part: str) -> MetricRow:
     """The row of a part that a cell does not have."""
-    why = "nothing was decoded after the first token" if cell.decode_steps.empty else "it has nothing of this kind"
+    prefilled = len(cell.steps) and not cell.steps["step"].any()
+    why = "nothing was decoded after the first token" if prefilled else "it has nothing of this kind"
     return _row(cell, METRICS[name], part, unavailable(why))
 
 
