@@ -230,51 +230,34 @@ def run(
 def _run(
     wanted: scenario.Scenario, out: Path, console: Console, resume: Path | None, allow_pickle: bool, world: World
 ) -> Outcome:
-    began = time.monotonic()
+    deadline = time.monotonic() + wanted.budget_seconds if wanted.budget_seconds is not None else None
 
     def say(line: str) -> None:
         if world.rank == 0:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    world.meet([at.parallel for at, _ in scenario.points(wanted)], wanted.device)
-    points, wrong = tuple[Point, ...](), None
-    try:
+    def ready() -> tuple[Point, ...]:
         if world.rank == 0 and resume is None:
             check_writable(out)
-        points = prepare(wanted, say, allow_pickle, world)
-    except UserError as error:
-        wrong = str(error)
-    world.agreed(wrong)
+        return prepare(wanted, say, allow_pickle, world)
+
+    world.meet([at.parallel for at, _ in scenario.points(wanted)], wanted.device)
+    points = world.together(ready)
     device = points[0].device
-    snapshot = environment.snapshot(device, wanted.threads)
-    if wanted.accuracy.execute_generated_code:
-        snapshot["generated_code"] = {"confined": codejudge.confinement()}
-    if world.size > 1:
-        snapshot["ranks"] = _ranks(world.all((snapshot["system"]["host"], snapshot["device"])))
+    snapshot = _snapshot(wanted, device, world)
     planned = plan(points)
     total = sum(len(trials) for _, trials in planned)
-    folder, finished, measured = Path(), set[tuple[str, int, int]](), None
+    folder, finished = Path(), set[tuple[str, int, int]]()
     if world.rank == 0:
         if resume is None:
-            folder = new_folder(out, wanted.name)
-            dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
-            try:
-                measured = roofs.load_or_measure(device, dtypes, progress=say)
-                manifest = _manifest(wanted, points, snapshot, measured)
-                write(folder / MANIFEST, manifest.to_json())
-            except BaseException:  # an interrupt too leaves no folder that nothing can be made of
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-                raise
+            folder = _begun(out, wanted, points, snapshot, say)
         else:
-            folder = resume
-            finished = _finished(folder, wanted, points, snapshot)
-            measured = read_manifest(folder).roofs
+            folder, finished = resume, _finished(resume, wanted, points, snapshot)
     folder, finished = world.told((folder, finished))
     if world.rank:
         try:
             world.told(None)  # the first sample of the read roof, below, is over
-            for _ in _measure(planned, finished, wanted.budget_seconds, began, world):
+            for _ in _measure(planned, finished, deadline, world):
                 pass
         except KeyboardInterrupt:
             world.interrupted()
@@ -284,6 +267,7 @@ def _run(
     for point in points:
         point.shared.logs, point.shared.say = folder, say
     failed, stopped = 0, None
+    roof = _sampled_roof(planned, finished, read_manifest(folder).roofs)
     period = wanted.telemetry.period_ms and wanted.telemetry.period_ms / 1e3
     with (
         _locked(folder),
@@ -292,12 +276,12 @@ def _run(
         track(total, len(finished), console) as advance,
     ):
         # Between the trials that come out here no rank is in one: the others wait for this one.
-        read_roof = _ReadRoof(device, _sampled_roof(planned, finished, measured), folder / ROOFS)
+        read_roof = _ReadRoof(device, roof, folder / ROOFS)
         try:
             read_roof.sample()  # before engines are warmed up: the first trial finds the caches as they leave them
             world.told(None)
             try:
-                for record in _measure(planned, finished, wanted.budget_seconds, began, world, watch):
+                for record in _measure(planned, finished, deadline, world, watch):
                     log.append(record.to_json())
                     failed += record.status == "error"
                     if record.status == "ok":
@@ -313,6 +297,16 @@ def _run(
     return Outcome(folder, total, len(finished), failed, stopped)
 
 
+def _snapshot(wanted: scenario.Scenario, device: Device, world: World) -> dict[str, Any]:
+    """The environment, with what confines generated code and which devices the ranks have."""
+    snapshot = environment.snapshot(device, wanted.threads)
+    if wanted.accuracy.execute_generated_code:
+        snapshot["generated_code"] = {"confined": codejudge.confinement()}
+    if world.size > 1:
+        snapshot["ranks"] = _ranks(world.all((snapshot["system"]["host"], snapshot["device"])))
+    return snapshot
+
+
 def _ranks(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, str]:
     """Which device each rank has, on which of the hosts, for the record: "host 0, NVIDIA ..., uuid"."""
     hosts = list(dict.fromkeys(host for host, _ in found))
@@ -326,7 +320,7 @@ def in_memory(wanted: scenario.Scenario) -> tuple[Manifest, list[TrialRecord]]:
     """Measure a scenario without a run folder and without roofs."""
     points = prepare(wanted, lambda _: None)
     manifest = _manifest(wanted, points, environment.snapshot(points[0].device, wanted.threads), None)
-    return manifest, list(_measure(plan(points), set(), None, time.monotonic()))
+    return manifest, list(_measure(plan(points), set()))
 
 
 class _BudgetSpent(Exception):
@@ -336,8 +330,7 @@ class _BudgetSpent(Exception):
 def _measure(
     planned: list[tuple[Point, list[Trial]]],
     finished: set[tuple[str, int, int]],
-    budget: float | None,
-    began: float,
+    deadline: float | None = None,
     world: World | None = None,
     watch: sensors.Watch = sensors.OFF,
 ) -> Iterator[TrialRecord]:
@@ -364,7 +357,7 @@ def _measure(
                         world.told(None)
                     with world.measuring(limit):
                         for side in sides:
-                            if world.told(budget is not None and time.monotonic() - began > budget):
+                            if world.told(deadline is not None and time.monotonic() > deadline):
                                 raise _BudgetSpent
                             member = point.member
                             mine = next((t for t in side if member and t.group % replicas == member.replica), None)
@@ -646,6 +639,26 @@ def latest(out: Path, wanted: scenario.Scenario) -> Path:
     if not found:
         raise UserError(f"nothing to resume: no run of scenario {wanted.name} in {out}")
     return newest(found)
+
+
+def _begun(
+    out: Path,
+    wanted: scenario.Scenario,
+    points: Sequence[Point],
+    snapshot: dict[str, Any],
+    say: Callable[[str], None],
+) -> Path:
+    """A new run folder with its manifest, roofs included."""
+    folder = new_folder(out, wanted.name)
+    dtypes = tuple(dict.fromkeys(point.scenario.dtype for point in points))
+    try:
+        measured = roofs.load_or_measure(points[0].device, dtypes, progress=say)
+        write(folder / MANIFEST, _manifest(wanted, points, snapshot, measured).to_json())
+    except BaseException:  # an interrupt too leaves no folder that nothing can be made of
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
+    return folder
 
 
 def _finished(
