@@ -26,7 +26,7 @@ from torch.profiler import profile as torch_profiler
 
 from zbench import engines, run, scenario, trace
 from zbench.cache import atomic_write
-from zbench.engines.base import Meter, Output, State, Stepper, commit
+from zbench.engines.base import Engine, Meter, Output, State, Stepper, commit
 from zbench.errors import UserError
 from zbench.hardware import counters as hardware
 from zbench.hardware import roofs, specs
@@ -35,7 +35,7 @@ from zbench.kernels import cpu, registry
 from zbench.models.cost import attended
 from zbench.models.drafters import DFlashConfig, Eagle3Config
 from zbench.models.model import Model
-from zbench.records import ForwardRecord
+from zbench.records import CellRecord, ForwardRecord
 from zbench.trace import Operator
 
 PROFILE, TRACE = "profile.json", "trace.json"
@@ -123,59 +123,24 @@ def profile(
     at, cells = scenario.points(wanted)[0]
     cell = _chosen(cells, engine)
     (point,) = run.prepare(_with_engine(at, cell.label), say)
-    point.shared.why_no_graphs = "within a graph no kernel belongs to an operator"
-    device, config = point.device, point.shared.model.config
-    built = engines.create(cell.engine, cell.options, point.shared)
-    if not (hasattr(built, "start") and hasattr(built, "step")):
-        raise UserError(f"{cell.label} decodes in a loop that is not zbench’s, which cannot be taken step by step")
-    prompts = [ids for _, ids in point.batches[0]]
-    longest = max(len(ids) for ids in prompts)
-    gain = 1 if cell.engine == "autoregressive" else GAIN
-    if longest + (1 + WARM + steps) * gain > config.max_positions:
-        raise UserError(
-            f"{steps} steps after {longest} tokens may exceed the model’s {config.max_positions}: fewer --steps"
-        )
-
-    def decode(engine: Any, meter: Meter, count: int, around: Callable[[], Any]) -> None:
-        limit = (2 + WARM + count) * gain
-        request = replace(run.request_of(point, [0] * len(prompts), limit), eos_ids=frozenset())
-        stepper = cast("Stepper[State]", engine)
-        finish: list[Any] = ["length"] * len(prompts)
-        warm = Meter(device)
-        with warm.step():
-            state = stepper.start(prompts, request, warm)
-            commit([[token] for token in state.last.tolist()], state.outputs, state.active, request, finish)
-
-        def one(used: Meter) -> None:
-            with used.step():
-                step = stepper.step(state, used)
-                gained = commit(step.tokens, state.outputs, state.active, request, finish)
-                used.gained(gained, step.drafted, step.accepted)
-
-        for _ in range(WARM):
-            one(warm)
-        device.synchronize()
-        with around():
-            for _ in range(count):
-                one(meter)
-            device.synchronize()
-
+    built, device = _built(point, cell, steps), point.device
     say(f"decoding {steps} steps of {cell.label} plainly")
     plain, gpm = _Ranges(device), _gpm(device)
-    decode(built, plain, steps, gpm.watching if isinstance(gpm, hardware.Gpm) else contextlib.nullcontext)
+    _decode(point, cell, built, plain, steps, gpm.watching if isinstance(gpm, hardware.Gpm) else contextlib.nullcontext)
     measured_by = counted or (gpm.measured if isinstance(gpm, hardware.Gpm) else None)
     say("decoding them under the profiler")
     spans = _Spans(device)
     profiled = _Profiled(device)
-    decode(built, spans, steps, profiled.running)
+    _decode(point, cell, built, spans, steps, profiled.running)
     say(f"counting {COUNTED} steps on torch operators")
     forwards = plain.records()[1]
-    counts = [_with_measured(c, measured_by, steps, forwards) for c in _counts(point, cell, decode, device)]
+    counts = [_with_measured(c, measured_by, steps, forwards) for c in _counts(point, cell)]
     measured = roofs.load_or_measure(device, (at.dtype,), progress=say)
     content = profiled.write(folder / TRACE)
     found = _operators(content, profiled.native, counted.timed if counted else ())
     launches = trace.launches(content, within=STEP)
     timed = bool(counted and counted.timed)
+    prompt_tokens = [len(ids) for _, ids in point.batches[0]]
     record = _record(plain, spans, None if timed else found, steps)
     result = {
         "schema": SCHEMA_VERSION,
@@ -185,8 +150,8 @@ def profile(
         "model": cell.model,
         "dtype": at.dtype,
         "device": device.name,
-        "batch": len(prompts),
-        "prompt_tokens": [len(ids) for ids in prompts],
+        "batch": len(prompt_tokens),
+        "prompt_tokens": prompt_tokens,
         "kernels": built.kernels,
         "steps": steps,
         **record,
@@ -202,7 +167,7 @@ def profile(
     return result
 
 
-def _chosen(cells: Sequence[Any], engine: str | None) -> Any:
+def _chosen(cells: Sequence[CellRecord], engine: str | None) -> CellRecord:
     if engine is None:
         return next((cell for cell in cells if cell.baseline), cells[0])
     for name in ("label", "id", "engine"):
@@ -217,6 +182,52 @@ def _with_engine(at: scenario.Scenario, label: str) -> scenario.Scenario:
     return at.model_copy(
         update={"engines": tuple(e for e in at.engines if e.title == label), "baseline": None, "matrix": {}}
     )
+
+
+def _built(point: run.Point, cell: CellRecord, steps: int) -> Engine:
+    """The engine. Raises UserError where it cannot be taken step by step, or so many steps may not fit."""
+    point.shared.why_no_graphs = "within a graph no kernel belongs to an operator"
+    built = engines.create(cell.engine, cell.options, point.shared)
+    if not (hasattr(built, "start") and hasattr(built, "step")):
+        raise UserError(f"{cell.label} decodes in a loop that is not zbench’s, which cannot be taken step by step")
+    longest, most = max(len(ids) for _, ids in point.batches[0]), point.shared.model.config.max_positions
+    if longest + (1 + WARM + steps) * _gain(cell) > most:
+        raise UserError(f"{steps} steps after {longest} tokens may exceed the model’s {most}: fewer --steps")
+    return built
+
+
+def _gain(cell: CellRecord) -> int:
+    """Tokens that a step may gain at most."""
+    return 1 if cell.engine == "autoregressive" else GAIN
+
+
+def _decode(
+    point: run.Point, cell: CellRecord, engine: Engine, meter: Meter, count: int, around: Callable[[], Any]
+) -> None:
+    """Decode the first batch: a few steps to warm up, then, within `around`, `count` on that meter."""
+    device, prompts = point.device, [ids for _, ids in point.batches[0]]
+    limit = (2 + WARM + count) * _gain(cell)
+    request = replace(run.request_of(point, [0] * len(prompts), limit), eos_ids=frozenset())
+    stepper = cast("Stepper[State]", engine)
+    finish: list[Any] = ["length"] * len(prompts)
+    warm = Meter(device)
+    with warm.step():
+        state = stepper.start(prompts, request, warm)
+        commit([[token] for token in state.last.tolist()], state.outputs, state.active, request, finish)
+
+    def one(used: Meter) -> None:
+        with used.step():
+            step = stepper.step(state, used)
+            gained = commit(step.tokens, state.outputs, state.active, request, finish)
+            used.gained(gained, step.drafted, step.accepted)
+
+    for _ in range(WARM):
+        one(warm)
+    device.synchronize()
+    with around():
+        for _ in range(count):
+            one(meter)
+        device.synchronize()
 
 
 class _Profiled:
@@ -369,11 +380,12 @@ def _row(operator: Operator, steps: int, measured: dict[str, Any], dtype: str) -
     return {"name": operator.name, "kind": operator.kind, **per_step, "of_roof": of_roof, "roof": bound}
 
 
-def _counts(point: run.Point, cell: Any, decode: Callable[..., None], device: Device) -> list[Count]:
+def _counts(point: run.Point, cell: CellRecord) -> list[Count]:
     """FLOPs and bytes of a step: analytic, and counted on torch's operators; per step, over the same steps."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    device = point.device
     shared = _TorchOnly(point.shared.model, point.shared.dtype, device, point.shared.allow_pickle)
     counter = FlopCounterMode(display=False)
     native: list[cpu.Timed] = []
@@ -389,8 +401,8 @@ def _counts(point: run.Point, cell: Any, decode: Callable[..., None], device: De
     profiled = _Profiled(device)
     with registry.references():
         built = engines.create(cell.engine, cell.options, shared)
-        decode(built, first, COUNTED, counting)
-        decode(built, second, COUNTED, profiled.running)
+        _decode(point, cell, built, first, COUNTED, counting)
+        _decode(point, cell, built, second, COUNTED, profiled.running)
     shared.release()
     # A drafter stays native on a CPU, out of sight of both: its shapes are known.
     counted = counter.get_total_flops() + sum(o.flops or 0 for call in native for o in sections(call))
