@@ -129,32 +129,20 @@ def train(
         advance, say = (lambda done, what: None), (lambda line: None)
     if (settings.steps is None) == (settings.minutes is None):
         raise UserError("say how long to train: a number of steps or of minutes")
-    training = [_cut(c, settings.longest) for c in corpus.part(held_out=False)]
-    held_out = [_cut(c, settings.longest) for c in corpus.part(held_out=True)][: settings.held_out]
-    batches = form_batches(training, settings.batch, settings.seed)
-    if len(batches) < world.size or not held_out:
-        raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
+    batches, tests = _batches(corpus, settings, world.size)
     optimizer = torch.optim.AdamW(list(objective.parameters.values()), settings.rate, (0.9, 0.95), weight_decay=0.0)
-
-    def begin() -> State:
-        if resume:
-            return _restore(objective, optimizer, settings, out, world.size)
-        if (out / PROGRESS).exists():
-            raise UserError(f"{out} holds a run already; continue it with --resume, or choose another folder")
-        if world.rank == 0:
-            check_writable(out)
-        return State()
-
-    state = world.together(begin)  # a rank that does not see the folder must not leave the others waiting
+    checkpoint = _Checkpoint(objective, optimizer, settings, out, world.size)
+    # A rank that does not see the folder must not leave the others waiting.
+    state = world.together(lambda: checkpoint.restore() if resume else checkpoint.begin(world.rank == 0))
+    before = replace(state)
     learners = Learners(world, target.device)
     reads = (corpus.folder or out) / READS
     reader = Reader(target, objective, batches, reads, settings.keep)
-    tests = [Batch.of(part) for part in _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)]
     test_reader = Reader(target, objective, tests, reads, settings.keep)
-    first, order = state.step, batch_order(len(batches), settings.seed, state.step * world.size)
-    seconds_before, tokens_before, evaluated, last = state.seconds, state.tokens, state.seconds, {}
+    order = batch_order(len(batches), settings.seed, state.step * world.size)
+    evaluated, saved = state.seconds, state.step
+    last: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []  # for the log, with the next checkpoint
-    saved = state.step
 
     def evaluation(loss: float | None) -> dict[str, Any]:
         told = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
@@ -163,7 +151,7 @@ def train(
     def keep(*evaluations: dict[str, Any]) -> None:
         nonlocal saved
         with _whole():
-            _save(objective, optimizer, settings, state, [*lines, *evaluations], out, world.size)
+            checkpoint.save(state, [*lines, *evaluations])
             saved = state.step
         lines.clear()
         for each in evaluations:
@@ -174,39 +162,36 @@ def train(
         return world.told(time.monotonic() - began)
 
     try:
-        if _share(state, settings) >= 1.0 and world.rank == 0:
+        if _share(state, settings) >= 1.0:
             say(f"this run is over after {state.step} steps; to go on, give it more --steps or --minutes")
-            last = _logged(out, state.step)
-            if not last:  # it was interrupted before its last evaluation
+            if world.rank == 0 and not (last := _logged(out, state.step)):  # interrupted before its last evaluation
                 last = evaluation(None)
                 keep(last)
-        else:
-            reading = min((settings.steps or math.inf) * world.size / len(batches), 1.0)  # share of the batches
-            disk = min(reading * reader.to_keep() + test_reader.to_keep(), 1e9 * settings.keep)
-            say(estimate(objective, target, settings, disk, world.size))
+            return last
+        reading = min((settings.steps or math.inf) * world.size / len(batches), 1.0)  # share of the batches
+        disk = min(reading * reader.to_keep() + test_reader.to_keep(), 1e9 * settings.keep)
+        say(estimate(objective, target, settings, disk, world.size))
         if world.rank == 0 and state.step == 0 and not objective.asks:  # a model that changes was something before
             lines.append(evaluation(None))
             say(f"step 0, before training: held out {_said(lines[0])}")
-        began = time.monotonic() - seconds_before
-        while (share := _share(state, settings)) < 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate * schedule(share, settings)
+        began = time.monotonic() - before.seconds
+        while _share(state, settings) < 1.0:
             read = reader.read([next(order) for _ in range(world.size)][world.rank])
-            loss, tokens = _learn(objective, optimizer, read, settings, state.step, learners)
+            loss, tokens = _learn(objective, optimizer, read, settings, state, learners)
             with _whole():
                 optimizer.step()
                 state.step, state.tokens = state.step + 1, state.tokens + tokens
             state.seconds = clock()
             share = _share(state, settings)
-            if state.step == first + _TIMED and share < 1.0:
-                say(forecast(state.seconds - seconds_before, state, settings, objective.asks))
+            if state.step == before.step + _TIMED and share < 1.0:
+                say(forecast(state.seconds - before.seconds, state, settings, objective.asks))
             if share >= 1.0 or _due(state, evaluated, settings):
                 if world.rank == 0:
                     last = evaluation(loss)
                 evaluated = state.seconds = clock()
                 if world.rank == 0:
                     keep(last)
-            rate = (state.tokens - tokens_before) / max(state.seconds - seconds_before, 1e-9)
+            rate = (state.tokens - before.tokens) / max(state.seconds - before.seconds, 1e-9)
             advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
     except KeyboardInterrupt as stopped:
         # Another rank may be anywhere, and the first to be interrupted ends them all.
@@ -270,12 +255,14 @@ def _learn(
     optimizer: torch.optim.Optimizer,
     read: Read,
     settings: Settings,
-    step: int,
+    state: State,
     learners: Learners,
 ) -> tuple[float, int]:
-    """Gradients of one step, over all ranks; returns loss and tokens."""
+    """Rate and gradients of the next step, over all ranks; returns loss and tokens."""
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate * schedule(_share(state, settings), settings)
     # The same on all ranks, so that they do the same amount of work.
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + state.step)
     scores = objective.score(read, generator)
     optimizer.zero_grad()
     scores.loss.backward()
@@ -322,6 +309,17 @@ def adopt(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor], sourc
             has = tuple(trained[name].shape) if name in trained else "nothing"
             raise UserError(f"{source} cannot be the start: {name} is {has} there, {tuple(parameter.shape)} here")
         parameter.data.copy_(trained[name])
+
+
+def _batches(corpus: Corpus, settings: Settings, ranks: int) -> tuple[list[Batch], list[Batch]]:
+    """To train on, and to evaluate on. Raises UserError where the corpus has too few."""
+    training = [_cut(c, settings.longest) for c in corpus.part(held_out=False)]
+    held_out = [_cut(c, settings.longest) for c in corpus.part(held_out=True)][: settings.held_out]
+    batches = form_batches(training, settings.batch, settings.seed)
+    if len(batches) < ranks or not held_out:
+        raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
+    tests = _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)
+    return batches, [Batch.of(part) for part in tests]
 
 
 def form_batches(conversations: Sequence[Conversation], size: int, seed: int) -> list[Batch]:
@@ -459,32 +457,83 @@ def _share(state: State, settings: Settings) -> float:
     return state.seconds / (60 * settings.minutes)
 
 
-def _save(
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    state: State,
-    evaluations: Sequence[dict[str, Any]],
-    out: Path,
-    ranks: int,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in objective.parameters.items():
-        moments = optimizer.state[parameter]
-        tensors |= {
-            f"value/{name}": parameter.detach().cpu(),
-            f"average/{name}": moments["exp_avg"].cpu(),
-            f"square/{name}": moments["exp_avg_sq"].cpu(),
-        }
-    try:
-        objective.save(out)
-        with (out / LOG).open("a", encoding="utf-8") as log:
-            log.writelines(json.dumps(evaluation) + "\n" for evaluation in evaluations)
-        save_whole(out / STATE, tensors)
-        stored = {**_identity(objective, settings, ranks), "state": asdict(state)}
-        atomic_write(out / PROGRESS, json.dumps(stored, indent=1))
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    """All that a run needs to go on, in its folder."""
+
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    settings: Settings
+    out: Path
+    ranks: int
+
+    def begin(self, writes: bool) -> State:
+        """Raises UserError where there is a run, or, if this process writes, the folder cannot be written."""
+        if (self.out / PROGRESS).exists():
+            raise UserError(f"{self.out} holds a run already; continue it with --resume, or choose another folder")
+        if writes:
+            check_writable(self.out)
+        return State()
+
+    def save(self, state: State, evaluations: Sequence[dict[str, Any]]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.objective.parameters.items():
+            moments = self.optimizer.state[parameter]
+            tensors |= {
+                f"value/{name}": parameter.detach().cpu(),
+                f"average/{name}": moments["exp_avg"].cpu(),
+                f"square/{name}": moments["exp_avg_sq"].cpu(),
+            }
+        out = self.out
+        try:
+            self.objective.save(out)
+            with (out / LOG).open("a", encoding="utf-8") as log:
+                log.writelines(json.dumps(evaluation) + "\n" for evaluation in evaluations)
+            save_whole(out / STATE, tensors)
+            stored = {**self._identity(), "state": asdict(state)}
+            atomic_write(out / PROGRESS, json.dumps(stored, indent=1))
+        except OSError as error:
+            raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+
+    def restore(self) -> State:
+        """Raises UserError where there is none, or it is of another run."""
+        objective, optimizer, out = self.objective, self.optimizer, self.out
+        try:
+            stored = {"ranks": 1, **json.loads((out / PROGRESS).read_text(encoding="utf-8"))}
+            tensors = load_file(out / STATE)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{out} has no run to resume; leave --resume out to begin one") from error
+        if differ := self._differences(stored):
+            told = "; ".join(differ)
+            raise UserError(f"{out} was trained {told}; resume it as it was, or choose another folder with --out")
+        state = State(**stored["state"])
+        for name, parameter in objective.parameters.items():
+            parameter.data.copy_(tensors[f"value/{name}"])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": tensors[f"average/{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"square/{name}"].to(parameter.device),
+            }
+        return state
+
+    def _differences(self, stored: dict[str, Any]) -> list[str]:
+        """What keeps a stored run from going on as this one."""
+        name, now = self.objective.name, self._identity()
+        if stored.get("objective") != name:
+            return [f"as {stored.get('objective')}, not as {name}"]
+        # What runs had before they could be told otherwise.
+        settings = {"dtype": "bfloat16", **stored["settings"]}
+        recipe = {"reach": 0, **stored["recipe"]} if "reach" in now["recipe"] else stored["recipe"]
+        runs = (stored | {"settings": settings, "recipe": recipe}, now)
+        return differences(*({"ranks": run["ranks"], **run["settings"], **run["recipe"]} for run in runs))
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on; how long it is may change."""
+        given = asdict(self.settings)
+        kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest")}
+        kept["dtype"] = str(self.objective.target.dtype).removeprefix("torch.")
+        recipe = asdict(self.objective.settings)
+        return {"objective": self.objective.name, "recipe": recipe, "settings": kept, "ranks": self.ranks}
 
 
 def _logged(out: Path, step: int) -> dict[str, Any]:
@@ -512,45 +561,6 @@ def dtype_of(out: Path) -> str | None:
         return str(json.loads((out / PROGRESS).read_text(encoding="utf-8"))["settings"].get("dtype", "bfloat16"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _restore(
-    objective: Objective, optimizer: torch.optim.Optimizer, settings: Settings, out: Path, ranks: int
-) -> State:
-    try:
-        stored = {"ranks": 1, **json.loads((out / PROGRESS).read_text(encoding="utf-8"))}
-        tensors = load_file(out / STATE)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out} has no run to resume; leave --resume out to begin one") from error
-    if stored.get("objective") != objective.name:
-        differ = [f"as {stored.get('objective')}, not as {objective.name}"]
-    else:
-        now = _identity(objective, settings, ranks)
-        # What runs had before they could be told otherwise.
-        stored["settings"] = {"dtype": "bfloat16", **stored["settings"]}
-        stored["recipe"] = {"reach": 0, **stored["recipe"]} if "reach" in now["recipe"] else stored["recipe"]
-        runs = (stored, now)
-        differ = differences(*({"ranks": run["ranks"], **run["settings"], **run["recipe"]} for run in runs))
-    if differ:
-        told = "; ".join(differ)
-        raise UserError(f"{out} was trained {told}; resume it as it was, or choose another folder with --out")
-    state = State(**stored["state"])
-    for name, parameter in objective.parameters.items():
-        parameter.data.copy_(tensors[f"value/{name}"])
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(state.step)),
-            "exp_avg": tensors[f"average/{name}"].to(parameter.device),
-            "exp_avg_sq": tensors[f"square/{name}"].to(parameter.device),
-        }
-    return state
-
-
-def _identity(objective: Objective, settings: Settings, ranks: int) -> dict[str, Any]:
-    """What must be the same for a run to go on; how long it is may change."""
-    given = asdict(settings)
-    kept = {key: given[key] for key in ("seed", "batch", "rate", "warm_up", "floor", "clip", "longest")}
-    kept["dtype"] = str(objective.target.dtype).removeprefix("torch.")
-    return {"objective": objective.name, "recipe": asdict(objective.settings), "settings": kept, "ranks": ranks}
 
 
 def _said(evaluation: dict[str, Any]) -> str:
