@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from zbench.paths import expanded
 
 if TYPE_CHECKING:
     from zbench.hardware.peaks import Peaks
+    from zbench.report.verdict import Judged
     from zbench.scenario import KernelScenario, Scenario
 
 FAILED_CELLS, INTERRUPTED = 5, 130
@@ -132,8 +134,6 @@ def run(
     Exit codes: 0 measured or projected, 2 bad input, 5 some cells failed or nothing was measured, 130 interrupted
     (continue with --resume).
     """
-    import signal
-
     from zbench import scenario as scenarios
 
     wanted = scenarios.load_any(scenario, overrides)
@@ -164,8 +164,7 @@ def run(
 
     from zbench import run as runner
 
-    # A terminated run is an interrupted run: what was finished is kept, locks are released.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _interrupt_on_sigterm()
     console = Console(stderr=True)
     first = runner.ranks.is_first()
     folder = runner.latest(out, wanted) if resume == Path("newest") and first else resume
@@ -335,14 +334,12 @@ def tune(
 
     Exit codes: 0 found, 2 bad input, 5 some engine has no setting that works, 130 interrupted (continue with --resume).
     """
-    import signal
-
     from rich.console import Console
 
     from zbench import scenario as scenarios
     from zbench import tune as tuning
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _interrupt_on_sigterm()
     wanted = scenarios.load(scenario, overrides)
     found = tuning.tune(wanted, out, Console(stderr=True), prompts, resume, allow_pickle)
     pages = []
@@ -428,12 +425,10 @@ def serve(scenario: Path, overrides: tuple[str, ...], engine: str | None, logs: 
       zbench serve scenarios/endpoint.yaml
       zbench serve mine.yaml --engine "vllm eagle3"
     """
-    import signal
-
     from zbench import scenario as scenarios
     from zbench.serving import process
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _interrupt_on_sigterm()
     process.serve(scenarios.load(scenario, overrides), engine, logs, click.echo)
 
 
@@ -617,12 +612,10 @@ def gate(
         if kind not in forms.FORMATS or not file:
             raise UserError(f"--write {kind}: write FORMAT=FILE with one of {', '.join(forms.FORMATS)}")
     policy = gates.load_policy(rules) if rules else gates.Policy()
-    code = 0
+    found: gates.Gate | None = None
+    interrupted = False
     try:
-        found: gates.Gate | None = None
         if ab:
-            import signal
-
             from rich.console import Console
 
             from zbench import ab as turns
@@ -631,12 +624,11 @@ def gate(
                 raise UserError("--ab needs --scenario FILE: what both are to run")
             if run or baseline or save:
                 raise UserError("--ab makes its own runs: neither a RUN nor --baseline or --save goes with it")
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            _interrupt_on_sigterm()
             compared = turns.compare(
                 ab, scenario, overrides, out, policy, max_pairs, budget_minutes, strict, Console(stderr=True)
             )
-            taken, found = compared.candidate, compared.found
-            code = INTERRUPTED if compared.interrupted else found.exit_code(strict)
+            taken, found, interrupted = compared.candidate, compared.found, compared.interrupted
         elif run is None:
             raise UserError("give a RUN, or --ab BASELINE CANDIDATE --scenario FILE")
         elif idle := _given("scenario", "overrides", "out", "max_pairs", "budget_minutes"):
@@ -645,33 +637,41 @@ def gate(
             raise UserError("nothing to do: give --baseline, or --save to make RUN a baseline")
         else:
             taken = gates.read(run, policy)
-        if run and baseline:
-            against = gates.last(run) if str(baseline) == "last" else baseline
-            found = gates.judge(taken, gates.read(against, policy), policy)
-            code = found.exit_code(strict)
-        judged = forms.Judged(taken, found, strict)
+            if baseline:
+                against = gates.last(run) if str(baseline) == "last" else baseline
+                found = gates.judge(taken, gates.read(against, policy), policy)
     except gates.NotComparable as reason:
         click.echo(f"zbench: not comparable: {reason}", err=True)
         sys.exit(gates.NOT_COMPARABLE)
+    judged = forms.Judged(taken, found, strict)
     if save:
         gates.save(taken, save)
     for kind, _, file in targets:
         write(Path(file), forms.FORMATS[kind](judged))
-    try:
-        if github and found:
-            if page_file := os.environ.get("GITHUB_STEP_SUMMARY"):
-                with Path(page_file).open("a", encoding="utf-8") as page:
-                    page.write(forms.step_summary(judged))
-            for line in forms.workflow_commands(judged):
-                click.echo(line)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
+    if github and found:
+        _annotate(judged)
     if as_json:
         click.echo(forms.as_json(judged), nl=False)
     elif found:
         for line in forms.text(found, verbose):
             click.echo(line)
-    sys.exit(code)
+    if interrupted:
+        sys.exit(INTERRUPTED)
+    sys.exit(found.exit_code(strict) if found else gates.OK)
+
+
+def _annotate(judged: Judged) -> None:
+    """Write the step summary of the GitHub workflow that this is a step of, and its annotations."""
+    from zbench.report import verdict as forms
+
+    try:
+        if page_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with Path(page_file).open("a", encoding="utf-8") as page:
+                page.write(forms.step_summary(judged))
+        for line in forms.workflow_commands(judged):
+            click.echo(line)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
 
 
 @main.group()
@@ -1295,8 +1295,6 @@ def _trained(name: str, kind: Any) -> Path:
 
 
 def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
-    import signal
-
     import torch
     from rich.console import Console
 
@@ -1315,7 +1313,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     if options["steps"] is not None and options["minutes"] is not None:
         raise UserError("--minutes and --steps are both given: how long to train is one of them")
     if not ranks.launched():  # torchrun ends the others so where a rank died, which is no interruption
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _interrupt_on_sigterm()
     console = Console(stderr=True, quiet=not ranks.is_first())
 
     def say(line: str) -> None:
@@ -1357,6 +1355,11 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
                 raise
     if world.rank == 0:
         click.echo(json.dumps(last))
+
+
+def _interrupt_on_sigterm() -> None:
+    """What is terminated is interrupted: what was finished is kept, locks are released."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _given(*names: str) -> list[str]:
