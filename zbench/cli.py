@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from zbench import MOST_THREADS, __version__
 from zbench.errors import UserError
-from zbench.paths import expanded
+from zbench.paths import NEWEST, expanded
 
 if TYPE_CHECKING:
     from zbench.hardware.peaks import Peaks
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from zbench.scenario import KernelScenario, Scenario
 
 FAILED_CELLS, INTERRUPTED = 5, 130
-MODEL_HELP = "A name of `zbench models list`, or a model's folder."
 OVERRIDE_HELP = (
     "Override a scenario key, e.g. -o repeats=5 -o sampling.temperature=0.8, or an engine's by its label, name or"
     " number: -o engines.eagle3.depth=6. Repeatable."
@@ -46,12 +45,26 @@ FRACTION = Finite(min=0, min_open=True, max=1)
 _overrides = click.option("-o", "--override", "overrides", multiple=True, metavar="KEY=VALUE", help=OVERRIDE_HELP)
 _device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:N, rocm or rocm:N.")
 _threads = click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads; default: torch's choice.")
-_out = click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where folders go."
-)
+_model = click.option("--model", required=True, help="A name of `zbench models list`, or a model's folder.")
 _allow_pickle = click.option(
     "--allow-pickle", is_flag=True, help="Read a drafter that exists as a pickle only (weights only, no code is run)."
 )
+
+
+def _out(what: str) -> Any:
+    return click.option(
+        "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help=f"Where {what}."
+    )
+
+
+def _resume(what: str) -> Any:
+    return click.option(
+        "--resume",
+        type=click.Path(path_type=Path),
+        is_flag=False,
+        flag_value=NEWEST,
+        help=f"Finish {what}; without a value, the newest of this scenario under --out.",
+    )
 
 
 class Commands(click.Group):
@@ -96,16 +109,8 @@ def main() -> None:
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
 @_overrides
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where run folders go."
-)
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    is_flag=False,
-    flag_value=Path("newest"),
-    help="Finish a run folder; without a value, the newest of this scenario under --out.",
-)
+@_out("run folders go")
+@_resume("a run folder")
 @click.option("--dry-run", is_flag=True, help="Print the cells and an estimate of time and memory; measure nothing.")
 @click.option("--report/--no-report", default=True, show_default=True, help="Render report.html at the end.")
 @_allow_pickle
@@ -167,7 +172,7 @@ def run(
     _interrupt_on_sigterm()
     console = Console(stderr=True)
     first = runner.ranks.is_first()
-    folder = runner.latest(out, wanted) if resume == Path("newest") and first else resume
+    folder = runner.latest(out, wanted) if resume == NEWEST and first else resume
     outcome = runner.run(wanted, out, console, folder, allow_pickle)
     if not first:
         return
@@ -208,15 +213,12 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
             click.echo(line)
         return
     found = operators.measure(wanted, lambda line: click.echo(line, err=True))
-    folder = new_folder(out, wanted.name, {KERNELS: json.dumps(found, indent=1, allow_nan=False)})
+    text = json.dumps(found, indent=1, allow_nan=False)
+    folder = new_folder(out, wanted.name, {KERNELS: text})
     page = pages.render(folder) if report else folder / KERNELS
-    if as_json:
-        click.echo(json.dumps(found, indent=1, allow_nan=False))
-        click.echo(f"report: {page}", err=True)
-        return
-    for line in pages.headline(folder):
+    for line in [text] if as_json else pages.headline(folder):
         click.echo(line)
-    click.echo(f"report: {page}")
+    click.echo(f"report: {page}", err=as_json)
 
 
 @main.command()
@@ -227,7 +229,7 @@ def _kernels(wanted: KernelScenario, out: Path, dry_run: bool, report: bool, as_
     help="MI300X, MI325X, MI350X, MI355X, H100 SXM, H200 SXM or B200, or as much of a name as tells it from the others;"
     " `here` takes this machine's roofs. Default: the scenario's hardware.",
 )
-@_out
+@_out("folders go")
 @click.option(
     "--memory-fraction", type=FRACTION, default=1.0, help="Share of the bandwidth that is reached; default 1."
 )
@@ -275,16 +277,12 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
     from zbench.records import PROJECTION
     from zbench.report import projection as pages
 
-    found = projection.project(wanted, peaks).to_dict()
-    folder = new_folder(out, f"{wanted.name}-projected", {PROJECTION: json.dumps(found, indent=1, allow_nan=False)})
+    text = json.dumps(projection.project(wanted, peaks).to_dict(), indent=1, allow_nan=False)
+    folder = new_folder(out, f"{wanted.name}-projected", {PROJECTION: text})
     page = pages.render(folder) if report else folder / PROJECTION
-    if as_json:
-        click.echo(json.dumps(found, indent=1, allow_nan=False))
-        click.echo(f"projection: {page}", err=True)
-        return
-    for line in pages.headline(folder):
+    for line in [text] if as_json else pages.headline(folder):
         click.echo(line)
-    click.echo(f"projection: {page}")
+    click.echo(f"projection: {page}", err=as_json)
 
 
 @main.command()
@@ -297,14 +295,8 @@ def _project(wanted: Scenario, peaks: Peaks, out: Path, report: bool, as_json: b
     show_default=True,
     help="Prompts in all, or as many as there are: half choose settings, half measure what was chosen.",
 )
-@_out
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    is_flag=False,
-    flag_value=Path("newest"),
-    help="Finish a tuning's folder; without a value, the newest of this scenario under --out.",
-)
+@_out("folders go")
+@_resume("a tuning's folder")
 @click.option(
     "--report/--no-report", default=True, show_default=True, help="Render tune.html and the last run's report.html."
 )
@@ -367,7 +359,7 @@ def tune(
 @_overrides
 @click.option("--engine", help="Label or name of the engine; default: the scenario's baseline.")
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Decode steps to profile.")
-@_out
+@_out("folders go")
 @click.option(
     "--counters",
     "files",
@@ -454,9 +446,7 @@ def report(folder: Path) -> None:
 @click.option(
     "--cross-hardware", is_flag=True, help="Compare what is the same in different scenarios, and say what is left out."
 )
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True, help="Where the folder goes."
-)
+@_out("the folder goes")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout; write no folder.")
 def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bool) -> None:
     """Runs side by side, from any machines, as one page: compare.html, with CSV and JSON. Needs neither torch nor the
@@ -496,7 +486,7 @@ def compare(runs: tuple[Path, ...], cross_hardware: bool, out: Path, as_json: bo
 @main.command("import")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--label", default="", help="What reports call it, e.g. the device; default: the file's name.")
-@_out
+@_out("folders go")
 def import_results(files: tuple[Path, ...], label: str, out: Path) -> None:
     """Take results of other benchmarks in, for `zbench compare`: vLLM bench, SGLang, GuideLLM, AIPerf, llama-bench.
 
@@ -685,13 +675,13 @@ def history() -> None:
     """
 
 
-HISTORY_HELP = "The history: a file that is only ever appended to."
+_history = click.option("--file", type=click.Path(path_type=Path), default=Path("history.jsonl"), show_default=True,
+    help="The history: a file that is only ever appended to.")  # fmt: skip
 
 
 @history.command("add")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--file", type=click.Path(path_type=Path), default=Path("history.jsonl"), show_default=True,
-    help=HISTORY_HELP)  # fmt: skip
+@_history
 @click.option("--note", default="", help="Kept with the run and shown with it.")
 @click.option("--commit", help="Of the program under test; default: zbench's own, which the run recorded.")
 @click.option("--url", help="Where the run can be seen, for when its folder is gone: a CI job's page.")
@@ -711,8 +701,7 @@ def history_add(runs: tuple[Path, ...], file: Path, note: str, commit: str | Non
 
 @history.command("show")
 @click.argument("metrics", metavar="[METRIC]...", nargs=-1)
-@click.option("--file", type=click.Path(path_type=Path), default=Path("history.jsonl"), show_default=True,
-    help=HISTORY_HELP)  # fmt: skip
+@_history
 @click.option("--cell", default="", help="Only cells whose name contains this.")
 @click.option("--last", type=click.IntRange(min=1), default=100, show_default=True, help="Only the newest runs.")
 @click.option("--json", "as_json", is_flag=True, help="Print every point and change as JSON.")
@@ -1016,7 +1005,7 @@ def train() -> None:
 
 
 @train.command("data")
-@click.option("--model", required=True, help=MODEL_HELP)
+@_model
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of the corpus; goes on if it has some."
 )
@@ -1113,7 +1102,7 @@ def train_data(
 def _training(command: Any) -> Any:
     """The options that the training commands share."""
     options = (
-        click.option("--model", required=True, help=MODEL_HELP),
+        _model,
         click.option(
             "--data",
             required=True,

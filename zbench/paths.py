@@ -6,6 +6,8 @@ from pathlib import Path
 
 from zbench.errors import UserError
 
+NEWEST = Path("newest")  # to resume: the last one that fits
+
 
 def expanded(given: str | Path) -> Path:
     """With the home folder that `~` or `~NAME` stands for. Raises UserError where that is none, or this is no path."""

@@ -32,13 +32,13 @@ from zbench.engines import plans
 from zbench.errors import UserError
 from zbench.metrics import Cell
 from zbench.models.families import AnyConfig
+from zbench.paths import NEWEST
 from zbench.prompts import Prompt
 from zbench.records import MANIFEST, TUNE, TUNE_VERSION, read_manifest
 from zbench.scenario import EngineSpec, Scenario
 from zbench.stats import Estimate
 
 TUNED, _REQUEST = "tuned.yaml", "request.json"
-NEWEST = Path("newest")  # to resume: the last tuning of the same scenario, options and prompts
 PLAIN = "autoregressive"  # what every setting is compared with
 FEWEST = 4  # batches of prompts in all: no half of fewer than two can say anything
 _FIRST = 4  # batches of a round, at the least, where the half that chooses has as many
