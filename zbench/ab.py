@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -376,6 +377,7 @@ def compare(
     Raises UserError: bad input, or a run that broke; NotComparable: a run folder of another schema. Runs that ended
     stay in the folder.
     """
+    from zbench import progress
     from zbench import scenario as scenarios
 
     where = dict(zip(SIDES, map(environment, environments), strict=True))
@@ -387,10 +389,7 @@ def compare(
     plan = looks(most)
     about |= {"scenario": str(scenario), "overrides": list(overrides), "looks": plan}
     about |= {"confidence_per_look": 1 - (1 - CONFIDENCE) / len(plan)}
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(progress.say, console)
     for side in SIDES:
         served = f"{where[side].url}, asked by " if where[side].url else ""
         say(

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,7 @@ def run(
     from rich.console import Console
 
     from zbench import run as runner
+    from zbench.progress import say
 
     _interrupt_on_sigterm()
     console = Console(stderr=True)
@@ -184,7 +186,7 @@ def run(
     if as_json:
         click.echo(json.dumps({**outcome.to_dict(), "report": str(page) if page else None}))
     else:
-        console.print(outcome.summary(), markup=False, highlight=False, soft_wrap=True)
+        say(console, outcome.summary())
         if page:
             from zbench.report import headline
 
@@ -1075,7 +1077,7 @@ def train_data(
     from zbench.hardware import device as devices
     from zbench.models import loading
     from zbench.models.execution import ExecutionUnavailable
-    from zbench.progress import amounts
+    from zbench.progress import amounts, say
     from zbench.training import data
 
     if written + opened > 1:
@@ -1088,7 +1090,7 @@ def train_data(
     seconds = None if minutes is None else 60 * minutes
     try:
         shared = Shared(loaded, torch.bfloat16, where)
-        shared.say = lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+        shared.say = partial(say, console)
         target = shared.target(execution)
         with amounts(tokens, console) as advance:
             data.generate(
@@ -1287,10 +1289,9 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     import torch
     from rich.console import Console
 
-    from zbench import ranks
+    from zbench import progress, ranks
     from zbench.hardware.device import bfloat16_cost
     from zbench.models import loading
-    from zbench.progress import amounts
     from zbench.training import trainer
     from zbench.training.corpus import joined, load_corpus
     from zbench.training.target import Target
@@ -1304,10 +1305,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     if not ranks.launched():  # torchrun ends the others so where a rank died, which is no interruption
         _interrupt_on_sigterm()
     console = Console(stderr=True, quiet=not ranks.is_first())
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(progress.say, console)
     given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
     with ranks.joined("the last checkpoint is kept, continue with --resume") as world:
         device, dtype = world.together(lambda: world.device(options["device"])), options["dtype"]
@@ -1326,7 +1324,7 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
             return objective(target, corpus, options["seed"]), target, corpus
 
         learner, target, corpus = world.together(prepare)
-        with amounts(1.0, console) as advance, world.measuring(trainer.STALLED):
+        with progress.amounts(1.0, console) as advance, world.measuring(trainer.STALLED):
             try:
                 last = trainer.train(
                     learner,

@@ -20,6 +20,11 @@ from rich.progress import (
 LINES = 60  # at most about this many plain lines for one run
 
 
+def say(console: Console, line: str) -> None:
+    """A line as it is: nothing in it is markup, coloured or wrapped."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def track(total: int, done: int, console: Console) -> Iterator[Callable[[str], None]]:
     """Yields `advance(what)`, to be called after each finished item; `done` items were finished before."""
@@ -43,7 +48,7 @@ def track(total: int, done: int, console: Console) -> Iterator[Callable[[str], N
         if (position - done) % every and position != total:
             return
         left = (time.monotonic() - began) / (position - done) * (total - position)
-        console.print(f"[{position}/{total}] {what}, {left:.0f} s left", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"[{position}/{total}] {what}, {left:.0f} s left")
 
     yield advance_plain
 
@@ -74,8 +79,6 @@ def amounts(total: float, console: Console, interval: float = 10.0) -> Iterator[
         elif time.monotonic() - last >= interval or done >= total:
             last = time.monotonic()
             share = 100 * done / total
-            console.print(
-                f"[{share:.0f}%] {what}, {left(done):.0f} s left", markup=False, highlight=False, soft_wrap=True
-            )
+            say(console, f"[{share:.0f}%] {what}, {left(done):.0f} s left")
 
     yield advance

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import zbench
-from zbench import accuracy, checks, codejudge, engines, prompts, ranks, scenario
+from zbench import accuracy, checks, codejudge, engines, progress, prompts, ranks, scenario
 from zbench.cache import check_writable, new_folder, write
 from zbench.engines import launches, lossless
 from zbench.engines.base import Engine, Generated, Launches, Meter, Request
@@ -34,7 +34,6 @@ from zbench.models.execution import ExecutionUnavailable
 from zbench.models.families import parameter_count
 from zbench.models.team import RankLost
 from zbench.models.zaya_config import ZayaConfig
-from zbench.progress import track
 from zbench.ranks import Member, World
 from zbench.records import (
     MANIFEST,
@@ -176,8 +175,8 @@ def prepare(
 
 def _load(at: scenario.Scenario, device: Device) -> loading.LoadedModel:
     if isinstance(at.model_spec, str) and not zoo.path(at.model_spec):
-        with zoo.progress_bar() as progress:
-            return loading.load(at.model_spec, at.dtype, progress)
+        with zoo.progress_bar() as bar:
+            return loading.load(at.model_spec, at.dtype, bar)
     return loading.load(at.model_spec, at.dtype, device=device.torch)
 
 
@@ -234,7 +233,7 @@ def _run(
 
     def say(line: str) -> None:
         if world.rank == 0:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            progress.say(console, line)
 
     def ready() -> tuple[Point, ...]:
         if world.rank == 0 and resume is None:
@@ -273,7 +272,7 @@ def _run(
         _locked(folder),
         _Log(folder / TRIALS) as log,
         sensors.watching(device, folder / TELEMETRY, period) as watch,
-        track(total, len(finished), console) as advance,
+        progress.track(total, len(finished), console) as advance,
     ):
         # Between the trials that come out here no rank is in one: the others wait for this one.
         read_roof = _ReadRoof(device, roof, folder / ROOFS)

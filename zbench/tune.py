@@ -33,6 +33,7 @@ from zbench.errors import UserError
 from zbench.metrics import Cell
 from zbench.models.families import AnyConfig
 from zbench.paths import NEWEST
+from zbench.progress import say
 from zbench.prompts import Prompt
 from zbench.records import MANIFEST, TUNE, TUNE_VERSION, read_manifest
 from zbench.scenario import EngineSpec, Scenario
@@ -181,7 +182,7 @@ class _Bench:
         within = self.folder / self.place
         run = _scenario(self.at, name, chosen, _written(within / f"{name}.jsonl", asked), keys)
         where = f"{self.place}: " if self.place else ""
-        _say(self.console, f"{where}{said}: {len(chosen)} settings on {len(asked)} prompts")
+        say(self.console, f"{where}{said}: {len(chosen)} settings on {len(asked)} prompts")
         # One that was begun is gone on with, or refused where it does not fit: never silently measured again.
         begun = runner.latest(within, run) if any(within.glob(f"{run.name}-*/{MANIFEST}")) else None
         outcome = runner.run(run, within, self.console, begun, self.allow_pickle)
@@ -224,7 +225,7 @@ def tune(
     )
     places = [(at, cells[0]) for at, cells in scenario.points(asked)]
     parts = [halves(prompts.load(at.prompts), at.batch) for at, _ in places]
-    prepared = runner.prepare(asked, lambda line: _say(console, line), allow_pickle)  # refuses what no round could run
+    prepared = runner.prepare(asked, lambda line: say(console, line), allow_pickle)  # refuses what no round could run
     configs = [point.shared.model.config for point in prepared]
     del prepared
     request = {
@@ -379,10 +380,6 @@ def _explicit(engine: EngineSpec, config: AnyConfig) -> EngineSpec:
     except UserError:  # a drafter of the hub
         return engine
     return _relabelled(engine, engine.title, known) if known else engine
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _keys(engine: EngineSpec) -> tuple[str, ...]:
