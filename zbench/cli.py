@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from zbench.errors import UserError
 from zbench.paths import NEWEST, expanded
 
 if TYPE_CHECKING:
+    from zbench.hardware.device import Device
     from zbench.hardware.peaks import Peaks
+    from zbench.ranks import World
     from zbench.report.verdict import Judged
     from zbench.scenario import KernelScenario, Scenario
 
@@ -1290,7 +1293,6 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     from rich.console import Console
 
     from zbench import progress, ranks
-    from zbench.hardware.device import bfloat16_cost
     from zbench.models import loading
     from zbench.training import trainer
     from zbench.training.corpus import joined, load_corpus
@@ -1308,14 +1310,8 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
     say = partial(progress.say, console)
     given = {key: options[key] for key in ("seed", "batch", "steps", "minutes")}
     with ranks.joined("the last checkpoint is kept, continue with --resume") as world:
-        device, dtype = world.together(lambda: world.device(options["device"])), options["dtype"]
-        if dtype == "auto":
-            dtype = world.told(trainer.dtype_of(options["out"])) if options["resume"] else None
-        if dtype is None:
-            slower = world.told(bfloat16_cost()) if device.type == "cpu" else 0.0  # all ranks take the same
-            dtype = "float32" if slower > 1.5 else "bfloat16"
-            if slower > 1.5:
-                say(f"in float32: torch takes {slower:.1f} times as long over products in bfloat16 on this CPU")
+        device = world.together(lambda: world.device(options["device"]))
+        dtype = _training_dtype(options, device, world, say)
 
         def prepare() -> tuple[Any, Target, Any]:
             loaded = loading.load(_model_spec(options["model"]))
@@ -1342,6 +1338,23 @@ def _train(options: dict[str, Any], objective: Any, rate: float) -> None:
                 raise
     if world.rank == 0:
         click.echo(json.dumps(last))
+
+
+def _training_dtype(options: dict[str, Any], device: Device, world: World, say: Callable[[str], None]) -> str:
+    """Of products: the one given, else that of the run that is resumed, else what the device is faster at. All ranks
+    take the same."""
+    from zbench.hardware.device import bfloat16_cost
+    from zbench.training import trainer
+
+    if options["dtype"] != "auto":
+        return options["dtype"]
+    if options["resume"] and (before := world.told(trainer.dtype_of(options["out"]))) is not None:
+        return before
+    slower = world.told(bfloat16_cost()) if device.type == "cpu" else 0.0
+    if slower <= 1.5:
+        return "bfloat16"
+    say(f"in float32: torch takes {slower:.1f} times as long over products in bfloat16 on this CPU")
+    return "float32"
 
 
 def _interrupt_on_sigterm() -> None:
