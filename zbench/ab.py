@@ -214,6 +214,11 @@ def looks(most: int) -> tuple[int, ...]:
     return (*(pairs for pairs in steps if pairs < most), most)
 
 
+def _confidence(plan: Sequence[int]) -> float:
+    """Of each look: the level is spent in equal parts."""
+    return 1 - (1 - CONFIDENCE) / len(plan)
+
+
 def order(pair: int) -> tuple[Side, Side]:
     """A B, B A, B A, A B, from pair 1 on: what drifts falls on both, and neighbours in time are not always the same."""
     return SIDES if pair % 4 < 2 else (SIDES[1], SIDES[0])
@@ -226,7 +231,7 @@ def decide(pairs: Iterable[tuple[Snapshot, Snapshot]], policy: Policy, most: int
     part of the level is spent. Where the pairs end before a planned look, what there is gets the level of that look.
     """
     plan = looks(most)
-    confidence = 1 - (1 - CONFIDENCE) / len(plan)
+    confidence = _confidence(plan)
     before: list[Snapshot] = []
     now: list[Snapshot] = []
     decided: dict[tuple[str, str], Row] = {}
@@ -388,7 +393,7 @@ def compare(
     about: dict[str, Any] = {side: describe(where[side]) for side in SIDES}
     plan = looks(most)
     about |= {"scenario": str(scenario), "overrides": list(overrides), "looks": plan}
-    about |= {"confidence_per_look": 1 - (1 - CONFIDENCE) / len(plan)}
+    about |= {"confidence_per_look": _confidence(plan)}
     say = partial(progress.say, console)
     for side in SIDES:
         served = f"{where[side].url}, asked by " if where[side].url else ""
@@ -471,8 +476,8 @@ def _still(look: Look, plan: Sequence[int]) -> str:
 
 def _notes(look: Look, plan: Sequence[int], record: _Record) -> Iterator[str]:
     pairs = f"{look.pairs} pair{'s' if look.pairs != 1 else ''} of runs in turns"
-    level = 1 - (1 - CONFIDENCE) / len(plan)
     if len(plan) > 1 and any(row.timed for row in look.found.rows):
+        level = _confidence(plan)
         pairs += f"; intervals are {level:.1%} each, so that {len(plan)} planned looks together keep {CONFIDENCE:.0%}"
     yield f"{pairs}; stopped: {record.stopped}; all runs are in {record.folder}"
     if look.undecided and look.found.verdict == "inconclusive":

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,7 +203,7 @@ class Gate:
     baseline: str
     rows: tuple[Row, ...] = ()
     reasons: tuple[str, ...] = ()  # why the two cannot be compared
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def of(self, verdict: Verdict, required: bool = True) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.verdict == verdict and row.required >= required)
