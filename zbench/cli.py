@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -752,39 +753,47 @@ def validate(files: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
       zbench validate scenarios/quickstart.yaml -o batch=4
       zbench validate scenarios/*.yaml
     """
-    from zbench import checks
-    from zbench import scenario as scenarios
-
     wrong = []
     for file in files:
-        unknown: tuple[str, ...] = ()
         try:
-            wanted = scenarios.load_any(file, overrides)
-            cells = () if isinstance(wanted, scenarios.KernelScenario) else scenarios.cells(wanted)
+            said = _validated(file, overrides, alone=len(files) == 1)
         except UserError as error:
             wrong.append(str(error))
             continue
-        try:
-            if isinstance(wanted, scenarios.KernelScenario):
-                from zbench import operators
-
-                operators.chosen(wanted)
-            else:
-                unknown = checks.check(wanted)
-        except UserError as error:
-            wrong.append(f"{file}: {error}")
-            continue
-        if isinstance(wanted, scenarios.KernelScenario):
-            named = wanted.kernels if wanted.kernels == "all" else ", ".join(wanted.kernels)
-            click.echo(f"{file}: valid, kernels: {named}")
-            continue
-        click.echo(f"{file}: valid, {len(cells)} cell{'s' if len(cells) != 1 else ''}")
-        for cell in cells if len(files) == 1 else ():
-            click.echo(f"  {cell.id}")
-        for what in unknown:
-            click.echo(f"  not known yet: {what}")
+        for line in said:
+            click.echo(line)
     if wrong:
         raise UserError("\n".join(wrong))
+
+
+def _validated(file: Path, overrides: tuple[str, ...], alone: bool) -> list[str]:
+    """What is said of a valid scenario; where it is `alone`, with its cells. Raises UserError where it is not valid."""
+    from zbench import checks
+    from zbench import scenario as scenarios
+
+    wanted = scenarios.load_any(file, overrides)
+    if isinstance(wanted, scenarios.KernelScenario):
+        from zbench import operators
+
+        with _about(file):
+            operators.chosen(wanted)
+        named = wanted.kernels if wanted.kernels == "all" else ", ".join(wanted.kernels)
+        return [f"{file}: valid, kernels: {named}"]
+    cells = scenarios.cells(wanted)
+    with _about(file):
+        unknown = checks.check(wanted)
+    listed = [f"  {cell.id}" for cell in cells] if alone else []
+    count = f"{len(cells)} cell{'s' if len(cells) != 1 else ''}"
+    return [f"{file}: valid, {count}", *listed, *(f"  not known yet: {what}" for what in unknown)]
+
+
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """UserErrors name the file, which those of reading it do already."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 @main.command()
