@@ -170,6 +170,11 @@ def run(
             click.echo(why, err=True)
             _project(wanted, peaks.on_paper(wanted.hardware), out, report, as_json)
             return
+    _measure(wanted, out, resume, report, allow_pickle, as_json)
+
+
+def _measure(wanted: Scenario, out: Path, resume: Path | None, report: bool, allow_pickle: bool, as_json: bool) -> None:
+    """Measure a scenario into a folder, and say what it comes to."""
     from rich.console import Console
 
     from zbench import run as runner
