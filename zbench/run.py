@@ -123,7 +123,8 @@ def prepare(
 ) -> tuple[Point, ...]:
     """Load models, tokenise prompts and check that everything fits. Raises UserError before anything is measured."""
     checks.check(wanted, allow_pickle)
-    for _, cells in scenario.points(wanted):
+    matrix = scenario.points(wanted)
+    for _, cells in matrix:
         for cell in cells:
             engines.check_here(cell.engine, cell.options)
     if wanted.threads:
@@ -134,8 +135,8 @@ def prepare(
     files: dict[str, loading.LoadedModel] = {}
     cut: set[str] = set()  # what is said of prompts, once for all points
     points = []
-    sharded = any(at.parallel.tensor > 1 for at, _ in scenario.points(wanted))
-    for at, cells in scenario.points(wanted):
+    sharded = any(at.parallel.tensor > 1 for at, _ in matrix)
+    for at, cells in matrix:
         member = world.member(at.parallel)
         weights = repr((at.model_spec, at.dtype))
         if weights not in files:
