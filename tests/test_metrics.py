@@ -1158,8 +1158,15 @@ def test_what_would_mix_forwards_of_different_rows_is_not_given(measure: Any) ->
     rows = measure([swept()], (ROWS,))
     for name in metrics.NOT_OF_FORWARDS:
         assert "different numbers of rows" in rows["rows", name, ""].note
-    assert set(metrics.NOT_OF_FORWARDS) <= set(metrics.METRICS)
+    assert {"throughput_per_device", "parallel_efficiency"} <= set(metrics.NOT_OF_FORWARDS) <= set(metrics.METRICS)
     assert "does not time forwards" in measure([trial()])["ar", "row_cost", ""].note
+
+
+def test_no_engine_is_so_many_times_as_fast_as_a_sweep_of_forwards(measure: Any) -> None:
+    """The baseline of a scenario without plain decoding is its first engine."""
+    rows = measure([swept(), trial("eagle3")], (ROWS, cell("eagle3", "eagle3")))
+    for name in ("speedup", "minimal_detectable_effect"):
+        assert "the baseline times forwards of different numbers of rows" in rows["eagle3", name, ""].note
 
 
 def test_a_curve_without_a_knee_has_no_ridge_and_at_least_as_many_free_rows_as_were_measured(measure: Any) -> None:

@@ -21,7 +21,7 @@ from zbench.gate import NotComparable
 from zbench.imported import IMPORTED, QUANTITIES, Imported
 from zbench.imported import load as load_imported
 from zbench.importers import definition
-from zbench.metrics import METRICS, SYNTHETIC, Cell, Run, caveats, load_run
+from zbench.metrics import METRICS, SYNTHETIC, TIMES_FORWARDS, Cell, Run, caveats, load_run
 from zbench.records import MANIFEST, SCHEMA_VERSION, CellRecord, schema_version
 from zbench.results import Results, main_kind, point_label
 from zbench.stats import Estimate, unavailable
@@ -101,6 +101,8 @@ class Comparison:
         mine, theirs = side.cells.get(cell), self.sides[0].cells.get(cell)
         if mine is None or theirs is None or not mine.trials or not theirs.trials:
             return unavailable("one of the two has no result")
+        if mine.record.engine == "forward":
+            return unavailable(f"this engine {TIMES_FORWARDS}")
         columns = ["prompt_id", "repeat", "group", "later", "decode_seconds", "output_hash"]
         pairs = mine.requests[columns].merge(
             theirs.requests[columns], on=["prompt_id", "repeat"], suffixes=("", "_first")

@@ -71,10 +71,11 @@ NOT_THE_TARGETS = "acceptance is synthetic, so the tokens are not the target's"
 
 # Of an engine that times raw forwards these would mix unlike ones.
 NOT_OF_FORWARDS = frozenset({
-    "tpot", "decode_tps", "throughput", "tokens_per_forward", "tokens_per_weighted_forward", "speedup",
-    "category_speedup", "minimal_detectable_effect", "rows_per_forward", "bytes_per_token", "flops_per_token",
-    "joules_per_token", "tokens_per_joule", "energy_delay_product",
+    "tpot", "decode_tps", "throughput", "throughput_per_device", "tokens_per_forward", "tokens_per_weighted_forward",
+    "speedup", "category_speedup", "minimal_detectable_effect", "rows_per_forward", "bytes_per_token",
+    "flops_per_token", "joules_per_token", "tokens_per_joule", "energy_delay_product", "parallel_efficiency",
 })  # fmt: skip
+TIMES_FORWARDS = "times forwards of different numbers of rows at every token"
 
 Better = Literal["higher", "lower", "none"]
 Result = Estimate | dict[str, Estimate]
@@ -250,6 +251,8 @@ class Cell:
     @property
     def timed_pairs(self) -> pd.DataFrame:
         pairs = self.pairs
+        if self.baseline and self.baseline.record.engine == "forward":
+            raise Unavailable(f"the baseline {TIMES_FORWARDS}")
         pairs = pairs[(pairs["later"] > 0) & (pairs["later_baseline"] > 0)]
         if pairs.empty:
             raise Unavailable("no pair of requests emitted tokens after the first step")
@@ -1450,7 +1453,7 @@ def evaluate(definition: Definition, cell: Cell) -> dict[str, Estimate]:
     if not cell.trials and definition.name != "failed_trials":
         return {"": unavailable("every trial failed" if cell.failed else "no trial was run")}
     if cell.record.engine == "forward" and definition.name in NOT_OF_FORWARDS:
-        return {"": unavailable("this engine times forwards of different numbers of rows at every token")}
+        return {"": unavailable(f"this engine {TIMES_FORWARDS}")}
     try:
         result = definition.function(cell)
     except Unavailable as reason:

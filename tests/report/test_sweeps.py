@@ -17,10 +17,11 @@ from tests.report.synthetic import GRID, RATE, READ, ROOFS, write_run
 from tests.report.test_figures import assert_readable
 from tests.test_compare import _paced
 from zbench import metrics, projection, run, scenario
+from zbench.compare import compare
 from zbench.hardware.peaks import Peaks
 from zbench.metrics import ALL_MEMORY, AT_LEAST
 from zbench.records import CellRecord, ForwardRecord, StepRecord, read_manifest, read_trials
-from zbench.report import figures, html, readings, render, sweeps
+from zbench.report import figures, html, readings, render, sweeps, vllm
 from zbench.results import Results
 
 WEIGHTS, KV, FLOPS = 250e6, 50e3, 250e6  # bytes; bytes per cached token; FLOPs per row
@@ -537,6 +538,15 @@ def test_what_a_report_predicts_is_what_a_projection_at_the_same_roofs_predicts(
         floor = found.value(rows, "floor_seconds", readings.row_kind(forward.rows))
         assert floor == pytest.approx(forward.predicted_seconds, rel=0.01)
     assert steps[rows.record.label].predicted_step_seconds is None
+
+
+def test_of_a_sweep_of_forwards_no_ratio_is_taken_and_no_speed_is_exported(tmp_path: Path) -> None:
+    for name in ("first", "again"):
+        swept(tmp_path / name, max)
+    found = compare([tmp_path / "first", tmp_path / "again"])
+    assert found.ratio(found.sides[1], "autoregressive").value == pytest.approx(1)
+    assert "different numbers of rows" in found.ratio(found.sides[1], "forward").note
+    assert [path.stem for path in vllm.export(tmp_path / "first", None, detailed=False)] == ["autoregressive"]
 
 
 def test_a_forward_that_waited_changes_neither_the_verdict_nor_the_table_nor_the_figure(tmp_path: Path) -> None:

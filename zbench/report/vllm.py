@@ -43,11 +43,11 @@ class _Sent:
 
 
 def export(folder: Path, out: Path | None, detailed: bool) -> list[Path]:
-    """Write one file for each cell that has a result; return their paths. `detailed` adds a value for each request, as
-    vLLM's --save-detailed. Raises UserError: no run, nothing measured, not writable."""
+    """Write one file for each cell that has decoded something; return their paths. `detailed` adds a value for each
+    request, as vLLM's --save-detailed. Raises UserError: no run, nothing measured, not writable."""
     run = load_run(folder)
     out = out or folder / "vllm"
-    measured = [cell for cell in run.cells if cell.trials]
+    measured = [cell for cell in run.cells if cell.trials and cell.record.engine != "forward"]  # which is no decoder
     if not measured:
         raise UserError(f"{folder}: nothing was measured that could be exported")
     paths = []
