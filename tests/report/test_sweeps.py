@@ -20,7 +20,7 @@ from zbench import metrics, projection, run, scenario
 from zbench.compare import compare
 from zbench.hardware.peaks import Peaks
 from zbench.metrics import ALL_MEMORY, AT_LEAST
-from zbench.records import CellRecord, ForwardRecord, StepRecord, read_manifest, read_trials
+from zbench.records import CellRecord, ForwardRecord, ServedRecord, StepRecord, read_manifest, read_trials
 from zbench.report import figures, html, readings, render, sweeps, vllm
 from zbench.results import Results
 
@@ -442,6 +442,23 @@ def test_two_lengths_of_which_one_is_not_set_are_no_sweep_of_contexts(tmp_path: 
     assert not readings.varied(found, "context")
     render(tmp_path)
     assert not (tmp_path / "figures" / "context.svg").exists()
+
+
+def test_tokens_per_second_of_a_load_count_from_its_first_token_to_its_last(tmp_path: Path) -> None:
+    """Four requests of 1 s and 11 tokens each, one after another at the server: not 40 tokens in a second."""
+    write_run(tmp_path, engines=("autoregressive",), prompts=1, repeats=1, points=({"batch": 4},))
+    [trial], _ = read_trials(tmp_path)
+    waiting = tuple(
+        dataclasses.replace(
+            r, output_ids=(1,) * 11, ttft_seconds=0.25, end_seconds=1.25,
+            served=ServedRecord(1.25 * place, 0.0, (0.25, 1.25), 11, "server"),
+        )
+        for place, r in enumerate(trial.requests)
+    )  # fmt: skip
+    load = dataclasses.replace(trial, requests=waiting, steps=(), forwards=())
+    (tmp_path / "trials.jsonl").write_text(load.to_json() + "\n")
+    [cell] = metrics.load_run(tmp_path).cells
+    assert readings.together(cell) == pytest.approx(40 / 4.75)
 
 
 @pytest.mark.parametrize("axis", ["batch", "context"])

@@ -11,6 +11,7 @@ import numpy as np
 
 from zbench import stats
 from zbench.metrics import ALL_MEMORY, AT_LEAST, OVERHEAD, Cell, caveats
+from zbench.records import TrialRecord
 from zbench.report import findings
 from zbench.report.findings import clusters, interval, quantity, title
 from zbench.results import Point, Results, main_kind
@@ -314,14 +315,19 @@ def varied(results: Results, axis: str) -> dict[tuple[tuple[str, object], ...], 
     }
 
 
-def together(results: Results, cell: Cell) -> float | None:
+def together(cell: Cell) -> float | None:
     """Tokens/s of all sequences in decode, from the first one's first token to the last one's last; of whole batches,
     where there is one."""
     trials = [trial for trial in cell.trials if len(trial.requests) == cell.record.batch] or cell.trials
     tokens = sum(sum(trial.later) for trial in trials)
-    ends = [([r.ttft_seconds for r in trial.requests], [r.end_seconds for r in trial.requests]) for trial in trials]
-    seconds = sum(max(last) - min(first) for first, last in ends)
+    seconds = sum(_decoding_seconds(trial) for trial in trials)
     return tokens / seconds if tokens and seconds > 0 else None
+
+
+def _decoding_seconds(trial: TrialRecord) -> float:
+    """From the first token of all sequences to the last; a served request's times begin when it was due."""
+    begun = [(r, r.served.due_seconds if r.served else 0.0) for r in trial.requests]
+    return max(at + r.end_seconds for r, at in begun) - min(at + r.ttft_seconds for r, at in begun)
 
 
 def _everywhere(results: Results) -> list[str]:
@@ -385,7 +391,7 @@ def _batch_sentences(results: Results) -> list[str]:
     for cells in varied(results, "batch").values():
         if not cells[0].record.baseline:
             continue
-        speeds = {cell.record.batch: speed for cell in cells if (speed := together(results, cell))}
+        speeds = {cell.record.batch: speed for cell in cells if (speed := together(cell))}
         if len(speeds) > 1:
             low, high = min(speeds), max(speeds)
             place = ", ".join(f"{k} {v}" for k, v in cells[0].record.point.items() if k != "batch")

@@ -294,7 +294,7 @@ def _batch(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) ->
     batches: set[int] = set()
     for index, (key, mine) in enumerate(lines):
         colour, marker = theme.series[index], MARKERS[index % len(MARKERS)]
-        speeds = {cell.record.batch: speed for cell in mine if (speed := together(results, cell))}
+        speeds = {cell.record.batch: speed for cell in mine if (speed := together(cell))}
         batches |= set(speeds)
         axes.plot(list(speeds), list(speeds.values()), f"{marker}-", ms=5, lw=1.4, color=colour, mew=0,
                   label=_line_name(results, "batch", key, mine[0]))  # fmt: skip
@@ -311,7 +311,7 @@ def _batch(axes: Axes, theme: Theme, results: Results, cells: Sequence[Cell]) ->
 def _together_at_roofs(results: Results, cell: Cell) -> float | None:
     """Tokens/s of all sequences if steps took what their forwards need at the measured roofs."""
     speed, step, predicted = (
-        together(results, cell),
+        together(cell),
         *(results.value(cell, m) for m in ("step_seconds", "predicted_step_seconds")),
     )
     return speed * step / predicted if speed and step and predicted else None
@@ -320,7 +320,7 @@ def _together_at_roofs(results: Results, cell: Cell) -> float | None:
 def _batch_alt(results: Results, cells: Sequence[Cell]) -> str:
     said = [
         f"{_line_name(results, 'batch', key, mine[0])}: "
-        + ", ".join(f"batch {cell.record.batch} {together(results, cell) or 0:.0f} tokens/s" for cell in mine)
+        + ", ".join(f"batch {cell.record.batch} {together(cell) or 0:.0f} tokens/s" for cell in mine)
         for key, mine in varied(results, "batch").items()
     ]
     return "; ".join(said) + "."
