@@ -99,6 +99,21 @@ def test_the_smallest_change_for_the_worse_fails(tmp_path: Path, what: str) -> N
     assert all(verdict == "ok" for (name, *_), verdict in verdicts(judged).items() if name == "ar")
 
 
+def test_outputs_of_a_server_that_got_other_prefixes_are_no_regression(tmp_path: Path) -> None:
+    """Its prefix cache could not be emptied, so every prompt of every run began otherwise."""
+
+    def run(name: str, last: int, right: bool) -> gate.Snapshot:
+        asked = [replace(request(f"p{g}", (7, 8, last)), correct=right) for g in range(6)]
+        served = [trial(group=g, requests=(r,), kernels={"prefix cache": "unique"}) for g, r in enumerate(asked)]
+        return taken(tmp_path / name, served, CHAIN[:1])
+
+    judged = gate.judge(run("now", 9, False), run("before", 8, True))
+    assert not judged.of("regressed")
+    assert [(row.metric, row.note) for row in judged.of("inconclusive") if not row.timed] == [
+        ("accuracy", "greedy outputs vary by themselves here, so nothing is exact")
+    ]
+
+
 def test_a_failed_trial_fails_the_gate(tmp_path: Path) -> None:
     failed = trial("spec", 6, status="error", error="boom", requests=(), steps=(), forwards=())
     judged = gate.judge(taken(tmp_path / "now", [*GOOD, failed]), taken(tmp_path / "before"))

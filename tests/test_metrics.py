@@ -634,6 +634,15 @@ def test_the_first_difference_is_the_earliest_position_of_another_token(measure:
     assert row.value == 2 and "outputs differ somewhere" in row.note
 
 
+@pytest.mark.parametrize("server", ["ar", "eagle3"])
+def test_prompts_that_a_server_got_with_a_prefix_of_their_own_agree_with_nothing(measure: Any, server: str) -> None:
+    """Whichever of the two is the server: the baseline may be one."""
+    trials = [trial(label, kernels={"prefix cache": "unique"} if label == server else {}) for label in ("ar", "eagle3")]
+    rows = measure(trials, (cell(), cell("eagle3", "eagle3")))
+    for label, name in (("eagle3", "agreement"), ("eagle3", "first_difference"), (server, "output_hash")):
+        assert "a prefix of its own" in rows[label, name, ""].note
+
+
 def test_a_longer_output_does_not_agree_with_its_prefix(measure: Any) -> None:
     other = trial("x", requests=(request("p0", (7, 8, 9, 10)),))
     assert measure([trial(), other], [cell(), cell("x", "chain")])["x", "agreement", "tokens"].value == 3 / 4

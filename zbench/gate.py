@@ -26,7 +26,17 @@ from zbench import stats
 from zbench.cache import write
 from zbench.errors import UserError
 from zbench.hardware import environment
-from zbench.metrics import DEFINITIONS_VERSION, METRICS, Better, Cell, Run, caveats, evaluate, load_run
+from zbench.metrics import (
+    DEFINITIONS_VERSION,
+    METRICS,
+    Better,
+    Cell,
+    Run,
+    caveats,
+    evaluate,
+    has_own_prefixes,
+    load_run,
+)
 from zbench.records import MANIFEST, SCHEMA_VERSION, read_manifest, schema_version
 from zbench.scenario import STRICT, load_other
 from zbench.stats import CONFIDENCE, FEW
@@ -140,7 +150,7 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class CellSnapshot:
     trials: str  # digest of the (group, repeat) that succeeded
-    stable: bool  # False: repeats of one greedy prompt gave different tokens
+    stable: bool  # False: greedy outputs vary by themselves
     exact: dict[str, dict[str, Value]]  # metric -> part -> value
     timed: dict[str, Sample]
 
@@ -283,7 +293,10 @@ def _finite(value: Value) -> Value:
 
 
 def stable(cell: Cell) -> bool:
-    """Repeats have their own seeds: only greedy tokens that nothing draws must be the same in all of them."""
+    """Whether the same again gives the same tokens. Repeats have their own seeds: only greedy tokens that nothing draws
+    must be the same in all of them."""
+    if has_own_prefixes(cell):
+        return False
     if cell.record.sampling.get("temperature") or "synthetic acceptance" in caveats(cell.record):
         return True
     return bool((cell.requests.groupby("prompt_id")["output_hash"].nunique() <= 1).all())
@@ -542,7 +555,7 @@ def _judge_count(row: Row, stable: bool, was_stable: bool) -> Row:
         return replace(row, verdict=verdict)
     if was_stable and verdict == "regressed":
         return replace(row, verdict=verdict, note=_VARIES)
-    note = "repeats of one greedy prompt gave different tokens, so nothing here is exact"
+    note = "greedy outputs vary by themselves here, so nothing is exact"
     return replace(row, verdict="inconclusive", note=note)
 
 

@@ -57,7 +57,7 @@ class Meaning(_Part):
 
 class CellNumbers(_Part):
     trials: str  # digest of the (group, repeat) that succeeded
-    stable: bool  # False: repeats of one greedy prompt gave different tokens, so no count is exact
+    stable: bool  # False: greedy outputs vary by themselves, so no count is exact
     caveat: str  # what its engine's acceptance is not
     metrics: dict[str, dict[str, Number]]  # metric -> part -> number
 
