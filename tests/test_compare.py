@@ -39,6 +39,7 @@ def other(
     pace: float = 1.0,
     device: str | None = None,
     without: str = "",
+    trials: Callable[[TrialRecord], TrialRecord] = lambda t: t,
 ) -> Path:
     """A run like the first, all its times multiplied by `pace`, on a device of that name."""
     folder = first.parent / name
@@ -50,8 +51,8 @@ def other(
         facts = {**manifest.environment, "device": {**manifest.environment["device"], "name": device}}
         manifest = replace(manifest, environment=facts)
     (folder / "run.json").write_text(edit(manifest).to_json())
-    trials = [_paced(trial, pace) for trial in read_trials(first)[0] if trial.cell != without]
-    (folder / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in trials))
+    made = [trials(_paced(trial, pace)) for trial in read_trials(first)[0] if trial.cell != without]
+    (folder / "trials.jsonl").write_text("".join(trial.to_json() + "\n" for trial in made))
     return folder
 
 
@@ -110,6 +111,21 @@ def test_an_option_that_an_older_zbench_did_not_have_is_no_difference_while_it_i
 
     found = compare([first, other(first, "later", edit=edit)])
     assert all(found.ratio(found.sides[1], cell).status == "ok" for cell in found.cells)
+
+
+def test_an_engine_with_another_drafter_of_the_same_name_is_left_out(first: Path) -> None:
+    """One may have been trained again into the folder that the scenario names."""
+    mine, theirs = (
+        other(
+            first,
+            name,
+            trials=lambda t, name=name: replace(t, kernels={"mask_adapter": name} if "4-by" in t.cell else {}),
+        )
+        for name in ("one", "two")
+    )
+    found = compare([mine, theirs])
+    assert found.sides[1].cells.keys() == {"autoregressive"}
+    assert set(found.sides[1].left_out.values()) == {"the drafter has other weights than in one"}
 
 
 def test_runs_of_one_machine_are_told_apart_by_folder_and_no_difference_is_not_made_one(first: Path) -> None:

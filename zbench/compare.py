@@ -249,7 +249,16 @@ def _difference(run: Run, first: Run, record: CellRecord) -> str:
         if mine != other:
             return f"{name} is {mine} here and {other} in {first.path.name}"
     weights = [r.manifest.models.get(c.model, {}).get("hash") for r, c in ((run, record), (first, theirs))]
-    return "" if weights[0] == weights[1] else f"the model has other weights than in {first.path.name}"
+    if weights[0] != weights[1]:
+        return f"the model has other weights than in {first.path.name}"
+    mine, other = (_drafters(r, record.id) for r in (run, first))
+    return f"the drafter has other weights than in {first.path.name}" if mine and other and mine != other else ""
+
+
+def _drafters(run: Run, cell: str) -> set[str]:
+    """Hashes of the drafters or adapters that a cell's trials say they had."""
+    kernels = [trial.kernels or {} for trial in run.trials if trial.cell == cell and trial.status == "ok"]
+    return {each[key] for each in kernels for key in ("drafter_weights", "mask_adapter") if key in each}
 
 
 def _given(value: Any) -> Any:
