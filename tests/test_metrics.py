@@ -250,6 +250,24 @@ def test_a_drafting_engine_is_charged_for_its_drafter(measure: Any) -> None:
     assert rows["spec", "forwards_per_sequence", "drafter"].value == 2
 
 
+def test_a_baseline_that_failed_on_the_only_batch_of_a_size_tells_no_bytes_of_it(measure: Any) -> None:
+    """What it read for four sequences does not say what of it were the weights, which two share too."""
+
+    def sized(label: str, group: int, batch: int) -> TrialRecord:
+        made = [forward(0, "prefill", batch=batch)]
+        made += [forward(i, batch=batch, context=10.0 + i, bytes_read=900.0 + batch * (10 + i)) for i in (1, 2)]
+        steps = tuple(StepRecord(1.0, 0, 0, (1,) * batch) for _ in range(3))
+        asked = tuple(request(f"p{group}{i}") for i in range(batch))
+        return trial(label, group, requests=asked, steps=steps, forwards=tuple(made))
+
+    cells = [cell(batch=4), cell("x", "chain", batch=4)]
+    mine = [sized("x", 0, 4), sized("x", 1, 2)]
+    whole = measure([sized("ar", 0, 4), sized("ar", 1, 2), *mine], cells)
+    assert whole["x", "tokens_per_weighted_forward", ""].value == pytest.approx(1)
+    without = measure([sized("ar", 0, 4), *mine], cells)
+    assert "too few batches and contexts" in without["x", "tokens_per_weighted_forward", ""].note
+
+
 def test_a_drafter_whose_cache_lags_is_charged_at_the_context_of_the_step(measure: Any) -> None:
     growing = trial(
         forwards=(forward(0, "prefill"), *(forward(i, context=10.0 * i, bytes_read=90.0 + 100 * i) for i in (1, 2)))

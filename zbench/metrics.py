@@ -1563,10 +1563,13 @@ def _autoregressive_bytes(cell: Cell, forwards: pd.DataFrame) -> np.ndarray:
     known = reference.decode_forwards
     if known.empty:
         raise Unavailable("no request of the autoregressive baseline emitted a second token")
-    coefficients, *_ = np.linalg.lstsq(terms(known), known["bytes"].to_numpy(), rcond=None)
     # The context of a step is the target's: a drafter's own cache may lag behind it or hold nothing.
     context = forwards.groupby(["group", "repeat", "step"])["context"].transform("max")
-    return terms(forwards.assign(context=context)) @ coefficients
+    told, asked = terms(known), terms(forwards.assign(context=context))
+    if np.linalg.matrix_rank(np.concatenate([told, asked])) > np.linalg.matrix_rank(told):
+        raise Unavailable("the autoregressive baseline ran at too few batches and contexts to tell its bytes at these")
+    coefficients, *_ = np.linalg.lstsq(told, known["bytes"].to_numpy(), rcond=None)
+    return asked @ coefficients
 
 
 def _autoregressive_baseline(cell: Cell) -> Cell:
