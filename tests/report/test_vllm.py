@@ -81,6 +81,21 @@ def test_a_servers_run_has_vllms_figures(served: Path) -> None:
     assert found["spec_decode_per_position_acceptance_rates"] == [1.0, 0.5, 0.0]
 
 
+def test_replicas_decode_side_by_side(run: Path, tmp_path: Path) -> None:
+    """Five prompts on two replicas take three rounds, and the device of each gives its tokens meanwhile."""
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["cells"][0]["replicas"] = 2
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
+    (tmp_path / "trials.jsonl").write_text((run / "trials.jsonl").read_text())
+    whole = load_run(tmp_path)
+    walls = [trial.wall_seconds for trial in whole.cells[0].trials]
+    found = vllm.result(whole, whole.cells[0], detailed=True)
+    assert found["duration"] == pytest.approx(max(walls[:2]) + max(walls[2:4]) + walls[4])
+    assert found["output_throughput"] == pytest.approx(5 * 8 / found["duration"])
+    assert found["max_concurrency"] == found["max_concurrent_requests"] == 2
+    assert found["start_times"][:3] == [0.0, 0.0, pytest.approx(max(walls[:2]))]
+
+
 def test_an_export_is_read_as_vllms_and_gives_the_same(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["export", str(run), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output

@@ -29,7 +29,7 @@ class _Sent:
     """One request as vLLM's client would have seen it. Seconds."""
 
     record: RequestRecord
-    start: float  # since the first trial of the cell began; trials follow one another without a gap
+    start: float  # since the first trial of the cell began; `_rounds` follow one another without a gap
     ttft: float
     latency: float
     gaps: tuple[float, ...] | None  # between chunks; None where the engine does not report its steps
@@ -61,8 +61,9 @@ def export(folder: Path, out: Path | None, detailed: bool) -> list[Path]:
 def result(run: Run, cell: Cell, detailed: bool = False) -> dict[str, Any]:
     """The result of one cell, its trials taken as one benchmark."""
     record, manifest = cell.record, run.manifest
-    sent = list(_sent(cell.trials))
-    wall = sum(trial.wall_seconds for trial in cell.trials)
+    rounds = _rounds(cell)
+    sent = list(_sent(rounds))
+    wall = sum(max(trial.wall_seconds for trial in side) for side in rounds)
     prompt = sum(one.record.prompt_tokens for one in sent)
     output = sum(one.record.tokens for one in sent)
     servers = [trial.server for trial in cell.trials if trial.server]
@@ -82,7 +83,7 @@ def result(run: Run, cell: Cell, detailed: bool = False) -> dict[str, Any]:
         "zbench_device": str(manifest.environment.get("device", {}).get("name", "")),
         "request_rate": load.get("rate") or "inf",
         "burstiness": None if load.get("arrivals") == "constant" else 1.0,
-        "max_concurrency": load.get("concurrency") or (None if load.get("rate") else record.batch),
+        "max_concurrency": load.get("concurrency") or (None if load.get("rate") else record.batch * record.replicas),
         "duration": wall,
         "completed": len(sent),
         "failed": None if cell.failed else 0,  # of a failed trial, the requests are not recorded
@@ -115,19 +116,28 @@ def result(run: Run, cell: Cell, detailed: bool = False) -> dict[str, Any]:
     return found
 
 
-def _sent(trials: Sequence[TrialRecord]) -> Iterable[_Sent]:
+def _rounds(cell: Cell) -> list[list[TrialRecord]]:
+    """Trials one after another, and those together that replicas decoded side by side."""
+    found: dict[tuple[int, int], list[TrialRecord]] = {}
+    for trial in cell.trials:
+        found.setdefault((trial.repeat, trial.group // cell.record.replicas), []).append(trial)
+    return list(found.values())
+
+
+def _sent(rounds: Sequence[Sequence[TrialRecord]]) -> Iterable[_Sent]:
     began = 0.0
-    for trial in trials:
-        ends = list(accumulate(step.seconds for step in trial.steps))
-        for row, request in enumerate(trial.requests):
-            served = request.served
-            queued = served.queued_seconds if served else 0.0
-            start = began + (served.due_seconds + queued if served else 0.0)
-            gained = [end for end, step in zip(ends, trial.steps, strict=True) if step.committed[row]]
-            chunks: Sequence[float] = served.chunk_seconds if served else gained
-            gaps = tuple(later - earlier for earlier, later in pairwise(chunks)) if chunks else None
-            yield _Sent(request, start, request.ttft_seconds - queued, request.end_seconds - queued, gaps, queued)
-        began += trial.wall_seconds
+    for side in rounds:
+        for trial in side:
+            ends = list(accumulate(step.seconds for step in trial.steps))
+            for row, request in enumerate(trial.requests):
+                served = request.served
+                queued = served.queued_seconds if served else 0.0
+                start = began + (served.due_seconds + queued if served else 0.0)
+                gained = [end for end, step in zip(ends, trial.steps, strict=True) if step.committed[row]]
+                chunks: Sequence[float] = served.chunk_seconds if served else gained
+                gaps = tuple(later - earlier for earlier, later in pairwise(chunks)) if chunks else None
+                yield _Sent(request, start, request.ttft_seconds - queued, request.end_seconds - queued, gaps, queued)
+        began += max(trial.wall_seconds for trial in side)
 
 
 def _statistics(name: str, values: Sequence[float]) -> dict[str, float | None]:
