@@ -113,6 +113,16 @@ def test_an_option_that_an_older_zbench_did_not_have_is_no_difference_while_it_i
     assert all(found.ratio(found.sides[1], cell).status == "ok" for cell in found.cells)
 
 
+def test_a_ratio_says_how_many_requests_it_is_of_where_one_run_lacks_some(first: Path) -> None:
+    cut = other(first, "cut")
+    lines = [line for line in (cut / "trials.jsonl").read_text().splitlines(keepends=True) if '"group":5' not in line]
+    (cut / "trials.jsonl").write_text("".join(lines))
+    found = compare([first, cut])
+    assert "5 of 6 requests are paired" in found.ratio(found.sides[1], "autoregressive").note
+    whole = compare([first, other(first, "whole")])
+    assert not whole.ratio(whole.sides[1], "autoregressive").note
+
+
 def test_an_engine_with_another_drafter_of_the_same_name_is_left_out(first: Path) -> None:
     """One may have been trained again into the folder that the scenario names."""
     mine, theirs = (

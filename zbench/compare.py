@@ -114,11 +114,14 @@ class Comparison:
             return unavailable("responses came in one piece: their tokens have no times")
         here, there = (pairs[f"decode_seconds{s}"] / pairs[f"later{s}"] for s in ("", "_first"))
         estimate = stats.paired_ratio(there, here, pairs["group"])
+        notes = [estimate.note]
+        if len(pairs) < (most := max(len(mine.requests), len(theirs.requests))):
+            words = "the others go on after the first step in one run only, or have a result in one only"
+            notes.append(f"{len(pairs)} of {most} requests are paired; {words}")
         same = int((pairs["output_hash"] == pairs["output_hash_first"]).sum())
-        if same == len(pairs) or SYNTHETIC in caveats(mine.record):
-            return estimate
-        words = f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token"
-        return replace(estimate, note="; ".join(filter(None, (estimate.note, words))))
+        if same < len(pairs) and SYNTHETIC not in caveats(mine.record):
+            notes.append(f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token")
+        return replace(estimate, note="; ".join(filter(None, notes)))
 
     def rows(self) -> list[dict[str, Any]]:
         """Every metric of every compared cell of every run, and the ratios: what the CSV and the JSON hold."""
