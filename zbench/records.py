@@ -133,7 +133,8 @@ class ServedRecord:
 
     due_seconds: float  # since the trial's submit
     queued_seconds: float  # how long the client held it back, no place being free
-    chunk_seconds: tuple[float, ...]  # when each chunk with text arrived
+    # When each chunk with text arrived, and what said that the text ends, where that is a token that no text shows.
+    chunk_seconds: tuple[float, ...]
     tokenised: int  # tokens of the text by the model's own tokenizer, and 1 where the end of the text is a token
     ids_from: Literal["server", "text"]  # whether the server gave the token ids, or they come from its text
     prompt_tokens: int | None = None  # as the server counts, as below; None where it does not say

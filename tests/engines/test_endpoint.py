@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ from zbench.hardware import environment, roofs
 from zbench.models import families
 from zbench.models.tokenizer import byte_tokenizer
 from zbench.report import render, vllm
+from zbench.serving.client import Exchange, read_stream
 from zbench.serving.process import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +123,25 @@ def test_a_server_stands_beside_an_engine_in_one_run(tmp_path: Path) -> None:
         note = value(replace(cell, trials=tuple(trials)), "client_share").note
         assert said in note and ("client" in note) == bool(said)
     assert (outcome.folder / f"server-{Path(sys.executable).name}-1.log").read_text().strip() == "listening"
+
+
+@pytest.mark.parametrize(
+    ("reason", "counted", "times"),
+    [("stop", 4, (1.0, 2.0, 3.0, 4.0)), ("stop", 3, (1.0, 2.0, 3.0)), ("length", 3, (1.0, 2.0, 3.0))],
+)
+def test_a_token_that_ends_a_text_and_is_counted_has_its_time(
+    reason: str, counted: int, times: tuple[float, ...]
+) -> None:
+    """No text shows it, the reason of the end does: three tokens after the first one took 3 s, not 2."""
+    said = [{"text": letter, "finish_reason": None} for letter in "abc"] + [{"text": "", "finish_reason": reason}]
+    events = [(float(at), {"choices": [choice]}) for at, choice in enumerate(said, start=1)]
+    events.append((4.5, {"choices": [], "usage": {"completion_tokens": counted}}))
+    answer = read_stream((at, f"data: {json.dumps(event)}\n\n".encode()) for at, event in events)
+    words = SimpleNamespace(encode=lambda text, **_: list(map(ord, text)))
+    engine: Any = SimpleNamespace(tokenizer=words, config=SimpleNamespace(eos_ids=(0,)))
+    finish = "eos" if reason == "stop" else "length"
+    ids, served = endpoint.Endpoint._record(engine, Exchange(), answer, finish)  # type: ignore[arg-type]
+    assert len(ids) == counted and served.chunk_seconds == times
 
 
 def test_vllm_is_known_reset_before_every_trial_and_read_by_difference(tmp_path: Path) -> None:

@@ -185,6 +185,9 @@ class Endpoint:
         # The token that ends a text shows in no text. Most servers count it.
         ended = int(finish == "eos" and counted != len(ids))
         tokenised = len(ids) + ended
+        chunks = answer.chunks
+        if ended and answer.token_ids is None and answer.finished > chunks[-1]:
+            chunks = (*chunks, answer.finished)
         if answer.token_ids is not None:
             ids = list(answer.token_ids)
         elif ended and counted in (tokenised, None) and self.config.eos_ids:
@@ -192,7 +195,7 @@ class Endpoint:
         return ids, ServedRecord(
             due_seconds=exchange.due,
             queued_seconds=exchange.sent - exchange.due,
-            chunk_seconds=tuple(when - exchange.due for when in answer.chunks),
+            chunk_seconds=tuple(when - exchange.due for when in chunks),
             tokenised=tokenised,
             ids_from="text" if answer.token_ids is None else "server",
             prompt_tokens=prompt_tokens,

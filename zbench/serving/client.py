@@ -68,6 +68,7 @@ class Answer:
     token_ids: tuple[int, ...] | None
     finish: str
     chunks: tuple[float, ...]
+    finished: float  # when it said why the text ends
     ended: float  # when its last event came
     usage: Mapping[str, Any]
     extras: tuple[Mapping[str, Any], ...]  # chunks that say more than text: usage, timings, metrics
@@ -207,7 +208,7 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Answer:
     ids: list[int] = []
     chunks: list[float] = []
     extras: list[Mapping[str, Any]] = []
-    finish, whole = None, True
+    finish, finished, whole = None, 0.0, True
     usage: Mapping[str, Any] = {}
     pieces, ended = list(pieces), None
     for when, data in _events(pieces):
@@ -236,7 +237,8 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Answer:
                     text.append("" + said)
                     whole = whole and given is not None
                     ids += map(operator.index, given or ())
-                finish = choice.get("finish_reason") or finish
+                if reason := choice.get("finish_reason"):
+                    finish, finished = reason, when
             except (AttributeError, TypeError):
                 raise EndpointError(f"a chunk is not what the API has: {data[:80]!r}") from None
         if not choices or event.keys() & {"usage", "timings", "metrics", "sglext", "metadata"} or finish:
@@ -248,7 +250,8 @@ def read_stream(pieces: Iterable[tuple[float, bytes]]) -> Answer:
         raise EndpointError("the stream broke off before it said why the text ends")
     if not chunks:
         raise EndpointError("the stream carried no text")
-    return Answer("".join(text), tuple(ids) if whole else None, finish, tuple(chunks), ended, usage, tuple(extras))
+    given_ids = tuple(ids) if whole else None
+    return Answer("".join(text), given_ids, finish, tuple(chunks), finished, ended, usage, tuple(extras))
 
 
 def _content(delta: Mapping[str, Any]) -> str:
