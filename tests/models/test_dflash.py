@@ -503,6 +503,8 @@ def test_a_draft_vocabulary_that_cannot_be_is_refused_in_one_line() -> None:
         ({"use_sliding_window": True, "sliding_window": 64}, "sliding_attention"),
         ({"num_target_layers": 36}, "made for a target of 36 layers, but this one has 3"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"rope_is_neox_style": False}, "rope_is_neox_style false"),
+        ({"rope_interleave": True}, "rope_interleave"),
         ({"attention_bias": True}, "attention_bias"),
         ({"intermediate_size": 64}, "gate_proj.weight has shape"),
         ({"num_hidden_layers": 3, "layer_types": None}, "lacks layers.2"),
@@ -519,6 +521,20 @@ def test_a_drafter_that_does_not_fit_is_refused_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         dflash.load_drafter(tmp_path, TARGET)
     assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_beyond_the_targets_and_an_embedding_of_its_own_are_refused(tmp_path: Path) -> None:
+    """A token that the target has not would be read from beyond its embedding."""
+    config, drafter = released(TARGET, tmp_path)
+    embedding = {"embed_tokens.weight": torch.ones(300, 96)}
+    write(tmp_path, config, {**drafter.tensors, **embedding})
+    with pytest.raises(UserError, match=r"a variant that is not supported: embed_tokens\.weight"):
+        dflash.load_drafter(tmp_path, TARGET)
+    write(
+        tmp_path, speculators(config, draft_vocab_size=301), {**drafter.tensors, "lm_head.weight": torch.ones(301, 96)}
+    )
+    with pytest.raises(UserError, match="draft_vocab_size must be 1 to 300, not 301"):
+        dflash.load_drafter(tmp_path, TARGET)
 
 
 @pytest.mark.parametrize("extra", [{"sample_from_anchor": True}, {"projector_type": "domino"}, {"shift_label": True}])

@@ -405,6 +405,8 @@ def test_tap_ids_are_layer_inputs_at_the_top_level_and_outputs_in_eagle_config(t
     for left_out in ((), ("eagle_config",), (key,)):
         file.write_text(json.dumps({k: v for k, v in config.items() if k not in left_out}))
         assert load_drafter(tmp_path / "s", TARGET).config.taps == (1, 4, 8)
+    file.write_text(json.dumps(config | {key: None}))
+    assert load_drafter(tmp_path / "s", TARGET).config.taps == (1, 4, 8)
     write_speculators(stored, tmp_path / "v")
     assert load_drafter(tmp_path / "v", TARGET).config.taps == (1, 4, 8)
 

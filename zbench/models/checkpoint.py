@@ -134,6 +134,16 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tupl
             raise UserError(f"{name} has shape {found[name]}, but its config and the target say {shape}")
 
 
+def draft_vocab(config: Mapping[str, Any], vocab: int) -> int:
+    """Of a drafter for a target of `vocab` tokens, by its config.json. Raises UserError where it cannot be."""
+    size = config.get("draft_vocab_size")
+    if size is None:
+        return vocab
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= vocab:
+        raise UserError(f"draft_vocab_size must be 1 to {vocab}, not {size!r}")
+    return size
+
+
 def check_map(tensors: Mapping[str, Tensor], target_vocab: int) -> None:
     """Raises UserError unless a reduced vocabulary, where there is one, maps into the target's."""
     if "d2t" in tensors:

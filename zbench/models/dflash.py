@@ -22,7 +22,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -37,6 +37,7 @@ from zbench.models.checkpoint import (
     Trained,
     check_map,
     check_shapes,
+    draft_vocab,
     read_checkpoint,
     read_shape,
     shapes_of,
@@ -53,17 +54,21 @@ from zbench.models.rows import Rows
 from zbench.models.transformer import Transformer, inverse_frequencies, rms_norm, rotate
 from zbench.models.trees import BlockTree
 
+T = TypeVar("T")
+
 BLOCK_SIZES = range(2, 65)
 _RANDOM_STD = 0.02
 
-# The target's own weights, as speculators may store them again; t2d says again which tokens d2t names.
-_REDUNDANT = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight", "t2d")
+# The target's own weights, as speculators may store them again: in other layouts an embedding is the drafter's own.
+_TARGETS = ("embed_tokens.weight", "verifier_norm.weight", "verifier_lm_head.weight")
 _DFLASH_KEYS = ("target_layer_ids", "mask_token_id", "block_size")
 # Settings of later variants: a drafter that has one set computes something else than this module does.
 _VARIANTS = (
     *("attention_bias", "causal", "is_causal", "use_swa", "sliding_window_non_causal", "attention_sinks"),
     *("final_logit_softcapping", "output_multiplier", "input_embedding_scale", "sample_from_anchor", "shift_label"),
+    "rope_interleave",
 )
+_HALVES = ("rope_is_neox_style", "is_neox_style")  # false: rotary pairs are neighbours, not halves of a head
 
 
 DFlashCheckpoint = Trained[DFlashConfig]  # tensor names of the released layout
@@ -76,7 +81,7 @@ def load_drafter(path: str | Path, target: AnyConfig, allow_pickle: bool = False
     that this module does not run.
     """
     stored = read_checkpoint(path, allow_pickle)
-    tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in _REDUNDANT}
+    tensors = _own(stored.tensors, stored.config)
     try:
         config = _fitting(stored.config, shapes_of(tensors), target)
         check_map(tensors, target.vocab)
@@ -89,7 +94,7 @@ def read_config(path: str | Path, target: AnyConfig) -> DFlashConfig:
     """The shape of the drafter that `load_drafter` would load, without its weights. Raises UserError, one line."""
     config, shapes = read_shape(path)
     try:
-        return _fitting(config, {name: shape for name, shape in shapes.items() if name not in _REDUNDANT}, target)
+        return _fitting(config, _own(shapes, config), target)
     except UserError as error:
         raise UserError(f"drafter {path}: {error}") from error
 
@@ -149,6 +154,12 @@ def tensor_shapes(config: DFlashConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _own(found: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, T]:
+    """What a checkpoint has of its own; t2d says again which tokens d2t names."""
+    redundant = ("t2d", *_TARGETS) if "speculators_model_type" in config else ("t2d",)
+    return {name: value for name, value in found.items() if name not in redundant}
+
+
 def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFlashConfig:
     speculators = "speculators_model_type" in config
     if speculators and config["speculators_model_type"] != "dflash":
@@ -169,8 +180,8 @@ def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFla
         raise UserError(f"made for a target {body.width} wide, but this one is {target.width}")
     if (layers := config.get("num_target_layers") or target.layers) != target.layers:
         raise UserError(f"made for a target of {layers} layers, but this one has {target.layers}")
-    if own_head and (reduced := config.get("draft_vocab_size")):
-        body = replace(body, vocab=reduced)
+    if own_head:
+        body = replace(body, vocab=draft_vocab(config, target.vocab))
     return DFlashConfig(
         body=body,
         taps=_taps(config, settings, target, speculators),
@@ -183,6 +194,7 @@ def _parse(config: Mapping[str, Any], own_head: bool, target: AnyConfig) -> DFla
 def _refuse_variants(config: Mapping[str, Any], inner: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     unknown = [key for key in settings if key not in _DFLASH_KEYS and settings[key]]
     known = [key for key in _VARIANTS if config.get(key) or inner.get(key)]
+    known += [f"{key} false" for key in _HALVES if False in (config.get(key), inner.get(key))]
     if "sliding_attention" in str(inner.get("layer_types")) or inner.get("use_sliding_window"):
         known.append("sliding_attention")
     if config.get("projector_type", "dflash") != "dflash":

@@ -33,6 +33,7 @@ from zbench.models.checkpoint import (
     Trained,
     check_map,
     check_shapes,
+    draft_vocab,
     read_checkpoint,
     read_shape,
     shapes_of,
@@ -207,7 +208,7 @@ def _parse(config: Mapping[str, Any], tensors: Collection[str], target: AnyConfi
         raise UserError(f"{layer.width} wide, so it cannot share the target's embedding of {target.width}")
     return Eagle3Config(
         layer=layer,
-        draft_vocab=_draft_vocab(config, layer.vocab),
+        draft_vocab=draft_vocab(config, layer.vocab),
         taps=_taps(config, target),
         target_width=target_width,
         norm_before_residual=bool(config.get("norm_before_residual", False)),
@@ -215,15 +216,6 @@ def _parse(config: Mapping[str, Any], tensors: Collection[str], target: AnyConfi
         fc_norm=bool(config.get("fc_norm")) or "fc_norm.0.weight" in tensors,
         norm_output=bool(config.get("norm_output")),
     )
-
-
-def _draft_vocab(config: Mapping[str, Any], vocab: int) -> int:
-    size = config.get("draft_vocab_size")
-    if size is None:
-        return vocab
-    if not isinstance(size, int) or not 1 <= size <= vocab:
-        raise UserError(f"draft_vocab_size must be 1 to {vocab}, not {size!r}")
-    return size
 
 
 def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], speculators: bool) -> None:
@@ -250,13 +242,13 @@ def _refuse_unsupported(config: Mapping[str, Any], inner: Mapping[str, Any], spe
 
 
 def _taps(config: Mapping[str, Any], target: AnyConfig) -> tuple[int, ...]:
-    outputs = (config.get("eagle_config") or {}).get(_TAPS_KEY)
-    ids = config.get(_TAPS_KEY, outputs)
+    inputs = config.get(_TAPS_KEY)  # null as good as left out, as exports have it
+    ids = (config.get("eagle_config") or {}).get(_TAPS_KEY) if inputs is None else inputs
     if ids is None:
         return eagle3_taps(target.layers)
     if not (isinstance(ids, list) and all(isinstance(index, int) for index in ids)):
         raise UserError(f"{_TAPS_KEY} must be a list of layer numbers, not {ids!r}")
-    taps = tuple(ids) if _TAPS_KEY in config else tuple(index + 1 for index in ids)
+    taps = tuple(index + (inputs is None) for index in ids)
     if len(set(taps)) != len(taps) or not all(0 <= tap <= target.layers for tap in taps):
         raise UserError(f"reads hidden states {list(taps)}, which a target of {target.layers} layers has not")
     return taps
