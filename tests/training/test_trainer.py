@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tests.training import memory
 from zbench.errors import UserError
 from zbench.models import dflash, eagle3
 from zbench.models.adapter import load_adapter
-from zbench.training import trainer
+from zbench.training import data, trainer
 from zbench.training.attention import block_attention, draw_anchors
 from zbench.training.conversion import Conversion, ConversionSettings
 from zbench.training.corpus import Conversation, Corpus, Role, joined
@@ -185,6 +187,34 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(name: str, tmp_path:
         run(tmp_path / "part", replace(settings, rate=1.0), resume=True)
     with pytest.raises(UserError, match="holds a run already"):
         run(tmp_path / "part", settings)
+
+
+def test_a_run_that_is_resumed_on_a_larger_corpus_keeps_its_draft_vocabulary(tmp_path: Path) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    first = Corpus({}, corpus.conversations[:4])
+    before = Eagle3(target, EAGLE3, first.conversations, 0)
+    train(before, target, first, tmp_path, Settings(batch=2, steps=1))
+    after = Eagle3(target, EAGLE3, corpus.conversations, 0)
+    assert not after.known.equal(before.known)  # the head's rows are those tokens', and no others'
+    train(after, target, corpus, tmp_path, Settings(batch=2, steps=2), resume=True)
+    assert after.known.equal(before.known)
+    stored = eagle3.load_drafter(tmp_path, target.config).tensors["d2t"]
+    assert stored.equal(before.known - torch.arange(len(stored)))
+
+
+def test_files_that_a_machine_cut_short_as_it_went_down_are_no_traceback(tmp_path: Path) -> None:
+    corpus, target = memory.corpus("smollm"), memory.target("smollm")
+    objective = DFlash(target, DFLASH, 0)
+    train(objective, target, corpus, tmp_path, Settings(batch=2, steps=1))
+    (tmp_path / STATE).write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"training\.safetensors is damaged"):
+        train(objective, target, corpus, tmp_path, Settings(batch=2, steps=2), resume=True)
+    reader = Reader(target, objective, [Batch.of(corpus.conversations[:2])], tmp_path / "again", gigabytes=1.0)
+    read = reader.read(0)
+    [kept] = (tmp_path / "again").iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(b"cut short")
+    assert reader.read(0).top_probs.equal(read.top_probs) and kept.read_bytes() == whole
 
 
 def step_kept(out: Path) -> int:
@@ -423,6 +453,8 @@ def test_eagle3_learns_from_what_its_drafter_does_chain_by_chain(reach: int) -> 
 def test_models_that_cannot_be_trained_against_are_refused(family: str) -> None:
     with pytest.raises(UserError, match="dense models"):
         Target(memory.loaded(family), torch.float32, memory.CPU)
+    with pytest.raises(UserError, match="dense models"):  # before hours go into a corpus for it
+        data.generate(memory.runtime(family), memory.loaded(family), Path("none"), 10, data.Settings(), 1)
 
 
 @pytest.mark.parametrize("name", ["tidar", "eagle3", "dflash"])
@@ -446,5 +478,35 @@ def test_training_begins_with_what_was_trained_before(name: str, tmp_path: Path)
 def test_a_start_of_another_size_is_refused(tmp_path: Path) -> None:
     target = memory.target("smollm")
     Tidar(target, TidarSettings(block=4, rank=2), 0).save(tmp_path)
-    with pytest.raises(UserError, match=r"cannot be the start: .*lora_A.weight is .* there, .* here"):
+    with pytest.raises(UserError, match=r"cannot be the start: its rank is 2, not 3; alpha is 2\.0, not 3\.0$"):
         Tidar(target, TidarSettings(block=4, rank=3), 0, load_adapter(tmp_path, target.config))
+
+
+def test_a_start_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    target, text = memory.target("smollm"), memory.corpus("smollm").conversations
+
+    def refused(begin: Callable[[], object], why: str) -> None:
+        with pytest.raises(UserError, match=f"trained cannot be the start: {re.escape(why)}$"):
+            begin()
+
+    chains = Eagle3(target, EAGLE3, text, 0).checkpoint()
+    layer = replace(chains.config.layer, rope_theta=5e5)
+    for config, why in (
+        (replace(chains.config, taps=(0, 1, 3)), "its taps is (0, 1, 3), not (0, 1, 2)"),
+        (replace(chains.config, layer=layer), "its rope_theta is 500000.0, not 10000.0"),
+        (replace(chains.config, norm_before_residual=True), "its norm_before_residual is True, not False"),
+    ):
+        refused(partial(Eagle3, target, EAGLE3, text, 0, replace(chains, config=config)), why)
+    more = replace(EAGLE3, draft_vocab=65)  # whose head would have had the 64 rows that the start has
+    refused(lambda: Eagle3(target, more, text, 0, chains), "its draft_vocab is 64, not 65")
+    own = replace(chains, tensors={**chains.tensors, "embed_tokens.weight": target.weights.embedding})
+    refused(lambda: Eagle3(target, EAGLE3, text, 0, own), "embed_tokens.weight is nothing that is trained here")
+
+    blocks = DFlash(target, DFLASH, 0).checkpoint()
+    masked = replace(blocks, config=replace(blocks.config, mask_id=7))
+    refused(lambda: DFlash(target, DFLASH, 0, masked), "its mask_id is 7, not 299")
+    DFlash(target, replace(DFLASH, block=8), 0, blocks)  # short blocks first, as the recipe has it
+
+    adapter = Tidar(target, TIDAR, 0).checkpoint()
+    scaled = replace(adapter, config=replace(adapter.config, alpha=8.0))
+    refused(lambda: Tidar(target, TIDAR, 0, scaled), "its alpha is 8.0, not 2.0")

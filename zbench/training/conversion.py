@@ -182,6 +182,9 @@ class Conversion:
         else:
             loading.load_tokenizer(self.target.loaded).save_pretrained(folder)
 
+    def resume(self, folder: Path) -> None:
+        """The mask, which no text has, is among the settings."""
+
 
 def unused_token(conversations: Iterable[Conversation], config: ModelConfig, wanted: int | None = None) -> int:
     """A token that can be the mask: the model's own if it has one, else the last one that no conversation has and that

@@ -46,6 +46,7 @@ from zbench.training.corpus import (
     write_shard,
 )
 from zbench.training.options import differences
+from zbench.training.target import trainable
 
 WRITTEN, OPENED = "written", "opened"  # kinds of conversation whose user turns the model writes; some words are given
 PROMPT = 192  # tokens of a templated user turn at most; a longer one is dropped
@@ -303,8 +304,10 @@ def generate(
 ) -> dict[str, Any]:
     """Write shards to `out` until they hold `tokens` answer tokens, or for so many seconds; returns the index.
 
-    A folder that has some goes on from there. Raises UserError where it is of another model or other settings.
+    A folder that has some goes on from there. Raises UserError where it is of another model or other settings, and for
+    a model that nothing can be trained for.
     """
+    trainable(loaded)
     writer = Writer(model, load_tokenizer(loaded), settings, batch, Refused(measured_texts(exclude)))
     index = _index(out, loaded, settings)
     seen = {c.hash for entry in index["shards"] for c in read_shard(out, entry)}

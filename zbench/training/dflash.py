@@ -69,7 +69,7 @@ class DFlash:
         self.parameters["hidden_norm.weight"] = self.parameters["layers.0.input_layernorm.weight"].clone()
         self.parameters = {name: tensor.to(target.device).requires_grad_() for name, tensor in self.parameters.items()}
         if start:
-            adopt(self.parameters, start.tensors, start.source)
+            adopt(self.parameters, self.config, start, free=("max_positions", "block"))
         self._inv_freq = inverse_frequencies(self.config.body).to(target.device)
 
     @property
@@ -144,6 +144,9 @@ class DFlash:
 
     def save(self, folder: Path) -> None:
         dflash.save_drafter(folder, self.checkpoint(), self.target.config)
+
+    def resume(self, folder: Path) -> None:
+        """Nothing of it follows from the corpus."""
 
 
 def _published(layer: Layer, c: ModelConfig) -> dict[str, Tensor]:

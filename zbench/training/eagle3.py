@@ -79,8 +79,7 @@ class Eagle3:
         self.config = replace(usual, layer=replace(usual.layer, ffn=settings.ffn or usual.layer.ffn))
         self.capture = self.config.taps
         d2t = start.tensors.get("d2t") if start else None
-        known = frequent_tokens(conversations, self.config.draft_vocab, c.vocab) if d2t is None else target_ids(d2t)
-        self.known = known.to(device)
+        self._know(frequent_tokens(conversations, self.config.draft_vocab, c.vocab) if d2t is None else target_ids(d2t))
         generator = torch.Generator().manual_seed(seed)
         drawn = {
             name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * _STD
@@ -93,10 +92,14 @@ class Eagle3:
         drawn["lm_head.weight"] = target.head[self.known].float().cpu().clone()
         self.parameters = {name: tensor.to(device).requires_grad_() for name, tensor in drawn.items()}
         if start:
-            adopt(self.parameters, start.tensors, start.source)
-        self._place = torch.full((c.vocab,), -1, device=device)
-        self._place[self.known] = torch.arange(len(self.known), device=device)
+            adopt(self.parameters, self.config, start, free=("max_positions",))
         self._inv_freq = inverse_frequencies(self.config.layer).to(device)
+
+    def _know(self, known: Tensor) -> None:
+        """Draft these tokens of the target's [n], ascending."""
+        self.known = known.to(self.target.device)
+        self._place = torch.full((self.target.config.vocab,), -1, device=self.target.device)
+        self._place[self.known] = torch.arange(len(self.known), device=self.target.device)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -195,6 +198,12 @@ class Eagle3:
 
     def save(self, folder: Path) -> None:
         eagle3.save_drafter(folder, self.checkpoint())
+
+    def resume(self, folder: Path) -> None:
+        """The head's rows are the tokens that were frequent when the run began."""
+        d2t = eagle3.load_drafter(folder, self.target.config).tensors.get("d2t")
+        if d2t is not None:
+            self._know(target_ids(d2t))
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,14 +90,19 @@ class Read:
         return cls(batch, keys, values, hidden, tensors["top_ids"].long(), tensors["top_probs"])
 
 
+def trainable(loaded: LoadedModel) -> ModelConfig:
+    """Its config. Raises UserError for an architecture that cannot be trained against."""
+    if not isinstance(loaded.config, ModelConfig) or loaded.config.windows:
+        raise UserError(f"{loaded.name}: drafters can be trained for dense models without sliding windows only")
+    return loaded.config
+
+
 class Target:
     """A dense model on its device, as the engines run it, and its weights for forwards with gradient."""
 
     def __init__(self, loaded: LoadedModel, dtype: torch.dtype, device: torch.device) -> None:
         """Raises UserError for an architecture that cannot be trained against."""
-        if not isinstance(loaded.config, ModelConfig) or loaded.config.windows:
-            raise UserError(f"{loaded.name}: drafters can be trained for dense models without sliding windows only")
-        self.config, self.dtype, self.device, self.loaded = loaded.config, dtype, device, loaded
+        self.config, self.dtype, self.device, self.loaded = trainable(loaded), dtype, device, loaded
 
     @cached_property
     def _model(self) -> Transformer:

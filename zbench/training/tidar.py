@@ -68,7 +68,7 @@ class Tidar:
                 tensor = mean + torch.empty(shape).normal_(0.0, 0.02, generator=generator)
             self.parameters[name] = tensor.to(target.device).requires_grad_()
         if start:
-            adopt(self.parameters, start.tensors, start.source)
+            adopt(self.parameters, self.config, start)
         self._inv_freq = inverse_frequencies(c).to(target.device)
         self.capture: tuple[int, ...] = ()
         self.context = self.asks = True
@@ -136,6 +136,9 @@ class Tidar:
 
     def save(self, folder: Path) -> None:
         save_adapter(folder, self.checkpoint())
+
+    def resume(self, folder: Path) -> None:
+        """Nothing of it follows from the corpus."""
 
 
 def adapted(x: Tensor, weight: Tensor, low: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:

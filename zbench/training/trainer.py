@@ -18,20 +18,23 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zbench.cache import atomic_write, check_writable
 from zbench.errors import UserError
+from zbench.models.checkpoint import Trained
 from zbench.models.config import parameter_count
+from zbench.models.loading import some
 from zbench.ranks import World
 from zbench.training.corpus import Conversation, Corpus
 from zbench.training.options import differences
@@ -81,6 +84,10 @@ class Objective(Protocol):
     def score(self, read: Read, generator: torch.Generator, evaluate: bool = False) -> Scores: ...
 
     def save(self, folder: Path) -> None: ...
+
+    def resume(self, folder: Path) -> None:
+        """Take over what a run that was saved there had of its corpus, which may have grown since."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,13 +309,22 @@ def schedule(share: float, settings: Settings) -> float:
     return settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * min(along, 1.0)))
 
 
-def adopt(parameters: Mapping[str, Tensor], trained: Mapping[str, Tensor], source: str) -> None:
-    """Begin with what was trained before. UserError, naming `source`, where it is of another size."""
+def adopt(parameters: Mapping[str, Tensor], config: Any, start: Trained[Any], free: Collection[str] = ()) -> None:
+    """Begin with what was trained before. UserError, naming its source, where it is of another size than `config` or
+    computes something else; what is `free` may differ."""
+
+    def told(config: Any) -> dict[str, Any]:
+        given = asdict(config)
+        layers = given.pop("layer", None) or given.pop("body", None) or {}
+        return {name: value for name, value in {**layers, **given}.items() if name not in free}
+
+    before, now = told(start.config), told(config)
+    if differ := [f"{name} is {before[name]}, not {now[name]}" for name in now if before[name] != now[name]]:
+        raise UserError(f"{start.source} cannot be the start: its {'; '.join(differ)}")
+    if unknown := sorted(start.tensors.keys() - {*parameters, "d2t"}):
+        raise UserError(f"{start.source} cannot be the start: {some(unknown)} is nothing that is trained here")
     for name, parameter in parameters.items():
-        if name not in trained or trained[name].shape != parameter.shape:
-            has = tuple(trained[name].shape) if name in trained else "nothing"
-            raise UserError(f"{source} cannot be the start: {name} is {has} there, {tuple(parameter.shape)} here")
-        parameter.data.copy_(trained[name])
+        parameter.data.copy_(start.tensors[name])
 
 
 def _batches(corpus: Corpus, settings: Settings, ranks: int) -> tuple[list[Batch], list[Batch]]:
@@ -368,7 +384,8 @@ class Reader:
             return self.target.read(batch.to(device), objective.capture, objective.context)
         file = self.folder / f"{self._name(batch)}{_READ}"
         if file.exists():
-            return Read.of_tensors(batch.to(device), load_file(file, device=str(device)))
+            with suppress(SafetensorError):  # cut short as the machine went down: it is read and kept anew
+                return Read.of_tensors(batch.to(device), load_file(file, device=str(device)))
         read = self.target.read(batch.to(device), objective.capture, objective.context)
         tensors = read.tensors()
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -503,10 +520,14 @@ class _Checkpoint:
             tensors = load_file(out / STATE)
         except (OSError, ValueError) as error:
             raise UserError(f"{out} has no run to resume; leave --resume out to begin one") from error
+        except SafetensorError as error:
+            told = f"{out / STATE} is damaged: this run cannot go on; choose another folder with --out"
+            raise UserError(told) from error
         if differ := self._differences(stored):
             told = "; ".join(differ)
             raise UserError(f"{out} was trained {told}; resume it as it was, or choose another folder with --out")
         state = State(**stored["state"])
+        objective.resume(out)
         for name, parameter in objective.parameters.items():
             parameter.data.copy_(tensors[f"value/{name}"])
             optimizer.state[parameter] = {
