@@ -154,6 +154,10 @@ def store_in_six_bits(folder: Path) -> None:
             edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
             r"model.norm.weight is stored as I8; supported: F32, F16, BF16",
         ),
+        (
+            edit_tensors(lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(32)})),
+            r"has tensors that its config.json says nothing of: model.layers.1.self_attn.q_proj.bias",
+        ),
         (store_in_six_bits, "model.norm.weight is stored as F6_E2M3; supported: F32, F16, BF16"),
     ],
 )
