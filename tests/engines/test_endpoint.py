@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -126,14 +126,21 @@ def test_a_server_stands_beside_an_engine_in_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "counted", "times"),
-    [("stop", 4, (1.0, 2.0, 3.0, 4.0)), ("stop", 3, (1.0, 2.0, 3.0)), ("length", 3, (1.0, 2.0, 3.0))],
+    ("texts", "reason", "counted", "times"),
+    [
+        ("abc", "stop", 4, (1.0, 2.0, 3.0, 4.0)),
+        ("abc", "stop", 3, (1.0, 2.0, 3.0)),
+        ("abc", "length", 3, (1.0, 2.0, 3.0)),
+        ("a", "stop", 2, (1.0, 2.0)),
+        (["abc"], "stop", 4, (1.0,)),
+    ],
 )
 def test_a_token_that_ends_a_text_and_is_counted_has_its_time(
-    reason: str, counted: int, times: tuple[float, ...]
+    texts: Sequence[str], reason: str, counted: int, times: tuple[float, ...]
 ) -> None:
-    """No text shows it, the reason of the end does: three tokens after the first one took 3 s, not 2."""
-    said = [{"text": letter, "finish_reason": None} for letter in "abc"] + [{"text": "", "finish_reason": reason}]
+    """No text shows it, the reason of the end does: three tokens after the first one took 3 s, not 2. What came in one
+    piece stays without times: three tokens did not take what the end took."""
+    said = [{"text": text, "finish_reason": None} for text in texts] + [{"text": "", "finish_reason": reason}]
     events = [(float(at), {"choices": [choice]}) for at, choice in enumerate(said, start=1)]
     events.append((4.5, {"choices": [], "usage": {"completion_tokens": counted}}))
     answer = read_stream((at, f"data: {json.dumps(event)}\n\n".encode()) for at, event in events)

@@ -186,7 +186,8 @@ class Endpoint:
         ended = int(finish == "eos" and counted != len(ids))
         tokenised = len(ids) + ended
         chunks = answer.chunks
-        if ended and answer.token_ids is None and answer.finished > chunks[-1]:
+        in_pieces = len(chunks) > 1 or len(ids) == 1  # of one piece no token but the last would have a time
+        if ended and answer.token_ids is None and in_pieces and answer.finished > chunks[-1]:
             chunks = (*chunks, answer.finished)
         if answer.token_ids is not None:
             ids = list(answer.token_ids)
