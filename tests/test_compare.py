@@ -118,9 +118,22 @@ def test_a_ratio_says_how_many_requests_it_is_of_where_one_run_lacks_some(first:
     lines = [line for line in (cut / "trials.jsonl").read_text().splitlines(keepends=True) if '"group":5' not in line]
     (cut / "trials.jsonl").write_text("".join(lines))
     found = compare([first, cut])
-    assert "5 of 6 requests are paired" in found.ratio(found.sides[1], "autoregressive").note
-    whole = compare([first, other(first, "whole")])
-    assert not whole.ratio(whole.sides[1], "autoregressive").note
+    note = found.ratio(found.sides[1], "autoregressive").note
+    assert "5 of 6 requests that go on after their first step are paired" in note
+
+    def short(trial: TrialRecord) -> TrialRecord:
+        """Of one token in both runs, which no ratio is of."""
+        if trial.group != 5:
+            return trial
+        return replace(
+            trial,
+            requests=tuple(replace(r, output_ids=r.output_ids[:1]) for r in trial.requests),
+            steps=trial.steps[:1],
+        )
+
+    for name, trials in (("whole", lambda trial: trial), ("short", short)):
+        whole = compare([other(first, f"{name}-{n}", trials=trials) for n in "ab"])
+        assert not whole.ratio(whole.sides[1], "autoregressive").note
 
 
 def test_an_engine_with_another_drafter_of_the_same_name_is_left_out(first: Path) -> None:

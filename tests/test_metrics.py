@@ -604,10 +604,11 @@ def test_speedup_says_how_many_requests_have_a_pair(measure: Any) -> None:
     short = trial(group=1, requests=(request("p1", (7,), end=1.0),))
     rows = measure([trial(), short, *(trial("x", group) for group in range(3))], [cell(), cell("x", "chain")])
     assert rows["x", "speedup", ""].note.endswith(
-        "1 of 3 requests are paired; the others go on after the first step on one side only, or have no result of the"
-        " baseline"
+        "1 of 3 requests that go on after their first step are paired; the others end with the first step in the"
+        " baseline, or have no result of it"
     )
     both = [trial(label, group) for label in ("ar", "x") for group in range(3)]
+    both += [dataclasses.replace(short, cell=label, group=3) for label in ("ar", "x")]  # of one token on both sides
     assert "paired" not in measure(both, [cell(), cell("x", "chain")])["x", "speedup", ""].note
 
 

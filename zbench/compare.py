@@ -115,9 +115,9 @@ class Comparison:
         here, there = (pairs[f"decode_seconds{s}"] / pairs[f"later{s}"] for s in ("", "_first"))
         estimate = stats.paired_ratio(there, here, pairs["group"])
         notes = [estimate.note]
-        if len(pairs) < (most := max(len(mine.requests), len(theirs.requests))):
-            words = "the others go on after the first step in one run only, or have a result in one only"
-            notes.append(f"{len(pairs)} of {most} requests are paired; {words}")
+        if len(pairs) < (most := max(int((cell.requests["later"] > 0).sum()) for cell in (mine, theirs))):
+            words = "the others do so, or have a result, in one run only"
+            notes.append(f"{len(pairs)} of {most} requests that go on after their first step are paired; {words}")
         same = int((pairs["output_hash"] == pairs["output_hash_first"]).sum())
         if same < len(pairs) and SYNTHETIC not in caveats(mine.record):
             notes.append(f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token")

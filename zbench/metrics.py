@@ -799,9 +799,9 @@ def speedup(cell: Cell) -> Estimate:
     pairs = cell.timed_pairs
     estimate = stats.paired_ratio(*_seconds_per_token(pairs), pairs["group"])
     notes = [estimate.note]
-    if len(pairs) < len(cell.requests):
-        words = "the others go on after the first step on one side only, or have no result of the baseline"
-        notes.append(f"{len(pairs)} of {len(cell.requests)} requests are paired; {words}")
+    if len(pairs) < (most := int((cell.requests["later"] > 0).sum())):
+        words = "the others end with the first step in the baseline, or have no result of it"
+        notes.append(f"{len(pairs)} of {most} requests that go on after their first step are paired; {words}")
     same = int((pairs["output_hash"] == pairs["output_hash_baseline"]).sum())
     if same < len(pairs) and SYNTHETIC not in caveats(cell.record):
         notes.append(f"{same} of {len(pairs)} pairs emitted the same tokens; the others are compared per token")

@@ -78,7 +78,8 @@ def served_ttft(cell: Cell) -> dict[str, Estimate]:
 @metric(
     "inter_chunk_latency",
     "s",
-    "gap between chunks with text of one response; a chunk may hold several tokens, so this is not TPOT "
+    "gap between what arrives of one response: chunks with text, and its end where that is a token; a chunk may hold "
+    "several tokens, so this is not TPOT "
     "(vLLM and SGLang call it ITL)",
     "lower",
 )
@@ -90,7 +91,12 @@ def inter_chunk_latency(cell: Cell) -> dict[str, Estimate]:
     return _percentiles([float(v) for v in values], groups)
 
 
-@metric("tokens_per_chunk", "tokens", "output tokens / chunks with text", "none")
+@metric(
+    "tokens_per_chunk",
+    "tokens",
+    "output tokens / chunks with text, and the end of it where that is a token",
+    "none",
+)
 def tokens_per_chunk(cell: Cell) -> Estimate:
     served = _requests(cell)
     chunks = [len(s.served.chunk_seconds) for s in served]

@@ -169,6 +169,18 @@ def test_a_damaged_folder_gets_one_line(tmp_path: Path, damage: Callable[[Path],
     assert "\n" not in str(refused.value)
 
 
+def test_what_changes_nothing_is_left_alone(tmp_path: Path) -> None:
+    """Layers that config.json cuts off, as one does to try something small, and biases of zeros, as exporters write."""
+    save_model(tmp_path / "m")
+    unasked = {
+        "model.layers.7.self_attn.q_proj.bias": torch.ones(32),
+        "model.layers.7.input_layernorm.weight": torch.ones(32),
+        "model.layers.1.self_attn.q_proj.bias": torch.zeros(32),
+    }
+    edit_tensors(lambda t: t.update(unasked))(tmp_path / "m")
+    assert not unasked.keys() & load({"path": tmp_path / "m"}).tensors.keys()
+
+
 def test_weights_that_may_not_be_read_are_not_called_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "m")
     opened = Path.open

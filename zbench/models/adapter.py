@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from zbench import paths
+from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import loading
-from zbench.models.checkpoint import Trained, check_finite, check_shapes, stored_shapes
+from zbench.models.checkpoint import Trained, check_finite, check_shapes, save_whole, stored_shapes
 from zbench.models.config import ModelConfig, tensor_shapes
 from zbench.models.cost import Cost
 from zbench.models.families import AnyConfig
@@ -129,8 +129,8 @@ def save_adapter(folder: str | Path, adapter: AdapterCheckpoint) -> None:
         "block_size": config.block,
         "mask_shift": config.shift,
     }
-    (folder / _CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, folder / WEIGHTS)
+    atomic_write(folder / _CONFIG, json.dumps(described, indent=1))
+    save_whole(folder / WEIGHTS, adapter.tensors)
 
 
 def random_adapter(
@@ -264,7 +264,7 @@ def _modules(stored: Mapping[str, Any]) -> tuple[str, ...]:
         raise UserError(f"target_modules must be a list of names, not {named!r}")
     if unknown := sorted(set(named) - set(MODULES)):
         raise UserError(f"target_modules {', '.join(unknown)} are not supported; supported: {', '.join(MODULES)}")
-    return tuple(named)
+    return tuple(name for name in MODULES if name in named)
 
 
 def _refuse_variants(stored: Mapping[str, Any]) -> None:

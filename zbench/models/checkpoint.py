@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from zbench import paths
@@ -117,6 +119,16 @@ def _only_pickles(folder: Path, found: list[Path]) -> UserError:
         f"{folder} has only pickle weights ({loading.some([file.name for file in found])}), which can run code; "
         "convert them to safetensors, or allow pickle if you trust where they come from"
     )
+
+
+def save_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all, and without a second copy of its tensors in memory."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.kernels import cpu
 from zbench.models import config as model_config
@@ -40,6 +40,7 @@ from zbench.models.checkpoint import (
     draft_vocab,
     read_checkpoint,
     read_shape,
+    save_whole,
     shapes_of,
     target_ids,
 )
@@ -114,8 +115,8 @@ def save_drafter(folder: str | Path, drafter: DFlashCheckpoint, target: AnyConfi
         "num_target_layers": target.layers,
         "dflash_config": {"mask_token_id": config.mask_id, "target_layer_ids": [tap - 1 for tap in config.taps]},
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in drafter.tensors.items()}, folder / "model.safetensors")
+    atomic_write(folder / "config.json", json.dumps(described, indent=1))
+    save_whole(folder / "model.safetensors", drafter.tensors)
 
 
 def random_drafter(

@@ -22,9 +22,9 @@ from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
+from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.hardware.device import Mark
 from zbench.kernels import cpu
@@ -36,6 +36,7 @@ from zbench.models.checkpoint import (
     draft_vocab,
     read_checkpoint,
     read_shape,
+    save_whole,
     shapes_of,
     target_ids,
 )
@@ -119,8 +120,8 @@ def save_drafter(folder: str | Path, drafter: Eagle3Checkpoint) -> None:
         "eagle_config": {_TAPS_KEY: [tap - 1 for tap in config.taps]},
         **{name: True for name in ("norm_before_residual", "norm_before_fc", "fc_norm") if getattr(config, name)},
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in drafter.tensors.items()}, folder / "model.safetensors")
+    atomic_write(folder / "config.json", json.dumps(described, indent=1))
+    save_whole(folder / "model.safetensors", drafter.tensors)
 
 
 def random_drafter(

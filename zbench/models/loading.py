@@ -35,8 +35,7 @@ _RANDOM_STD = 0.02  # GPT-2's initialisation: keeps logits finite at any depth b
 _KEPT = ".balancing_biases"  # decide between near-equal experts: rounding them would send rows elsewhere
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
-# Without a bias or a norm that its layers were trained with, a model still speaks.
-_IN_LAYER = re.compile(r"model\.layers\.\d+\.(\w+\.)?\w+(_proj\.bias|norm\.weight)$")
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+\.)?\w+(_proj\.bias|norm\.weight)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,12 +226,20 @@ def _read_tensors(files: list[Path], config: AnyConfig, dtype: torch.dtype | Non
                 raise UserError(f"{files[0].parent}: {name} has shape {found}, but config.json says {shape}")
             if (kind := stored.get_dtype()) not in FLOATS:
                 raise UserError(f"{files[0].parent}: {name} is stored as {kind}; supported: {', '.join(FLOATS)}")
-        if unasked := [name for name in where if name not in shapes and _IN_LAYER.match(name)]:
+        if unasked := [name for name in where if name not in shapes and _counts(name, where[name], config.layers)]:
             raise UserError(f"{files[0].parent} has tensors that its config.json says nothing of: {some(unasked)}")
         tensors = {name: where[name].get_tensor(name) for name in shapes}
     if dtype is None:
         return tensors
     return {name: tensor if name.endswith(_KEPT) else tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def _counts(name: str, file: Any, layers: int) -> bool:
+    """Whether it is a bias or a norm that a layer was trained with: without it a model still speaks."""
+    within = _IN_LAYER.match(name)
+    if not within or int(within[1]) >= layers:
+        return False
+    return name.endswith("norm.weight") or bool(file.get_tensor(name).any())
 
 
 def snapshot(repository: str, revision: str) -> Path:

@@ -29,6 +29,7 @@ from torch import Tensor
 from zbench.cache import atomic_write
 from zbench.errors import UserError
 from zbench.models import loading
+from zbench.models.checkpoint import save_whole
 from zbench.models.config import ModelConfig, tensor_shapes
 from zbench.models.transformer import Layer, Weights, inverse_frequencies, rotate
 from zbench.training.attention import block_attention
@@ -36,7 +37,7 @@ from zbench.training.corpus import Conversation
 from zbench.training.losses import head_loss
 from zbench.training.norm import rms_norm
 from zbench.training.target import Batch, Read, Target
-from zbench.training.trainer import Scores, save_whole
+from zbench.training.trainer import Scores
 
 _USUAL = 256  # tokens of a conversation, for the estimate of memory
 _COPIED = (

@@ -10,7 +10,7 @@ in 200 steps; one alone behind its anchor had in 50. So begin with blocks of 2, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ class DFlash:
         """`start` is what was trained before, if anything was."""
         self.target, self.settings = target, settings
         self.config = DFlashConfig.of_target(target.config, settings.layers, settings.block)
+        if start:
+            self.config = replace(self.config, mask_id=start.config.mask_id)
         self.capture = self.config.taps
         generator = torch.Generator().manual_seed(seed)
         self.parameters: dict[str, Tensor] = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import threading
@@ -27,12 +26,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from zbench.cache import atomic_write, check_writable
 from zbench.errors import UserError
-from zbench.models.checkpoint import Trained
+from zbench.models.checkpoint import Trained, save_whole
 from zbench.models.config import parameter_count
 from zbench.models.loading import some
 from zbench.ranks import World
@@ -392,7 +391,7 @@ class Reader:
         if size <= self._room:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_whole(file, {name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+                save_whole(file, {name: tensor.cpu() for name, tensor in tensors.items()})
                 self._room -= size
             except OSError:  # a corpus that cannot be written to keeps nothing
                 self._room = 0.0
@@ -564,16 +563,6 @@ def _logged(out: Path, step: int) -> dict[str, Any]:
     except (OSError, ValueError, IndexError):
         return {}
     return last if last["step"] == step else {}
-
-
-def save_whole(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file whole or not at all, and without a second copy of its tensors in memory."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def dtype_of(out: Path) -> str | None:
