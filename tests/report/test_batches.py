@@ -33,7 +33,7 @@ def cut(folder: Path, batch: int, sizes: list[int]) -> Results:
 
 def speeds(results: Results) -> dict[int, float]:
     cells = [cell for cell in results.run.cells if cell.record.label == "autoregressive"]
-    return {cell.record.batch: readings.together(results, cell) or 0.0 for cell in cells}
+    return {cell.record.batch: readings.together(cell) or 0.0 for cell in cells}
 
 
 def test_what_sequences_decode_together_is_of_those_that_ran(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_what_sequences_decode_together_lasts_from_the_first_token_of_any_to_the
     requests = (replace(one, ttft_seconds=2.0, end_seconds=6.0), replace(other, ttft_seconds=3.0, end_seconds=5.0))
     (tmp_path / "trials.jsonl").write_text(replace(trial, requests=requests).to_json() + "\n")
     results = Results.of(metrics.load_run(tmp_path))
-    assert readings.together(results, results.run.cells[0]) == pytest.approx((one.tokens + other.tokens - 2) / 4)
+    assert readings.together(results.run.cells[0]) == pytest.approx((one.tokens + other.tokens - 2) / 4)
 
 
 def test_the_tokens_of_the_whole_batch_have_a_column_where_there_is_one(tmp_path: Path) -> None:

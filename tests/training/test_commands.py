@@ -187,7 +187,7 @@ def test_data_then_each_drafter(folder: Path, tmp_path: Path) -> None:
     missing = ["--data", tmp_path / "none", "--out", tmp_path / "x"]
     refused(zbench("train", "tidar", *shared, *missing), "none holds no training data")
     log = (tmp_path / "tidar" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == [1, 2]
+    assert [json.loads(line)["step"] for line in log] == [0, 1, 2]
     converted = json.loads((tmp_path / "full" / "config.json").read_text())
     assert 0 <= converted.pop("mask_token_id") < 300
     original = json.loads((folder / "config.json").read_text())

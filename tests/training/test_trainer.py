@@ -261,9 +261,41 @@ def test_the_clock_asks_for_checkpoints_of_a_run_in_steps_and_changes_nothing(tm
     for name, every in (("tenths", 300.0), ("clock", 0.0)):
         wanted = replace(settings, evaluate_every=every)
         train(objectives(corpus)["tidar"], target, corpus, tmp_path / name, wanted)
-    assert steps_logged(tmp_path / "tenths") == list(range(2, 21, 2))
-    assert steps_logged(tmp_path / "clock") == list(range(1, 21))
+    assert steps_logged(tmp_path / "tenths") == list(range(0, 21, 2))
+    assert steps_logged(tmp_path / "clock") == list(range(21))
     assert (tmp_path / "clock" / STATE).read_bytes() == (tmp_path / "tenths" / STATE).read_bytes()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_what_is_kept_is_the_drafter_that_did_best_on_other_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that learns its text by heart gets worse, and was worse than what it had begun as."""
+    corpus, target, said = memory.corpus("smollm"), memory.target("smollm"), list[str]()
+    evaluate, told = trainer.evaluate, iter([1.5, 2.0, 2.6, 1.9, 3.0, 1.8, 3.2])  # before; other, known; ...
+    weights: dict[str, torch.Tensor] = {}
+
+    def run(steps: int, resume: bool = False) -> dict[str, Any]:
+        objective = objectives(corpus)["eagle3"]
+
+        def scored(*arguments: Any) -> dict[str, Any]:
+            return evaluate(*arguments) | {"accepted": next(told)}
+
+        monkeypatch.setattr(trainer, "evaluate", scored)
+        settings = Settings(batch=2, steps=steps, rate=1e-2, evaluate_every=0.0)
+        last = train(objective, target, corpus, tmp_path, settings, resume, say=said.append)
+        weights[str(last["step"])] = objective.checkpoint().tensors["fc.weight"]
+        return last
+
+    best = lambda: eagle3.load_drafter(tmp_path, target.config).tensors["fc.weight"]  # noqa: E731
+    last = run(1)
+    assert (last["accepted"], last["accepted_known"], last["best_step"]) == (2.0, 2.6, 1)
+    assert best().equal(weights["1"]) and "by heart" in said[-1]
+    last = run(3, resume=True)
+    assert (last["accepted"], last["best_step"]) == (1.8, 1)
+    assert best().equal(weights["1"]) and not best().equal(weights["3"])
+    assert f"{tmp_path} has the drafter of step 1, the best on held-out text: 2.00 tokens per step" in said
+    assert "3.20 tokens per step on text that it learns from and 1.80 on other text" in said[-1]
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -274,16 +306,23 @@ def test_a_finished_run_that_is_resumed_says_its_last_result(tmp_path: Path, mon
     def run(resume: bool) -> dict[str, Any]:
         return train(objectives(corpus)["tidar"], target, corpus, tmp_path, settings, resume, say=said.append)
 
+    evaluate, calls = trainer.evaluate, 0
+
+    def interrupted(*arguments: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        return evaluate(*arguments) if calls == 1 else signal.raise_signal(signal.SIGINT)
+
     with monkeypatch.context() as patch:  # all steps are made, and none is evaluated
-        patch.setattr(trainer, "evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(trainer, "evaluate", interrupted)
         patch.setattr(trainer, "_due", lambda *_: False)
         with pytest.raises(KeyboardInterrupt, match="has all 3 steps"):
             run(resume=False)
     last = run(resume=True)
-    assert last["step"] == 3 and last["accepted"] >= 1.0 and steps_logged(tmp_path) == [3]
+    assert last["step"] == 3 and last["accepted"] >= 1.0 and steps_logged(tmp_path) == [0, 3]
     assert [line for line in said if "this run is over after 3 steps" in line]
     monkeypatch.setattr(trainer, "evaluate", lambda *_: pytest.fail("it is known"))
-    assert run(resume=True) == last and steps_logged(tmp_path) == [3]
+    assert run(resume=True) == last and steps_logged(tmp_path) == [0, 3]
 
 
 @pytest.mark.parametrize("name", ["tidar", "eagle3", "dflash"])

@@ -46,6 +46,7 @@ _TIMED = 3  # steps that say how long the others will take
 _FIRST = 10  # the step after which a run measured in minutes is evaluated first: a broken one shows soon
 _CONTEXT = 256  # tokens, for the estimate of memory
 _READ = ".read.safetensors"
+_BY_HEART = 1.25  # as many drafts accepted of text that is learnt from as of other text: not for lack of steps
 _POOL = 16  # batches that are formed together, so that conversations of like length meet
 
 
@@ -103,6 +104,7 @@ class Settings:
     keep: float = 6.0  # gigabytes of disk for what the target said about batches
     evaluate_every: float = 300.0  # seconds, or a tenth of the run if that is less
     held_out: int = 32  # conversations to evaluate on
+    known: int = 16  # conversations that are learnt from, to tell what is learnt by heart
 
 
 @dataclass(slots=True)
@@ -112,6 +114,8 @@ class State:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0  # drafted in training
+    best: float = 0.0  # tokens per step on held-out text; 0: nothing was evaluated
+    best_step: int = 0
 
 
 def train(
@@ -125,7 +129,10 @@ def train(
     say: Callable[[str], None] = lambda line: None,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """Train into `out`, which holds what was trained after every evaluation; returns the last evaluation, on rank 0.
+    """Train into `out`; returns the last evaluation, on rank 0.
+
+    After every evaluation `out` holds the drafter that did best on held-out text so far, since one that learns its text
+    by heart gets worse; of a model that changes, which its drafts alone do not judge, the last.
 
     Raises UserError where there is nothing to resume, or what is there is of another run. On KeyboardInterrupt one
     process writes what it has and raises it again with the words for it; several ranks have their last checkpoint.
@@ -135,7 +142,7 @@ def train(
         advance, say = (lambda done, what: None), (lambda line: None)
     if (settings.steps is None) == (settings.minutes is None):
         raise UserError("say how long to train: a number of steps or of minutes")
-    batches, tests = _batches(corpus, settings, world.size)
+    batches, tests, known = _batches(corpus, settings, world.size)
     optimizer = torch.optim.AdamW(list(objective.parameters.values()), settings.rate, (0.9, 0.95), weight_decay=0.0)
     checkpoint = _Checkpoint(objective, optimizer, settings, out, world.size)
     # A rank that does not see the folder must not leave the others waiting.
@@ -144,15 +151,20 @@ def train(
     learners = Learners(world, target.device)
     reads = (corpus.folder or out) / READS
     reader = Reader(target, objective, batches, reads, settings.keep)
-    test_reader = Reader(target, objective, tests, reads, settings.keep)
+    test_reader, known_reader = (Reader(target, objective, each, reads, settings.keep) for each in (tests, known))
     order = batch_order(len(batches), settings.seed, state.step * world.size)
     evaluated, saved = state.seconds, state.step
     last: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []  # for the log, with the next checkpoint
 
-    def evaluation(loss: float | None) -> dict[str, Any]:
+    def evaluation(loss: float | None = None) -> dict[str, Any]:
+        found = evaluate(objective, test_reader, settings.seed)
+        if objective.asks and state.step:
+            found["accepted_known"] = evaluate(objective, known_reader, settings.seed)["accepted"]
+        if found["accepted"] >= state.best or not objective.asks:
+            state.best, state.best_step = found["accepted"], state.step
         told = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1), "loss": loss}
-        return evaluate(objective, test_reader, settings.seed) | told
+        return found | told | {"best_step": state.best_step}
 
     def keep(*evaluations: dict[str, Any]) -> None:
         nonlocal saved
@@ -171,15 +183,17 @@ def train(
         if _share(state, settings) >= 1.0:
             say(f"this run is over after {state.step} steps; to go on, give it more --steps or --minutes")
             if world.rank == 0 and not (last := _logged(out, state.step)):  # interrupted before its last evaluation
-                last = evaluation(None)
+                last = evaluation()
                 keep(last)
             return last
         reading = min((settings.steps or math.inf) * world.size / len(batches), 1.0)  # share of the batches
         disk = min(reading * reader.to_keep() + test_reader.to_keep(), 1e9 * settings.keep)
         say(estimate(objective, target, settings, disk, world.size))
-        if world.rank == 0 and state.step == 0 and not objective.asks:  # a model that changes was something before
-            lines.append(evaluation(None))
+        if world.rank == 0 and state.step == 0:
+            lines.append(evaluation())
             say(f"step 0, before training: held out {_said(lines[0])}")
+            if objective.asks:
+                checkpoint.save_drafter()
         began = time.monotonic() - before.seconds
         while _share(state, settings) < 1.0:
             read = reader.read([next(order) for _ in range(world.size)][world.rank])
@@ -197,6 +211,9 @@ def train(
                 evaluated = state.seconds = clock()
                 if world.rank == 0:
                     keep(last)
+                if share >= 1.0 and world.rank == 0 and objective.asks:
+                    for line in _judged(last, state, out):
+                        say(line)
             rate = (state.tokens - before.tokens) / max(state.seconds - before.seconds, 1e-9)
             advance(share, f"step {state.step}, loss {loss:.3f}, {rate:.0f} tokens/s")
     except KeyboardInterrupt as stopped:
@@ -326,15 +343,18 @@ def adopt(parameters: Mapping[str, Tensor], config: Any, start: Trained[Any], fr
         parameter.data.copy_(start.tensors[name])
 
 
-def _batches(corpus: Corpus, settings: Settings, ranks: int) -> tuple[list[Batch], list[Batch]]:
-    """To train on, and to evaluate on. Raises UserError where the corpus has too few."""
+def _batches(corpus: Corpus, settings: Settings, ranks: int) -> tuple[list[Batch], list[Batch], list[Batch]]:
+    """To train on; to evaluate on, held-out ones and some of those that are trained on. Raises UserError where the
+    corpus has too few."""
     training = [_cut(c, settings.longest) for c in corpus.part(held_out=False)]
     held_out = [_cut(c, settings.longest) for c in corpus.part(held_out=True)][: settings.held_out]
     batches = form_batches(training, settings.batch, settings.seed)
     if len(batches) < ranks or not held_out:
         raise UserError("the corpus has too few conversations to train on; make more with zbench train data")
-    tests = _parts(sorted(held_out, key=lambda c: len(c.ids)), settings.batch)
-    return batches, [Batch.of(part) for part in tests]
+    known = training[:: max(len(training) // settings.known, 1)][: settings.known]
+    sorts = (sorted(each, key=lambda c: len(c.ids)) for each in (held_out, known))
+    tests, seen = ([Batch.of(part) for part in _parts(each, settings.batch)] for each in sorts)
+    return batches, tests, seen
 
 
 def form_batches(conversations: Sequence[Conversation], size: int, seed: int) -> list[Batch]:
@@ -491,7 +511,14 @@ class _Checkpoint:
             check_writable(self.out)
         return State()
 
+    def save_drafter(self) -> None:
+        with self._writing():
+            self.objective.save(self.out)
+
     def save(self, state: State, evaluations: Sequence[dict[str, Any]]) -> None:
+        """With the drafter, where this step's is the best."""
+        if state.best_step == state.step or not self.objective.asks:
+            self.save_drafter()
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.objective.parameters.items():
             moments = self.optimizer.state[parameter]
@@ -501,15 +528,21 @@ class _Checkpoint:
                 f"square/{name}": moments["exp_avg_sq"].cpu(),
             }
         out = self.out
-        try:
-            self.objective.save(out)
+        with self._writing():
             with (out / LOG).open("a", encoding="utf-8") as log:
                 log.writelines(json.dumps(evaluation) + "\n" for evaluation in evaluations)
             save_whole(out / STATE, tensors)
             stored = {**self._identity(), "state": asdict(state)}
             atomic_write(out / PROGRESS, json.dumps(stored, indent=1))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise UserError(f"cannot write to {out}: {error.strerror}; choose another folder with --out") from error
+            raise UserError(
+                f"cannot write to {self.out}: {error.strerror}; choose another folder with --out"
+            ) from error
 
     def restore(self) -> State:
         """Raises UserError where there is none, or it is of another run."""
@@ -575,10 +608,25 @@ def dtype_of(out: Path) -> str | None:
 
 def _said(evaluation: dict[str, Any]) -> str:
     places = " ".join(f"{x:.2f}" for x in evaluation["reached"])
+    known = evaluation.get("accepted_known")
+    learnt = "" if known is None else f"; {known:.2f} on text that it learns from"
     start = "held_out_loss_"
     parts = [f"{name.removeprefix(start)} {x:.3f}" for name, x in evaluation.items() if name.startswith(start)]
     loss = f"loss {evaluation['held_out_loss']:.3f}" + (f" ({', '.join(parts)})" if parts else "")
-    return f"{loss}, {evaluation['accepted']:.2f} tokens per step (reached: {places})" if places else loss
+    return f"{loss}, {evaluation['accepted']:.2f} tokens per step (reached: {places}){learnt}" if places else loss
+
+
+def _judged(last: dict[str, Any], state: State, out: Path) -> Iterator[str]:
+    """What the end of a drafter's training says of it."""
+    if state.best_step < state.step:
+        best = f"the best on held-out text: {state.best:.2f} tokens per step"
+        yield f"{out} has the drafter of step {state.best_step}, {best}"
+    known, other = last["accepted_known"], last["accepted"]
+    if known - 1 > _BY_HEART * (other - 1):
+        yield (
+            f"{known:.2f} tokens per step on text that it learns from and {other:.2f} on other text: it knows the one"
+            " by heart; more text would help it, more steps would not"
+        )
 
 
 def _cut(conversation: Conversation, longest: int) -> Conversation:
