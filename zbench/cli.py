@@ -1299,7 +1299,8 @@ def _trained(name: str, kind: Any) -> Path:
     """Where something that was trained lies: a folder, or a drafter of the zoo."""
     from zbench.models import zoo
 
-    return Path(name) if Path(name).is_dir() else zoo.drafter(name, kind)
+    folder = expanded(name)
+    return folder if folder.is_dir() else zoo.drafter(name, kind)
 
 
 def _train(options: dict[str, Any], objective: Any, rate: float) -> None:

@@ -283,8 +283,6 @@ class Cell:
             raise Unavailable(f"only rank 0's device is sampled, and {self.record.tensor} hold the model")
         if self.record.replicas > 1:
             raise Unavailable(f"only rank 0's device is sampled, and {self.record.replicas} replicas share the prompts")
-        if self.record.options.get("url"):
-            raise Unavailable("only this machine's device is sampled, and the server may be elsewhere")
         if self.spread:
             raise Unavailable(f"only one device is sampled, and the engine may use several ({self.spread})")
         return self.device_energy
@@ -314,6 +312,8 @@ class Cell:
 
     @property
     def _telemetry(self) -> Telemetry:
+        if self.record.options.get("url"):
+            raise Unavailable("only this machine's device is sampled, and the server may be elsewhere")
         if self.telemetry is None:
             raise Unavailable("no telemetry was recorded")
         return self.telemetry

@@ -897,11 +897,21 @@ class PromptDataset(_Strict):
 class SamplingSpec(_Strict):
     """How tokens are chosen. Filters apply after the temperature: top_k, then top_p."""
 
-    temperature: float = Field(default=0.0, ge=0, description="0 is greedy.", examples=[0, 0.8])
+    temperature: float = Field(
+        default=0.0, ge=0, description="0 is greedy; the least other one is 0.001.", examples=[0, 0.8]
+    )
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="Nucleus sampling: keep the likeliest tokens of this mass."
     )
     top_k: Count | None = Field(default=None, description="Keep this many of the likeliest tokens; null keeps all.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, temperature: float) -> float:
+        """Logits divided by less may not be finite."""
+        if 0 < temperature < 1e-3:
+            raise ValueError("must be 0, which is greedy, or at least 0.001")
+        return temperature
 
 
 class WarmupSpec(_Strict):
