@@ -189,6 +189,8 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root_of_their_rank(tmp_path:
     file.write_text(json.dumps(config))
     plain = read_config(tmp_path, model().config)
     assert (plain.alpha / plain.rank, plain.modules) == (2, MODULES)
+    file.write_text(json.dumps(config | {"target_modules": MODULES[::-1]}))  # PEFT writes a set
+    assert read_config(tmp_path, model().config) == plain
     file.write_text(json.dumps(config | {"use_rslora": True}))
     stabilised = read_config(tmp_path, model().config)
     assert stabilised.alpha / stabilised.rank == 8 / 4**0.5
