@@ -187,8 +187,7 @@ def train(
                 keep(last)
             return last
         reading = min((settings.steps or math.inf) * world.size / len(batches), 1.0)  # share of the batches
-        evaluating = test_reader.to_keep() + known_reader.to_keep()
-        disk = min(reading * reader.to_keep() + evaluating, 1e9 * settings.keep)
+        disk = min(reading * reader.to_keep() + test_reader.to_keep(), 1e9 * settings.keep)
         say(estimate(objective, target, settings, disk, world.size))
         if world.rank == 0 and state.step == 0:
             lines.append(evaluation())
