@@ -136,6 +136,16 @@ def test_a_ratio_says_how_many_requests_it_is_of_where_one_run_lacks_some(first:
         assert not whole.ratio(whole.sides[1], "autoregressive").note
 
 
+def test_a_sweep_of_forwards_has_no_speed_to_compare(first: Path) -> None:
+    def swept(trial: TrialRecord) -> TrialRecord:
+        return replace(trial, forwards=tuple(replace(f, rows=n) for f in trial.forwards for n in (1, 2)))
+
+    edit = edited(cell_engine="forward")
+    found = compare([other(first, name, edit=edit, trials=swept) for name in ("swept", "again")])
+    ratio = found.ratio(found.sides[1], "autoregressive")
+    assert ratio.note == "unavailable: this engine times forwards of different numbers of rows at every token"
+
+
 def test_an_engine_with_another_drafter_of_the_same_name_is_left_out(first: Path) -> None:
     """One may have been trained again into the folder that the scenario names."""
     mine, theirs = (

@@ -297,6 +297,11 @@ def test_what_is_kept_is_the_drafter_that_did_best_on_other_text(
     assert f"{tmp_path} has the drafter of step 1, the best on held-out text: 2.00 tokens per step" in said
     assert "3.20 tokens per step on text that it learns from and 1.80 on other text" in said[-1]
 
+    told, begun = iter([2.5, 2.0, 2.0]), objectives(corpus)["eagle3"].checkpoint()
+    train(objectives(corpus)["eagle3"], target, corpus, tmp_path / "worse", Settings(batch=2, steps=1), say=said.append)
+    kept = eagle3.load_drafter(tmp_path / "worse", target.config)
+    assert kept.tensors["fc.weight"].equal(begun.tensors["fc.weight"]) and "the drafter of step 0" in said[-1]
+
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_finished_run_that_is_resumed_says_its_last_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
